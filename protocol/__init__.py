@@ -1,0 +1,1 @@
+"""The wire: ids, errors, codec, frames, RPC core, tensors, signatures. No I/O, no clock, no global random."""

@@ -1,0 +1,1 @@
+"""How peers agree on a round and merge what they learned."""
