@@ -1,0 +1,70 @@
+"""Signatures over canonical bytes, by kind.
+
+What is signed is ``"shoal/" kind "\\0" payload``, so that a signature given for one kind of thing is never valid for
+another. Keys are Ed25519 (RFC 8032); the public key is read out of the author's peer id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from shoal.protocol.errors import SignatureError
+from shoal.protocol.ids import PeerId
+
+SIGNATURE_BYTES: Final = 64
+
+
+class Signer:
+    """Holds a node's private key and signs in its name."""
+
+    __slots__ = ("_key", "peer_id")
+
+    def __init__(self, secret: bytes) -> None:
+        """Take a raw 32-byte Ed25519 secret key."""
+        self._key = Ed25519PrivateKey.from_private_bytes(secret)
+        self.peer_id = PeerId.of_public_key(self._key.public_key().public_bytes_raw())
+
+    def sign(self, kind: str, payload: bytes) -> bytes:
+        """A 64-byte signature over ``payload`` as a thing of this kind."""
+        return self._key.sign(_message(kind, payload))
+
+    def seal(self, kind: str, payload: bytes) -> Signed:
+        """``payload`` with its author and signature."""
+        return Signed(author=self.peer_id, payload=payload, signature=self.sign(kind, payload))
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """Some canonical bytes, who says them, and the proof."""
+
+    author: PeerId
+    payload: bytes
+    signature: bytes
+
+    def check(self, kind: str) -> None:
+        """Check the signature.
+
+        Raises:
+            SignatureError: if the author did not sign this payload as a thing of this kind.
+        """
+        verify(self.author, kind, self.payload, self.signature)
+
+
+def verify(author: PeerId, kind: str, payload: bytes, signature: bytes) -> None:
+    """Check that ``author`` signed ``payload`` as a thing of this kind.
+
+    Raises:
+        SignatureError: if it did not.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(author.public_key).verify(signature, _message(kind, payload))
+    except (InvalidSignature, ValueError) as error:
+        raise SignatureError(f"a {kind} that claims to be by {author} is not signed by it") from error
+
+
+def _message(kind: str, payload: bytes) -> bytes:
+    return b"shoal/" + kind.encode() + b"\0" + payload

@@ -1,0 +1,127 @@
+"""What a training run is: a signed, content-addressed manifest. Its CID is the swarm's name.
+
+It names a task and an algorithm that the reader has installed; code never travels. Changing one byte makes
+another swarm, so all who hold the same `SwarmId` train the same thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.errors import UsageError
+from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.limits import MAX_HEADER_BYTES
+from shoal.protocol.signing import Signed, Signer
+
+KIND: Final = "manifest/1"
+
+
+class Mode(StrEnum):
+    """What peers exchange, and when (DESIGN §8)."""
+
+    LOCAL = "local"
+    """Every epoch each peer optimises on its own samples, then parameters and optimiser state are averaged."""
+
+    GRADIENT = "gradient"
+    """The gradient of every minibatch is averaged, so that N peers equal one process with the joint batch."""
+
+
+class Role(StrEnum):
+    """What a node does in a swarm."""
+
+    LEARNER = "learner"
+    """Collects experience, optimises, evaluates, exchanges."""
+
+    STORAGE = "storage"
+    """Keeps and serves the shared state and the newest policy; needs no torch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One training run.
+
+    Attributes:
+        owner: who started it.
+        task: ``scheme:name``, for example ``gym:CartPole-v1``.
+        algorithm: for example ``ppo``.
+        hyperparameters: the algorithm's own settings; what is absent takes the algorithm's default for the task.
+        seed: from which every member derives its own.
+        mode: what is exchanged.
+        batch_size: environment steps that all learners together collect per epoch.
+        min_learners: the first epoch waits until this many learners are there.
+        target_return: the run is done when the mean evaluation return reaches it; never, if None.
+        eval_episodes: episodes per evaluation.
+        eval_interval: epochs between evaluations.
+        max_env_steps: the run ends, unsolved, after this many steps by all learners together.
+        created_at: Unix seconds by the owner's clock; tells apart runs that are alike.
+        version: of this schema.
+    """
+
+    owner: PeerId
+    task: str
+    algorithm: str
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    mode: Mode = Mode.LOCAL
+    batch_size: int = 2048
+    min_learners: int = 1
+    target_return: float | None = None
+    eval_episodes: int = 20
+    eval_interval: int = 2
+    max_env_steps: int = 10_000_000
+    created_at: int = 0
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if ":" not in self.task:
+            raise UsageError(
+                f"task {self.task!r} needs a scheme; for a Gymnasium environment write gym:{self.task}"
+            )
+        for name, low, high in (
+            ("batch_size", 1, 2**31),
+            ("min_learners", 1, 256),
+            ("eval_episodes", 1, 10_000),
+            ("eval_interval", 1, 1_000_000),
+            ("max_env_steps", 1, 2**62),
+            ("seed", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UsageError(f"{name.replace('_', ' ')} must be between {low} and {high}, not {value}")
+        if self.version != 1:
+            raise UsageError(f"this manifest is of version {self.version}; update Shoal to join it")
+
+
+def sign_manifest(manifest: Manifest, signer: Signer) -> tuple[SwarmId, bytes]:
+    """The swarm's name and the bytes that it names.
+
+    Raises:
+        UsageError: if the signer is not the owner.
+    """
+    if manifest.owner != signer.peer_id:
+        raise UsageError("a manifest is signed by its owner")
+    data = encode(signer.seal(KIND, encode(manifest)))
+    return SwarmId.of_manifest(data), data
+
+
+def open_manifest(swarm: SwarmId, data: bytes) -> Manifest:
+    """Check bytes that somebody sent as the manifest of ``swarm``, and read them.
+
+    Raises:
+        UsageError: if these are not the bytes that the name stands for.
+        SignatureError: if the owner did not sign them.
+        ProtocolError: if they are not a manifest.
+    """
+    if not swarm.matches(data):
+        raise UsageError(f"these bytes are not the manifest of {swarm}")
+    signed = decode(Signed, data, max_bytes=MAX_HEADER_BYTES)
+    signed.check(KIND)
+    manifest = decode(Manifest, signed.payload, max_bytes=MAX_HEADER_BYTES)
+    if manifest.owner != signed.author:
+        raise UsageError(
+            f"the manifest of {swarm} names {manifest.owner} as owner but {signed.author} signed it"
+        )
+    return manifest
