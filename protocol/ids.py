@@ -17,9 +17,7 @@ import base58
 
 from shoal.protocol.errors import UsageError
 
-_PEER_PREFIX: Final = bytes(
-    [0x00, 0x24, 0x08, 0x01, 0x12, 0x20]
-)  # identity multihash, 36 bytes, protobuf Ed25519
+_PEER_PREFIX: Final = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])  # identity multihash, 36 bytes, protobuf Ed25519
 _CID_PREFIX_RAW: Final = bytes([0x01, 0x55, 0x12, 0x20])  # CIDv1, raw, sha2-256, 32 bytes
 _CID_PREFIX_MSGPACK: Final = bytes([0x01, 0x81, 0x04, 0x12, 0x20])  # CIDv1, messagepack, sha2-256, 32 bytes
 

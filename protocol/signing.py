@@ -1,7 +1,7 @@
 """Signatures over canonical bytes, by kind.
 
-What is signed is ``"shoal/" kind "\\0" payload``, so that a signature given for one kind of thing is never valid for
-another. Keys are Ed25519 (RFC 8032); the public key is read out of the author's peer id.
+What is signed is ``shoal/``, the kind, a zero byte and the payload, so that a signature given for one kind of
+thing is never valid for another. Keys are Ed25519 (RFC 8032); the public key is read out of the author's peer id.
 """
 
 from __future__ import annotations

@@ -77,9 +77,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if ":" not in self.task:
-            raise UsageError(
-                f"task {self.task!r} needs a scheme; for a Gymnasium environment write gym:{self.task}"
-            )
+            raise UsageError(f"task {self.task!r} needs a scheme; for a Gymnasium environment write gym:{self.task}")
         for name, low, high in (
             ("batch_size", 1, 2**31),
             ("min_learners", 1, 256),
@@ -121,7 +119,5 @@ def open_manifest(swarm: SwarmId, data: bytes) -> Manifest:
     signed.check(KIND)
     manifest = decode(Manifest, signed.payload, max_bytes=MAX_HEADER_BYTES)
     if manifest.owner != signed.author:
-        raise UsageError(
-            f"the manifest of {swarm} names {manifest.owner} as owner but {signed.author} signed it"
-        )
+        raise UsageError(f"the manifest of {swarm} names {manifest.owner} as owner but {signed.author} signed it")
     return manifest
