@@ -82,6 +82,26 @@ def digest(arrays: Mapping[str, npt.NDArray[np.generic]]) -> str:
     return hasher.hexdigest()
 
 
+def check_fit(arrays: Mapping[str, npt.NDArray[np.generic]], template: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    """Check arrays that came from elsewhere against what they are to replace.
+
+    Raises:
+        ProtocolError: if names, shapes or dtypes differ, or a value is NaN or infinite.
+    """
+    if arrays.keys() != template.keys():
+        odd = min(arrays.keys() ^ template.keys())
+        raise ProtocolError(f"{odd[:80]!r} is {'missing' if odd in template else 'not asked for'}; take another state")
+    for name, array in arrays.items():
+        expected = template[name]
+        if (array.dtype, array.shape) != (expected.dtype, expected.shape):
+            raise ProtocolError(
+                f"{name!r} is {array.dtype}{list(array.shape)}, not {expected.dtype}{list(expected.shape)};"
+                " take another state"
+            )
+        if not np.isfinite(array).all():
+            raise ProtocolError(f"{name!r} holds NaN or infinity; take another state")
+
+
 def _canonical(name: str, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     if array.dtype.newbyteorder("=") not in _DTYPES:
         raise TypeError(f"{name!r} is {array.dtype}; a state holds booleans, integers and floats up to 64 bits")

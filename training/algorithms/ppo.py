@@ -1,0 +1,395 @@
+"""Proximal policy optimisation with a clipped objective (Schulman et al., arXiv 1707.06347), by one peer or by many.
+
+Every epoch each peer collects steps from its own environments; then come ``update_epochs`` passes of
+``num_minibatches`` Adam steps on
+
+    L = -mean(min(r A, clip(r, 1 ± clip_range) A)) + value_coefficient ½ mean((V - R)²) - entropy_coefficient mean(H)
+
+with r the probability ratio, A the normalised advantage (GAE) and R = A + V the return. What is exchanged (DESIGN §8):
+
+- Mode ``local``: each peer takes these steps on its own samples alone. One exchange then averages the parameters and
+  Adam's moments, weighted by samples. Everybody takes the average verbatim, so all hold the same bits.
+- Mode ``gradient``: a first exchange merges the moments of the advantages, so that they are normalised over the
+  joint batch; then one exchange per minibatch averages its gradient, weighted by samples. The k-th minibatch of the
+  joint batch is the union of the peers' k-th minibatches, so N peers take the steps of one process.
+
+Deviations from the paper and its usual implementations: advantages are normalised over the batch, not per minibatch;
+the value loss isn't clipped; an episode that hits a time limit is worth the value of its final observation. The
+normalisers of observations and rewards are running moments that are merged exactly with the exchanges of the epoch,
+and stand still within it. Old log-probabilities and values are computed when the update starts, from the parameters
+that acted, so collecting needs the actor alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shoal.protocol.errors import ProtocolError, UsageError
+from shoal.protocol.ids import PeerId
+from shoal.training.algorithms.adam import Adam, clip_by_norm
+from shoal.training.algorithms.base import Collected, Exchange, Update, UpdateStats
+from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
+from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed
+from shoal.training.exchange.averager import Arrays, Moments
+from shoal.training.manifest import Manifest, Mode
+from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.state import check_fit
+from shoal.training.tasks import Task, VectorEnv
+from shoal.training.tasks.base import Actions, Floats
+
+_MAX_BACKLOG: Final = 8  # batches that may wait for an update
+_MAX_EVAL_ENVS: Final = 32
+_MAX_EVAL_STEPS: Final = 100_000  # of one episode; one that goes on is counted with what it has earned by then
+_NEVER_NEGATIVE: Final = (
+    "adam/second",
+    "adam/step",
+    "moments/observation/count",
+    "moments/observation/m2",
+    "moments/return/count",
+    "moments/return/m2",
+)
+_CLIP: Final = 10.0  # normalised observations and rewards beyond this are outliers
+
+
+class PPO:
+    """The algorithm called ``ppo``."""
+
+    name = "ppo"
+    version = 1
+
+    def learner(
+        self, manifest: Manifest, task: Task, *, peer: PeerId, streams: Sequence[str] | None = None
+    ) -> PPOLearner:
+        """A learner in its initial state.
+
+        Args:
+            manifest: what is trained.
+            task: the manifest's.
+            peer: whose learner it is.
+            streams: the names of the rollout streams that it owns; one, named after the peer, by default. A process
+                that owns the streams of several peers makes, in mode ``gradient``, the update they make together.
+
+        Raises:
+            UsageError: if the manifest's hyperparameters are unknown or out of range.
+        """
+        return PPOLearner(ppo_config(manifest, task), manifest, task, streams or [peer])
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What an update is made from: S samples, with old log-probabilities, advantages and returns ``[S]``."""
+
+    observations: torch.Tensor
+    actions: torch.Tensor
+    log_probs: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    explained_variance: float
+
+    def normalized(self, moments: Moments) -> _Batch:
+        normal = (self.advantages - float(moments.mean)) / (float(moments.std) + 1e-8)
+        return _Batch(self.observations, self.actions, self.log_probs, normal, self.returns, self.explained_variance)
+
+
+class PPOLearner:
+    """One peer's part in learning by PPO; see `shoal.training.algorithms.Learner`."""
+
+    def __init__(self, config: PPOConfig, manifest: Manifest, task: Task, streams: Sequence[str]) -> None:
+        self.config = config
+        self._mode = manifest.mode
+        self._max_samples = _MAX_BACKLOG * max(manifest.batch_size, config.num_envs * len(streams))
+        self._task = task
+        self._model = ActorCritic(
+            task.observation_size,
+            task.action_space,
+            config.hidden_sizes,
+            initial_log_std=config.initial_log_std,
+            seed=manifest.seed,
+        )
+        self._adam = Adam(self._model.flat.size, learning_rate=config.learning_rate, epsilon=config.adam_epsilon)
+        self._streams = [
+            Stream(task, num_envs=config.num_envs, gamma=config.gamma, seed=manifest.seed, name=name)
+            for name in streams
+        ]
+        self._set_normalizers(Moments.none((task.observation_size,)), Moments.none())
+        self._running: Update | None = None
+        self._eval_envs: dict[int, VectorEnv] = {}
+
+    @property
+    def _samples(self) -> int:
+        return sum(stream.samples for stream in self._streams)
+
+    def collect(self, num_steps: int) -> Collected:
+        """Take steps, shared evenly by the streams; see `Learner.collect`."""
+        self._require_idle()
+        if self._samples + num_steps > self._max_samples:
+            raise UsageError(f"{self._samples} samples wait for an update; call update() or abandon() first")
+        before, finished = self._samples, list[float]()
+        for stream in self._streams:
+            finished += stream.collect(-(-num_steps // len(self._streams)), self._act)[1]
+        return Collected(self._samples - before, self._samples, tuple(finished))
+
+    def update(self) -> Update:
+        """Optimise on what was collected; see `Learner.update` and the head of this module."""
+        self._require_idle()
+        self._running = self._guarded_update()
+        return self._running
+
+    def abandon(self) -> None:
+        """Drop what was collected and any half-done update."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        for stream in self._streams:
+            stream.drop()
+
+    def export_state(self) -> Arrays:
+        """Parameters, Adam's state and both normalisers, copied."""
+        self._require_idle()
+        return {name: array.copy() for name, array in self._state().items()}
+
+    def import_state(self, arrays: Arrays) -> None:
+        """Take a state that some peer exported, and drop collected samples."""
+        check_fit(arrays, self._state())
+        _check_not_negative(arrays, _NEVER_NEGATIVE)
+        self.abandon()
+        self._load(arrays)
+
+    def policy_arrays(self) -> Arrays:
+        """The parameters and, where observations are normalised, their moments, copied."""
+        state = self._state()
+        kept = ("parameters/", "moments/observation/") if self.config.normalize_observations else ("parameters/",)
+        return {name: array.copy() for name, array in state.items() if name.startswith(kept)}
+
+    def evaluate(self, episodes: int, seed: int) -> list[float]:
+        """Undiscounted returns of greedy episodes; an episode is cut after 100,000 steps."""
+        returns: list[float] = []
+        while len(returns) < episodes:
+            count = min(episodes - len(returns), _MAX_EVAL_ENVS)
+            if count not in self._eval_envs:
+                self._eval_envs[count] = self._task.make(count)
+            env = self._eval_envs[count]
+            observations = env.reset([derive_seed(seed, "evaluation", len(returns) + i) for i in range(count)])
+            totals, live = np.zeros(count), np.ones(count, np.bool_)
+            for _ in range(_MAX_EVAL_STEPS):
+                step = env.step(self._model.act_greedily(self._normalize(observations)))
+                observations = step.observations
+                totals += step.rewards * live
+                live &= ~(step.terminated | step.truncated)
+                if not live.any():
+                    break
+            returns += totals.tolist()
+        return returns
+
+    def _guarded_update(self) -> Update:
+        """Run the update; put everything back if it is closed or fails."""
+        before = {name: array.copy() for name, array in self._state().items()}
+        try:
+            stats = yield from self._update()
+        except BaseException:
+            self._load(before)
+            raise
+        finally:
+            self._running = None
+        for stream in self._streams:
+            stream.drop()
+        return stats
+
+    def _update(self) -> Update:
+        samples = self._samples
+        increments = self._normalizer_increments()
+        batch = self._batch() if samples else None
+        metrics: dict[str, float] = {}
+        if self._mode is Mode.LOCAL:
+            merged = yield from self._optimise_locally(batch, increments, metrics)
+        else:
+            merged = yield from self._optimise_together(batch, increments, metrics)
+        if merged:
+            self._set_normalizers(
+                self._observation_moments.merge(Moments.from_arrays(merged, "observation")),
+                self._return_moments.merge(Moments.from_arrays(merged, "return")),
+            )
+        if batch is not None:
+            metrics["explained_variance"] = batch.explained_variance
+        return UpdateStats(samples, self.config.update_epochs * self.config.num_minibatches, metrics)
+
+    def _optimise_locally(
+        self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]
+    ) -> Generator[Exchange, Arrays, Arrays]:
+        """Optimise on own samples, then average the outcome."""
+        before = {name: array.copy() for name, array in self._state().items()}
+        model, adam, config = self._model, self._adam, self.config
+        if batch is not None:
+            batch = batch.normalized(Moments.of(batch.advantages.numpy()))
+            for indices in self._minibatches():
+                if len(indices):
+                    self._step(self._gradient(batch, indices, metrics), metrics)
+        template = {
+            "mean/parameters": model.flat,
+            "mean/adam/first": adam.first,
+            "nonneg/adam/second": adam.second,
+        } | increments
+        arrays = {name: array.copy() for name, array in template.items()}
+        merged = yield Exchange(arrays if batch is not None else {}, self._samples, arrays)
+        if not merged:  # nobody had any samples
+            self._load(before)
+            return {}
+        _check_merged(merged, arrays)
+        model.flat[:] = merged["mean/parameters"]
+        adam.first[:], adam.second[:] = merged["mean/adam/first"], merged["nonneg/adam/second"]
+        adam.step = int(before["adam/step"]) + config.update_epochs * config.num_minibatches
+        return merged
+
+    def _optimise_together(
+        self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]
+    ) -> Generator[Exchange, Arrays, Arrays]:
+        """Normalise advantages over the joint batch, then average the gradient of every minibatch."""
+        own = Moments.none() if batch is None else Moments.of(batch.advantages.numpy())
+        arrays = own.to_arrays("advantage") | increments
+        merged = yield Exchange(arrays if batch is not None else {}, self._samples, arrays)
+        if merged:
+            _check_merged(merged, arrays)
+            if batch is not None:
+                batch = batch.normalized(Moments.from_arrays(merged, "advantage"))
+        template: Arrays = {"mean/gradient": np.zeros_like(self._model.flat)}
+        for indices in self._minibatches():
+            gradient: Arrays = {}
+            if batch is not None and len(indices):
+                gradient = {"mean/gradient": self._gradient(batch, indices, metrics)}
+            joint = yield Exchange(gradient, len(indices), template)
+            if joint:
+                _check_merged(joint, template)
+                self._step(joint["mean/gradient"].astype(np.float32, copy=False), metrics)
+        return merged
+
+    def _minibatches(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Indices into the batch: the k-th minibatch is the union of the streams' k-th, be it empty."""
+        parts = self.config.num_minibatches
+        offsets = np.cumsum([0, *(stream.samples for stream in self._streams)])
+        for _ in range(self.config.update_epochs):
+            shuffled = [stream.shuffled(parts) for stream in self._streams]
+            for part in range(parts):
+                yield np.concatenate([own[part] + offset for own, offset in zip(shuffled, offsets, strict=False)])
+
+    def _gradient(self, batch: _Batch, indices: npt.NDArray[np.int64], metrics: dict[str, float]) -> Floats:
+        """Of the loss on one minibatch, float32 ``[num_parameters]``."""
+        config, index = self.config, torch.from_numpy(indices)
+        log_probs, entropy, values = self._model.evaluate(batch.observations[index], batch.actions[index])
+        advantage = batch.advantages[index]
+        log_ratio = log_probs - batch.log_probs[index]
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+        policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()
+        value_loss = 0.5 * (values - batch.returns[index]).square().mean()
+        mean_entropy = entropy.mean()
+        loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * mean_entropy
+        (gradient,) = torch.autograd.grad(loss, self._model.tensor)
+        with torch.no_grad():  # of the last minibatch, when the update is over
+            metrics["policy_loss"] = policy_loss.item()
+            metrics["value_loss"] = value_loss.item()
+            metrics["entropy"] = mean_entropy.item()
+            metrics["approx_kl"] = (ratio - 1 - log_ratio).mean().item()
+            metrics["clip_fraction"] = (ratio != clipped).float().mean().item()
+        result: Floats = gradient.numpy()
+        return result
+
+    def _step(self, gradient: Floats, metrics: dict[str, float]) -> None:
+        clipped, metrics["gradient_norm"] = clip_by_norm(gradient, self.config.max_grad_norm)
+        self._adam.apply(self._model.flat, clipped)
+
+    def _batch(self) -> _Batch:
+        """Everything collected since the last update, stream after stream."""
+        columns: list[tuple[Floats, Actions, Floats, Floats]] = []
+        for stream in self._streams:
+            rollout = stream.rollout()
+            observations = self._normalize(rollout.observations)
+            with torch.inference_mode():
+                values = self._model.values(_flat(observations)).numpy().reshape(observations.shape[:2])
+                final_values = self._model.values(torch.from_numpy(self._normalize(rollout.final_observations))).numpy()
+            rewards = rollout.rewards
+            if self.config.normalize_returns:
+                scale = np.float32(1 / max(float(self._return_moments.std), 1e-4))
+                rewards = np.clip(rewards * scale, -_CLIP, _CLIP)
+            gamma, gae_lambda = self.config.gamma, self.config.gae_lambda
+            advantage = advantages(rollout, rewards, values, final_values, gamma=gamma, gae_lambda=gae_lambda)
+            columns.append((observations[:-1], rollout.actions, advantage, advantage + values[:-1]))
+        observations_, actions, advantage_, returns = (
+            torch.cat([_flat(each) for each in column]) for column in zip(*columns, strict=True)
+        )
+        with torch.no_grad():
+            log_probs = self._model.evaluate(observations_, actions)[0]
+        variance = float(returns.var(correction=0))
+        explained = 1 - float(advantage_.var(correction=0)) / variance if variance > 0 else 0.0
+        return _Batch(observations_, actions, log_probs, advantage_, returns, explained)
+
+    def _normalizer_increments(self) -> Arrays:
+        """The moments of what was collected since the last update; of nothing, where there is nothing to normalise."""
+        observations, returns = Moments.none((self._task.observation_size,)), Moments.none()
+        for stream in self._streams:
+            if not stream.samples:
+                continue
+            rollout = stream.rollout()
+            if self.config.normalize_observations:
+                seen = rollout.observations[:-1].reshape(-1, self._task.observation_size)
+                observations = observations.merge(Moments.of(seen))
+            if self.config.normalize_returns:
+                returns = returns.merge(Moments.of(rollout.discounted_returns.ravel()))
+        return observations.to_arrays("observation") | returns.to_arrays("return")
+
+    def _normalize(self, observations: Floats) -> Floats:
+        if not self._observation_moments.count:
+            return observations
+        mean, scale = self._observation_scale
+        normal: Floats = ((observations - mean) * scale).clip(-_CLIP, _CLIP)
+        return normal
+
+    def _act(self, observations: Floats, rng: np.random.Generator) -> Actions:
+        return self._model.act(self._normalize(observations), rng)
+
+    def _state(self) -> Arrays:
+        """What all peers share; some of it are views."""
+        return (
+            {f"parameters/{name}": array for name, array in self._model.parameters.items()}
+            | {"adam/first": self._adam.first, "adam/second": self._adam.second}
+            | {"adam/step": np.asarray(self._adam.step, np.int64)}
+            | self._observation_moments.to_arrays("observation")
+            | self._return_moments.to_arrays("return")
+        )
+
+    def _load(self, arrays: Arrays) -> None:
+        for name, view in self._model.parameters.items():
+            view[...] = arrays[f"parameters/{name}"]
+        self._adam.first[:], self._adam.second[:] = arrays["adam/first"], arrays["adam/second"]
+        self._adam.step = int(arrays["adam/step"])
+        self._set_normalizers(Moments.from_arrays(arrays, "observation"), Moments.from_arrays(arrays, "return"))
+
+    def _set_normalizers(self, observation: Moments, returns: Moments) -> None:
+        self._observation_moments, self._return_moments = observation, returns
+        scale = 1 / np.sqrt(np.square(observation.std) + 1e-8)
+        self._observation_scale = observation.mean.astype(np.float32), scale.astype(np.float32)
+
+    def _require_idle(self) -> None:
+        if self._running is not None:
+            raise UsageError("an update is under way; finish it or call abandon() first")
+
+
+def _flat(rows: npt.NDArray[np.generic]) -> torch.Tensor:
+    """``[T, N, ...]`` as a tensor ``[T * N, ...]``."""
+    return torch.from_numpy(rows.reshape(-1, *rows.shape[2:]))
+
+
+def _check_merged(merged: Arrays, template: Arrays) -> None:
+    check_fit(merged, template)
+    _check_not_negative(merged, [name for name in merged if name.startswith("nonneg/")])
+
+
+def _check_not_negative(arrays: Arrays, names: Sequence[str]) -> None:
+    for name in names:
+        if (arrays[name].astype(np.float64) < 0).any():
+            raise ProtocolError(f"{name!r} is negative; take another state")

@@ -1,0 +1,34 @@
+"""Finding what is installed by its name in an entry point group. A manifest names it; code never travels."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+from shoal.protocol.errors import UsageError
+
+
+def load_plugin(group: str, noun: str, name: str) -> object:
+    """Load the object that an installed package offers as ``name`` in an entry point group.
+
+    Raises:
+        UsageError: if nobody offers it, or what it needs is not installed.
+    """
+    found = entry_points(group=group)
+    if name not in found.names:
+        raise UsageError(f"no {noun} is called {name[:80]!r}; {suggest(name, found.names)}")
+    try:
+        return found[name].load()
+    except ImportError as error:
+        raise UsageError(f"{noun} {name!r} needs {error.name or error}; pip install 'shoal[train]'") from error
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What the user may have meant: the nearest known names, or all of a few, as half a sentence."""
+    names = sorted(known)
+    by_lower = {each.lower(): each for each in names}
+    near = [by_lower[each] for each in difflib.get_close_matches(name.lower()[:200], by_lower, n=3)]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"installed here: {', '.join(names) or 'none'}" if len(names) <= 8 else "check its spelling"
