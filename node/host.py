@@ -1,0 +1,390 @@
+"""The libp2p host of a node: who it is connected to, and calls to them.
+
+Owns the swarm (TCP, noise, yamux, identify), Kademlia, bootstrap with retry and mDNS. Everything above it speaks in
+`PeerId`, text multiaddrs and typed methods; nothing above it imports libp2p.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import trio
+from libp2p import new_host
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.discovery.events.peerDiscovery import peerDiscovery
+from libp2p.discovery.mdns.mdns import MDNSDiscovery
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr
+
+from shoal.node.libp2p_repairs import apply_repairs
+from shoal.node.rpc import Channel, Router, StreamClosedError
+from shoal.node.services import PING
+from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status
+from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.rpc import Attachments
+from shoal.protocol.services import Empty, Method
+
+log = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+RPC_PROTOCOL: Final = TProtocol("/shoal/rpc/1")
+DIAL_TIMEOUT_S: Final = 10.0
+KEEPALIVE_INTERVAL_S: Final = 5.0
+KEEPALIVE_TIMEOUT_S: Final = 5.0
+BOOTSTRAP_RETRY_MAX_S: Final = 30.0
+MAX_EVENTS: Final = 1024
+
+
+class ListenError(ShoalError):
+    """An address to listen on cannot be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    """A first connection to this peer stands."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    """The last connection to this peer is gone."""
+
+    peer: PeerId
+
+
+HostEvent = PeerUp | PeerDown
+
+
+@dataclass(slots=True)
+class Connected:
+    """What is known of a connected peer.
+
+    Attributes:
+        address: the far end of the connection.
+        since: trio time at which it came.
+        rtt_ms: the last measured round trip of a small call; None before the first.
+        outbound: whether this node dialed.
+    """
+
+    address: str
+    since: float
+    outbound: bool
+    rtt_ms: float | None = None
+
+
+class Host:
+    """Connections and calls. Made by `open_host`."""
+
+    def __init__(self, host: IHost, peer_id: PeerId, router: Router, nursery: trio.Nursery) -> None:
+        self.peer_id = peer_id
+        self.connected: dict[PeerId, Connected] = {}
+        self._host = host
+        self._router = router
+        self._nursery = nursery
+        self._channels: dict[PeerId, Channel] = {}
+        self._opening: dict[PeerId, trio.Lock] = {}
+        self._dht: KadDHT | None = None
+        self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
+
+    def addresses(self) -> tuple[str, ...]:
+        """The full multiaddrs under which this node listens, ``/p2p/`` included."""
+        return tuple(str(address) for address in self._host.get_addrs())
+
+    async def connect(self, addresses: Sequence[str]) -> PeerId:
+        """Connect to the one peer that these full multiaddrs name.
+
+        Raises:
+            NoPeersError: if none of them answers.
+        """
+        infos = [info_from_p2p_addr(Multiaddr(address)) for address in addresses]
+        peer = PeerId.parse(str(infos[0].peer_id))
+        if peer == self.peer_id:
+            return peer
+        info = PeerInfo(infos[0].peer_id, [address for info in infos for address in info.addrs])
+        try:
+            with trio.fail_after(DIAL_TIMEOUT_S):
+                self._forget_failed_dials(info.peer_id)
+                await self._host.connect(info)
+        except (BaseLibp2pError, OSError, trio.TooSlowError) as error:
+            raise NoPeersError(f"cannot reach {peer} at {', '.join(addresses)}") from error
+        return peer
+
+    def _forget_failed_dials(self, peer: ID) -> None:
+        # The swarm refuses for a minute to dial a peer that once failed; whoever asks here has a reason to try again.
+        unblock = getattr(self._host.get_network(), "unblock_peer", None)
+        if unblock is not None:
+            unblock(peer)
+
+    async def call(
+        self,
+        peer: PeerId,
+        method: Method[Request, Answer],
+        request: Request,
+        attachments: Sequence[bytes | memoryview] = (),
+        *,
+        timeout_s: float = 10.0,
+    ) -> tuple[Answer, Attachments]:
+        """Call a method of a connected peer.
+
+        Raises:
+            RemoteError: with the far side's status; UNAVAILABLE if it cannot be reached.
+        """
+        with trio.move_on_after(timeout_s):
+            channel = await self._channel(peer)
+            return await channel.call(method, request, attachments, timeout_s=timeout_s)
+        raise RemoteError(Status.DEADLINE_EXCEEDED, f"{peer} did not answer {method.name} in {timeout_s:.1f} s")
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection to a peer."""
+        await self._host.disconnect(ID.from_base58(str(peer)))
+
+    async def provide(self, cid: Cid) -> bool:
+        """Announce in the DHT that this node holds a CID; False if no other node took the record."""
+        return self._dht is not None and await self._dht.provide(str(cid))
+
+    async def find_providers(self, cid: Cid) -> list[tuple[str, ...]]:
+        """The full multiaddrs of each peer that the DHT names as holder of a CID."""
+        if self._dht is None:
+            return []
+        found = await self._dht.find_providers(str(cid))
+        return [
+            tuple(f"{str(address).partition('/p2p/')[0]}/p2p/{info.peer_id}" for address in info.addrs)
+            for info in found
+            if info.addrs and str(info.peer_id) != self.peer_id
+        ]
+
+    async def _channel(self, peer: PeerId) -> Channel:
+        async with self._opening.setdefault(peer, trio.Lock()):
+            channel = self._channels.get(peer)
+            if channel is not None and channel.is_open:
+                return channel
+            if peer not in self.connected:
+                raise RemoteError(Status.UNAVAILABLE, f"{peer} is not connected")
+            try:
+                stream = await self._host.new_stream(ID.from_base58(str(peer)), [RPC_PROTOCOL])
+            except (BaseLibp2pError, OSError) as error:
+                raise RemoteError(Status.UNAVAILABLE, f"no stream to {peer}: {error}") from error
+            channel = Channel(_Libp2pByteStream(stream), peer, self._router)
+            self._nursery.start_soon(self._run_channel, channel)
+            return channel
+
+    async def _run_channel(self, channel: Channel) -> None:
+        self._channels[channel.peer] = channel
+        try:
+            await channel.run()
+        finally:
+            if self._channels.get(channel.peer) is channel:
+                del self._channels[channel.peer]
+
+    async def _serve_stream(self, stream: INetStream) -> None:
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        await self._run_channel(Channel(_Libp2pByteStream(stream), peer, self._router))
+
+    def _peer_up(self, connection: INetConn) -> None:
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        if peer in self.connected:
+            return
+        addresses = connection.get_transport_addresses()
+        self.connected[peer] = Connected(
+            address=f"{addresses[0]}/p2p/{peer}" if addresses else "",
+            since=trio.current_time(),
+            outbound=bool(connection.muxed_conn.is_initiator),
+        )
+        self._tell(PeerUp(peer))
+        self._nursery.start_soon(self._keep_alive, peer)
+
+    def _peer_down(self, connection: INetConn) -> None:
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        others = [
+            c for c in self._host.get_network().get_connections(connection.muxed_conn.peer_id) if c is not connection
+        ]
+        if others or self.connected.pop(peer, None) is None:
+            return
+        self._channels.pop(peer, None)
+        self._opening.pop(peer, None)
+        self._tell(PeerDown(peer))
+
+    def _tell(self, event: HostEvent) -> None:
+        try:
+            self._events_in.send_nowait(event)
+        except trio.WouldBlock:
+            log.error("more than %d host events wait; %s is lost", MAX_EVENTS, event)  # noqa: TRY400
+
+    async def _keep_alive(self, peer: PeerId) -> None:
+        """Measure the round trip, and close a path on which two calls in a row stay without answer."""
+        misses = 0
+        state = self.connected.get(peer)
+        while state is not None and self.connected.get(peer) is state:
+            started = trio.current_time()
+            try:
+                await self.call(peer, PING, Empty(), timeout_s=KEEPALIVE_TIMEOUT_S)
+                state.rtt_ms = (trio.current_time() - started) * 1000
+                misses = 0
+            except RemoteError as error:
+                if error.status is Status.UNIMPLEMENTED:
+                    return  # a libp2p node of another kind
+                misses += 1
+            if misses >= 2 and self.connected.get(peer) is state:
+                log.info("%s does not answer; closing the path", peer)
+                await self.disconnect(peer)
+                return
+            await trio.sleep(KEEPALIVE_INTERVAL_S if state.rtt_ms is not None else 0.5)
+
+    async def _bootstrap(self, address: str) -> None:
+        """Be connected to one bootstrap node for ever, with back-off."""
+        wait_s = 0.5
+        while True:
+            peer = PeerId(address.rpartition("/p2p/")[2])
+            if peer not in self.connected and peer != self.peer_id:
+                try:
+                    await self.connect([address])
+                    wait_s = 0.5
+                except NoPeersError as error:
+                    log.warning("bootstrap: %s; next try in %.0f s", error, wait_s)
+            await trio.sleep(wait_s * random.uniform(0.8, 1.2))  # noqa: S311  jitter, not a secret
+            wait_s = min(wait_s * 2, BOOTSTRAP_RETRY_MAX_S)
+
+    async def _found_on_lan(self, info: PeerInfo) -> None:
+        peer = PeerId(str(info.peer_id))
+        if peer in self.connected or peer == self.peer_id:
+            return
+        try:
+            await self.connect([f"{address}/p2p/{peer}" for address in info.addrs])
+            log.info("found %s on the local network", peer)
+        except NoPeersError as error:
+            log.info("mDNS: %s", error)
+
+
+@asynccontextmanager
+async def open_host(
+    *, secret: bytes, listen: Sequence[str], bootstrap: Sequence[str], mdns: bool, router: Router
+) -> AsyncIterator[Host]:
+    """Stand up a host, listening; tears it down at the end.
+
+    Args:
+        secret: raw 32-byte Ed25519 secret key.
+        listen: multiaddrs to listen on.
+        bootstrap: full multiaddrs of nodes to stay connected to.
+        mdns: whether to find and be found on the local network.
+        router: who serves the calls of peers.
+
+    Raises:
+        ListenError: if an address cannot be listened on.
+    """
+    apply_repairs()
+    key_pair = create_new_key_pair(secret)
+    libp2p_host = new_host(key_pair=key_pair, negotiate_timeout=10)
+    network = libp2p_host.get_network()
+    async with background_trio_service(network), trio.open_nursery() as nursery:
+        host = Host(libp2p_host, PeerId.parse(str(libp2p_host.get_id())), router, nursery)
+        libp2p_host.set_stream_handler(RPC_PROTOCOL, host._serve_stream)
+        network.register_notifee(_Notifee(host))
+        for address in listen:
+            if not await network.listen(Multiaddr(address)):
+                raise ListenError(
+                    f"cannot listen on {address}: the port is in use, or the address is not this machine's; "
+                    "choose another with --listen, for example /ip4/0.0.0.0/tcp/0"
+                )
+        dht = KadDHT(libp2p_host, DHTMode.SERVER)
+        async with background_trio_service(dht):
+            host._dht = dht
+            for address in bootstrap:
+                nursery.start_soon(host._bootstrap, address)
+            if mdns:
+                nursery.start_soon(_run_mdns, host, libp2p_host)
+            try:
+                yield host
+            finally:
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
+                    await libp2p_host.close()
+
+
+async def _run_mdns(host: Host, libp2p_host: IHost) -> None:
+    token = trio.lowlevel.current_trio_token()
+    nursery = host._nursery
+
+    def discovered(info: PeerInfo) -> None:
+        token.run_sync_soon(nursery.start_soon, host._found_on_lan, info)
+
+    try:
+        # Zeroconf probes the network for a second, blocking, when it starts.
+        discovery = await trio.to_thread.run_sync(lambda: MDNSDiscovery(libp2p_host.get_network(), host=libp2p_host))
+    except OSError as error:
+        log.warning("mDNS is off: %s", error)
+        return
+    peerDiscovery.register_peer_discovered_handler(discovered)
+    try:
+        await trio.to_thread.run_sync(discovery.broadcaster.register)
+        await trio.sleep_forever()
+    finally:
+        peerDiscovery.unregister_peer_discovered_handler(discovered)
+        with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
+            await trio.to_thread.run_sync(discovery.zeroconf.close)
+
+
+class _Notifee(INotifee):
+    """Turns libp2p's notifications into the host's events."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        self._host._peer_up(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        self._host._peer_down(conn)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass
+
+
+class _Libp2pByteStream:
+    """A `ByteStream` on a libp2p stream."""
+
+    def __init__(self, stream: INetStream) -> None:
+        self._stream = stream
+
+    async def read(self) -> bytes:
+        try:
+            data = await self._stream.read(256 * 1024)
+        except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise StreamClosedError(f"the path is gone ({type(error).__name__})") from error
+        if not data:
+            raise StreamClosedError("the far side closed the stream")
+        return data
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._stream.write(data)
+        except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise StreamClosedError(f"the path is gone ({type(error).__name__})") from error
+
+    async def close(self) -> None:
+        try:
+            await self._stream.reset()
+        except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            log.debug("closing a dead stream: %s", error)

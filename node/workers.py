@@ -1,0 +1,89 @@
+"""Worker processes: started, called, and never left behind.
+
+A worker is a fresh Python process (no fork) at the other end of a socket pair. It ends by itself when the node does,
+because its socket closes. Torch lives there and only there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from shoal.node.rpc import Channel, Router, SocketByteStream
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.ids import PeerId
+
+log = logging.getLogger(__name__)
+
+STOP_S: Final = 0.5
+TRAINING_MODULES: Final = ("torch", "gymnasium", "numpy", "safetensors", "matplotlib")
+
+
+class MissingTrainingError(ShoalError):
+    """The packages that learning needs are not installed."""
+
+
+def can_train() -> bool:
+    """Whether the packages that a learner needs are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in TRAINING_MODULES)
+
+
+def require_training() -> None:
+    """Check that a worker could run.
+
+    Raises:
+        MissingTrainingError: if it could not.
+    """
+    if not can_train():
+        raise MissingTrainingError(
+            "this installation cannot learn: install it with  pip install 'shoal[train]'  or take --role storage"
+        )
+
+
+@asynccontextmanager
+async def open_worker(peer: PeerId, log_path: Path) -> AsyncIterator[Channel]:
+    """A running worker, to be called through the channel; it is gone when the context ends.
+
+    A worker that dies makes its calls fail with UNAVAILABLE.
+
+    Args:
+        peer: this node, as the worker's counterpart.
+        log_path: where the worker's stderr goes.
+    """
+    require_training()
+    ours, theirs = socket.socketpair()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with theirs, log_path.open("ab") as log_file:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "shoal.training.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+        )
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    channel = Channel(SocketByteStream(stream), peer, Router())
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.run)
+            yield channel
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await stream.aclose()
+            with trio.move_on_after(STOP_S):
+                await process.wait()
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode not in (0, -9):
+            log.warning("the worker ended with code %s; see %s", process.returncode, log_path)

@@ -1,0 +1,241 @@
+"""One round: how live learners settle, without a leader, which contributions are averaged.
+
+A round is named by (epoch, step). Every learner offers what it wants averaged: content named by a CID, with a weight.
+The live learner with the lowest rendezvous hash of (swarm, epoch, step, peer) proposes the offers that it *holds*, so
+whoever accepts can fetch them all from it. Everybody merges the proposed offers in the order of their authors and
+so gets the same bytes (`averager`).
+
+* A proposer that is seen to be gone makes the next hash the proposer at once; one that is silent does so after
+  a wait. A learner that is silent is left out of the proposal after a wait.
+* Waits are learned: median + 4·MAD of how long past rounds took, within `MIN_PATIENCE_S` and `MAX_PATIENCE_S`.
+* Two learners whose views of who is alive differ may both propose. Each learner accepts the proposal with the lowest
+  (attempt, hash) that it sees first; if two groups so end with different policies, the policy view of the CRDT
+  picks one of them for everybody (`crdt.views.best_policy`).
+
+Rendezvous hashing: Thaler and Ravishankar 1998. This core has no clock: ``now`` is seconds of any monotonic clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+
+MIN_PATIENCE_S: Final = 0.75
+MAX_PATIENCE_S: Final = 30.0
+FIRST_PATIENCE_S: Final = 10.0
+PATIENCE_MADS: Final = 4.0
+PAST_ROUNDS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class RoundKey:
+    """Names a round within a swarm: the epoch, and which of its exchanges."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one learner wants averaged.
+
+    Attributes:
+        author: who offers it.
+        cid: names the bytes.
+        weight: in samples.
+    """
+
+    author: PeerId
+    cid: Cid
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Which offers to average, in the order of their authors."""
+
+    epoch: int
+    step: int
+    attempt: int
+    offers: tuple[Offer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerView:
+    """What the presence of a live learner says, as far as rounds go.
+
+    Attributes:
+        key: the round it works towards.
+        offer: what it offers for that round, once it does.
+        proposal: the newest it made.
+    """
+
+    key: RoundKey
+    offer: Offer | None = None
+    proposal: Proposal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Get these bytes; the round goes on when `Round.hold` says that they are there."""
+
+    offer: Offer
+    sources: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Say this in presence."""
+
+    proposal: Proposal
+
+
+@dataclass(frozen=True, slots=True)
+class Decide:
+    """Average these; all of them are held. The round is over."""
+
+    proposal: Proposal
+
+
+Output = Fetch | Propose | Decide
+
+
+class Patience:
+    """How long to wait for others, learned from the rounds that went well."""
+
+    def __init__(self) -> None:
+        self._durations: deque[float] = deque(maxlen=PAST_ROUNDS)
+
+    @property
+    def seconds(self) -> float:
+        """The wait for the next round."""
+        if len(self._durations) < 3:
+            return FIRST_PATIENCE_S
+        median = statistics.median(self._durations)
+        deviation = statistics.median(abs(duration - median) for duration in self._durations)
+        return min(MAX_PATIENCE_S, max(MIN_PATIENCE_S, median + PATIENCE_MADS * deviation))
+
+    def learn(self, duration_s: float) -> None:
+        """A round took this long from the own offer to the decision."""
+        self._durations.append(duration_s)
+
+
+def rendezvous_rank(swarm: SwarmId, purpose: str, epoch: int, step: int, peer: PeerId) -> bytes:
+    """The hash by which peers are ordered for one purpose at one point of a run; lowest first."""
+    return hashlib.sha256(f"{swarm}/{purpose}/{epoch}/{step}/{peer}".encode()).digest()
+
+
+def choose(swarm: SwarmId, purpose: str, epoch: int, peers: Iterable[PeerId]) -> PeerId | None:
+    """The one of ``peers`` whose turn it is, the same for everybody with the same view."""
+    return min(peers, key=lambda peer: rendezvous_rank(swarm, purpose, epoch, 0, peer), default=None)
+
+
+class Round:
+    """One learner's part in one round."""
+
+    def __init__(
+        self, swarm: SwarmId, me: PeerId, key: RoundKey, own: Offer | None, patience_s: float, now: float
+    ) -> None:
+        self.key = key
+        self.patience_s = patience_s
+        self._swarm = swarm
+        self._me = me
+        self._own = own
+        self._held: set[Cid] = {own.cid} if own is not None else set()
+        self._bad: set[Cid] = set()
+        self._asked: set[Cid] = set()
+        self._accepted: Proposal | None = None
+        self._proposed: Proposal | None = None
+        self._decided = False
+        self._attempt = 0
+        self._waiting_since = now
+
+    @property
+    def next_wake(self) -> float:
+        """When to call `update` at the latest, even if nothing happens."""
+        patience = self.patience_s if self._accepted is None else 2 * self.patience_s
+        return self._waiting_since + patience
+
+    def hold(self, cid: Cid) -> None:
+        """These bytes are here now."""
+        self._held.add(cid)
+
+    def spoil(self, cid: Cid) -> None:
+        """These bytes cannot be had for now."""
+        self._asked.discard(cid)
+
+    def update(self, learners: Mapping[PeerId, LearnerView], now: float) -> list[Output]:
+        """Look at the live learners (without this one) and the clock, and say what to do."""
+        if self._decided:
+            return []
+        outputs: list[Output] = []
+        if now >= self.next_wake and self._accepted is not None:
+            self._start_attempt(now)  # what was accepted cannot be had: its proposer went, and nobody else holds it all
+        for peer, view in learners.items():
+            if view.offer is not None and view.key == self.key:
+                self._want(view.offer, (peer,), outputs)
+        if self._accepted is None:
+            self._accepted = self._best_visible(learners)
+        if self._accepted is None:
+            self._maybe_propose(learners, now, outputs)
+        if self._accepted is not None:
+            for offer in self._accepted.offers:
+                self._want(offer, tuple(learners), outputs)
+            if all(offer.cid in self._held for offer in self._accepted.offers):
+                self._decided = True
+                outputs.append(Decide(self._accepted))
+        return outputs
+
+    def _start_attempt(self, now: float) -> None:
+        self._attempt += 1
+        self._accepted = None
+        self._waiting_since = now
+
+    def _want(self, offer: Offer, sources: tuple[PeerId, ...], outputs: list[Output]) -> None:
+        if offer.cid not in self._held and offer.cid not in self._asked:
+            self._asked.add(offer.cid)
+            outputs.append(Fetch(offer, sources))
+
+    def _best_visible(self, learners: Mapping[PeerId, LearnerView]) -> Proposal | None:
+        """The proposal for this round with the lowest (attempt, hash), not older than our attempt."""
+        seen = [(peer, view.proposal) for peer, view in learners.items() if view.proposal is not None]
+        if self._proposed is not None:
+            seen.append((self._me, self._proposed))
+        fitting = [
+            (proposal.attempt, self._rank(peer), proposal)
+            for peer, proposal in seen
+            if RoundKey(proposal.epoch, proposal.step) == self.key and proposal.attempt >= self._attempt
+        ]
+        return min(fitting, key=lambda item: item[:2])[2] if fitting else None
+
+    def _maybe_propose(self, learners: Mapping[PeerId, LearnerView], now: float, outputs: list[Output]) -> None:
+        present = {
+            peer: view
+            for peer, view in learners.items()
+            if view.key.epoch == self.key.epoch and view.key.step <= self.key.step
+        }
+        candidates = sorted([self._me, *present], key=self._rank)
+        waited = now >= self._waiting_since + self.patience_s
+        if candidates[self._attempt % len(candidates)] != self._me:
+            if waited:
+                self._start_attempt(now)
+            return
+        offers = [view.offer for view in present.values() if view.offer is not None and view.key == self.key]
+        held = [offer for offer in offers if offer.cid in self._held]
+        if self._own is not None:
+            held.append(self._own)
+        everybody = len(held) == len(present) + (self._own is not None)
+        if not held or not (everybody or waited):
+            return
+        ordered = tuple(sorted(held, key=lambda offer: offer.author))
+        self._proposed = self._accepted = Proposal(self.key.epoch, self.key.step, self._attempt, ordered)
+        outputs.append(Propose(self._proposed))
+
+    def _rank(self, peer: PeerId) -> bytes:
+        return rendezvous_rank(self._swarm, "round", self.key.epoch, self.key.step, peer)
