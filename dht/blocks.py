@@ -1,0 +1,69 @@
+"""Bytes cut into blocks that are named by their hash, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shoal.dht.manifests import ContentManifest, open_content_manifest
+from shoal.protocol.codec import encode
+from shoal.protocol.errors import LimitError, ProtocolError
+from shoal.protocol.ids import Cid
+from shoal.protocol.limits import BLOCK_BYTES, MAX_CONTENT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Some bytes, ready to be served.
+
+    Attributes:
+        cid: their name: of the only block, or of the manifest.
+        blocks: every block by name, the manifest with them.
+    """
+
+    cid: Cid
+    blocks: dict[Cid, bytes]
+
+
+def split(data: bytes | memoryview) -> Content:
+    """Cut bytes into blocks; equal bytes give an equal CID everywhere.
+
+    Raises:
+        LimitError: if they are more than one content may have.
+    """
+    if len(data) > MAX_CONTENT_BYTES:
+        raise LimitError(f"a content of {len(data)} bytes exceeds the limit of {MAX_CONTENT_BYTES}; split it")
+    if len(data) <= BLOCK_BYTES:
+        cid = Cid.of_block(data)
+        return Content(cid, {cid: bytes(data)})
+    view = memoryview(data)
+    parts = [bytes(view[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)]
+    names = tuple(Cid.of_block(part) for part in parts)
+    manifest = encode(ContentManifest(size=len(data), blocks=names))
+    cid = Cid.of_manifest(manifest)
+    return Content(cid, {cid: manifest, **dict(zip(names, parts, strict=True))})
+
+
+def assemble(cid: Cid, blocks: Mapping[Cid, bytes]) -> bytes:
+    """Put a content together; every block is checked against its name.
+
+    Raises:
+        ProtocolError: if a block is missing, or not what its name says.
+    """
+    first = _checked(cid, blocks)
+    if not cid.is_manifest:
+        return first
+    manifest = open_content_manifest(cid, first)
+    data = b"".join(_checked(block, blocks) for block in manifest.blocks)
+    if len(data) != manifest.size:
+        raise ProtocolError(f"the blocks of {cid} make {len(data)} bytes, not {manifest.size}")
+    return data
+
+
+def _checked(cid: Cid, blocks: Mapping[Cid, bytes]) -> bytes:
+    data = blocks.get(cid)
+    if data is None:
+        raise ProtocolError(f"block {cid} is missing; fetch it first")
+    if not cid.matches(data):
+        raise ProtocolError(f"block {cid} is damaged; fetch it again")
+    return data
