@@ -1,0 +1,344 @@
+"""What a node keeps: swarms, ops, blocks and small facts, in one SQLite file.
+
+What a method has written when it returns survives a kill and a power cut: the file is in WAL mode with
+``synchronous=FULL``, and each method is one transaction. All methods block; the daemon calls them from worker threads.
+One connection behind one lock serves them all, so calls from several threads wait for each other and never mix.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from shoal.crdt.oplog import open_op
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.errors import LimitError, ProtocolError, ShoalError
+from shoal.protocol.ids import Cid, SwarmId
+from shoal.protocol.limits import BLOCK_BYTES, MAX_OP_BYTES
+from shoal.protocol.signing import Signed
+
+SCHEMA_VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE swarms (
+    swarm TEXT PRIMARY KEY, manifest BLOB NOT NULL, role TEXT NOT NULL, joined_at REAL NOT NULL,
+    has_left INTEGER NOT NULL DEFAULT 0, addresses BLOB NOT NULL
+) STRICT;
+CREATE TABLE ops (
+    swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, seq INTEGER NOT NULL, sealed BLOB NOT NULL,
+    PRIMARY KEY (swarm, author, seq)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE blocks (
+    cid TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL, last_used REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0,
+    data BLOB NOT NULL
+) STRICT;
+CREATE INDEX blocks_by_use ON blocks (pinned, last_used);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+"""
+
+
+class StorageError(ShoalError):
+    """The node's file cannot be read or written; what was written before is still there, unless it is damaged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSwarm:
+    """A swarm that this node joined.
+
+    Attributes:
+        swarm: its name.
+        manifest: the bytes that the name stands for.
+        role: what this node does in it.
+        joined_at: Unix seconds.
+        has_left: whether this node left it for good.
+        addresses: of members, as last known: those of the ticket first.
+    """
+
+    swarm: SwarmId
+    manifest: bytes
+    role: str
+    joined_at: float
+    has_left: bool = False
+    addresses: tuple[str, ...] = ()
+
+
+class Storage:
+    """One open file. Close it, or use it as a context manager."""
+
+    __slots__ = ("_clock", "_db", "_lock", "_used", "path")
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """Open the file; create it, with mode 0600, if there is none.
+
+        Args:
+            path: of the file; its folder must exist. SQLite puts ``-wal`` and ``-shm`` beside it.
+            clock: Unix seconds, for the order of use of blocks.
+
+        Raises:
+            StorageError: if it cannot be opened, is no such file, or was written by a newer Shoal.
+        """
+        self.path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._used: dict[Cid, float] = {}  # reads of blocks, written with the next change
+        with self._explained():
+            try:
+                path.touch(mode=0o600)
+            except OSError as error:
+                raise StorageError(f"{path} cannot be opened: {error.strerror}; check the folder's rights") from error
+            self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def close(self) -> None:
+        """Close the file; nothing works afterwards."""
+        with self._lock, self._explained():
+            self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # --- swarms ---
+
+    def add_swarm(self, swarm: StoredSwarm) -> None:
+        """Remember a swarm, or replace what is remembered of it except when it was joined."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO swarms (swarm, manifest, role, joined_at, has_left, addresses) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (swarm) DO UPDATE SET role = excluded.role, has_left = excluded.has_left,"
+                " addresses = excluded.addresses",
+                (
+                    *(str(swarm.swarm), swarm.manifest, swarm.role, swarm.joined_at),
+                    *(int(swarm.has_left), encode(swarm.addresses)),
+                ),
+            )
+
+    def list_swarms(self) -> list[StoredSwarm]:
+        """Every swarm, those left too, in the order in which they were joined."""
+        rows = self._rows(
+            "SELECT swarm, manifest, role, joined_at, has_left, addresses FROM swarms ORDER BY joined_at, swarm"
+        )
+        with self._explained():
+            return [
+                StoredSwarm(
+                    swarm=SwarmId.parse(swarm),
+                    manifest=manifest,
+                    role=role,
+                    joined_at=joined_at,
+                    has_left=bool(has_left),
+                    addresses=decode(tuple[str, ...], addresses),
+                )
+                for swarm, manifest, role, joined_at, has_left, addresses in rows
+            ]
+
+    def set_left(self, swarm: SwarmId, has_left: bool = True) -> None:
+        """Remember that this node left a swarm, or came back."""
+        with self._transaction() as db:
+            db.execute("UPDATE swarms SET has_left = ? WHERE swarm = ?", (int(has_left), str(swarm)))
+
+    def set_addresses(self, swarm: SwarmId, addresses: Sequence[str]) -> None:
+        """Remember where members of a swarm were reached last."""
+        with self._transaction() as db:
+            db.execute("UPDATE swarms SET addresses = ? WHERE swarm = ?", (encode(tuple(addresses)), str(swarm)))
+
+    # --- ops ---
+
+    def append_ops(self, swarm: SwarmId, ops: Iterable[Signed]) -> None:
+        """Keep ops that were accepted, all or none; those kept already are no error.
+
+        Raises:
+            StorageError: if the swarm was not added, or another op is kept in the place of one of these.
+        """
+        rows = [(str(swarm), str(sealed.author), open_op(sealed).seq, encode(sealed)) for sealed in ops]
+        with self._transaction() as db:
+            for row in rows:
+                added = db.execute("INSERT INTO ops VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount
+                if added == 0:
+                    (held,) = db.execute(
+                        "SELECT sealed FROM ops WHERE swarm = ? AND author = ? AND seq = ?", row[:3]
+                    ).fetchone()
+                    if held != row[3]:
+                        raise StorageError(
+                            f"{self.path} holds another op {row[2]} of {row[1]}; stop other nodes that use this profile"
+                        )
+
+    def load_ops(self, swarm: SwarmId) -> list[Signed]:
+        """Every op of a swarm, by author and sequence number."""
+        rows = self._rows("SELECT sealed FROM ops WHERE swarm = ? ORDER BY author, seq", (str(swarm),))
+        with self._explained():
+            return [decode(Signed, sealed, max_bytes=MAX_OP_BYTES) for (sealed,) in rows]
+
+    # --- blocks ---
+
+    def put_block(self, cid: Cid, data: bytes, *, pinned: bool = False) -> None:
+        """Keep one block; see `put_blocks`."""
+        self.put_blocks({cid: data}, pinned=pinned)
+
+    def put_blocks(self, blocks: Mapping[Cid, bytes], *, pinned: bool = False) -> None:
+        """Keep blocks, all or none; those kept already are used, and pinned if asked for.
+
+        Raises:
+            ProtocolError: if a block is not what its name says, or too big.
+        """
+        now = self._clock()
+        rows = []
+        for cid, data in blocks.items():
+            if len(data) > BLOCK_BYTES:
+                raise LimitError(f"block {cid} of {len(data)} bytes exceeds the limit of {BLOCK_BYTES}")
+            if not cid.matches(data):
+                raise ProtocolError(f"these bytes are not block {cid}")
+            rows.append((str(cid), len(data), now, int(pinned), data))
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT INTO blocks (cid, num_bytes, last_used, pinned, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (cid)"
+                " DO UPDATE SET last_used = excluded.last_used, pinned = max(pinned, excluded.pinned)",
+                rows,
+            )
+
+    def get_block(self, cid: Cid) -> bytes | None:
+        """A block, checked against its name; None if it is not kept, or was damaged and is now forgotten."""
+        rows = self._rows("SELECT data FROM blocks WHERE cid = ?", (str(cid),))
+        if not rows:
+            return None
+        data: bytes = rows[0][0]
+        if not cid.matches(data):
+            with self._transaction() as db:
+                db.execute("DELETE FROM blocks WHERE cid = ?", (str(cid),))
+            return None
+        with self._lock:
+            self._used[cid] = self._clock()
+        return data
+
+    def has_block(self, cid: Cid) -> bool:
+        """Whether a block is kept; not a use of it."""
+        return bool(self._rows("SELECT 1 FROM blocks WHERE cid = ?", (str(cid),)))
+
+    def pin(self, cids: Iterable[Cid]) -> None:
+        """Never evict these blocks; those that are not kept are left out."""
+        self._set_pinned(cids, 1)
+
+    def unpin(self, cids: Iterable[Cid]) -> None:
+        """Allow these blocks to be evicted again."""
+        self._set_pinned(cids, 0)
+
+    def blocks_size(self) -> int:
+        """Bytes of all blocks."""
+        return int(self._rows("SELECT coalesce(sum(num_bytes), 0) FROM blocks")[0][0])
+
+    def evict(self, max_bytes: int) -> int:
+        """Forget blocks until all have at most ``max_bytes``: the least recently used first, pinned ones never.
+
+        Returns:
+            How many bytes were forgotten; the rest over the limit is pinned.
+        """
+        freed = 0
+        with self._transaction() as db:
+            excess = int(db.execute("SELECT coalesce(sum(num_bytes), 0) FROM blocks").fetchone()[0]) - max_bytes
+            if excess <= 0:
+                return 0
+            doomed = []
+            for cid, num_bytes in db.execute(
+                "SELECT cid, num_bytes FROM blocks WHERE pinned = 0 ORDER BY last_used, cid"
+            ):
+                doomed.append((cid,))
+                freed += num_bytes
+                if freed >= excess:
+                    break
+            db.executemany("DELETE FROM blocks WHERE cid = ?", doomed)
+        with self._lock, self._explained():
+            self._db.execute("PRAGMA incremental_vacuum").fetchall()  # give the space back to the disk
+        return freed
+
+    # --- facts ---
+
+    def put_fact(self, name: str, value: bytes) -> None:
+        """Keep some bytes under a name of the caller's choosing."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (name, value)
+            )
+
+    def get_fact(self, name: str) -> bytes | None:
+        """What was kept under a name."""
+        rows = self._rows("SELECT value FROM facts WHERE name = ?", (name,))
+        return rows[0][0] if rows else None
+
+    # --- the file ---
+
+    def _prepare(self) -> None:
+        db = self._db
+        version = int(db.execute("PRAGMA user_version").fetchone()[0])
+        if version > SCHEMA_VERSION:
+            raise StorageError(
+                f"{self.path} is of schema {version}, newer than this Shoal's {SCHEMA_VERSION}; update Shoal"
+            )
+        if version == 0:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        if version == 0:
+            if db.execute("SELECT 1 FROM sqlite_schema").fetchone():
+                raise StorageError(f"{self.path} is a database of something else; choose another place for it")
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+
+    def _set_pinned(self, cids: Iterable[Cid], pinned: int) -> None:
+        with self._transaction() as db:
+            db.executemany("UPDATE blocks SET pinned = ? WHERE cid = ?", [(pinned, str(cid)) for cid in cids])
+
+    def _rows(self, query: str, arguments: Sequence[Any] = ()) -> list[Any]:
+        with self._lock, self._explained():
+            return self._db.execute(query, arguments).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._explained():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                if self._used:
+                    uses = [(used, str(cid)) for cid, used in self._used.items()]
+                    self._db.executemany("UPDATE blocks SET last_used = ? WHERE cid = ?", uses)
+                yield self._db
+                self._db.execute("COMMIT")
+                self._used.clear()
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StorageError(f"{self.path}: {_advice(error)}") from error
+        except ProtocolError as error:
+            raise StorageError(f"{self.path} is damaged ({error}); move it away, and the node starts afresh") from error
+
+
+def _advice(error: sqlite3.Error) -> str:
+    match getattr(error, "sqlite_errorname", "").split("_"):
+        case ["SQLITE", "FULL", *_]:
+            return "the disk is full; free some space, or lower the node's storage limit"
+        case ["SQLITE", "READONLY" | "PERM" | "CANTOPEN" | "AUTH", *_]:
+            return f"it cannot be written ({error}); check the rights of the file and its folder"
+        case ["SQLITE", "BUSY" | "LOCKED", *_]:
+            return "another process uses it; stop the other node of this profile"
+        case ["SQLITE", "CORRUPT" | "NOTADB", *_]:
+            return f"it is damaged ({error}); move it away, and the node starts afresh"
+        case ["SQLITE", "CONSTRAINT", *_]:
+            return f"this does not fit what is stored ({error}); add the swarm first"
+        case ["SQLITE", "IOERR", *_]:
+            return f"the disk failed ({error}); check it, and its free space"
+    return f"{error}; check the file and its folder"
