@@ -1,0 +1,283 @@
+"""The local API's routes: a thin layer over what the node says of itself.
+
+All answers are JSON (`schemas`); an error is ``{"error": {"code", "message"}}`` with the command line's exit code.
+A swarm may be named by any unambiguous beginning of its CID. ``/docs`` is drawn from the OpenAPI description here,
+since the usual page loads its scripts from another site. Who may ask is `server`'s business.
+"""
+
+from __future__ import annotations
+
+import html
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import trio
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from shoal import __version__
+from shoal.node.api.schemas import (
+    CreatedSwarm,
+    CreateSwarm,
+    ErrorAnswer,
+    ErrorBody,
+    Event,
+    JoinedSwarm,
+    JoinSwarm,
+    MeshInfo,
+    NodeInfo,
+    PeerInfo,
+    StateInfo,
+    SwarmDetail,
+    SwarmSummary,
+)
+from shoal.protocol.errors import NoPeersError, RefusedError, ShoalError, UsageError
+from shoal.protocol.ids import SwarmId
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Receive, Scope, Send
+
+BEAT_S: Final = 0.5
+"""How often an event stream says that it is alive, and so how soon a dead reader is noticed."""
+
+HTTP_STATUS: Final[tuple[tuple[type[ShoalError], int], ...]] = (
+    (UsageError, 400),
+    (RefusedError, 409),
+    (NoPeersError, 503),
+    (ShoalError, 500),
+)
+
+
+class NodeView(Protocol):
+    """What the API needs of a node. The plain methods answer at once from what the node knows."""
+
+    def node(self) -> NodeInfo:
+        """The node itself."""
+
+    def peers(self) -> list[PeerInfo]:
+        """Whom it is connected to."""
+
+    def mesh(self) -> MeshInfo:
+        """What it knows of the mesh."""
+
+    def swarms(self) -> list[SwarmSummary]:
+        """The swarms that it is in, or was in since it started."""
+
+    def swarm(self, swarm: SwarmId) -> SwarmDetail:
+        """One of them; `UsageError` if it is in no such swarm."""
+
+    def state(self, swarm: SwarmId) -> StateInfo:
+        """The shared state of one of them; `UsageError` if it is in no such swarm."""
+
+    async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
+        """Start a run and take part in it."""
+
+    async def join_swarm(self, request: JoinSwarm) -> JoinedSwarm:
+        """Take part in a run."""
+
+    async def leave_swarm(self, swarm: SwarmId) -> None:
+        """Say goodbye to the members and forget the run."""
+
+    def stop(self) -> None:
+        """Begin to end the node; returns at once."""
+
+    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """What changes from now on; bounded: a reader that is too slow loses events, never blocks the node."""
+
+
+def create_app(node: NodeView) -> FastAPI:
+    """The API of one node, without any check of who asks."""
+    app = FastAPI(title="Shoal", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    _add_error_handlers(app)
+    _add_node_routes(app, node)
+    _add_swarm_routes(app, node)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(_docs_page(app.openapi()))
+
+    return app
+
+
+def resolve(node: NodeView, text: str) -> SwarmId:
+    """The one swarm of this node whose CID begins with ``text``.
+
+    Raises:
+        UsageError: if there is none, or more than one.
+    """
+    known = [summary.swarm for summary in node.swarms()]
+    if text in known:
+        return known[known.index(SwarmId(text))]
+    matches = [swarm for swarm in known if swarm.startswith(text)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(f"{text!r} could be any of {len(matches)} swarms; write more of its name")
+    raise UsageError(f"this node is in no swarm {text[:80]!r}; `shoal swarm ls` lists those that it is in")
+
+
+def _add_node_routes(app: FastAPI, node: NodeView) -> None:
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the node answers."""
+        return {"status": "ok"}
+
+    @app.get("/v1/node")
+    async def get_node() -> NodeInfo:
+        """This node."""
+        return node.node()
+
+    @app.post("/v1/node/stop", status_code=202)
+    async def stop() -> dict[str, int]:
+        """End the node; answers before it has ended."""
+        pid = node.node().pid
+        node.stop()
+        return {"pid": pid}
+
+    @app.get("/v1/peers")
+    async def get_peers() -> list[PeerInfo]:
+        """The nodes that this one is connected to."""
+        return node.peers()
+
+    @app.get("/v1/mesh")
+    async def get_mesh() -> MeshInfo:
+        """The nodes and connections that this node knows of."""
+        return node.mesh()
+
+    @app.get("/v1/events", response_class=Response)
+    async def get_events() -> Response:
+        """What changes, as server-sent events, with a comment line every half second in between."""
+        return _EventStream(node)
+
+
+def _add_swarm_routes(app: FastAPI, node: NodeView) -> None:
+    @app.get("/v1/swarms")
+    async def get_swarms() -> list[SwarmSummary]:
+        """The swarms that this node is in."""
+        return node.swarms()
+
+    @app.post("/v1/swarms", status_code=201)
+    async def create_swarm(request: CreateSwarm) -> CreatedSwarm:
+        """Start a training run and take part in it."""
+        return await node.create_swarm(request)
+
+    @app.post("/v1/swarms/join")
+    async def join_swarm(request: JoinSwarm) -> JoinedSwarm:
+        """Take part in a run, by its ticket."""
+        return await node.join_swarm(request)
+
+    @app.get("/v1/swarms/{swarm}")
+    async def get_swarm(swarm: str) -> SwarmDetail:
+        """One swarm in detail."""
+        return node.swarm(_resolve_or_404(node, swarm))
+
+    @app.delete("/v1/swarms/{swarm}")
+    async def leave_swarm(swarm: str) -> dict[str, str]:
+        """Leave a swarm."""
+        found = _resolve_or_404(node, swarm)
+        await node.leave_swarm(found)
+        return {"swarm": str(found)}
+
+    @app.get("/v1/state/{swarm}")
+    async def get_state(swarm: str) -> StateInfo:
+        """The shared state of a swarm, as this node holds it."""
+        return node.state(_resolve_or_404(node, swarm))
+
+
+class _UnknownSwarmError(UsageError):
+    """As `UsageError`, but answered with 404."""
+
+
+def _resolve_or_404(node: NodeView, text: str) -> SwarmId:
+    try:
+        return resolve(node, text)
+    except UsageError as error:
+        raise _UnknownSwarmError(str(error)) from error
+
+
+def error_response(status: int, code: int, message: str) -> JSONResponse:
+    """The one form of every failure."""
+    answer = ErrorAnswer(error=ErrorBody(code=code, message=message))
+    return JSONResponse(answer.model_dump(), status_code=status)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ShoalError)
+    async def on_shoal_error(_: Request, error: ShoalError) -> JSONResponse:
+        if isinstance(error, _UnknownSwarmError):
+            return error_response(404, error.exit_code, str(error))
+        status = next(status for kind, status in HTTP_STATUS if isinstance(error, kind))
+        return error_response(status, error.exit_code, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return error_response(422, UsageError.exit_code, f"{where or 'the request'}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is"
+        return error_response(error.status_code, UsageError.exit_code, message)
+
+    @app.exception_handler(Exception)
+    async def on_unexpected(_: Request, error: Exception) -> JSONResponse:
+        # Hypercorn logs it with its traceback; the node lives on.
+        return error_response(500, ShoalError.exit_code, f"the node failed to answer ({error!r:.200}); see its log")
+
+
+class _EventStream(Response):
+    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) until the reader goes."""
+
+    def __init__(self, node: NodeView) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._node = node
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        lock = trio.Lock()
+
+        async def write(text: str) -> None:
+            async with lock:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+        async def forward() -> None:
+            async for event in events:
+                await write(f"event: {event.name}\ndata: {event.model_dump_json(include={'data'})[8:-1]}\n\n")
+            nursery.cancel_scope.cancel()
+
+        async def beat() -> None:
+            while True:
+                await write(":\n\n")
+                await trio.sleep(BEAT_S)
+
+        async with self._node.events() as events:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(forward)
+                nursery.start_soon(beat)
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                nursery.cancel_scope.cancel()
+        with trio.move_on_after(1):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _docs_page(openapi: dict[str, Any]) -> str:
+    rows = [
+        f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
+        f"<td>{html.escape(operation.get('description') or operation.get('summary', ''))}</td></tr>"
+        for path, operations in openapi["paths"].items()
+        for method, operation in operations.items()
+    ]
+    return (
+        "<!doctype html><meta charset=utf-8><title>Shoal: local API</title>"
+        "<style>body{font:16px/1.5 system-ui;margin:2em;max-width:60em}td{padding:.2em 1em .2em 0}</style>"
+        f"<h1>Shoal {html.escape(openapi['info']['version'])}: local API</h1><table>{''.join(rows)}</table>"
+        '<p>Requests and answers in full: <a href="/openapi.json">/openapi.json</a> (OpenAPI).'
+    )

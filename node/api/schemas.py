@@ -1,0 +1,265 @@
+"""What the local API takes and gives: the models that the node fills in, the server writes and the client reads.
+
+A field that JSON calls by a Python keyword or by ``self`` has another name here (`mean_return`, `is_self`) and is
+written under JSON's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
+
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training.manifest import Manifest, Mode
+
+Name = TypeVar("Name", PeerId, Cid, SwarmId)
+
+_MANIFEST_DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Manifest)}
+
+
+def _reads(kind: type[Name]) -> PlainValidator:
+    def read(value: object) -> Name:
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, str):
+            raise ValueError("should be text")  # noqa: TRY004  pydantic turns ValueErrors into its report
+        try:
+            return kind.parse(value)
+        except ShoalError as error:
+            raise ValueError(str(error)) from error
+
+    return PlainValidator(read)
+
+
+_TEXT: Final = (PlainSerializer(str), WithJsonSchema({"type": "string"}))
+PeerName = Annotated[PeerId, _reads(PeerId), *_TEXT]
+CidName = Annotated[Cid, _reads(Cid), *_TEXT]
+SwarmName = Annotated[SwarmId, _reads(SwarmId), *_TEXT]
+
+
+def _named(name: str, json_name: str, default: Any = ...) -> Any:
+    """A field that JSON calls ``json_name``; both names are understood."""
+    return Field(default, validation_alias=AliasChoices(json_name, name), serialization_alias=json_name)
+
+
+class Model(BaseModel):
+    """Frozen; unknown fields are ignored, so that an older client can ask a newer node."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", serialize_by_alias=True)
+
+
+class NodeInfo(Model):
+    """This node."""
+
+    peer_id: PeerName
+    addresses: list[str]
+    """Full multiaddrs, ``/p2p/…`` included, at which others can reach it."""
+    profile: str
+    pid: int
+    version: str
+    uptime_s: float
+    num_peers: int
+    """Other nodes that it is connected to now."""
+    alone: bool
+    """It is in a swarm that wants to train, and nobody else is there."""
+    swarms: list[SwarmName] = []
+    can_train: bool = True
+    """Whether the ``train`` extra is installed."""
+    api: str = ""
+    """The API's URL on loopback TCP."""
+    listen: list[str] = []
+    """The multiaddrs that it was told to listen on."""
+
+
+class PeerInfo(Model):
+    """Another node that this one is connected to."""
+
+    peer_id: PeerName
+    path: str
+    """How it is reached now: ``direct``, ``punched``, ``webrtc``, ``relayed``."""
+    address: str
+    rtt_ms: float | None = None
+    connected_s: float = 0.0
+    direction: str = ""
+    """``inbound`` or ``outbound``: who dialled."""
+    swarms: list[SwarmName] = []
+    """The swarms that both are in."""
+
+
+class MeshNode(Model):
+    """A node in the picture of the mesh."""
+
+    peer_id: PeerName
+    is_self: bool = _named("is_self", "self", default=False)
+    addresses: list[str] = []
+    swarms: list[SwarmName] = []
+
+
+class MeshLink(Model):
+    """A connection between two nodes, as far as this one knows."""
+
+    a: PeerName
+    b: PeerName
+    path: str
+    rtt_ms: float | None = None
+
+
+class MeshInfo(Model):
+    """The nodes and connections that this node knows of."""
+
+    nodes: list[MeshNode]
+    links: list[MeshLink]
+
+
+class SwarmSummary(Model):
+    """One swarm that this node is in, on a line."""
+
+    swarm: SwarmName
+    name: str | None = None
+    task: str
+    algorithm: str
+    role: str
+    """What this node does in it: ``learner`` or ``storage``."""
+    phase: str
+    """``waiting fetching collecting updating exchanging evaluating done failed left``."""
+    epoch: int
+    mean_return: float | None = _named("mean_return", "return", default=None)
+    """Of the newest evaluation."""
+    target_return: float | None = None
+    env_steps: int = 0
+    """By all members together, over the whole run."""
+    num_members: int = 0
+    alone: bool = False
+    solved: bool = False
+
+
+class MemberInfo(Model):
+    """What one member does and has put in."""
+
+    peer_id: PeerName
+    role: str
+    is_self: bool = _named("is_self", "self", default=False)
+    live: bool = True
+    epoch: int = 0
+    phase: str = ""
+    env_steps: int = 0
+    """Over the whole run."""
+    samples: int = 0
+    """In this epoch."""
+    steps_per_s: float = 0.0
+    rounds: int = 0
+    """Exchanges that its contribution went into."""
+    share: float = 0.0
+    """Of all environment steps of the run, between 0 and 1."""
+
+
+class CurvePoint(Model):
+    """One evaluation."""
+
+    epoch: int
+    env_steps: int
+    mean_return: float = _named("mean_return", "return")
+
+
+class SwarmDetail(SwarmSummary):
+    """Everything about one swarm."""
+
+    mode: str
+    owner: PeerName
+    training_return: float | None = None
+    """Of recent training episodes, smoothed."""
+    max_env_steps: int = 0
+    batch_size: int = 0
+    steps_per_s: float = 0.0
+    """Of all live members together."""
+    members: list[MemberInfo] = []
+    digest: str | None = None
+    """Hex; of the parameters that this node holds."""
+    policy_cid: CidName | None = None
+    alone_since: float | None = None
+    """Unix seconds."""
+    trained_alone: bool = False
+    """Nobody but this node has put anything into the run."""
+    curve: list[CurvePoint] = []
+    results: str | None = None
+    """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
+    error: str | None = None
+    ticket: str = ""
+    started_at: float | None = None
+    """Unix seconds."""
+    elapsed_s: float = 0.0
+
+
+class StateInfo(Model):
+    """The shared state of one swarm, as this node holds it."""
+
+    version: dict[str, int]
+    """How many ops of each author are held."""
+    documents: dict[str, dict[str, Any]]
+
+
+class CreateSwarm(Model):
+    """Start a training run; what is left out takes the manifest's default."""
+
+    task: str
+    algorithm: str
+    name: str | None = None
+    mode: Mode = _MANIFEST_DEFAULTS["mode"]
+    batch_size: int = _MANIFEST_DEFAULTS["batch_size"]
+    min_learners: int = _MANIFEST_DEFAULTS["min_learners"]
+    target_return: float | None = None
+    """None: the task's own threshold, where it has one."""
+    eval_episodes: int = _MANIFEST_DEFAULTS["eval_episodes"]
+    eval_interval: int = _MANIFEST_DEFAULTS["eval_interval"]
+    max_env_steps: int = _MANIFEST_DEFAULTS["max_env_steps"]
+    seed: int = _MANIFEST_DEFAULTS["seed"]
+    hyperparameters: dict[str, Any] = {}
+    role: str = "auto"
+
+
+class CreatedSwarm(Model):
+    """The new swarm, and what to hand to others."""
+
+    swarm: SwarmName
+    ticket: str
+
+
+class JoinSwarm(Model):
+    """Take part in a run that somebody else started."""
+
+    ticket: str
+    role: str = "auto"
+
+
+class JoinedSwarm(Model):
+    """The swarm, and what this node does in it."""
+
+    swarm: SwarmName
+    role: str
+
+
+class Event(Model):
+    """Something changed.
+
+    ``swarm`` (data: ``{"swarm": id}``), ``peers`` and ``node`` are hints to ask again, so losing one does no harm.
+    """
+
+    name: str
+    data: dict[str, Any] = {}
+
+
+class ErrorBody(Model):
+    """Why a request failed."""
+
+    code: int
+    """The exit code that the command line ends with."""
+    message: str
+
+
+class ErrorAnswer(Model):
+    """The body of every answer that is not a success."""
+
+    error: ErrorBody

@@ -1,0 +1,58 @@
+"""The node's name: one Ed25519 secret per profile, made at the first start and never shown."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from shoal.node.files import make_private_folder, write_private
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.signing import Signer
+
+SECRET_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A node's key, ready to sign, and raw for libp2p."""
+
+    signer: Signer
+    secret: bytes = field(repr=False)
+
+
+def load_or_create_identity(path: Path) -> Identity:
+    """Read the secret key, or make one.
+
+    Raises:
+        ShoalError: if the file cannot be read or written, is not a key, or is open to other users.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _create(path)
+    except OSError as error:
+        raise ShoalError(f"the identity {path} cannot be read: {error.strerror}; correct its permissions") from error
+    with os.fdopen(descriptor, "rb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if mode & 0o077:
+            raise ShoalError(f"the identity {path} is open to other users (mode {mode:04o}); run: chmod 600 {path}")
+        try:
+            secret = file.read(SECRET_BYTES + 1)
+        except OSError as error:
+            raise ShoalError(f"the identity {path} cannot be read: {error.strerror}") from error
+    if len(secret) != SECRET_BYTES:
+        raise ShoalError(
+            f"the identity {path} is damaged; restore it from a backup, or move it away to start as a new node"
+        )
+    return Identity(Signer(secret), secret)
+
+
+def _create(path: Path) -> Identity:
+    make_private_folder(path.parent)
+    secret = secrets.token_bytes(SECRET_BYTES)
+    write_private(path, secret)
+    return Identity(Signer(secret), secret)
