@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -294,11 +295,9 @@ async def open_host(
         libp2p_host.set_stream_handler(RPC_PROTOCOL, host._serve_stream)
         network.register_notifee(_Notifee(host))
         for address in listen:
+            _check_free(address)
             if not await network.listen(Multiaddr(address)):
-                raise ListenError(
-                    f"cannot listen on {address}: the port is in use, or the address is not this machine's; "
-                    "choose another with --listen, for example /ip4/0.0.0.0/tcp/0"
-                )
+                raise ListenError(f"cannot listen on {address}; choose another address with --listen")
         dht = KadDHT(libp2p_host, DHTMode.SERVER)
         async with background_trio_service(dht):
             host._dht = dht
@@ -312,6 +311,21 @@ async def open_host(
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                     await libp2p_host.close()
+
+
+def _check_free(address: str) -> None:
+    """Libp2p shares ports (SO_REUSEPORT), so it would listen beside another node and get half of its connections."""
+    _, family, ip, _, port = address.split("/")
+    try:
+        with socket.socket(socket.AF_INET6 if family == "ip6" else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((ip, int(port)))
+            probe.listen()
+    except OSError as error:
+        raise ListenError(
+            f"cannot listen on {address}: {error.strerror}; choose another with --listen, "
+            f"for example /{family}/{ip}/tcp/0 for any free port"
+        ) from error
 
 
 async def _run_mdns(host: Host, libp2p_host: IHost) -> None:

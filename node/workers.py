@@ -50,12 +50,13 @@ def require_training() -> None:
 
 
 @asynccontextmanager
-async def open_worker(peer: PeerId, log_path: Path) -> AsyncIterator[Channel]:
+async def open_worker(nursery: trio.Nursery, peer: PeerId, log_path: Path) -> AsyncIterator[Channel]:
     """A running worker, to be called through the channel; it is gone when the context ends.
 
     A worker that dies makes its calls fail with UNAVAILABLE.
 
     Args:
+        nursery: runs the channel.
         peer: this node, as the worker's counterpart.
         log_path: where the worker's stderr goes.
     """
@@ -72,11 +73,9 @@ async def open_worker(peer: PeerId, log_path: Path) -> AsyncIterator[Channel]:
         )
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     channel = Channel(SocketByteStream(stream), peer, Router())
+    nursery.start_soon(channel.run)
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(channel.run)
-            yield channel
-            nursery.cancel_scope.cancel()
+        yield channel
     finally:
         with trio.CancelScope(shield=True):
             await stream.aclose()

@@ -55,7 +55,7 @@ class Worker:
     def __init__(self) -> None:
         self._learner: Learner | None = None
         self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
-        self._template: Arrays = {}  # what this learner offered in the round under way
+        self._template: Arrays = {}  # what contributions to the round under way look like
         self.methods: dict[str, tuple[type[Any], Callable[[Any, Attachments], tuple[object, Attachments]]]] = {
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
@@ -95,7 +95,7 @@ class Worker:
         """Collect experience."""
         collected = self.learner.collect(request.num_steps)
         returns = tuple(float(value) for value in collected.episode_returns)
-        return Collected(collected.samples, collected.epoch_samples, returns), ()
+        return Collected(collected.samples, collected.total, returns), ()
 
     def merge(self, request: Merge, attachments: Attachments) -> tuple[MergeAnswer, Attachments]:
         """Start the update, or send it the average that it waits for."""
@@ -111,8 +111,8 @@ class Worker:
             self._update = None
             stats: UpdateStats = end.value
             state, state_data = self._state(request.epoch, request.env_steps)
-            return MergeAnswer(state=state, stats=stats.as_dict(), rejected=tuple(rejected)), state_data
-        self._template = exchange.arrays
+            return MergeAnswer(state=state, stats=stats.metrics, rejected=tuple(rejected)), state_data
+        self._template = exchange.template
         data = encode_arrays(exchange.arrays, {}) if exchange.weight > 0 else b""
         return MergeAnswer(weight=exchange.weight, rejected=tuple(rejected)), (data,)
 
@@ -123,14 +123,10 @@ class Worker:
 
     def _average(self, request: Merge, attachments: Attachments, rejected: list[PeerId]) -> Arrays:
         contributions = []
-        template = self._template
         for author, weight, data in zip(request.authors, request.weights, attachments, strict=True):
             try:
                 contribution = Contribution(author, weight, decode_arrays(bytes(data))[0])
-                if template:
-                    validate(contribution, template)
-                else:
-                    template = contribution.arrays
+                validate(contribution, self._template)
             except ProtocolError:
                 rejected.append(author)
                 continue
@@ -179,10 +175,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _draw_curve(path: Path, request: Finish) -> None:
-    import matplotlib as mpl  # noqa: PLC0415  a second's import that only the end of a run needs
+    import matplotlib as mpl  # a second's import that only the end of a run needs
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     steps = [point[1] for point in request.curve]

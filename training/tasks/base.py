@@ -77,6 +77,8 @@ class Task(Protocol):
     name: str
     observation_size: int
     action_space: ActionSpace
+    target_return: float | None
+    """The mean return at which the task counts as solved, where it says so itself."""
 
     def make(self, num_envs: int) -> VectorEnv:
         """Environments of this task; `VectorEnv.reset` comes first."""

@@ -35,6 +35,7 @@ class GymTask:
             self.name = f"gym:{env_id}"
             self.observation_size = _observation_size(self.name, env.observation_space)
             self.action_space = _action_space(self.name, env.action_space)
+            self.target_return: float | None = None if env.spec is None else env.spec.reward_threshold
         finally:
             env.close()
         self._env_id = env_id

@@ -1,0 +1,231 @@
+"""The local API's client: blocking, over the Unix socket, with the same types and the same errors as in the node."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from shoal.node.api.schemas import (
+    CreatedSwarm,
+    CreateSwarm,
+    ErrorAnswer,
+    Event,
+    JoinedSwarm,
+    JoinSwarm,
+    MeshInfo,
+    NodeInfo,
+    PeerInfo,
+    StateInfo,
+    SwarmDetail,
+    SwarmSummary,
+)
+from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, ShoalError, UsageError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from shoal.node.config import ProfilePaths
+
+T = TypeVar("T")
+
+ANSWER_TIMEOUT_S: Final = 10.0
+WORK_TIMEOUT_S: Final = 120.0
+"""To create or join a swarm: a manifest is fetched, and a slow machine starts a worker."""
+SILENCE_TIMEOUT_S: Final = 15.0
+"""An event stream beats every half second; a node that is silent for so long hangs."""
+MIN_REFRESH_S: Final = 0.1
+
+_ERRORS: Final[dict[int, type[ShoalError]]] = {
+    kind.exit_code: kind for kind in (ShoalError, UsageError, NoDaemonError, NoPeersError, RefusedError)
+}
+
+
+class Client:
+    """Talks to the node that runs under a profile. Use it in a ``with`` block.
+
+    Every method raises `NoDaemonError` if no node answers, and otherwise the error that the node answered with.
+    """
+
+    def __init__(self, paths: ProfilePaths, profile: str) -> None:
+        self._profile = profile
+        try:
+            record = json.loads(paths.api.read_bytes())
+            self.pid = int(record["pid"])
+            socket = Path(record["socket"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._no_daemon() from error
+        self._http = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://localhost", timeout=ANSWER_TIMEOUT_S
+        )
+
+    def __enter__(self) -> Self:
+        """Use the client."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def node(self) -> NodeInfo:
+        """The node itself."""
+        return self._ask(NodeInfo, "GET", "/v1/node")
+
+    def peers(self) -> list[PeerInfo]:
+        """Whom it is connected to."""
+        return self._ask(list[PeerInfo], "GET", "/v1/peers")
+
+    def mesh(self) -> MeshInfo:
+        """What it knows of the mesh."""
+        return self._ask(MeshInfo, "GET", "/v1/mesh")
+
+    def swarms(self) -> list[SwarmSummary]:
+        """The swarms that it is in."""
+        return self._ask(list[SwarmSummary], "GET", "/v1/swarms")
+
+    def swarm(self, swarm: str) -> SwarmDetail:
+        """One of them, by its name or the beginning of it."""
+        return self._ask(SwarmDetail, "GET", f"/v1/swarms/{_in_path(swarm)}")
+
+    def state(self, swarm: str) -> StateInfo:
+        """The shared state of one of them."""
+        return self._ask(StateInfo, "GET", f"/v1/state/{_in_path(swarm)}")
+
+    def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
+        """Start a run and take part in it."""
+        return self._ask(CreatedSwarm, "POST", "/v1/swarms", request, timeout_s=WORK_TIMEOUT_S)
+
+    def join_swarm(self, request: JoinSwarm) -> JoinedSwarm:
+        """Take part in a run."""
+        return self._ask(JoinedSwarm, "POST", "/v1/swarms/join", request, timeout_s=WORK_TIMEOUT_S)
+
+    def leave_swarm(self, swarm: str) -> str:
+        """Leave a swarm; gives its full name."""
+        answer = self._ask(dict[str, str], "DELETE", f"/v1/swarms/{_in_path(swarm)}", timeout_s=WORK_TIMEOUT_S)
+        return answer["swarm"]
+
+    def stop(self) -> int:
+        """Begin to end the node; gives its process id."""
+        return self._ask(dict[str, int], "POST", "/v1/node/stop")["pid"]
+
+    def the_swarm(self, swarm: str | None) -> str:
+        """The swarm that is meant: the one named, or the only one there is.
+
+        Raises:
+            UsageError: if none is named and there is none or more than one.
+        """
+        if swarm is not None:
+            return swarm
+        known = self.swarms()
+        if len(known) == 1:
+            return known[0].swarm
+        if not known:
+            raise UsageError("this node is in no swarm; start one with `shoal swarm create`, or `shoal join TICKET`")
+        raise UsageError(f"this node is in {len(known)} swarms; say which one (`shoal swarm ls`)")
+
+    @contextmanager
+    def events(self) -> Iterator[Iterator[Event | None]]:
+        """What changes from now on; None stands for a beat without news, twice a second."""
+        try:
+            timeout = httpx.Timeout(ANSWER_TIMEOUT_S, read=SILENCE_TIMEOUT_S)
+            with self._http.stream("GET", "/v1/events", timeout=timeout) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise self._error(answer)
+                yield self._parse_events(answer)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self._no_daemon() from error
+
+    def watch_swarm(self, swarm: str) -> Iterator[SwarmDetail]:
+        """A swarm now, and again whenever it has changed; ends only with an error or with its caller."""
+        with self.events() as events:
+            last = self.swarm(swarm)
+            asked_at = time.monotonic()
+            yield last
+            for event in events:
+                is_news = event is None or (event.name == "swarm" and event.data.get("swarm") in (None, last.swarm))
+                if not is_news or time.monotonic() - asked_at < MIN_REFRESH_S:
+                    continue
+                asked_at = time.monotonic()
+                detail = self.swarm(last.swarm)
+                if detail != last:
+                    last = detail
+                    yield last
+
+    def _parse_events(self, answer: httpx.Response) -> Iterator[Event | None]:
+        name = data = ""
+        try:
+            for line in answer.iter_lines():
+                field, _, value = line.partition(":")
+                match field:
+                    case "event":
+                        name = value.strip()
+                    case "data":
+                        data = value.strip()
+                    case "" if line:
+                        yield None
+                    case "" if name:
+                        yield Event(name=name, data=json.loads(data or "{}"))
+                        name = data = ""
+        except httpx.HTTPError as error:
+            raise self._gone() from error
+        raise self._gone()
+
+    def _ask(
+        self,
+        kind: type[T],
+        method: str,
+        path: str,
+        body: BaseModel | None = None,
+        *,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> T:
+        content: dict[str, Any] = {} if body is None else {"json": body.model_dump(mode="json")}
+        try:
+            answer = self._http.request(method, path, timeout=timeout_s, **content)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self._no_daemon() from error
+        except httpx.TimeoutException as error:
+            raise ShoalError(f"the node (pid {self.pid}) did not answer in {timeout_s:.0f} s; see its log") from error
+        except httpx.HTTPError as error:
+            raise self._gone() from error
+        if answer.is_error:
+            raise self._error(answer)
+        try:
+            return TypeAdapter(kind).validate_json(answer.content)
+        except ValidationError as error:
+            raise self._not_understood(answer) from error
+
+    def _error(self, answer: httpx.Response) -> ShoalError:
+        try:
+            error = ErrorAnswer.model_validate_json(answer.content).error
+        except ValidationError:
+            return self._not_understood(answer)
+        return _ERRORS.get(error.code, ShoalError)(error.message)
+
+    def _no_daemon(self) -> NoDaemonError:
+        flag = "" if self._profile == "default" else f" --profile {self._profile}"
+        return NoDaemonError(f"no node is running under profile {self._profile!r}; start one with `shoal up{flag}`")
+
+    def _gone(self) -> NoDaemonError:
+        return NoDaemonError(f"the node of profile {self._profile!r} has ended; its log says why")
+
+    def _not_understood(self, answer: httpx.Response) -> ShoalError:
+        return ShoalError(
+            f"the node answered {answer.request.url.path} with what this version does not understand "
+            f"(HTTP {answer.status_code}); restart it after an update"
+        )
+
+
+def _in_path(text: str) -> str:
+    if not text.isalnum():
+        raise UsageError(f"{text[:80]!r} is not the name of a swarm; `shoal swarm ls` lists those of this node")
+    return text

@@ -1,0 +1,311 @@
+"""The composition root: one node from start to stop, and what its local API shows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+import shoal
+from shoal.crdt.views import contributions, evaluations, members
+from shoal.node.api.schemas import (
+    CreatedSwarm,
+    CreateSwarm,
+    CurvePoint,
+    Event,
+    JoinedSwarm,
+    JoinSwarm,
+    MemberInfo,
+    MeshInfo,
+    MeshLink,
+    MeshNode,
+    NodeInfo,
+    PeerInfo,
+    StateInfo,
+    SwarmDetail,
+    SwarmSummary,
+)
+from shoal.node.api.server import serve_api
+from shoal.node.config import NodeConfig
+from shoal.node.content import ContentStore
+from shoal.node.host import Host, open_host
+from shoal.node.identity import load_or_create_identity
+from shoal.node.lock import hold_profile
+from shoal.node.rpc import Router
+from shoal.node.storage import Storage
+from shoal.node.swarms import Membership, Swarms, unwrap
+from shoal.node.workers import can_train
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.ids import PeerId, SwarmId
+from shoal.training.facts import Facts, Phase
+from shoal.training.ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING_EVENTS: Final = 256
+EVENT_INTERVAL_S: Final = 0.1
+
+
+def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None]) -> None:
+    """Run a node until SIGINT, SIGTERM or its API stops it.
+
+    Args:
+        config: how it is set up.
+        on_ready: told once when the node listens and its API answers.
+
+    Raises:
+        ShoalError: if it cannot start.
+    """
+    paths = config.paths
+    paths.create()
+    with hold_profile(paths.lock, config.profile):
+        try:
+            trio.run(_run, config, on_ready)
+        except BaseExceptionGroup as group:
+            error = unwrap(group)
+            if isinstance(error, ShoalError):
+                raise error from None
+            raise
+
+
+async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None:
+    paths = config.paths
+    identity = load_or_create_identity(paths.identity)
+    storage = Storage(paths.database)
+    router = Router()
+    try:
+        async with (
+            trio.open_nursery() as nursery,
+            open_host(
+                secret=identity.secret,
+                listen=config.listen,
+                bootstrap=config.bootstrap,
+                mdns=config.mdns,
+                router=router,
+            ) as host,
+        ):
+            content = ContentStore(storage, host)
+            swarms = Swarms(
+                signer=identity.signer, host=host, storage=storage, content=content, paths=paths, nursery=nursery
+            )
+            swarms.serve(router)
+            node = Node(config, host, swarms, nursery.cancel_scope)
+            nursery.start_soon(_stop_on_signal, node)
+            nursery.start_soon(_follow_host, host, swarms)
+            await swarms.take_up()
+            address = await nursery.start(
+                lambda task_status: serve_api(node, paths, port=config.api_port, task_status=task_status)
+            )
+            node.api_url = address.url
+            log.info("node %s is ready; it listens on %s", host.peer_id, ", ".join(host.addresses()))
+            on_ready(node.node())
+            await trio.sleep_forever()
+    finally:
+        storage.close()
+        log.info("node %s has stopped", identity.signer.peer_id)
+
+
+async def _stop_on_signal(node: Node) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            log.info("stopping on %s", signal.Signals(number).name)
+            node.stop()
+
+
+async def _follow_host(host: Host, swarms: Swarms) -> None:
+    async for event in host.events:
+        log.info("%s", event)
+        swarms.handle(event)
+
+
+class Node:
+    """What the local API sees; see `shoal.node.api.app.NodeView`."""
+
+    def __init__(self, config: NodeConfig, host: Host, swarms: Swarms, scope: trio.CancelScope) -> None:
+        self.api_url = ""
+        self._config = config
+        self._host = host
+        self._swarms = swarms
+        self._scope = scope
+        self._started = time.monotonic()
+
+    def node(self) -> NodeInfo:
+        """The node itself."""
+        return NodeInfo(
+            peer_id=self._host.peer_id,
+            addresses=list(self._host.addresses()),
+            profile=self._config.profile,
+            pid=os.getpid(),
+            version=shoal.__version__,
+            uptime_s=round(time.monotonic() - self._started, 3),
+            num_peers=len(self._host.connected),
+            alone=not self._host.connected,
+            swarms=list(self._swarms.joined),
+            can_train=can_train(),
+            api=self.api_url,
+            listen=list(self._config.listen),
+        )
+
+    def peers(self) -> list[PeerInfo]:
+        """Whom it is connected to."""
+        now = trio.current_time()
+        return [
+            PeerInfo(
+                peer_id=peer,
+                path="direct",
+                address=state.address,
+                rtt_ms=None if state.rtt_ms is None else round(state.rtt_ms, 3),
+                connected_s=round(now - state.since, 3),
+                direction="outbound" if state.outbound else "inbound",
+                swarms=[swarm for swarm, joined in self._swarms.joined.items() if peer in joined.replica.neighbours],
+            )
+            for peer, state in self._host.connected.items()
+        ]
+
+    def mesh(self) -> MeshInfo:
+        """What it knows of the mesh: itself, its peers, and members of its swarms that it heard of."""
+        me = self._host.peer_id
+        nodes = {me: MeshNode(peer_id=me, is_self=True, addresses=list(self._host.addresses()))}
+        for peer, state in self._host.connected.items():
+            nodes[peer] = MeshNode(peer_id=peer, addresses=[state.address])
+        for joined in self._swarms.joined.values():
+            for peer, facts in joined.replica.live.items():
+                nodes.setdefault(peer, MeshNode(peer_id=peer, addresses=list(facts.addresses)))
+        for peer, node in nodes.items():
+            in_swarms = [s for s, joined in self._swarms.joined.items() if peer == me or peer in joined.replica.live]
+            nodes[peer] = node.model_copy(update={"swarms": in_swarms})
+        links = [
+            MeshLink(a=me, b=peer, path="direct", rtt_ms=state.rtt_ms) for peer, state in self._host.connected.items()
+        ]
+        return MeshInfo(nodes=list(nodes.values()), links=links)
+
+    def swarms(self) -> list[SwarmSummary]:
+        """The swarms that it is in."""
+        return [
+            SwarmSummary.model_validate(self._detail(joined).model_dump()) for joined in self._swarms.joined.values()
+        ]
+
+    def swarm(self, swarm: SwarmId) -> SwarmDetail:
+        """One of them; `UsageError` if it is in no such swarm."""
+        return self._detail(self._swarms.get(swarm))
+
+    def state(self, swarm: SwarmId) -> StateInfo:
+        """The shared state of one of them; `UsageError` if it is in no such swarm."""
+        replica = self._swarms.get(swarm).replica
+        return StateInfo(
+            version={str(author): seq for author, seq in replica.version().items()},
+            documents={str(author): values for author, values in replica.documents().items()},
+        )
+
+    async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
+        """Start a run and take part in it."""
+        swarm = await self._swarms.create(request)
+        return CreatedSwarm(swarm=swarm, ticket=self._swarms.ticket(swarm))
+
+    async def join_swarm(self, request: JoinSwarm) -> JoinedSwarm:
+        """Take part in a run."""
+        swarm, role = await self._swarms.join(Ticket.parse(request.ticket), request.role)
+        return JoinedSwarm(swarm=swarm, role=str(role))
+
+    async def leave_swarm(self, swarm: SwarmId) -> None:
+        """Say goodbye to the members and forget the run."""
+        await self._swarms.leave(swarm)
+
+    def stop(self) -> None:
+        """Begin to end the node; returns at once."""
+        self._scope.cancel()
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
+        """What changes from now on, at most ten times a second; a slow reader sees the newest, never a backlog."""
+        yield self._changes()
+
+    async def _changes(self) -> AsyncIterator[Event]:
+        last: dict[str, Any] = {}
+        while True:
+            current: dict[str, Any] = {"node": self.node().model_dump(mode="json", exclude={"uptime_s"})}
+            for swarm, joined in list(self._swarms.joined.items()):
+                current[f"swarm {swarm}"] = self._detail(joined).model_dump(mode="json")
+            for key, value in current.items():
+                if last.get(key) != value:
+                    yield Event(name=key.split()[0], data=value)
+            for key in last.keys() - current.keys():
+                yield Event(name="left", data={"swarm": key.split()[1]})
+            last = current
+            with trio.move_on_after(1):
+                await self._swarms.changed.wait()
+            await trio.sleep(EVENT_INTERVAL_S)
+
+    def _detail(self, joined: Membership) -> SwarmDetail:
+        run, manifest, status, replica = joined.run, joined.manifest, joined.run.status, joined.replica
+        documents = replica.documents()
+        found = evaluations(documents)
+        points = [CurvePoint(epoch=int(p[0]), env_steps=int(p[1]), mean_return=p[2]) for p in run.curve()]
+        people = self._members(joined)
+        mean_return = status.final.mean_return if status.final else (found[-1].mean_return if found else None)
+        return SwarmDetail(
+            swarm=run.swarm,
+            task=manifest.task,
+            algorithm=manifest.algorithm,
+            role=str(run.role),
+            phase=str(replica.facts.phase),
+            epoch=status.epoch,
+            mean_return=mean_return,
+            target_return=manifest.target_return,
+            env_steps=status.env_steps,
+            num_members=sum(member.live for member in people),
+            alone=not replica.live,
+            solved=status.solved,
+            mode=str(manifest.mode),
+            owner=manifest.owner,
+            training_return=status.training_return,
+            max_env_steps=manifest.max_env_steps,
+            batch_size=manifest.batch_size,
+            steps_per_s=round(sum(member.steps_per_s for member in people if member.live), 1),
+            members=people,
+            digest=status.digest,
+            policy_cid=status.cid,
+            alone_since=status.alone_since,
+            trained_alone=status.trained_alone,
+            curve=points,
+            results=None if status.results is None else str(status.results),
+            error=status.error,
+            ticket=self._swarms.ticket(run.swarm),
+            started_at=status.started_at,
+            elapsed_s=round((status.ended_at or time.time()) - status.started_at, 3),
+        )
+
+    def _members(self, joined: Membership) -> list[MemberInfo]:
+        replica, me = joined.replica, self._host.peer_id
+        documents = replica.documents()
+        contributed = contributions(documents)
+        total = sum(entry.env_steps for entry in contributed.values())
+        listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in replica.live.items()}
+        listed |= {peer: known.role for peer, known in members(documents).items() if not known.left}
+        listed[me] = str(joined.run.role)
+        found = []
+        for peer, role in sorted(listed.items()):
+            live: Facts | None = replica.facts if peer == me else replica.live.get(peer)
+            given = contributed.get(peer)
+            found.append(
+                MemberInfo(
+                    peer_id=peer,
+                    role=role,
+                    is_self=peer == me,
+                    live=live is not None,
+                    epoch=live.epoch if live else 0,
+                    phase=str(live.phase) if live else "gone",
+                    env_steps=max(given.env_steps if given else 0, live.env_steps if live else 0),
+                    samples=live.samples if live else 0,
+                    steps_per_s=live.steps_per_s if live and live.phase is not Phase.DONE else 0.0,
+                    rounds=given.rounds if given else 0,
+                    share=round(given.env_steps / total, 4) if given and total else 0.0,
+                )
+            )
+        return found

@@ -1,0 +1,340 @@
+"""One swarm's shared state on this node: documents and presence, kept in step with the other members.
+
+New ops and presence are pushed at once to every connected member and forwarded the first time they are seen, so they
+reach members that are not connected to their author. What a push loses, sync repairs: on connect, and at random
+intervals with a random member. An op is on disk before it is acknowledged, forwarded or acted on.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from shoal.crdt.presence import PresenceTable
+from shoal.crdt.sync import SwarmDocs
+from shoal.node.host import Host
+from shoal.node.services import (
+    PUSH_OPS,
+    PUSH_PRESENCE,
+    SYNC,
+    OpsPush,
+    PresencePush,
+    SyncAnswer,
+    SyncRequest,
+    typed_version,
+)
+from shoal.node.storage import Storage
+from shoal.protocol.codec import to_plain
+from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status
+from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.signing import Signed, Signer
+from shoal.training.facts import Facts, read_facts
+
+if TYPE_CHECKING:
+    from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S: Final = 1.0
+MIN_ANNOUNCE_GAP_S: Final = 0.02
+SYNC_INTERVAL_S: Final = 5.0
+DIAL_INTERVAL_S: Final = 1.0
+CALL_TIMEOUT_S: Final = 5.0
+SYNC_BYTES: Final = 200 * 1024
+MAX_QUEUED_OPS: Final = 1024
+
+
+class Signal:
+    """Wakes everybody who waits for a change."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        """Something changed."""
+        self._event.set()
+        self._event = trio.Event()
+
+    async def wait(self) -> None:
+        """Until the next change."""
+        await self._event.wait()
+
+
+class _Neighbour:
+    """What waits to be sent to one connected member; presence is only ever the newest of each author."""
+
+    def __init__(self) -> None:
+        self.presence: dict[PeerId, Signed] = {}
+        self.ops: list[Signed] = []
+        self.wake = trio.Event()
+
+    def clear(self) -> tuple[tuple[Signed, ...], tuple[Signed, ...]]:
+        """Take all that waits."""
+        presence, ops = tuple(self.presence.values()), tuple(self.ops)
+        self.presence, self.ops, self.wake = {}, [], trio.Event()
+        return presence, ops
+
+
+class Replica:
+    """Documents and presence of one swarm."""
+
+    def __init__(
+        self,
+        swarm: SwarmId,
+        signer: Signer,
+        docs: SwarmDocs,
+        presence: PresenceTable,
+        storage: Storage,
+        host: Host,
+        facts: Facts,
+    ) -> None:
+        self.swarm = swarm
+        self.changed = Signal()
+        self.facts = facts
+        self._signer = signer
+        self._docs = docs
+        self._presence = presence
+        self._storage = storage
+        self._host = host
+        self._neighbours: dict[PeerId, _Neighbour] = {}
+        self._announce = trio.Event()
+        self._store_lock = trio.Lock()
+        self._nursery: trio.Nursery | None = None
+        self._live: dict[PeerId, Facts] = {}
+        self._documents: dict[PeerId, dict[str, Any]] | None = None
+        self._rng = random.Random()  # noqa: S311  picks whom to sync with
+
+    # What the rest of the node reads.
+
+    @property
+    def neighbours(self) -> frozenset[PeerId]:
+        """Connected members."""
+        return frozenset(self._neighbours)
+
+    @property
+    def live(self) -> dict[PeerId, Facts]:
+        """The facts of every other member that was heard of lately."""
+        return self._live
+
+    def documents(self) -> dict[PeerId, dict[str, Any]]:
+        """Every author's registers."""
+        if self._documents is None:
+            self._documents = self._docs.documents()
+        return self._documents
+
+    def version(self) -> dict[PeerId, int]:
+        """The newest sequence number held of each author."""
+        return self._docs.version()
+
+    # What the rest of the node says.
+
+    def announce(self, **changes: Any) -> None:
+        """Change what this node's presence says, and say it soon."""
+        self.facts = replace(self.facts, **changes)
+        self._announce.set()
+        self.changed.set()
+
+    async def write(self, **registers: Any) -> None:
+        """Set registers of this node's document; returns when they are on disk."""
+        async with self._store_lock:
+            op = self._docs.write(self._signer, **registers)
+            self._documents = None
+            await trio.to_thread.run_sync(self._storage.append_ops, self.swarm, [op])
+        self._spread_ops([op], but=None)
+        self.changed.set()
+
+    async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep in step with the others until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._announce_loop)
+            nursery.start_soon(self._sync_loop)
+            nursery.start_soon(self._dial_loop)
+            nursery.start_soon(self._expire_loop)
+            task_status.started()
+
+    def say_goodbye(self) -> None:
+        """Forget the connected members; used when leaving."""
+        self._neighbours.clear()
+
+    # Peers come and go.
+
+    async def peer_up(self, peer: PeerId) -> None:
+        """A connection stands; find out whether the peer is a member, and catch up with it if so."""
+        for _ in range(3):
+            try:
+                await self.sync_with(peer)
+            except RemoteError as error:
+                if error.status in (Status.NOT_FOUND, Status.UNIMPLEMENTED):
+                    return  # not a member
+                await trio.sleep(0.2)
+            except ProtocolError as error:
+                log.warning("%s answers sync with nonsense: %s", peer, error)
+                return
+            else:
+                return
+
+    def peer_down(self, peer: PeerId) -> None:
+        """The last connection to a peer is gone."""
+        if self._neighbours.pop(peer, None) is not None:
+            self._presence.drop(peer)
+            self._refresh_live()
+
+    async def sync_with(self, peer: PeerId) -> None:
+        """Take what a peer has and give it what it lacks.
+
+        Raises:
+            RemoteError: if it cannot be asked, NOT_FOUND if it is not in this swarm.
+            ProtocolError: if its answer breaks the protocol.
+        """
+        while True:
+            version = {str(author): seq for author, seq in self._docs.version().items()}
+            answer, _ = await self._host.call(peer, SYNC, SyncRequest(self.swarm, version), timeout_s=CALL_TIMEOUT_S)
+            self._meet(peer)
+            took = await self._take_ops(answer.ops, peer)
+            if not took:
+                break
+        self._queue(peer, ops=self._docs.missing(typed_version(answer.version), SYNC_BYTES))
+
+    def _meet(self, peer: PeerId) -> None:
+        if peer in self._neighbours or self._nursery is None:
+            return
+        neighbour = self._neighbours[peer] = _Neighbour()
+        self._nursery.start_soon(self._push_loop, peer, neighbour)
+        self._queue(peer, presence=self._presence.newest())
+        self._announce.set()
+
+    # What peers call.
+
+    async def serve_sync(self, peer: PeerId, request: SyncRequest) -> SyncAnswer:
+        """A member asks for what it lacks."""
+        theirs = typed_version(request.version)
+        if peer not in self._neighbours:
+            self._meet(peer)
+        ours = self._docs.version()
+        if self._nursery is not None and any(seq > ours.get(author, 0) for author, seq in theirs.items()):
+            self._nursery.start_soon(self._sync_quietly, peer)
+        ops = self._docs.missing(theirs, SYNC_BYTES)
+        return SyncAnswer(tuple(ops), {str(author): seq for author, seq in ours.items()})
+
+    async def serve_ops(self, peer: PeerId, push: OpsPush) -> None:
+        """A member pushes new ops."""
+        await self._take_ops(push.ops, peer)
+
+    async def serve_presence(self, peer: PeerId, push: PresencePush) -> None:
+        """A member pushes presence, its own and others'."""
+        news = [record for record in push.records if self._is_news(record)]
+        if news:
+            for other in self._neighbours:
+                self._queue(other, presence=[record for record in news if other not in (peer, record.author)])
+            self._refresh_live()
+
+    def _is_news(self, record: Signed) -> bool:
+        mine = record.author == self._signer.peer_id
+        return not mine and self._presence.receive(record, trio.current_time()) is not None
+
+    # Inside.
+
+    async def _take_ops(self, ops: Sequence[Signed], source: PeerId) -> int:
+        async with self._store_lock:
+            received = self._docs.receive(ops)
+            self._documents = None
+            if received.accepted:
+                await trio.to_thread.run_sync(self._storage.append_ops, self.swarm, list(received.accepted))
+        for rejected in received.rejected:
+            log.warning("an op that %s sent is refused: %s", source, rejected.reason)
+        if received.accepted:
+            self._spread_ops(received.accepted, but=source)
+            self.changed.set()
+        return len(received.accepted)
+
+    def _spread_ops(self, ops: Sequence[Signed], but: PeerId | None) -> None:
+        for other in self._neighbours:
+            if other != but:
+                self._queue(other, ops=ops)
+
+    def _queue(self, peer: PeerId, *, ops: Sequence[Signed] = (), presence: Sequence[Signed] = ()) -> None:
+        neighbour = self._neighbours.get(peer)
+        if neighbour is None or not (ops or presence):
+            return
+        room = MAX_QUEUED_OPS - len(neighbour.ops)  # what does not fit, sync brings
+        neighbour.ops += ops[:room]
+        for record in presence:
+            neighbour.presence[record.author] = record
+        neighbour.wake.set()
+
+    async def _push_loop(self, peer: PeerId, neighbour: _Neighbour) -> None:
+        while self._neighbours.get(peer) is neighbour:
+            await neighbour.wake.wait()
+            presence, ops = neighbour.clear()
+            try:
+                if presence:
+                    await self._host.call(
+                        peer, PUSH_PRESENCE, PresencePush(self.swarm, presence), timeout_s=CALL_TIMEOUT_S
+                    )
+                if ops:
+                    await self._host.call(peer, PUSH_OPS, OpsPush(self.swarm, ops), timeout_s=CALL_TIMEOUT_S)
+            except RemoteError as error:
+                if error.status is Status.NOT_FOUND:
+                    self.peer_down(peer)  # it left the swarm
+                    return
+                log.debug("a push to %s failed: %s", peer, error)
+                await trio.sleep(0.1)
+
+    async def _announce_loop(self) -> None:
+        while True:
+            self._announce = trio.Event()
+            facts = replace(self.facts, addresses=self._host.addresses())
+            record = self._presence.announce(self._signer, to_plain(facts))
+            for peer in self._neighbours:
+                self._queue(peer, presence=[record])
+            await trio.sleep(MIN_ANNOUNCE_GAP_S)
+            with trio.move_on_after(HEARTBEAT_S):
+                await self._announce.wait()
+
+    async def _sync_loop(self) -> None:
+        while True:
+            await trio.sleep(SYNC_INTERVAL_S * self._rng.uniform(0.5, 1.5))
+            if self._neighbours:
+                await self._sync_quietly(self._rng.choice(sorted(self._neighbours)))
+
+    async def _sync_quietly(self, peer: PeerId) -> None:
+        try:
+            await self.sync_with(peer)
+        except ShoalError as error:
+            log.debug("sync with %s failed: %s", peer, error)
+
+    async def _dial_loop(self) -> None:
+        """Be connected to every live member."""
+        while True:
+            for peer, facts in list(self._live.items()):
+                if peer not in self._host.connected and facts.addresses:
+                    try:
+                        addresses = [a for a in facts.addresses if a.endswith(f"/p2p/{peer}")]
+                        if addresses:
+                            await self._host.connect(addresses)
+                    except (NoPeersError, ValueError) as error:
+                        log.debug("dialing a member failed: %s", error)
+                elif peer in self._host.connected and peer not in self._neighbours:
+                    await self._sync_quietly(peer)
+            await trio.sleep(DIAL_INTERVAL_S)
+
+    async def _expire_loop(self) -> None:
+        while True:
+            await trio.sleep(0.25)
+            if self._presence.expire(trio.current_time()):
+                self._refresh_live()
+
+    def _refresh_live(self) -> None:
+        live = {}
+        for peer, presence in self._presence.live(trio.current_time()).items():
+            facts = read_facts(presence.facts) if peer != self._signer.peer_id else None
+            if facts is not None:
+                live[peer] = facts
+        self._live = live
+        self.changed.set()
