@@ -145,20 +145,17 @@ class Client:
             raise self._no_daemon() from error
 
     def watch_swarm(self, swarm: str) -> Iterator[SwarmDetail]:
-        """A swarm now, and again whenever it has changed; ends only with an error or with its caller."""
+        """A swarm now, and again at every change and every beat; ends only with an error or with its caller."""
         with self.events() as events:
-            last = self.swarm(swarm)
+            detail = self.swarm(swarm)
             asked_at = time.monotonic()
-            yield last
+            yield detail
             for event in events:
-                is_news = event is None or (event.name == "swarm" and event.data.get("swarm") in (None, last.swarm))
-                if not is_news or time.monotonic() - asked_at < MIN_REFRESH_S:
-                    continue
-                asked_at = time.monotonic()
-                detail = self.swarm(last.swarm)
-                if detail != last:
-                    last = detail
-                    yield last
+                is_news = event is None or (event.name == "swarm" and event.data.get("swarm") in (None, detail.swarm))
+                if is_news and time.monotonic() - asked_at >= MIN_REFRESH_S:
+                    asked_at = time.monotonic()
+                    detail = self.swarm(detail.swarm)
+                    yield detail
 
     def _parse_events(self, answer: httpx.Response) -> Iterator[Event | None]:
         name = data = ""

@@ -243,7 +243,9 @@ class Swarms:
         """One swarm from entering to leaving. A run that this node cannot take part in counts as left."""
         run, replica = membership.run, membership.replica
         started = False
-        entry = StoredSwarm(run.swarm, data, str(run.role), joined_at=time.time(), addresses=addresses)
+        entry = StoredSwarm(
+            swarm=run.swarm, manifest=data, role=str(run.role), joined_at=time.time(), addresses=addresses
+        )
         await trio.to_thread.run_sync(self._storage.add_swarm, entry)
         try:
             with membership.scope:
