@@ -35,8 +35,8 @@ class PPOConfig:
     """
 
     num_envs: int = 8
-    gamma: float = 0.98
-    gae_lambda: float = 0.9
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
     learning_rate: float = 1e-3
     adam_epsilon: float = 1e-5
     update_epochs: int = 10
@@ -75,9 +75,6 @@ class PPOConfig:
 _DISCRETE = PPOConfig()
 _CONTINUOUS = PPOConfig(
     gamma=0.95,
-    gae_lambda=0.95,
-    learning_rate=1e-3,
-    initial_log_std=-0.5,
     normalize_observations=True,
     normalize_returns=True,
 )

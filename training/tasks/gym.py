@@ -60,8 +60,8 @@ class GymVectorEnv:
             low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
             bounded = np.isfinite(low) & np.isfinite(high)
             self._low, self._high, self._dtype = low, high, action_space.dtype
-            self._middle = np.where(bounded, (low + high) / 2, 0.0)
-            self._half_range = np.where(bounded, (high - low) / 2, 1.0)
+            self._middle = np.add(low, high, out=np.zeros_like(low), where=bounded) / 2
+            self._half_range = np.subtract(high, low, out=np.full_like(low, 2.0), where=bounded) / 2
 
     def reset(self, seeds: Sequence[int]) -> Floats:
         """Start all anew, each from its own seed."""
