@@ -215,9 +215,10 @@ class PPOLearner:
                 self._observation_moments.merge(Moments.from_arrays(merged, "observation")),
                 self._return_moments.merge(Moments.from_arrays(merged, "return")),
             )
-        if batch is not None:
-            metrics["explained_variance"] = batch.explained_variance
-        return UpdateStats(samples, self.config.update_epochs * self.config.num_minibatches, metrics)
+        steps = self.config.update_epochs * self.config.num_minibatches
+        if batch is None:
+            return UpdateStats(samples, steps)
+        return UpdateStats(samples, steps, metrics | {"explained_variance": batch.explained_variance})
 
     def _optimise_locally(
         self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]

@@ -1,0 +1,145 @@
+"""Peers that learn together learn what one process would.
+
+Mode ``gradient``: N peers equal one process that owns all their streams, so has their joint batch. Mode ``local``: N
+peers end each epoch with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from shoal.protocol.ids import PeerId
+from shoal.training.algorithms import Exchange, UpdateStats
+from shoal.training.algorithms.ppo import PPO, PPOLearner
+from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
+from shoal.training.manifest import Manifest, Mode
+from shoal.training.state import digest, encode_arrays
+from shoal.training.tasks import load_task
+
+PEERS = [PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2, 3)]
+SMALL = {"num_envs": 4, "update_epochs": 3, "num_minibatches": 6, "hidden_sizes": [16, 16]}
+
+
+def manifest(task: str, mode: Mode) -> Manifest:
+    return Manifest(owner=PEERS[0], task=task, algorithm="ppo", hyperparameters=SMALL, seed=7, mode=mode)
+
+
+def learners(run: Manifest, num_peers: int) -> list[PPOLearner]:
+    return [PPO().learner(run, load_task(run.task), peer=peer) for peer in PEERS[:num_peers]]
+
+
+def update(peers: Sequence[PPOLearner]) -> tuple[list[UpdateStats], int]:
+    """One update by all; how it went, and how many exchanges it took."""
+    updates = [peer.update() for peer in peers]
+    exchanges: list[Exchange] = [next(each) for each in updates]
+    count = 0
+    while True:
+        count += 1
+        contributions = [
+            Contribution(author, exchange.weight, exchange.arrays)
+            for author, exchange in zip(PEERS, exchanges, strict=False)
+            if exchange.weight
+        ]
+        for contribution in contributions:
+            validate(contribution, exchanges[0].template)
+        merged = merge(contributions)
+        sent, stats = [], []
+        for each in updates:
+            try:
+                sent.append(each.send(merged))
+            except StopIteration as stop:
+                stats.append(stop.value)
+        if stats:
+            assert not sent, "all peers end with the same exchange"
+            return stats, count
+        exchanges = sent
+
+
+def assert_close(first: Arrays, second: Arrays, tolerance: float) -> None:
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_allclose(array, second[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("num_peers", [2, 3])
+@pytest.mark.parametrize("task", ["gym:CartPole-v1", "gym:Pendulum-v1"])
+def test_averaged_gradients_equal_one_process_with_the_joint_batch(task: str, num_peers: int) -> None:
+    run = manifest(task, Mode.GRADIENT)
+    peers = learners(run, num_peers)
+    alone = PPO().learner(run, load_task(task), peer=PEERS[0], streams=PEERS[:num_peers])
+    start = alone.export_state()
+    for _ in range(5):
+        samples = sum(peer.collect(128).samples for peer in peers)
+        assert alone.collect(128 * num_peers).samples == samples
+        update(peers)
+        update([alone])
+        for peer in peers:
+            assert digest(peer.export_state()) == digest(peers[0].export_state())
+            assert_close(peer.policy_arrays(), alone.policy_arrays(), 1e-5)
+    assert_close(peers[0].export_state(), alone.export_state(), 1e-4)
+    moved = max(
+        float(np.abs(array - start[name]).max())  # type: ignore[operator]
+        for name, array in alone.export_state().items()
+        if name.startswith("parameters/")
+    )
+    assert moved > 1e-2
+
+
+def test_unequal_peers_count_by_their_samples() -> None:
+    run = manifest("gym:CartPole-v1", Mode.GRADIENT)
+    fast, slow = learners(run, 2)
+    alone = PPO().learner(run, load_task(run.task), peer=PEERS[0], streams=PEERS[:2])
+    fast_stream, slow_stream = alone._streams
+    for _ in range(3):
+        fast.collect(200)
+        slow.collect(40)
+        fast_stream.collect(200, alone._act)
+        slow_stream.collect(40, alone._act)
+        update([fast, slow])
+        update([alone])
+        assert_close(fast.policy_arrays(), alone.policy_arrays(), 1e-5)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("task", ["gym:CartPole-v1", "gym:Pendulum-v1"])
+def test_peers_end_with_the_same_bits_whatever_each_collected(task: str, mode: Mode) -> None:
+    peers = learners(manifest(task, mode), 3)
+    counts = set()
+    for shares in ((64, 200, 8), (128, 0, 4), (0, 0, 64)):
+        for peer, share in zip(peers, shares, strict=True):
+            if share:
+                peer.collect(share)
+        stats, exchanges = update(peers)
+        counts.add(exchanges)
+        assert [each.samples for each in stats] == list(shares)
+        assert [bool(each.metrics) for each in stats] == [share > 0 for share in shares]
+        states = {encode_arrays(peer.export_state(), {}) for peer in peers}
+        assert len(states) == 1
+    assert counts == {1 if mode is Mode.LOCAL else 1 + SMALL["update_epochs"] * SMALL["num_minibatches"]}
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_an_update_without_any_samples_changes_nothing(mode: Mode) -> None:
+    peers = learners(manifest("gym:Pendulum-v1", mode), 2)
+    before = digest(peers[0].export_state())
+    update(peers)
+    assert {digest(peer.export_state()) for peer in peers} == {before}
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_newcomer_that_takes_the_state_goes_on_with_the_same_bits(mode: Mode) -> None:
+    run = manifest("gym:Pendulum-v1", mode)
+    first, second, newcomer = learners(run, 3)
+    for peer in (first, second):
+        peer.collect(64)
+    update([first, second])
+    newcomer.collect(64)
+    newcomer.import_state(second.export_state())
+    assert digest(newcomer.export_state()) == digest(first.export_state())
+    for peer in (first, second, newcomer):
+        peer.collect(64)
+    update([first, second, newcomer])
+    assert len({digest(peer.export_state()) for peer in (first, second, newcomer)}) == 1
