@@ -64,7 +64,7 @@ class NodeInfo(Model):
     num_peers: int
     """Other nodes that it is connected to now."""
     alone: bool
-    """It is in a swarm that wants to train, and nobody else is there."""
+    """Nobody else is there: no other node is connected."""
     swarms: list[SwarmName] = []
     can_train: bool = True
     """Whether the ``train`` extra is installed."""

@@ -1,0 +1,79 @@
+"""What every command shares: its options, and how it says what it has to say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from pydantic import BaseModel
+
+from shoal.node.client import Client
+from shoal.node.config import ProfilePaths, check_profile, default_home
+from shoal.protocol.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED: Final = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+Profile = Annotated[str, typer.Option("--profile", envvar="SHOAL_PROFILE", help="Which node of this user.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+SwarmArgument = Annotated[str, typer.Argument(metavar="SWARM", help="Its name, or the beginning of it.")]
+OptionalSwarm = Annotated[
+    str | None, typer.Argument(metavar="[SWARM]", help="Its name, or the beginning of it; may be left out if only one.")
+]
+
+
+def profile_paths(profile: str) -> ProfilePaths:
+    """Where a profile keeps what, without making anything."""
+    return ProfilePaths(default_home() / "profiles" / check_profile(profile))
+
+
+def connect(profile: str) -> Client:
+    """A client of the node that runs under a profile.
+
+    Raises:
+        NoDaemonError: if there is none.
+    """
+    return Client(profile_paths(profile), profile)
+
+
+def print_json(value: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
+    """One line of JSON on stdout."""
+    if isinstance(value, BaseModel):
+        plain: Any = value.model_dump(mode="json")
+    elif isinstance(value, dict):
+        plain = value
+    else:
+        plain = [item.model_dump(mode="json") for item in value]
+    sys.stdout.write(json.dumps(plain, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where text for people goes."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def hyperparameters(settings: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` settings; a value is a number, true, false or null where it looks like one, else text.
+
+    Raises:
+        UsageError: if one has no key or no value.
+    """
+    read: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not (key and equals and text):
+            raise UsageError(f"--set {setting[:80]!r} should be key=value, for example learning_rate=0.001")
+        try:
+            read[key] = json.loads(text)
+        except ValueError:
+            read[key] = text
+    return read

@@ -1,0 +1,105 @@
+"""``shoal``: the commands, and how every failure ends: one clear line on stderr and an exit code (docs/cli.md)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from shoal import __version__
+from shoal.cli import demo, node, swarm
+from shoal.cli.common import INTERRUPTED, print_json
+from shoal.node.config import default_home
+from shoal.protocol.errors import ShoalError, UsageError
+
+FAILED: Final = 1
+# The base of all that the parser raises; Typer brings its parser along under a name that changes with its version.
+_ParserError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="shoal",
+    help="Pool unequal machines in unequal places to train one reinforcement-learning policy, with no server.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shoal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+app.command("up")(node.up)
+app.command("down")(node.down)
+app.command("status")(node.status)
+app.command("peers")(node.peers)
+app.add_typer(swarm.swarm_app, name="swarm")
+app.command("join")(swarm.join)
+app.command("leave")(swarm.leave)
+app.command("watch")(swarm.watch)
+app.command("demo")(demo.demo)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; gives the exit code. Every failure has been said by then."""
+    as_json = "--json" in arguments
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=list(arguments), prog_name="shoal", standalone_mode=False)
+        sys.stdout.flush()
+    except ShoalError as error:
+        return _fail(error.exit_code, str(error), as_json=as_json)
+    except _ParserError as error:
+        return _fail_parsing(error, as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:  # `shoal … | head`: nobody reads on, which is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if os.environ.get("SHOAL_DEBUG") == "1":
+            raise
+        message = f"unexpected {type(error).__name__}: {error}; SHOAL_DEBUG=1 shows where, logs are in {default_home()}"
+        return _fail(FAILED, message, as_json=as_json)
+    return code if isinstance(code, int) else 0
+
+
+def main() -> NoReturn:
+    """The entry point of the ``shoal`` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _fail(code: int, message: str, *, as_json: bool) -> int:
+    line = " ".join(message.split())
+    sys.stderr.write(f"shoal: {line}\n")
+    if as_json:
+        print_json({"error": {"code": code, "message": line}})
+    return code
+
+
+def _fail_parsing(error: Exception, *, as_json: bool) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(getattr(error, "message", ""))
+        return 0
+    describe = getattr(error, "format_message", error.__str__)
+    context = getattr(error, "ctx", None)
+    hint = f"; see `{context.command_path} --help`" if context is not None else ""
+    return _fail(UsageError.exit_code, f"{describe().rstrip('.')}{hint}", as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

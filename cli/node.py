@@ -1,0 +1,143 @@
+"""``shoal up``, ``down``, ``status``, ``peers``: the node of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from shoal.cli import render
+from shoal.cli.common import AsJson, Profile, connect, console, print_json, profile_paths
+from shoal.cli.spawn import BackgroundNode, wait_gone
+from shoal.node.config import DEFAULT_LISTEN, NodeConfig
+from shoal.node.lock import lock_holder
+from shoal.protocol.errors import NoDaemonError, ShoalError
+
+if TYPE_CHECKING:
+    from shoal.node.api.schemas import NodeInfo
+
+STOP_TIMEOUT_S: Final = 5.0
+
+
+def up(  # the options of one command; Typer wants them as arguments
+    profile: Profile = "default",
+    listen: Annotated[list[str] | None, typer.Option(metavar="MULTIADDR", help="Listen here; repeat for more.")] = None,
+    bootstrap: Annotated[
+        list[str] | None, typer.Option(metavar="MULTIADDR", help="Connect to this node (…/p2p/…); repeat for more.")
+    ] = None,
+    mdns: Annotated[bool, typer.Option(help="Look for nodes on the local network, and be found there.")] = True,
+    api_port: Annotated[int, typer.Option(help="TCP port of the local API; 0: any.")] = 0,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background; return when ready.")] = False,
+    as_json: AsJson = False,
+    ready_fd: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    """Run a node. It stays in the foreground; Ctrl-C ends it."""
+    config = NodeConfig(
+        profile=profile,
+        listen=tuple(listen or DEFAULT_LISTEN),
+        bootstrap=tuple(bootstrap or ()),
+        mdns=mdns,
+        api_port=api_port,
+    )
+    if detach:
+        ready = BackgroundNode(config).wait_ready()
+        print_json(ready) if as_json else console().print(render.ready(ready, detached=True))
+        return
+    if ready_fd >= 0:
+        _run_for_parent(config, ready_fd)
+        return
+
+    def on_ready(info: NodeInfo) -> None:
+        ready = ready_answer(info)
+        print_json(ready) if as_json else console().print(render.ready(ready, detached=False))
+
+    _run(config, on_ready, foreground=True)
+
+
+def ready_answer(info: NodeInfo) -> dict[str, Any]:
+    """What ``shoal up --json`` prints."""
+    keys = {"peer_id", "addresses", "api", "pid", "profile"}
+    return info.model_dump(mode="json", include=keys)
+
+
+def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None], *, foreground: bool) -> None:
+    from shoal.node import daemon  # libp2p takes a second
+    from shoal.node.logs import set_up_logging
+
+    set_up_logging(config.paths.log, foreground=foreground)
+    daemon.run(config, on_ready=on_ready)
+
+
+def _run_for_parent(config: NodeConfig, ready_fd: int) -> None:
+    import json
+
+    os.set_inheritable(ready_fd, False)  # a worker that held it open would look like a node still starting
+    pipe = os.fdopen(ready_fd, "w", encoding="utf-8")
+
+    def tell(answer: dict[str, Any]) -> None:
+        if pipe.closed:
+            return
+        try:
+            with pipe:
+                pipe.write(json.dumps(answer) + "\n")
+        except BrokenPipeError:  # whoever started us has gone; we stay
+            pass
+
+    try:
+        _run(config, lambda info: tell(ready_answer(info)), foreground=False)
+    except ShoalError as error:
+        tell({"error": {"code": error.exit_code, "message": str(error)}})
+        raise
+    except Exception as error:
+        tell({"error": {"code": 1, "message": f"the node failed to start: {error!r:.200}; see {config.paths.log}"}})
+        raise
+
+
+def down(profile: Profile = "default", as_json: AsJson = False) -> None:
+    """Stop the node."""
+    pid = stop_node(profile)
+    print_json({"stopped": True, "pid": pid, "profile": profile}) if as_json else console().print("stopped")
+
+
+def stop_node(profile: str) -> int:
+    """Ask the node of a profile to end, and wait until it has; gives its process id.
+
+    Raises:
+        NoDaemonError: if none runs.
+        ShoalError: if it does not end.
+    """
+    paths = profile_paths(profile)
+    holder = lock_holder(paths.lock)
+    try:
+        with connect(profile) as client:
+            pid = client.stop()
+    except NoDaemonError:
+        if holder is None:
+            raise
+        pid = holder  # it starts, ends, or hangs: the API is not there
+        os.kill(pid, signal.SIGTERM)
+    if not wait_gone(pid, STOP_TIMEOUT_S):
+        raise ShoalError(
+            f"the node (pid {pid}) has not ended in {STOP_TIMEOUT_S:.0f} s; see {paths.log}, or: kill {pid}"
+        )
+    return pid
+
+
+def status(profile: Profile = "default", as_json: AsJson = False) -> None:
+    """What this node is doing."""
+    with connect(profile) as client:
+        info = client.node()
+        if as_json:
+            print_json(info)
+        else:
+            console().print(render.status(info, client.swarms()))
+
+
+def peers(profile: Profile = "default", as_json: AsJson = False) -> None:
+    """The nodes that this one is connected to."""
+    with connect(profile) as client:
+        found = client.peers()
+    print_json(found) if as_json else console().print(render.peers(found))

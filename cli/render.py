@@ -1,0 +1,248 @@
+"""How things look for people: tables, and the live view of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from shoal.node.api.schemas import CurvePoint, MemberInfo, NodeInfo, PeerInfo, SwarmDetail, SwarmSummary
+
+ALONE: Final = "bold black on yellow"
+SHORT_SWARM_CHARS: Final = 18  # all CIDs of manifests begin with the same 9
+SHORT_PEER_CHARS: Final = 8
+_BLOCKS: Final = " ▁▂▃▄▅▆▇█"
+_BAR_WIDTH: Final = 24
+_CURVE_WIDTH: Final = 60
+_CURVE_ROWS: Final = 6
+
+
+def short_swarm(swarm: str) -> str:
+    """The beginning of a swarm's name: enough to tell it apart, and accepted by every command."""
+    return swarm[:SHORT_SWARM_CHARS]
+
+
+def short_peer(peer: str) -> str:
+    """The end of a peer's name; they all begin alike."""
+    return f"…{peer[-SHORT_PEER_CHARS:]}"
+
+
+def ready(answer: dict[str, Any], *, detached: bool) -> RenderableType:
+    """A node that has started."""
+    lines = [f"node [bold]{answer['peer_id']}[/] is up (profile {answer['profile']}, pid {answer['pid']})"]
+    lines += [f"  {escape(address)}" for address in answer["addresses"]]
+    lines.append("[dim]`shoal down` stops it[/]" if detached else "[dim]Ctrl-C ends it[/]")
+    return "\n".join(lines)
+
+
+def status(info: NodeInfo, swarms_: Sequence[SwarmSummary]) -> RenderableType:
+    """This node, and its swarms."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
+    facts.add_row("node", f"[bold]{info.peer_id}[/]")
+    facts.add_row("addresses", escape("\n".join(info.addresses) or "none"))
+    facts.add_row("peers", str(info.num_peers))
+    facts.add_row("up", duration(info.uptime_s))
+    facts.add_row("profile", f"{info.profile} (pid {info.pid}, Shoal {info.version})")
+    if not info.can_train:
+        facts.add_row("learning", "[yellow]no: this node only stores; pip install 'shoal\\[train]' to learn[/]")
+    parts: list[RenderableType] = [facts]
+    if info.alone:
+        parts.append(alone_line("no other node is connected to this one"))
+    if swarms_:
+        parts.append(swarms(swarms_))
+    return Group(*parts)
+
+
+def peers(found: Sequence[PeerInfo]) -> RenderableType:
+    """Whom the node is connected to."""
+    if not found:
+        return "no peers: hand out a ticket, or `shoal join` one"
+    table = _table("peer", "path", "address", ">rtt", ">connected", "swarms in common")
+    for peer in found:
+        rtt = "" if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms"
+        common = " ".join(short_swarm(swarm) for swarm in peer.swarms)
+        table.add_row(peer.peer_id, peer.path, escape(peer.address), rtt, duration(peer.connected_s), common)
+    return table
+
+
+def swarms(found: Sequence[SwarmSummary]) -> RenderableType:
+    """The runs that the node is in."""
+    if not found:
+        return "no swarms: start one with `shoal swarm create`, or `shoal join TICKET`"
+    table = _table(
+        "swarm", "task", "algorithm", "role", "phase", ">epoch", ">return", ">target", ">env steps", ">members"
+    )
+    for each in found:
+        table.add_row(
+            short_swarm(each.swarm),
+            escape(each.task),
+            escape(each.algorithm),
+            each.role,
+            Text("ALONE", style=ALONE) if each.alone else _phase(each.phase),
+            str(each.epoch),
+            number(each.mean_return),
+            number(each.target_return),
+            f"{each.env_steps:,}",
+            str(each.num_members),
+        )
+    return table
+
+
+def swarm(detail: SwarmDetail) -> RenderableType:
+    """Everything about one run that fits on a screen; the live view is this, again and again."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("phase", _phase(detail.phase), "epoch", f"[bold]{detail.epoch}[/]")
+    facts.add_row(
+        "return",
+        f"[bold]{number(detail.mean_return)}[/] of {number(detail.target_return)}",
+        "training return",
+        number(detail.training_return),
+    )
+    facts.add_row(
+        "env steps", f"{detail.env_steps:,} of {detail.max_env_steps:,}", "steps/s", f"{detail.steps_per_s:,.0f}"
+    )
+    num_live = sum(member.live for member in detail.members)
+    facts.add_row("members", f"{num_live} live of {len(detail.members)}", "elapsed", duration(detail.elapsed_s))
+    parts: list[RenderableType] = [facts]
+    if detail.alone:
+        parts.append(alone_line("this node trains by itself; nobody else is in the swarm now"))
+    if detail.curve:
+        parts += ["", curve(detail.curve, detail.target_return)]
+    if detail.members:
+        parts += ["", _members(detail.members, detail.batch_size)]
+    if detail.error:
+        parts.append(Text(detail.error, style="bold red"))
+    if detail.digest:
+        parts.append(Text(f"parameters {detail.digest[:16]}…", style="dim"))
+    if detail.results:
+        parts.append(f"results in {escape(detail.results)}")
+    title = f"{escape(detail.name or detail.task)} · {escape(detail.algorithm)} · {short_swarm(detail.swarm)}"
+    return Panel(Group(*parts), title=title, title_align="left", expand=False)
+
+
+def live(details: Iterable[SwarmDetail], ended: Collection[str], console: Console | None = None) -> SwarmDetail:
+    """Show a run until its phase is one of ``ended``; gives the last of it.
+
+    Elsewhere than on a terminal it prints one plain line per epoch instead.
+    """
+    console = console or Console(highlight=False)
+    shown: tuple[object, ...] = ()
+    with Live(console=console, auto_refresh=False) if console.is_terminal else _Nothing() as view:
+        for detail in details:
+            if view is not None:
+                view.update(swarm(detail), refresh=True)
+            elif (news := (detail.epoch, detail.alone, detail.phase in ended)) != shown:
+                shown = news
+                console.print(plain_line(detail), soft_wrap=True, markup=False)
+            if detail.phase in ended:
+                return detail
+    raise AssertionError("watching ends with the run or with an error")
+
+
+def plain_line(detail: SwarmDetail) -> str:
+    """A run on one line, for logs."""
+    alone = "  ALONE: nobody else is in the swarm" if detail.alone else ""
+    return (
+        f"{duration(detail.elapsed_s):>8}  epoch {detail.epoch:<4} {detail.phase:<10}  "
+        f"return {number(detail.mean_return)} of {number(detail.target_return)}  {detail.env_steps:,} steps  "
+        f"{detail.steps_per_s:,.0f} steps/s  {sum(member.live for member in detail.members)} live{alone}"
+    )
+
+
+def alone_line(text: str) -> RenderableType:
+    """That nobody else is there, so that nobody can miss it."""
+    return Text(f" ALONE: {text} ", style=ALONE)
+
+
+def curve(points: Sequence[CurvePoint], target: float | None) -> Text:
+    """The returns of the evaluations over environment steps, in block characters."""
+    low = min(0.0, *(point.mean_return for point in points))
+    high = max(low + 1e-9, target if target is not None else low, *(point.mean_return for point in points))
+    last_step = max(1, points[-1].env_steps)
+    heights: list[float] = []
+    for column in range(_CURVE_WIDTH):
+        steps = (column + 1) / _CURVE_WIDTH * last_step
+        value = next((point.mean_return for point in reversed(points) if point.env_steps <= steps), None)
+        heights.append(0.0 if value is None else (value - low) / (high - low) * _CURVE_ROWS)
+    text = Text()
+    for row in reversed(range(_CURVE_ROWS)):
+        label = number(high) if row == _CURVE_ROWS - 1 else number(low) if row == 0 else ""
+        cells = "".join(_BLOCKS[round(min(1.0, max(0.0, height - row)) * 8)] for height in heights)
+        text.append(f"{label:>7} ", style="dim").append(cells, style="cyan").append("\n" if row else "")
+    return text
+
+
+def number(value: float | None) -> str:
+    """A return, or a dash."""
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Like ``1h02m``, ``3m07s``, ``12s``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+class _Nothing:
+    """Stands in for the live view where there is no terminal."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _members(members: Sequence[MemberInfo], batch_size: int) -> Table:
+    table = _table(
+        "member", "role", "phase", ">epoch", "this epoch", ">steps/s", "contributed", ">env steps", ">rounds"
+    )
+    for member in sorted(members, key=lambda member: (not member.live, -member.env_steps, member.peer_id)):
+        name = short_peer(member.peer_id) + (" (this node)" if member.is_self else "")
+        table.add_row(
+            name,
+            member.role,
+            _phase(member.phase) if member.live else Text("gone", style="red"),
+            str(member.epoch),
+            _bar(member.samples / max(1, batch_size), "green", _BAR_WIDTH // 2) if member.live else "",
+            f"{member.steps_per_s:,.0f}" if member.live else "",
+            _bar(member.share, "cyan", _BAR_WIDTH),
+            f"{member.env_steps:,}",
+            str(member.rounds),
+            style="" if member.live else "dim",
+        )
+    return table
+
+
+def _bar(share: float, style: str, width: int) -> Text:
+    full = min(1.0, max(0.0, share)) * width
+    whole = int(full)
+    text = Text("█" * whole + "▏▎▍▌▋▊▉█"[int((full - whole) * 8)] if whole < width else "█" * width, style=style)
+    text.append(f" {share:.0%}", style="default")
+    return text
+
+
+def _phase(phase: str) -> Text:
+    styles = {"done": "bold green", "failed": "bold red", "waiting": "yellow", "left": "dim"}
+    return Text(phase, style=styles.get(phase, ""))
+
+
+def _table(*columns: str) -> Table:
+    """A plain table; a column whose title begins with ``>`` is aligned to the right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    return table
