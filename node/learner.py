@@ -65,6 +65,8 @@ WORKER_TIMEOUT_S: Final = 300.0
 CHUNKS_PER_EPOCH: Final = 8
 RESTART_MAX_S: Final = 30.0
 EVALUATION_TOLERANCE: Final = 0.1
+SHARE_MARGIN: Final = 1.1
+SHARE_WAIT_S: Final = 0.05
 RECENT_EPISODES: Final = 20
 
 
@@ -138,6 +140,7 @@ class Run:
         self._refused: set[str] = set()
         self._rate_since = 0.0
         self._rate_steps = 0
+        self._speed = 0.0
 
     # Who is there.
 
@@ -288,18 +291,34 @@ class Run:
     async def _collect(self, worker: Channel) -> bool:
         """Collect until all learners together have a batch; False if there is something better to do."""
         self._say(Phase.COLLECTING)
+        began = trio.current_time()
         samples = 0
         while not self._enough(samples):
             if self._newer() is not None or self.solved() is not None:
                 await worker.call(ABANDON, Empty(), timeout_s=WORKER_TIMEOUT_S)
                 return False
+            if samples >= self._share() and trio.current_time() - began < self._patience.seconds:
+                with trio.move_on_after(SHARE_WAIT_S):
+                    await self.replica.changed.wait()
+                continue
             chunk = max(1, self.manifest.batch_size // (CHUNKS_PER_EPOCH * (len(self.learners()) + 1)))
+            started = trio.current_time()
             collected, _ = await worker.call(COLLECT, Collect(chunk), timeout_s=WORKER_TIMEOUT_S)
+            speed = collected.samples / (trio.current_time() - started)
+            self._speed = speed if self._speed == 0 else 0.9 * self._speed + 0.1 * speed
             samples = collected.epoch_samples
             self.status.own_env_steps += collected.samples
             self.status.recent_returns.extend(collected.episode_returns)
-            self._say(Phase.COLLECTING, samples=samples, steps_per_s=self._measure_rate(collected.samples))
+            rate = self._measure_rate(collected.samples)
+            self._say(Phase.COLLECTING, samples=samples, steps_per_s=rate, speed=round(self._speed, 1))
         return True
+
+    def _share(self) -> float:
+        """How much of the batch to collect before giving slower learners, who are still on their way, the time to add
+        theirs: by measured speed, and a little more. Without it, whoever is first in an epoch would collect it all."""
+        peers = [facts.speed or self._speed for facts in self.learners().values()]
+        mine = self._speed or 1.0
+        return SHARE_MARGIN * self.manifest.batch_size * mine / (mine + sum(peers))
 
     def _enough(self, samples: int) -> bool:
         peers = [facts for facts in self.learners().values() if facts.epoch == self.status.epoch]

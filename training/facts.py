@@ -38,7 +38,8 @@ class Facts:
         step: the exchange within the epoch that it works towards.
         samples: environment steps it collected since that policy.
         env_steps: by itself, in this run, in all.
-        steps_per_s: its recent rate of environment steps.
+        steps_per_s: its recent rate of environment steps, pauses included.
+        speed: environment steps per second while it collects.
         offer_cid: what it wants averaged at (epoch, step), once it does.
         offer_weight: in samples.
         proposal: the newest it made.
@@ -52,6 +53,7 @@ class Facts:
     samples: int = 0
     env_steps: int = 0
     steps_per_s: float = 0.0
+    speed: float = 0.0
     offer_cid: Cid | None = None
     offer_weight: int = 0
     proposal: Proposal | None = None
