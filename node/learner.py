@@ -314,8 +314,10 @@ class Run:
         return True
 
     def _share(self) -> float:
-        """How much of the batch to collect before giving slower learners, who are still on their way, the time to add
-        theirs: by measured speed, and a little more. Without it, whoever is first in an epoch would collect it all."""
+        """How much of the batch to collect before slower learners get the time to add theirs.
+
+        By measured speed, and a little more. Without it, whoever is first in an epoch would collect it all.
+        """
         peers = [facts.speed or self._speed for facts in self.learners().values()]
         mine = self._speed or 1.0
         return SHARE_MARGIN * self.manifest.batch_size * mine / (mine + sum(peers))

@@ -61,7 +61,7 @@ class Facts:
     def view(self, author: PeerId) -> LearnerView:
         """The part that rounds need."""
         offer = Offer(author, self.offer_cid, self.offer_weight) if self.offer_cid and self.offer_weight > 0 else None
-        return LearnerView(RoundKey(self.epoch, self.step), offer, self.proposal)
+        return LearnerView(RoundKey(self.epoch, self.step), self.phase is Phase.EXCHANGING, offer, self.proposal)
 
 
 def read_facts(facts: dict[str, Any]) -> Facts | None:

@@ -72,11 +72,13 @@ class LearnerView:
 
     Attributes:
         key: the round it works towards.
-        offer: what it offers for that round, once it does.
+        is_ready: whether it has arrived there: from then on it has made its offer, or has nothing to offer.
+        offer: what it offers for that round.
         proposal: the newest it made.
     """
 
     key: RoundKey
+    is_ready: bool = False
     offer: Offer | None = None
     proposal: Proposal | None = None
 
@@ -230,7 +232,9 @@ class Round:
         held = [offer for offer in offers if offer.cid in self._held]
         if self._own is not None:
             held.append(self._own)
-        everybody = len(held) == len(present) + (self._own is not None)
+        everybody = len(held) == len(offers) + (self._own is not None) and all(
+            view.is_ready and view.key == self.key for view in present.values()
+        )
         if not held or not (everybody or waited):
             return
         ordered = tuple(sorted(held, key=lambda offer: offer.author))
