@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 INTERRUPTED: Final = 130
 """The exit code after Ctrl-C, as shells have it."""
 
+WIDTH_ELSEWHERE: Final = 160
+"""Characters per line in files and pipes."""
+
 Profile = Annotated[str, typer.Option("--profile", envvar="SHOAL_PROFILE", help="Which node of this user.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 SwarmArgument = Annotated[str, typer.Argument(metavar="SWARM", help="Its name, or the beginning of it.")]
@@ -58,7 +61,10 @@ def console(*, stderr: bool = False) -> Console:
     """Where text for people goes."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    out = Console(stderr=stderr, highlight=False)
+    if not out.is_terminal:
+        out.width = WIDTH_ELSEWHERE
+    return out
 
 
 def hyperparameters(settings: Sequence[str]) -> dict[str, Any]:

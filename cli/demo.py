@@ -26,7 +26,6 @@ from rich.live import Live
 from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, print_json
 from shoal.cli.spawn import BackgroundNode
-from shoal.cli.swarm import ENDED
 from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
 from shoal.node.client import Client
 from shoal.node.config import NodeConfig
@@ -203,7 +202,7 @@ class _School:
         with pupil.connect() as client:
             for detail in client.watch_swarm(swarm):
                 look(detail)
-                if detail.phase in ENDED:
+                if detail.phase in render.ENDED:
                     return detail
                 if time.monotonic() > self.deadline:
                     raise ShoalError(
@@ -262,7 +261,7 @@ class _Show:
 
 def _is_halfway(detail: SwarmDetail) -> bool:
     target = detail.target_return
-    if target is None or detail.phase in ENDED:
+    if target is None or detail.phase in render.ENDED:
         return False
     by_training = detail.training_return is not None and detail.training_return >= KILL_AT_TRAINING * target
     return by_training or (detail.mean_return is not None and detail.mean_return >= KILL_AT_EVALUATION * target)

@@ -44,7 +44,7 @@ def up(  # the options of one command; Typer wants them as arguments
     )
     if detach:
         ready = BackgroundNode(config).wait_ready()
-        print_json(ready) if as_json else console().print(render.ready(ready, detached=True))
+        print_json(ready) if as_json else console().print(render.ready(ready, detached=True), soft_wrap=True)
         return
     if ready_fd >= 0:
         _run_for_parent(config, ready_fd)
@@ -52,7 +52,7 @@ def up(  # the options of one command; Typer wants them as arguments
 
     def on_ready(info: NodeInfo) -> None:
         ready = ready_answer(info)
-        print_json(ready) if as_json else console().print(render.ready(ready, detached=False))
+        print_json(ready) if as_json else console().print(render.ready(ready, detached=False), soft_wrap=True)
 
     _run(config, on_ready, foreground=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -14,11 +14,14 @@ from rich.text import Text
 
 from shoal.node.api.schemas import CurvePoint, MemberInfo, NodeInfo, PeerInfo, SwarmDetail, SwarmSummary
 
+ENDED: Final = ("done", "failed", "left")
+"""The phases after which nothing changes any more."""
 ALONE: Final = "bold black on yellow"
 SHORT_SWARM_CHARS: Final = 18  # all CIDs of manifests begin with the same 9
 SHORT_PEER_CHARS: Final = 8
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
-_BAR_WIDTH: Final = 24
+_EIGHTHS: Final = " ▏▎▍▌▋▊▉"
+_BAR_WIDTH: Final = 10
 _CURVE_WIDTH: Final = 60
 _CURVE_ROWS: Final = 6
 
@@ -69,7 +72,8 @@ def peers(found: Sequence[PeerInfo]) -> RenderableType:
     for peer in found:
         rtt = "" if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms"
         common = " ".join(short_swarm(swarm) for swarm in peer.swarms)
-        table.add_row(peer.peer_id, peer.path, escape(peer.address), rtt, duration(peer.connected_s), common)
+        address = peer.address.partition("/p2p/")[0]
+        table.add_row(short_peer(peer.peer_id), peer.path, escape(address), rtt, duration(peer.connected_s), common)
     return table
 
 
@@ -77,16 +81,14 @@ def swarms(found: Sequence[SwarmSummary]) -> RenderableType:
     """The runs that the node is in."""
     if not found:
         return "no swarms: start one with `shoal swarm create`, or `shoal join TICKET`"
-    table = _table(
-        "swarm", "task", "algorithm", "role", "phase", ">epoch", ">return", ">target", ">env steps", ">members"
-    )
+    table = _table("swarm", "task", "role", "phase", ">epoch", ">return", ">target", ">env steps", ">members")
     for each in found:
+        is_alone = each.alone and each.phase not in ENDED
         table.add_row(
             short_swarm(each.swarm),
-            escape(each.task),
-            escape(each.algorithm),
+            escape(each.task.removeprefix("gym:")),
             each.role,
-            Text("ALONE", style=ALONE) if each.alone else _phase(each.phase),
+            Text("ALONE", style=ALONE) if is_alone else _phase(each.phase),
             str(each.epoch),
             number(each.mean_return),
             number(each.target_return),
@@ -112,7 +114,9 @@ def swarm(detail: SwarmDetail) -> RenderableType:
     num_live = sum(member.live for member in detail.members)
     facts.add_row("members", f"{num_live} live of {len(detail.members)}", "elapsed", duration(detail.elapsed_s))
     parts: list[RenderableType] = [facts]
-    if detail.alone:
+    if detail.phase == "done" and detail.trained_alone:
+        parts.append(alone_line("nobody but this node put anything into this run"))
+    elif detail.alone and detail.phase not in ENDED:
         parts.append(alone_line("this node trains by itself; nobody else is in the swarm now"))
     if detail.curve:
         parts += ["", curve(detail.curve, detail.target_return)]
@@ -122,34 +126,31 @@ def swarm(detail: SwarmDetail) -> RenderableType:
         parts.append(Text(detail.error, style="bold red"))
     if detail.digest:
         parts.append(Text(f"parameters {detail.digest[:16]}…", style="dim"))
-    if detail.results:
-        parts.append(f"results in {escape(detail.results)}")
     title = f"{escape(detail.name or detail.task)} · {escape(detail.algorithm)} · {short_swarm(detail.swarm)}"
     return Panel(Group(*parts), title=title, title_align="left", expand=False)
 
 
-def live(details: Iterable[SwarmDetail], ended: Collection[str], console: Console | None = None) -> SwarmDetail:
-    """Show a run until its phase is one of ``ended``; gives the last of it.
+def live(details: Iterable[SwarmDetail], console: Console) -> SwarmDetail:
+    """Show a run until it has ended; gives the last of it.
 
     Elsewhere than on a terminal it prints one plain line per epoch instead.
     """
-    console = console or Console(highlight=False)
     shown: tuple[object, ...] = ()
     with Live(console=console, auto_refresh=False) if console.is_terminal else _Nothing() as view:
         for detail in details:
             if view is not None:
                 view.update(swarm(detail), refresh=True)
-            elif (news := (detail.epoch, detail.alone, detail.phase in ended)) != shown:
+            elif (news := (detail.epoch, detail.alone, detail.phase in ENDED)) != shown:
                 shown = news
                 console.print(plain_line(detail), soft_wrap=True, markup=False)
-            if detail.phase in ended:
+            if detail.phase in ENDED:
                 return detail
     raise AssertionError("watching ends with the run or with an error")
 
 
 def plain_line(detail: SwarmDetail) -> str:
     """A run on one line, for logs."""
-    alone = "  ALONE: nobody else is in the swarm" if detail.alone else ""
+    alone = "  ALONE: nobody else is in the swarm" if detail.alone and detail.phase not in ENDED else ""
     return (
         f"{duration(detail.elapsed_s):>8}  epoch {detail.epoch:<4} {detail.phase:<10}  "
         f"return {number(detail.mean_return)} of {number(detail.target_return)}  {detail.env_steps:,} steps  "
@@ -205,21 +206,18 @@ class _Nothing:
 
 
 def _members(members: Sequence[MemberInfo], batch_size: int) -> Table:
-    table = _table(
-        "member", "role", "phase", ">epoch", "this epoch", ">steps/s", "contributed", ">env steps", ">rounds"
-    )
+    table = _table("member", "phase", ">epoch", "this epoch", ">steps/s", "contributed", ">env steps")
     for member in sorted(members, key=lambda member: (not member.live, -member.env_steps, member.peer_id)):
-        name = short_peer(member.peer_id) + (" (this node)" if member.is_self else "")
+        name = short_peer(member.peer_id) + (" you" if member.is_self else "")
+        phase = _phase(member.role if member.role != "learner" else member.phase)
         table.add_row(
             name,
-            member.role,
-            _phase(member.phase) if member.live else Text("gone", style="red"),
-            str(member.epoch),
-            _bar(member.samples / max(1, batch_size), "green", _BAR_WIDTH // 2) if member.live else "",
+            phase if member.live else Text("gone", style="red"),
+            str(member.epoch) if member.live else "",
+            _bar(member.samples / max(1, batch_size), "green", _BAR_WIDTH) if member.live else "",
             f"{member.steps_per_s:,.0f}" if member.live else "",
-            _bar(member.share, "cyan", _BAR_WIDTH),
+            _bar(member.share, "cyan", _BAR_WIDTH).append(f" {member.share:4.0%}", style="default"),
             f"{member.env_steps:,}",
-            str(member.rounds),
             style="" if member.live else "dim",
         )
     return table
@@ -228,9 +226,8 @@ def _members(members: Sequence[MemberInfo], batch_size: int) -> Table:
 def _bar(share: float, style: str, width: int) -> Text:
     full = min(1.0, max(0.0, share)) * width
     whole = int(full)
-    text = Text("█" * whole + "▏▎▍▌▋▊▉█"[int((full - whole) * 8)] if whole < width else "█" * width, style=style)
-    text.append(f" {share:.0%}", style="default")
-    return text
+    rest = _EIGHTHS[int((full - whole) * 8)]
+    return Text(("█" * whole + rest).ljust(width)[:width], style=style)
 
 
 def _phase(phase: str) -> Text:
@@ -240,7 +237,7 @@ def _phase(phase: str) -> Text:
 
 def _table(*columns: str) -> Table:
     """A plain table; a column whose title begins with ``>`` is aligned to the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for column in columns:
         table.add_column(
             column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"

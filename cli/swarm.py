@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -27,8 +27,6 @@ from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoDaemonError, NoPeersError, ShoalError, UsageError
 from shoal.training.manifest import Mode
 from shoal.training.ticket import Ticket
-
-ENDED: Final = ("done", "failed", "left")
 
 swarm_app = typer.Typer(help="Training runs.", no_args_is_help=True)
 
@@ -116,6 +114,8 @@ def show(swarm: OptionalSwarm = None, profile: Profile = "default", as_json: AsJ
     else:
         out = console()
         out.print(render.swarm(detail))
+        if detail.results:
+            out.print(f"results in {detail.results}", soft_wrap=True, markup=False)
         out.print(f"ticket {detail.ticket}", soft_wrap=True, style="dim")
 
 
@@ -174,10 +174,12 @@ def _follow(client: Client, swarm: str, *, as_json: bool) -> None:
         NoPeersError: if nobody else took part in it.
     """
     try:
-        detail = _print_lines(client, swarm) if as_json else render.live(client.watch_swarm(swarm), ENDED)
+        detail = _print_lines(client, swarm) if as_json else render.live(client.watch_swarm(swarm), console())
     except KeyboardInterrupt:
         console(stderr=True).print("\nstopped watching; the node goes on (`shoal leave`, `shoal down` end that)")
         raise typer.Exit(INTERRUPTED) from None
+    if detail.results and not as_json:
+        console().print(f"results in {detail.results}", soft_wrap=True, markup=False)
     if detail.phase == "failed":
         raise ShoalError(f"the run failed: {detail.error or 'the log of the node says why'}")
     if detail.phase == "done" and detail.trained_alone:
@@ -191,6 +193,6 @@ def _print_lines(client: Client, swarm: str) -> SwarmDetail:
         if now != last:
             print_json(detail)
             last = now
-        if detail.phase in ENDED:
+        if detail.phase in render.ENDED:
             return detail
     raise AssertionError("watching ends with the run or with an error")
