@@ -111,7 +111,8 @@ def main() -> None:
     lines = [
         f"# Learning: environment steps until {options.task} is solved",
         "",
-        f"`python benchmarks/learning.py --seeds {options.seeds}`, Python {platform.python_version()}, torch {torch.__version__},",
+        f"`python benchmarks/learning.py --seeds {options.seeds}`, Python {platform.python_version()},",
+        f"torch {torch.__version__},",
         f"{platform.machine()} with {os.cpu_count()} cores, which all processes share.",
         "",
         f"| seed | one process: steps | seconds | {options.peers} peers: steps in all | seconds |",
