@@ -41,8 +41,8 @@ types: $(READY)        ## mypy, strict
 	@$(BIN)/mypy
 
 bench: $(READY)        ## every benchmark, one after the other
-	@set -e; for file in $(or $(sort $(wildcard benchmarks/bench_*.py)),none); do \
-		if [ $$file = none ]; then echo "there are no benchmarks/bench_*.py yet"; exit 1; fi; \
+	@set -e; for file in $(or $(sort $(wildcard benchmarks/*.py)),none); do \
+		if [ $$file = none ]; then echo "there are no benchmarks/*.py yet"; exit 1; fi; \
 		$(BIN)/python $$file $(ARGS); \
 	done
 
