@@ -137,6 +137,8 @@ def _check_any(value: Any, where: str, depth: int) -> Any:
         return _check(dict[str, Any], value, where, depth)
     if isinstance(value, list):
         return _check(list[Any], value, where, depth)
+    if not isinstance(value, types.NoneType | bool | int | float | str | bytes):
+        raise _wrong(where, "plain data", value)  # msgpack reads timestamps without asking the extension hook
     return value
 
 
@@ -167,6 +169,8 @@ def _check_scalar(kind: Any, value: Any, where: str) -> Any:
             raise _wrong(where, kind.__name__, value)
         return value
     if issubclass(kind, enum.Enum):
+        if type(value) not in (int, str):  # True and 1.0 equal 1, but are not written so
+            raise _wrong(where, f"a {kind.__name__}", value)
         try:
             return kind(value)
         except ValueError as error:

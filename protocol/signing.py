@@ -17,6 +17,18 @@ from shoal.protocol.ids import PeerId
 
 SIGNATURE_BYTES: Final = 64
 
+_PRIME: Final = 2**255 - 19
+# The points of order 1, 2, 4 and 8 by their y: as a public key, each has signatures that hold for any message.
+_SMALL_ORDER: Final = frozenset(
+    {
+        0,
+        1,
+        _PRIME - 1,
+        2707385501144840649318225287225658788936804267575313519463743609750303402022,
+        55188659117513257062467267217118295137698188065244968500265048394206261417927,
+    }
+)
+
 
 class Signer:
     """Holds a node's private key and signs in its name."""
@@ -60,8 +72,11 @@ def verify(author: PeerId, kind: str, payload: bytes, signature: bytes) -> None:
     Raises:
         SignatureError: if it did not.
     """
+    key = author.public_key
+    if int.from_bytes(key, "little") % 2**255 % _PRIME in _SMALL_ORDER:
+        raise SignatureError(f"{author} is a key in whose name anybody could sign; it proves nothing")
     try:
-        Ed25519PublicKey.from_public_bytes(author.public_key).verify(signature, _message(kind, payload))
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, _message(kind, payload))
     except (InvalidSignature, ValueError) as error:
         raise SignatureError(f"a {kind} that claims to be by {author} is not signed by it") from error
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import UsageError
+from shoal.protocol.errors import LimitError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -85,6 +85,7 @@ class Manifest:
             ("eval_interval", 1, 1_000_000),
             ("max_env_steps", 1, 2**62),
             ("seed", 0, 2**32 - 1),
+            ("created_at", 0, 2**53),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -98,10 +99,13 @@ def sign_manifest(manifest: Manifest, signer: Signer) -> tuple[SwarmId, bytes]:
 
     Raises:
         UsageError: if the signer is not the owner.
+        LimitError: if nobody could open it because it is too big.
     """
     if manifest.owner != signer.peer_id:
         raise UsageError("a manifest is signed by its owner")
     data = encode(signer.seal(KIND, encode(manifest)))
+    if len(data) > MAX_HEADER_BYTES:
+        raise LimitError(f"a manifest of {len(data)} bytes exceeds the {MAX_HEADER_BYTES}; set fewer hyper-parameters")
     return SwarmId.of_manifest(data), data
 
 
