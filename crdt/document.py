@@ -170,6 +170,8 @@ def _pack(key: str, value: Any) -> bytes:
         key_bytes = len(key.encode())
         data = encode(value)
         _unpack(data)
+    except LimitError as error:
+        raise LimitError(f"register {key!r:.80} is too much: {error}") from error
     except (TypeError, ValueError, OverflowError, RecursionError, ProtocolError) as error:
         raise UsageError(f"register {key!r:.80} can hold only plain data: {error}") from error
     if key_bytes > MAX_KEY_BYTES:

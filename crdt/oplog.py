@@ -132,15 +132,19 @@ class OpLog:
         start = max(seq, 0)
         return list(zip(self._lamports[start:], self._ops[start:], self._sizes[start:], strict=True))
 
-    def append(self, sealed: Signed) -> Outcome:
+    def append(self, sealed: Signed, op: Op | None = None) -> Outcome:
         """Check an op and take it in, if it is the next one.
+
+        Args:
+            sealed: the op.
+            op: what `open_op` made of it, if that was asked already.
 
         Raises:
             SignatureError: if the author did not sign it.
             LimitError: if it, or the log with it, is too big.
             ProtocolError: if it belongs elsewhere or breaks a rule. As with any error, nothing was changed.
         """
-        op = self._open(sealed)
+        op = self._belonging(open_op(sealed) if op is None else op)
         if op.seq <= self.seq and self._ops[op.seq - 1] == sealed:
             return Outcome.HELD
         sealed.check(KIND)
@@ -168,7 +172,7 @@ class OpLog:
         Raises:
             ProtocolError: if it is not the next op.
         """
-        op = self._open(sealed)
+        op = self._belonging(open_op(sealed))
         if op.seq != self.seq + 1 or op.prev != self._head:
             raise ProtocolError(f"op {op.seq} does not follow op {self.seq} of {self.author}")
         self._take(sealed, op.lamport, len(encode(sealed)))
@@ -182,8 +186,7 @@ class OpLog:
         if self._num_bytes + MAX_OP_BYTES > MAX_LOG_BYTES:
             raise LimitError(f"the log of {self.author} is full: {MAX_LOG_BYTES} bytes per author and swarm")
 
-    def _open(self, sealed: Signed) -> Op:
-        op = open_op(sealed)
+    def _belonging(self, op: Op) -> Op:
         if op.swarm != self.swarm or op.author != self.author:
             raise ProtocolError(f"an op of {op.author} in {op.swarm} was offered to the log of {self.author}")
         return op

@@ -6,9 +6,10 @@ in any order and any number of times. What cannot be placed yet is not kept: the
 order. So two nodes with the same version hold the same documents, byte for byte, as long as no author equivocates.
 
 Store before you acknowledge: the shell writes `Received.accepted`, and what `SwarmDocs.write` returns, to disk before
-it answers the sender or anybody's sync, or sends the op. `version` and `missing` show what is not stored yet too, so one
-lock has to be held from `receive` or `write` until it is stored, and around those. If storing fails, the shell throws
-this object away and builds one from what is stored; otherwise a node could sign two different ops with one number.
+it answers the sender or anybody's sync, or sends the op. `version` and `missing` show what is not stored yet too, so
+one lock has to be held from `receive` or `write` until it is stored, and around those. If storing fails, the shell
+throws this object away and builds one from what is stored; otherwise a node could sign two different ops with one
+number.
 """
 
 from __future__ import annotations
@@ -121,16 +122,18 @@ class SwarmDocs:
         accepted: list[Signed] = []
         rejected: list[Rejected] = []
         missing: set[PeerId] = set()
-        opened: list[tuple[PeerId, int, Signed]] = []
+        opened: list[tuple[PeerId, int, Signed, Op]] = []
         for sealed in ops:
             try:
-                opened.append((sealed.author, open_op(sealed).seq, sealed))
+                op = open_op(sealed)
             except ProtocolError as error:
                 rejected.append(Rejected(sealed.author, str(error), equivocation=False, sealed=sealed))
+            else:
+                opened.append((op.author, op.seq, sealed, op))
         opened.sort(key=lambda item: item[:2])
-        for author, seq, sealed in opened:
+        for author, seq, sealed, op in opened:
             try:
-                outcome = self._append(sealed)
+                outcome = self._append(sealed, op)
             except ProtocolError as error:
                 rejected.append(Rejected(author, str(error), equivocation=False, sealed=sealed))
                 continue
@@ -179,14 +182,14 @@ class SwarmDocs:
         log = self._logs.get(author)
         return 0 if log is None else log.seq
 
-    def _append(self, sealed: Signed) -> Outcome:
+    def _append(self, sealed: Signed, op: Op) -> Outcome:
         log = self._logs.get(sealed.author)
         if log is not None:
-            return log.append(sealed)
+            return log.append(sealed, op)
         if len(self._logs) >= MAX_MEMBERS:
             raise LimitError(f"{self.swarm} has {MAX_MEMBERS} authors already; {sealed.author} is one too many")
         log = OpLog(self.swarm, sealed.author)
-        outcome = log.append(sealed)
+        outcome = log.append(sealed, op)
         if outcome is Outcome.APPENDED:  # nobody gets a place by a forged op
             self._logs[sealed.author] = log
         return outcome
