@@ -258,7 +258,7 @@ class Storage:
                     break
             db.executemany("DELETE FROM blocks WHERE cid = ?", doomed)
         with self._lock, self._explained():
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()  # give the space back to the disk
+            self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would give back one page only
         return freed
 
     # --- facts ---

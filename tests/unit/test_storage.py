@@ -1,0 +1,288 @@
+"""What was acknowledged is there afterwards, whatever happened to the process; what cannot be done is told clearly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from shoal.crdt.sync import SwarmDocs
+from shoal.node.storage import SCHEMA_VERSION, Storage, StorageError, StoredSwarm
+from shoal.protocol.errors import ProtocolError
+from shoal.protocol.ids import Cid, SwarmId
+from shoal.protocol.limits import BLOCK_BYTES
+from shoal.protocol.signing import Signed, Signer
+
+ANN, BOB = Signer(b"a" * 32), Signer(b"b" * 32)
+SWARM, OTHER = SwarmId.of_manifest(b"one"), SwarmId.of_manifest(b"two")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "node.sqlite"
+
+
+def a_swarm(swarm: SwarmId = SWARM, joined_at: float = 1.0) -> StoredSwarm:
+    return StoredSwarm(
+        swarm=swarm, manifest=b"one", role="learner", joined_at=joined_at, addresses=("/ip4/1.2.3.4/tcp/1",)
+    )
+
+
+def some_ops(count: int = 3, signer: Signer = ANN, start: str = "") -> list[Signed]:
+    docs = SwarmDocs(SWARM, signer.peer_id)
+    return [docs.write(signer, policy=f"{start}{n}") for n in range(count)]
+
+
+def a_block(data: bytes) -> tuple[Cid, bytes]:
+    return Cid.of_block(data), data
+
+
+def test_swarms_survive(path: Path) -> None:
+    with Storage(path) as storage:
+        storage.add_swarm(a_swarm(OTHER, joined_at=2.0))
+        storage.add_swarm(a_swarm())
+        storage.set_left(OTHER)
+        storage.set_addresses(SWARM, ["/ip6/::1/tcp/2"])
+    with Storage(path) as storage:
+        first, second = storage.list_swarms()
+        assert (first.swarm, first.manifest, first.has_left, first.addresses) == (
+            SWARM,
+            b"one",
+            False,
+            ("/ip6/::1/tcp/2",),
+        )
+        assert type(first.swarm) is SwarmId
+        assert (second.swarm, second.has_left) == (OTHER, True)
+        storage.add_swarm(a_swarm(OTHER, joined_at=99.0))  # joined again
+        assert storage.list_swarms()[1] == a_swarm(OTHER, joined_at=2.0)
+
+
+def test_ops_survive_in_order_and_once(path: Path) -> None:
+    anns, bobs = some_ops(3), some_ops(2, BOB)
+    with Storage(path) as storage:
+        storage.add_swarm(a_swarm())
+        storage.add_swarm(a_swarm(OTHER))
+        storage.append_ops(SWARM, [*bobs, *anns[:2]])
+        storage.append_ops(SWARM, anns)
+        storage.append_ops(SWARM, [])
+    with Storage(path) as storage:
+        loaded = storage.load_ops(SWARM)
+        assert len(loaded) == 5
+        assert set(loaded) == {*anns, *bobs}
+        restored = SwarmDocs(SWARM, ANN.peer_id, loaded)
+        assert restored.version() == {ANN.peer_id: 3, BOB.peer_id: 2}
+        assert storage.load_ops(OTHER) == []
+
+
+def test_ops_are_kept_all_or_none(path: Path) -> None:
+    ops, fork = some_ops(3), some_ops(2, start="other")
+    with Storage(path) as storage:
+        storage.add_swarm(a_swarm())
+        storage.append_ops(SWARM, ops[:2])
+        with pytest.raises(StorageError, match="another op"):
+            storage.append_ops(SWARM, [ops[2], fork[1]])
+        assert storage.load_ops(SWARM) == ops[:2]
+        with pytest.raises(StorageError, match="add the swarm first"):
+            storage.append_ops(OTHER, ops)
+
+
+def test_blocks(path: Path) -> None:
+    cid, data = a_block(b"data")
+    with Storage(path) as storage:
+        assert storage.get_block(cid) is None
+        storage.put_block(cid, data)
+        storage.put_blocks({cid: data, Cid.of_manifest(b"m"): b"m"})
+        assert storage.has_block(cid)
+        assert storage.blocks_size() == 5
+    with Storage(path) as storage:
+        assert storage.get_block(cid) == data
+        assert storage.get_block(Cid.of_manifest(b"m")) == b"m"
+
+
+def test_a_block_is_what_its_name_says(path: Path) -> None:
+    cid, data = a_block(b"data")
+    with Storage(path) as storage:
+        with pytest.raises(ProtocolError):
+            storage.put_blocks({Cid.of_block(b"x"): b"x", cid: b"other"})
+        with pytest.raises(ProtocolError):
+            storage.put_block(*a_block(bytes(BLOCK_BYTES + 1)))
+        assert storage.blocks_size() == 0
+        storage.put_block(cid, data)
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE blocks SET data = x'00'")
+    db.close()
+    with Storage(path) as storage:
+        assert storage.get_block(cid) is None
+        assert not storage.has_block(cid)
+        storage.put_block(cid, data)
+        assert storage.get_block(cid) == data
+
+
+def test_the_least_recently_used_goes_first_and_the_pinned_never(path: Path) -> None:
+    blocks = [a_block(bytes([n]) * 100) for n in range(5)]
+    cids = [cid for cid, _ in blocks]
+    with Storage(path, Clock()) as storage:
+        for cid, data in blocks:
+            storage.put_block(cid, data)
+        storage.pin([cids[0], Cid.of_block(b"not here")])
+        storage.get_block(cids[1])
+        assert storage.evict(500) == 0
+        assert storage.evict(250) == 300
+        assert [storage.has_block(cid) for cid in cids] == [True, True, False, False, False]
+        assert storage.evict(0) == 100
+        assert storage.blocks_size() == 100
+        storage.put_block(*blocks[0])  # stays pinned
+        assert storage.evict(0) == 0
+        storage.unpin([cids[0]])
+        assert storage.evict(0) == 100
+
+
+def test_evicted_space_goes_back_to_the_disk(path: Path) -> None:
+    with Storage(path) as storage:
+        for n in range(8):
+            storage.put_block(*a_block(bytes([n]) * BLOCK_BYTES))
+        storage.evict(0)
+    assert path.stat().st_size < BLOCK_BYTES
+
+
+def test_facts(path: Path) -> None:
+    with Storage(path) as storage:
+        assert storage.get_fact("name") is None
+        storage.put_fact("name", b"one")
+        storage.put_fact("name", b"two")
+    with Storage(path) as storage:
+        assert storage.get_fact("name") == b"two"
+
+
+def test_the_file_is_private_and_durable(path: Path) -> None:
+    with Storage(path) as storage:
+        assert path.stat().st_mode & 0o777 == 0o600
+        pragmas = ("journal_mode", "synchronous", "foreign_keys", "user_version")
+        values = [storage._db.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+        assert values == ["wal", 2, 1, SCHEMA_VERSION]
+
+
+def test_many_threads_share_it(path: Path) -> None:
+    with Storage(path) as storage:
+
+        def work(number: int) -> None:
+            for step in range(10):
+                cid, data = a_block(f"{number} {step}".encode())
+                storage.put_block(cid, data)
+                assert storage.get_block(cid) == data
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert storage.evict(0) > 0
+        assert storage.blocks_size() == 0
+
+
+def test_a_newer_schema_is_refused_and_left_alone(path: Path) -> None:
+    Storage(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    db.close()
+    with pytest.raises(StorageError, match="update Shoal"):
+        Storage(path)
+
+
+def test_a_file_of_something_else_is_refused(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE thing (x)")
+    db.close()
+    with pytest.raises(StorageError, match="something else"):
+        Storage(path)
+    path.write_bytes(b"no database " * 1000)
+    with pytest.raises(StorageError, match="damaged"):
+        Storage(path)
+
+
+def test_damage_is_told_with_the_path(path: Path) -> None:
+    with Storage(path) as storage:
+        storage.add_swarm(a_swarm())
+        storage.append_ops(SWARM, some_ops())
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE ops SET sealed = x'c1'")
+    db.close()
+    with Storage(path) as storage, pytest.raises(StorageError, match=r"node\.sqlite is damaged"):
+        storage.load_ops(SWARM)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(path: Path) -> None:
+    with Storage(path) as storage:
+        storage.put_block(*a_block(b"before"))
+        pages = storage._db.execute("PRAGMA page_count").fetchone()[0]
+        storage._db.execute(f"PRAGMA max_page_count = {pages + 20}")
+        with pytest.raises(StorageError, match="disk is full"):
+            storage.put_block(*a_block(bytes(BLOCK_BYTES)))
+        assert storage.get_block(Cid.of_block(b"before")) == b"before"
+        storage.put_block(*a_block(b"after"))
+
+
+def test_a_file_that_cannot_be_written_is_told(path: Path, tmp_path: Path) -> None:
+    with Storage(path) as storage:
+        storage._db.execute("PRAGMA query_only = ON")
+        with pytest.raises(StorageError, match="cannot be written"):
+            storage.put_fact("x", b"")
+    with pytest.raises(StorageError, match="cannot be opened"):
+        Storage(tmp_path / "no folder" / "node.sqlite")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from shoal.crdt.sync import SwarmDocs
+from shoal.node.storage import Storage
+from shoal.protocol.ids import Cid, SwarmId
+from shoal.protocol.signing import Signer
+
+signer, swarm = Signer(b"a" * 32), SwarmId.of_manifest(b"one")
+storage = Storage(Path(sys.argv[1]))
+docs = SwarmDocs(swarm, signer.peer_id, storage.load_ops(swarm))
+while True:
+    block = str(docs.num_ops + 1).encode()
+    storage.put_block(Cid.of_block(block), block)
+    op = docs.write(signer, policy={"epoch": docs.num_ops})
+    storage.append_ops(swarm, [op])
+    print(docs.num_ops, flush=True)
+"""
+
+
+def test_a_writer_that_is_killed_loses_nothing_that_it_acknowledged(path: Path) -> None:
+    with Storage(path) as storage:
+        storage.add_swarm(a_swarm())
+    acknowledged = 0
+    for lines in (1, 40, 7):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        for _ in range(lines):
+            acknowledged = int(writer.stdout.readline())
+        os.kill(writer.pid, signal.SIGKILL)
+        rest = writer.stdout.read().split()
+        acknowledged = int(rest[-1]) if rest else acknowledged
+        writer.stdout.close()
+        assert writer.wait() == -signal.SIGKILL
+        with Storage(path) as storage:
+            docs = SwarmDocs(SWARM, ANN.peer_id, storage.load_ops(SWARM))
+            assert acknowledged <= docs.num_ops <= acknowledged + 1
+            assert docs.documents()[ANN.peer_id] == {"policy": {"epoch": docs.num_ops - 1}}
+            for number in range(1, acknowledged + 1):
+                assert storage.has_block(Cid.of_block(str(number).encode()))
