@@ -1,0 +1,120 @@
+"""Real nodes: each its own process with its own profile, driven by the command line alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.node.client import Client
+from shoal.node.config import NodeConfig
+
+SHOAL = [sys.executable, "-m", "shoal.cli.main"]
+LOOPBACK = ("--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0")
+
+
+class Node:
+    """One node on this machine."""
+
+    def __init__(self, home: Path, profile: str, *options: str) -> None:
+        self.home = home
+        self.profile = profile
+        self.options = options
+        self.info: dict[str, Any] = {}
+
+    @property
+    def peer_id(self) -> str:
+        return str(self.info["peer_id"])
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"SHOAL_HOME": str(self.home)}
+
+    def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [*SHOAL, *words, "--profile", self.profile]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        assert not check or done.returncode == 0, (
+            f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.log()}"
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def ask(self, *words: str) -> Any:
+        return json.loads(self.run(*words, "--json").stdout.strip().splitlines()[-1])
+
+    def up(self, *options: str) -> "Node":
+        self.info = self.ask("up", "-d", *LOOPBACK, *self.options, *options)
+        return self
+
+    def down(self) -> None:
+        self.run("down", check=False)
+
+    def create(self, *options: str) -> dict[str, str]:
+        created: dict[str, str] = self.ask(
+            "swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *options
+        )
+        return created
+
+    def wait_for(self, swarm: str, promise: str, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 90) -> Any:
+        """Follow ``shoal watch`` until what it shows is as promised."""
+        command = [*SHOAL, "watch", swarm, "--json", "--profile", self.profile]
+        watch = subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        timer = threading.Timer(timeout_s, watch.kill)
+        timer.start()
+        last: dict[str, Any] = {}
+        try:
+            assert watch.stdout is not None
+            for line in watch.stdout:
+                shown = json.loads(line)
+                if "epoch" in shown:
+                    last = shown
+                    if holds(shown):
+                        return shown
+            pytest.fail(f"{promise}: not within {timeout_s} s; last seen {last}\n{self.log()}")
+        finally:
+            timer.cancel()
+            watch.kill()
+            watch.communicate()
+
+    def wait_until_connected(self) -> None:
+        """Returns when the node has a peer; the events of its API say so."""
+        paths = NodeConfig(home=self.home, profile=self.profile).paths
+        with Client(paths, self.profile) as client, client.events() as events:
+            for event in events:
+                if event is not None and event.name == "node" and event.data["num_peers"] > 0:
+                    return
+
+    def workers(self) -> list[int]:
+        tasks = Path(f"/proc/{self.info['pid']}/task").glob("*/children")  # listed by the thread that started them
+        return [int(child) for task in tasks for child in task.read_text(encoding="ascii").split()]
+
+    def kill(self) -> None:
+        """The node and its workers are gone at once, as in a power cut."""
+        for pid in (int(self.info["pid"]), *self.workers()):
+            os.kill(pid, signal.SIGKILL)
+
+    def log(self) -> str:
+        path = self.home / "profiles" / self.profile / "node.log"
+        return path.read_text(encoding="utf-8")[-4000:] if path.exists() else ""
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """Makes nodes, and ends them with the test."""
+    nodes: list[Node] = []
+
+    def make(*options: str) -> Node:
+        nodes.append(Node(tmp_path, f"node{len(nodes)}", *options))
+        return nodes[-1].up()
+
+    yield make
+    for node in nodes:
+        node.down()
