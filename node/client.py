@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import httpx
@@ -50,7 +50,7 @@ _ERRORS: Final[dict[int, type[ShoalError]]] = {
 class Client:
     """Talks to the node that runs under a profile. Use it in a ``with`` block.
 
-    Every method raises `NoDaemonError` if no node answers, and otherwise the error that the node answered with.
+    It, and every method, raises `NoDaemonError` if no node answers, and otherwise what the node answered with.
     """
 
     def __init__(self, paths: ProfilePaths, profile: str) -> None:
@@ -58,11 +58,14 @@ class Client:
         try:
             record = json.loads(paths.api.read_bytes())
             self.pid = int(record["pid"])
-            socket = Path(record["socket"])
+            path = str(record["socket"])
+            # The file outlives a node that was killed. (Also, httpx leaks the socket of a connection that fails.)
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._no_daemon() from error
         self._http = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://localhost", timeout=ANSWER_TIMEOUT_S
+            transport=httpx.HTTPTransport(uds=path), base_url="http://localhost", timeout=ANSWER_TIMEOUT_S
         )
 
     def __enter__(self) -> Self:

@@ -207,6 +207,8 @@ class Host:
         )
         self._tell(PeerUp(peer))
         self._nursery.start_soon(self._keep_alive, peer)
+        if self._dht is not None:
+            self._nursery.start_soon(self._dht.add_peer, connection.muxed_conn.peer_id)
 
     def _peer_down(self, connection: INetConn) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))

@@ -31,19 +31,15 @@ def load_or_create_identity(path: Path) -> Identity:
         ShoalError: if the file cannot be read or written, is not a key, or is open to other users.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            secret = file.read(SECRET_BYTES + 1)
     except FileNotFoundError:
         return _create(path)
     except OSError as error:
         raise ShoalError(f"the identity {path} cannot be read: {error.strerror}; correct its permissions") from error
-    with os.fdopen(descriptor, "rb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        if mode & 0o077:
-            raise ShoalError(f"the identity {path} is open to other users (mode {mode:04o}); run: chmod 600 {path}")
-        try:
-            secret = file.read(SECRET_BYTES + 1)
-        except OSError as error:
-            raise ShoalError(f"the identity {path} cannot be read: {error.strerror}") from error
+    if mode & 0o077:
+        raise ShoalError(f"the identity {path} is open to other users (mode {mode:04o}); run: chmod 600 {path}")
     if len(secret) != SECRET_BYTES:
         raise ShoalError(
             f"the identity {path} is damaged; restore it from a backup, or move it away to start as a new node"

@@ -28,7 +28,7 @@ from shoal.node.services import (
     SyncRequest,
     typed_version,
 )
-from shoal.node.storage import Storage
+from shoal.node.storage import Storage, StorageError
 from shoal.protocol.codec import to_plain
 from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId, SwarmId
@@ -144,7 +144,7 @@ class Replica:
         async with self._store_lock:
             op = self._docs.write(self._signer, **registers)
             self._documents = None
-            await trio.to_thread.run_sync(self._storage.append_ops, self.swarm, [op])
+            await self._store([op])
         self._spread_ops([op], but=None)
         self.changed.set()
 
@@ -193,13 +193,16 @@ class Replica:
             ProtocolError: if its answer breaks the protocol.
         """
         while True:
-            version = {str(author): seq for author, seq in self._docs.version().items()}
+            async with self._store_lock:  # nothing is told that is not on disk yet
+                version = {str(author): seq for author, seq in self._docs.version().items()}
             answer, _ = await self._host.call(peer, SYNC, SyncRequest(self.swarm, version), timeout_s=CALL_TIMEOUT_S)
             self._meet(peer)
             took = await self._take_ops(answer.ops, peer)
             if not took:
                 break
-        self._queue(peer, ops=self._docs.missing(typed_version(answer.version), SYNC_BYTES))
+        async with self._store_lock:
+            lacks = self._docs.missing(typed_version(answer.version), SYNC_BYTES)
+        self._queue(peer, ops=lacks)
 
     def _meet(self, peer: PeerId) -> None:
         if peer in self._neighbours or self._nursery is None:
@@ -216,10 +219,12 @@ class Replica:
         theirs = typed_version(request.version)
         if peer not in self._neighbours:
             self._meet(peer)
-        ours = self._docs.version()
-        if self._nursery is not None and any(seq > ours.get(author, 0) for author, seq in theirs.items()):
+        async with self._store_lock:  # nothing is told that is not on disk yet
+            ours = self._docs.version()
+            ops = self._docs.missing(theirs, SYNC_BYTES)
+            is_behind = self._docs.is_behind(theirs)
+        if is_behind and self._nursery is not None:
             self._nursery.start_soon(self._sync_quietly, peer)
-        ops = self._docs.missing(theirs, SYNC_BYTES)
         return SyncAnswer(tuple(ops), {str(author): seq for author, seq in ours.items()})
 
     async def serve_ops(self, peer: PeerId, push: OpsPush) -> None:
@@ -235,8 +240,8 @@ class Replica:
             self._refresh_live()
 
     def _is_news(self, record: Signed) -> bool:
-        mine = record.author == self._signer.peer_id
-        return not mine and self._presence.receive(record, trio.current_time()) is not None
+        # The own records too: from them the table learns of an earlier life of this node under a later clock.
+        return self._presence.receive(record, trio.current_time()) is not None
 
     # Inside.
 
@@ -245,13 +250,23 @@ class Replica:
             received = self._docs.receive(ops)
             self._documents = None
             if received.accepted:
-                await trio.to_thread.run_sync(self._storage.append_ops, self.swarm, list(received.accepted))
+                await self._store(received.accepted)
         for rejected in received.rejected:
             log.warning("an op that %s sent is refused: %s", source, rejected.reason)
         if received.accepted:
             self._spread_ops(received.accepted, but=source)
             self.changed.set()
         return len(received.accepted)
+
+    async def _store(self, ops: Sequence[Signed]) -> None:
+        try:
+            await trio.to_thread.run_sync(self._storage.append_ops, self.swarm, ops)
+        except StorageError:
+            # What is not on disk must not be known either, or this node could sign two ops with one number.
+            stored = await trio.to_thread.run_sync(self._storage.load_ops, self.swarm)
+            self._docs = SwarmDocs(self.swarm, self._signer.peer_id, stored)
+            self._documents = None
+            raise
 
     def _spread_ops(self, ops: Sequence[Signed], but: PeerId | None) -> None:
         for other in self._neighbours:

@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 PROVIDE_INTERVAL_S: Final = 60.0
 PROVIDE_RETRY_S: Final = 5.0
+PROVIDE_PAUSE_S: Final = 1.0
+LOOKUPS: Final = 3
 TICKET_ADDRESSES: Final = 8
 
 
@@ -81,6 +83,7 @@ class Swarms:
     ) -> None:
         self.joined: dict[SwarmId, Membership] = {}
         self.changed = Signal()
+        self._peer_came = Signal()
         self._signer = signer
         self._host = host
         self._storage = storage
@@ -286,7 +289,9 @@ class Swarms:
             except Exception as error:
                 log.info("announcing %s in the DHT failed: %s", swarm, error)
                 provided = False
-            await trio.sleep(PROVIDE_INTERVAL_S if provided else PROVIDE_RETRY_S)
+            with trio.move_on_after(PROVIDE_INTERVAL_S if provided else PROVIDE_RETRY_S):
+                await self._peer_came.wait()
+                await trio.sleep(PROVIDE_PAUSE_S)  # several come at once
 
     # Reaching members.
 
@@ -296,8 +301,12 @@ class Swarms:
         for address in ticket.addresses:
             by_peer.setdefault(address.rpartition("/p2p/")[2], []).append(address)
         reached = await self._connect_any(list(by_peer.values()))
-        if not reached and self._host.connected:
+        for _ in range(LOOKUPS):
+            if reached or not self._host.connected:
+                break
             reached = await self._connect_any([list(a) for a in await self._host.find_providers(ticket.swarm)])
+            if not reached:
+                await trio.sleep(PROVIDE_PAUSE_S)
         if not reached and must:
             raise NoPeersError(
                 f"no member of {ticket.swarm} can be reached: tried {', '.join(ticket.addresses) or 'no addresses'}; "
@@ -351,6 +360,8 @@ class Swarms:
                     self._nursery.start_soon(membership.replica.peer_up, peer)
                 case PeerDown(peer):
                     membership.replica.peer_down(peer)
+        if isinstance(event, PeerUp):
+            self._peer_came.set()
         self.changed.set()
 
     def _replica(self, swarm: SwarmId) -> Replica:
