@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.exchange.rounds import LearnerView, Offer, Proposal, RoundKey
 from shoal.training.manifest import Role
+
+MAX_COUNT: Final = 2**53
+"""Above this a count is a lie; sums of 256 still fit into 64 bits."""
 
 
 class Phase(StrEnum):
@@ -42,7 +45,7 @@ class Facts:
         speed: environment steps per second while it collects.
         offer_cid: what it wants averaged at (epoch, step), once it does.
         offer_weight: in samples.
-        proposal: the newest it made.
+        proposal: the newest it made or accepted.
     """
 
     role: Role
@@ -57,6 +60,11 @@ class Facts:
     offer_cid: Cid | None = None
     offer_weight: int = 0
     proposal: Proposal | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.epoch, self.step, self.samples, self.env_steps, self.offer_weight)
+        if not all(0 <= count <= MAX_COUNT for count in counts) or self.steps_per_s < 0 or self.speed < 0:
+            raise ProtocolError("a member's counts and rates cannot be negative, nor endless")
 
     def view(self, author: PeerId) -> LearnerView:
         """The part that rounds need."""

@@ -6,11 +6,13 @@ whoever accepts can fetch them all from it. Everybody merges the proposed offers
 so gets the same bytes (`averager`).
 
 * A proposer that is seen to be gone makes the next hash the proposer at once; one that is silent does so after
-  a wait. A learner that is silent is left out of the proposal after a wait.
+  twice the wait after which a silent learner is left out of the proposal, so that waiting for it is no silence.
+* Whoever accepts a proposal says so in presence too: whoever comes late, or did not hear the proposer before it died,
+  finds it there, and fetches the bytes from those who hold them by then.
 * Waits are learned: median + 4·MAD of how long past rounds took, within `MIN_PATIENCE_S` and `MAX_PATIENCE_S`.
-* Two learners whose views of who is alive differ may both propose. Each learner accepts the proposal with the lowest
-  (attempt, hash) that it sees first; if two groups so end with different policies, the policy view of the CRDT
-  picks one of them for everybody (`crdt.views.best_policy`).
+* Two learners whose views of who is alive differ may both propose. Of what it sees, each learner accepts the lowest
+  attempt, then the most offers, and stays with it while it can be fetched; if two groups so end with different
+  policies, the policy view of the CRDT picks one of them for everybody (`crdt.views.best_policy`).
 
 Rendezvous hashing: Thaler and Ravishankar 1998. This core has no clock: ``now`` is seconds of any monotonic clock.
 """
@@ -18,12 +20,14 @@ Rendezvous hashing: Thaler and Ravishankar 1998. This core has no clock: ``now``
 from __future__ import annotations
 
 import hashlib
+import itertools
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 
 MIN_PATIENCE_S: Final = 0.75
@@ -58,12 +62,26 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Which offers to average, in the order of their authors."""
+    """Which offers to average: at least one, in the order of their authors, one of each.
+
+    Attributes:
+        epoch: with ``step``, names the round.
+        step: likewise.
+        attempt: how often its author had passed over a silent proposer before.
+        offers: the bytes, and their weights.
+    """
 
     epoch: int
     step: int
     attempt: int
     offers: tuple[Offer, ...]
+
+    def __post_init__(self) -> None:
+        authors = [offer.author for offer in self.offers]
+        if not authors or any(one >= other for one, other in itertools.pairwise(authors)):
+            raise ProtocolError("a proposal names offers, one of each author, in order")
+        if self.attempt < 0 or any(offer.weight <= 0 for offer in self.offers):
+            raise ProtocolError("a proposal's attempt cannot be negative, and each of its offers weighs something")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +92,7 @@ class LearnerView:
         key: the round it works towards.
         is_ready: whether it has arrived there: from then on it has made its offer, or has nothing to offer.
         offer: what it offers for that round.
-        proposal: the newest it made.
+        proposal: the newest it made or accepted.
     """
 
     key: RoundKey
@@ -93,7 +111,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Propose:
-    """Say this in presence."""
+    """Say this in presence: it was made here, or accepted."""
 
     proposal: Proposal
 
@@ -150,19 +168,18 @@ class Round:
         self._me = me
         self._own = own
         self._held: set[Cid] = {own.cid} if own is not None else set()
-        self._bad: set[Cid] = set()
         self._asked: set[Cid] = set()
         self._accepted: Proposal | None = None
-        self._proposed: Proposal | None = None
+        self._given_up: set[Proposal] = set()
         self._decided = False
         self._attempt = 0
         self._waiting_since = now
+        self._wake_at = now
 
     @property
     def next_wake(self) -> float:
         """When to call `update` at the latest, even if nothing happens."""
-        patience = self.patience_s if self._accepted is None else 2 * self.patience_s
-        return self._waiting_since + patience
+        return self._wake_at
 
     def hold(self, cid: Cid) -> None:
         """These bytes are here now."""
@@ -177,16 +194,22 @@ class Round:
         if self._decided:
             return []
         outputs: list[Output] = []
-        if now >= self.next_wake and self._accepted is not None:
-            self._start_attempt(now)  # what was accepted cannot be had: its proposer went, and nobody else holds it all
-        for peer, view in learners.items():
-            if view.offer is not None and view.key == self.key:
-                self._want(view.offer, (peer,), outputs)
+        if self._accepted is not None and now >= self._waiting_since + 2 * self.patience_s:
+            self._given_up.add(self._accepted)  # it cannot be had: nobody who is left holds it all
+            self._accepted = None
+            self._start_attempt(now)
         if self._accepted is None:
-            self._accepted = self._best_visible(learners)
+            proposal = self._best_visible(learners) or self._propose(learners, now)
+            if proposal is not None:
+                self._accepted = proposal
+                self._waiting_since = now
+                self._wake_at = now + 2 * self.patience_s
+                outputs.append(Propose(proposal))
         if self._accepted is None:
-            self._maybe_propose(learners, now, outputs)
-        if self._accepted is not None:
+            for peer, view in learners.items():
+                if view.offer is not None and view.key == self.key:
+                    self._want(view.offer, (peer,), outputs)
+        else:
             for offer in self._accepted.offers:
                 self._want(offer, tuple(learners), outputs)
             if all(offer.cid in self._held for offer in self._accepted.offers):
@@ -196,7 +219,6 @@ class Round:
 
     def _start_attempt(self, now: float) -> None:
         self._attempt += 1
-        self._accepted = None
         self._waiting_since = now
 
     def _want(self, offer: Offer, sources: tuple[PeerId, ...], outputs: list[Output]) -> None:
@@ -205,41 +227,45 @@ class Round:
             outputs.append(Fetch(offer, sources))
 
     def _best_visible(self, learners: Mapping[PeerId, LearnerView]) -> Proposal | None:
-        """The proposal for this round with the lowest (attempt, hash), not older than our attempt."""
-        seen = [(peer, view.proposal) for peer, view in learners.items() if view.proposal is not None]
-        if self._proposed is not None:
-            seen.append((self._me, self._proposed))
-        fitting = [
-            (proposal.attempt, self._rank(peer), proposal)
-            for peer, proposal in seen
-            if RoundKey(proposal.epoch, proposal.step) == self.key and proposal.attempt >= self._attempt
-        ]
-        return min(fitting, key=lambda item: item[:2])[2] if fitting else None
+        """What to accept of what others made or accepted for this round, the same for everybody with the same view."""
+        fitting = {
+            view.proposal
+            for view in learners.values()
+            if view.proposal is not None and RoundKey(view.proposal.epoch, view.proposal.step) == self.key
+        }
+        return min(fitting - self._given_up, key=_preference, default=None)
 
-    def _maybe_propose(self, learners: Mapping[PeerId, LearnerView], now: float, outputs: list[Output]) -> None:
+    def _propose(self, learners: Mapping[PeerId, LearnerView], now: float) -> Proposal | None:
+        """Propose if it is this learner's turn and nobody is waited for; or pass over whoever does not."""
         present = {
             peer: view
             for peer, view in learners.items()
             if view.key.epoch == self.key.epoch and view.key.step <= self.key.step
         }
         candidates = sorted([self._me, *present], key=self._rank)
-        waited = now >= self._waiting_since + self.patience_s
+        if candidates[self._attempt % len(candidates)] != self._me and now >= self._waiting_since + 2 * self.patience_s:
+            self._start_attempt(now)
         if candidates[self._attempt % len(candidates)] != self._me:
-            if waited:
-                self._start_attempt(now)
-            return
+            self._wake_at = self._waiting_since + 2 * self.patience_s
+            return None
+        waited = self._attempt > 0 or now >= self._waiting_since + self.patience_s
         offers = [view.offer for view in present.values() if view.offer is not None and view.key == self.key]
         held = [offer for offer in offers if offer.cid in self._held]
-        if self._own is not None:
-            held.append(self._own)
-        everybody = len(held) == len(offers) + (self._own is not None) and all(
+        everybody = len(held) == len(offers) and all(
             view.is_ready and view.key == self.key for view in present.values()
         )
+        if self._own is not None:
+            held.append(self._own)
         if not held or not (everybody or waited):
-            return
+            self._wake_at = (now if waited else self._waiting_since) + self.patience_s
+            return None
         ordered = tuple(sorted(held, key=lambda offer: offer.author))
-        self._proposed = self._accepted = Proposal(self.key.epoch, self.key.step, self._attempt, ordered)
-        outputs.append(Propose(self._proposed))
+        return Proposal(self.key.epoch, self.key.step, self._attempt, ordered)
 
     def _rank(self, peer: PeerId) -> bytes:
         return rendezvous_rank(self._swarm, "round", self.key.epoch, self.key.step, peer)
+
+
+def _preference(proposal: Proposal) -> tuple[int, int, list[tuple[PeerId, Cid, int]]]:
+    offers = [(offer.author, offer.cid, offer.weight) for offer in proposal.offers]
+    return proposal.attempt, -len(offers), offers
