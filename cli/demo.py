@@ -25,7 +25,7 @@ from rich.live import Live
 
 from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, print_json
-from shoal.cli.spawn import BackgroundNode
+from shoal.cli.spawn import BackgroundNode, descendants, kill_tree, wait_gone
 from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
 from shoal.node.client import Client
 from shoal.node.config import NodeConfig
@@ -222,6 +222,7 @@ class _School:
 
     def _stop_all(self) -> None:
         living = [pupil for pupil in self.pupils if pupil.node.process.poll() is None]
+        workers = [worker for pupil in living for worker in descendants(pupil.node.process.pid)]
         for pupil in living:
             pupil.node.process.terminate()
         stop_at = time.monotonic() + STOP_TIMEOUT_S
@@ -230,6 +231,9 @@ class _School:
                 pupil.node.process.wait(max(0.0, stop_at - time.monotonic()))
             except Exception:  # too slow, or interrupted once more: it must not be left behind
                 pupil.node.kill()
+        for worker in workers:
+            if not wait_gone(worker, max(0.0, stop_at - time.monotonic())):
+                kill_tree(worker)
 
 
 class _Show:

@@ -103,7 +103,7 @@ class BackgroundNode:
 
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process of this user and to all that descend from it."""
-    victims = [pid, *_descendants(pid)]
+    victims = [pid, *descendants(pid)]
     for victim in victims:
         try:
             os.kill(victim, signal.SIGKILL)
@@ -123,7 +123,8 @@ def wait_gone(pid: int, timeout_s: float) -> bool:
         os.close(descriptor)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have started."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -131,5 +132,5 @@ def _descendants(pid: int) -> list[int]:
         except OSError:  # that thread has just ended
             continue
         for child in children:
-            found += [child, *_descendants(child)]
+            found += [child, *descendants(child)]
     return found

@@ -139,18 +139,12 @@ def join(
 
 def _connect_or_start(profile: str, *, as_json: bool) -> Client:
     try:
-        client = connect(profile)
-        try:
-            client.node()
-        except NoDaemonError:
-            with client:
-                raise
+        return connect(profile)
     except NoDaemonError:
         ready = BackgroundNode(NodeConfig(profile=profile)).wait_ready()
         if not as_json:
             console(stderr=True).print(f"started a node in the background (pid {ready['pid']})", style="dim")
-        client = connect(profile)
-    return client
+        return connect(profile)
 
 
 def leave(swarm: SwarmArgument, profile: Profile = "default", as_json: AsJson = False) -> None:
