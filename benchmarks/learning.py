@@ -1,6 +1,6 @@
 """Does training together cost samples? Environment steps until CartPole-v1 is solved: one process against three peers.
 
-*One process* is the algorithm alone: collect a batch, update, evaluate every other epoch; no node, no network.
+*One process* is the algorithm alone: collect a batch, update, evaluate; no node, no network.
 *Three peers* are three nodes on this machine, each its own process, that average every epoch (mode ``local``) under the
 same manifest. Both stop at the first evaluation over 20 episodes whose mean return reaches 475.
 
@@ -35,7 +35,9 @@ ALONE = PeerId.of_public_key(bytes(32))
 def one_process(task_name: str, seed: int, max_env_steps: int) -> tuple[int | None, float]:
     """Environment steps until solved, and seconds."""
     task = load_task(task_name)
-    manifest = Manifest(owner=ALONE, task=task_name, algorithm="ppo", seed=seed, target_return=task.target_return)
+    manifest = Manifest(
+        owner=ALONE, task=task_name, algorithm="ppo", seed=seed, target_return=task.target_return, eval_interval=1
+    )
     learner = load_algorithm("ppo").learner(manifest, task, peer=ALONE)
     began, env_steps, epoch = time.monotonic(), 0, 0
     while env_steps < max_env_steps:
@@ -71,7 +73,16 @@ def peers(num_peers: int, task_name: str, seed: int, max_env_steps: int) -> tupl
         try:
             for profile in profiles:
                 shoal(home, profile, "up", "-d", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0")
-            options = ["--min-learners", str(num_peers), "--seed", str(seed), "--max-env-steps", str(max_env_steps)]
+            options = [
+                "--min-learners",
+                str(num_peers),
+                "--eval-interval",
+                "1",
+                "--seed",
+                str(seed),
+                "--max-env-steps",
+                str(max_env_steps),
+            ]
             created = shoal(home, profiles[0], "swarm", "create", "--task", task_name, "--algorithm", "ppo", *options)
             for profile in profiles[1:]:
                 shoal(home, profile, "join", str(created["ticket"]), "-d")

@@ -35,7 +35,7 @@ class PPOConfig:
         normalize_returns: scale rewards so that discounted returns have deviation 1 over the whole run, of all peers.
     """
 
-    num_envs: int = 8
+    num_envs: int = 4
     gamma: float = 0.99
     gae_lambda: float = 0.95
     learning_rate: float = 1e-3
