@@ -110,8 +110,8 @@ class Channel:
 
         Raises:
             RemoteError: with the far side's status; DEADLINE_EXCEEDED after ``timeout_s``; UNAVAILABLE when the
-                stream is gone.
-            ProtocolError: if the answer is not of the method's type.
+                stream is gone; INTERNAL if the answer is not of the method's type.
+            LimitError: if the request is too big.
         """
         if self._closed_because is not None:
             raise RemoteError(Status.UNAVAILABLE, self._closed_because)
@@ -127,7 +127,10 @@ class Channel:
             self._wake_writer.set()
         match pending.outcome:
             case Answered(_, body, received):
-                return from_plain(method.answer, body), received
+                try:
+                    return from_plain(method.answer, body), received
+                except ProtocolError as error:
+                    raise RemoteError(Status.INTERNAL, f"{method.name} was answered with nonsense: {error}") from error
             case Failed(_, error):
                 raise error
             case None:
@@ -146,11 +149,12 @@ class Channel:
                 except ProtocolError as error:
                     reason = f"protocol error: {error}"
                     log.warning("closing the stream with %s: %s", self.peer, error)
-                nursery.cancel_scope.cancel()
+                finally:
+                    self._closed_because = reason  # callers learn it now, however long a handler takes to stop
+                    for event in self._connection.close(reason):
+                        self._dispatch(event, None)
+                    nursery.cancel_scope.cancel()
         finally:
-            self._closed_because = reason
-            for event in self._connection.close(reason):
-                self._dispatch(event, None)
             with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                 await self._stream.close()
 

@@ -55,7 +55,7 @@ def encode_frame(frame: Frame) -> list[bytes | memoryview]:
     Raises:
         LimitError: if the far side would refuse it.
     """
-    sizes = [len(attachment) for attachment in frame.attachments]
+    sizes = [memoryview(attachment).nbytes for attachment in frame.attachments]  # len() counts a tensor's rows
     _check_limits(len(frame.header), sizes)
     table = struct.pack(f"!{len(sizes)}I", *sizes)
     length = _AFTER_LENGTH + len(table) + len(frame.header) + sum(sizes)
@@ -89,6 +89,10 @@ class FrameDecoder:
 
     def _next(self) -> Frame | None:
         length, kind, call_id, header_bytes, num_attachments = _PREFIX.unpack_from(self._buffer)
+        try:
+            frame_type = FrameType(kind)
+        except ValueError as error:
+            raise ProtocolError(f"{kind} is not a frame type") from error
         if num_attachments > MAX_ATTACHMENTS:
             raise LimitError(f"a frame with {num_attachments} attachments exceeds the limit of {MAX_ATTACHMENTS}")
         start = _PREFIX.size + 4 * num_attachments
@@ -105,10 +109,6 @@ class FrameDecoder:
         if len(self._buffer) < end:
             self._wanted = end
             return None
-        try:
-            frame_type = FrameType(kind)
-        except ValueError as error:
-            raise ProtocolError(f"{kind} is not a frame type") from error
         whole = bytes(memoryview(self._buffer)[start:end])
         del self._buffer[:end]
         self._wanted = _PREFIX.size

@@ -100,7 +100,8 @@ class RpcConnection:
         self._outgoing: list[bytes | memoryview] = []
         self._next_call_id = 1
         self._deadlines: dict[int, float] = {}  # ours, by call id
-        self._serving: set[int] = set()  # theirs
+        self._serving: dict[int, bool] = {}  # theirs, by call id, until we are done: whether the answer is still wanted
+        self._untold: list[Event] = []
 
     @property
     def num_open_calls(self) -> int:
@@ -128,32 +129,33 @@ class RpcConnection:
             self._send(Frame(FrameType.CANCEL, call_id))
 
     def answer(self, call_id: int, body: object, attachments: Sequence[bytes | memoryview] = ()) -> None:
-        """Answer a call of the far side; without effect if it was withdrawn.
+        """Answer a call of the far side; nothing is sent if it was withdrawn.
+
+        Every call has to be answered or failed, also a withdrawn one: until then it counts as one in flight.
 
         Raises:
             LimitError: if the answer is too big; the call stays open, to be failed.
         """
-        if call_id in self._serving:
+        if self._serving.get(call_id):
             self._send(Frame(FrameType.ANSWER, call_id, encode(AnswerHeader(body)), tuple(attachments)))
-            self._serving.discard(call_id)
+        self._serving.pop(call_id, None)
 
     def fail(self, call_id: int, status: Status, message: str) -> None:
-        """Let a call of the far side fail; without effect if it was withdrawn."""
-        if call_id in self._serving:
-            self._serving.discard(call_id)
+        """Let a call of the far side fail; nothing is sent if it was withdrawn."""
+        if self._serving.pop(call_id, False):
             self._send(Frame(FrameType.ERROR, call_id, encode(ErrorHeader(status, message[:MAX_ERROR_CHARS]))))
 
     def receive_data(self, data: bytes | memoryview, now: float) -> list[Event]:
         """Take what arrived.
 
         Raises:
-            ProtocolError: if the far side breaks the protocol; close the stream.
+            ProtocolError: if the far side breaks the protocol; close the stream. `close` tells what came before.
         """
-        events: list[Event] = []
         for frame in self._decoder.receive_data(data):
             event = self._handle(frame, now)
             if event is not None:
-                events.append(event)
+                self._untold.append(event)
+        events, self._untold = self._untold, []
         return events
 
     def data_to_send(self) -> list[bytes | memoryview]:
@@ -174,8 +176,10 @@ class RpcConnection:
 
     def close(self, reason: str) -> list[Event]:
         """The stream is gone: everything open fails, in both directions."""
-        events: list[Event] = [Failed(call_id, RemoteError(Status.UNAVAILABLE, reason)) for call_id in self._deadlines]
-        events += [Cancelled(call_id) for call_id in self._serving]
+        events: list[Event] = [event for event in self._untold if isinstance(event, Answered | Failed)]
+        events += [Failed(call_id, RemoteError(Status.UNAVAILABLE, reason)) for call_id in self._deadlines]
+        events += [Cancelled(call_id) for call_id, is_wanted in self._serving.items() if is_wanted]
+        self._untold.clear()
         self._deadlines.clear()
         self._serving.clear()
         self._outgoing.clear()
@@ -189,9 +193,9 @@ class RpcConnection:
             case FrameType.REQUEST:
                 return self._handle_request(frame, now)
             case FrameType.CANCEL:
-                if frame.call_id not in self._serving:
+                if not self._serving.get(frame.call_id):
                     return None  # it crossed our answer
-                self._serving.discard(frame.call_id)
+                self._serving[frame.call_id] = False
                 return Cancelled(frame.call_id)
             case FrameType.ANSWER:
                 header = decode(AnswerHeader, frame.header)
@@ -208,7 +212,7 @@ class RpcConnection:
         if frame.call_id in self._serving:
             raise ProtocolError(f"call id {frame.call_id} is already in use")
         header = decode(RequestHeader, frame.header)
-        self._serving.add(frame.call_id)
+        self._serving[frame.call_id] = True
         if len(self._serving) > MAX_CALLS_IN_FLIGHT:
             self.fail(frame.call_id, Status.RESOURCE_EXHAUSTED, f"more than {MAX_CALLS_IN_FLIGHT} calls in flight")
             return None
