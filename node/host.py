@@ -6,6 +6,7 @@ Owns the swarm (TCP, noise, yamux, identify), Kademlia, bootstrap with retry and
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import random
 import socket
@@ -14,9 +15,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import ifaddr
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INetworkService, INotifee
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.discovery.events.peerDiscovery import peerDiscovery
@@ -103,7 +105,7 @@ class Host:
 
     def addresses(self) -> tuple[str, ...]:
         """The full multiaddrs under which this node listens, ``/p2p/`` included."""
-        return tuple(str(address) for address in self._host.get_addrs())
+        return tuple(address for listened in self._host.get_addrs() for address in _reachable(str(listened)))
 
     async def connect(self, addresses: Sequence[str]) -> PeerId:
         """Connect to the one peer that these full multiaddrs name.
@@ -292,27 +294,54 @@ async def open_host(
     key_pair = create_new_key_pair(secret)
     libp2p_host = new_host(key_pair=key_pair, negotiate_timeout=10)
     network = libp2p_host.get_network()
+    failure: Exception | None = None
     async with background_trio_service(network), trio.open_nursery() as nursery:
-        host = Host(libp2p_host, PeerId.parse(str(libp2p_host.get_id())), router, nursery)
-        libp2p_host.set_stream_handler(RPC_PROTOCOL, host._serve_stream)
-        network.register_notifee(_Notifee(host))
-        for address in listen:
-            _check_free(address)
-            if not await network.listen(Multiaddr(address)):
-                raise ListenError(f"cannot listen on {address}; choose another address with --listen")
-        dht = KadDHT(libp2p_host, DHTMode.SERVER)
-        async with background_trio_service(dht):
-            host._dht = dht
-            for address in bootstrap:
-                nursery.start_soon(host._bootstrap, address)
-            if mdns:
-                nursery.start_soon(_run_mdns, host, libp2p_host)
-            try:
-                yield host
-            finally:
-                nursery.cancel_scope.cancel()
+        try:
+            host = Host(libp2p_host, PeerId.parse(str(libp2p_host.get_id())), router, nursery)
+            libp2p_host.set_stream_handler(RPC_PROTOCOL, host._serve_stream)
+            network.register_notifee(_Notifee(host))
+            for address in listen:
+                await _listen(network, address)
+            dht = KadDHT(libp2p_host, DHTMode.SERVER)
+            async with background_trio_service(dht):
+                host._dht = dht
+                for address in bootstrap:
+                    nursery.start_soon(host._bootstrap, address)
+                if mdns:
+                    nursery.start_soon(_run_mdns, host, libp2p_host)
+                try:
+                    yield host
+                except Exception as error:  # raised again below: libp2p's service contexts lose it
+                    failure = error
                 with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                     await libp2p_host.close()
+        except Exception as error:  # as above
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _reachable(address: str) -> list[str]:
+    """An address that stands for every interface, as the addresses of the interfaces; loopback last."""
+    _, family, ip, rest = address.split("/", 3)
+    if ip not in ("0.0.0.0", "::"):  # noqa: S104  compared with, not bound to
+        return [address]
+    found = []
+    for adapter in ifaddr.get_adapters():
+        for known in adapter.ips:
+            if family == "ip4" and isinstance(known.ip, str):
+                found.append(ipaddress.ip_address(known.ip))
+            elif family == "ip6" and not isinstance(known.ip, str) and not known.ip[2]:  # no link-local scope
+                found.append(ipaddress.ip_address(known.ip[0]))
+    found.sort(key=lambda known: (known.is_loopback, known.is_private))
+    return [f"/{family}/{known}/{rest}" for known in found if not known.is_link_local]
+
+
+async def _listen(network: INetworkService, address: str) -> None:
+    _check_free(address)
+    if not await network.listen(Multiaddr(address)):
+        raise ListenError(f"cannot listen on {address}; choose another address with --listen")
 
 
 def _check_free(address: str) -> None:
