@@ -181,7 +181,7 @@ class Host:
                 stream = await self._host.new_stream(ID.from_base58(str(peer)), [RPC_PROTOCOL])
             except (BaseLibp2pError, OSError) as error:
                 raise RemoteError(Status.UNAVAILABLE, f"no stream to {peer}: {error}") from error
-            channel = Channel(_Libp2pByteStream(stream), peer, self._router)
+            channel = self._channels[peer] = Channel(_Libp2pByteStream(stream), peer, self._router)
             self._nursery.start_soon(self._run_channel, channel)
             return channel
 

@@ -51,6 +51,8 @@ class Ticket:
             raw = base64.b32decode(body + "=" * (-len(body) % 8))
         except ValueError as error:
             raise UsageError("this ticket is damaged: copy it again, whole") from error
+        if base64.b32encode(raw).decode().rstrip("=") != body:  # the last character has bits to spare
+            raise UsageError("this ticket is damaged: copy it again, whole")
         if len(raw) < 5 or zlib.crc32(raw[4:]).to_bytes(4, "big") != raw[:4]:
             raise UsageError("this ticket is damaged: copy it again, whole")
         try:

@@ -1,0 +1,337 @@
+"""Two hosts in one process, over real sockets on loopback: who is connected, calls, the DHT, and a clean end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import libp2p.network.swarm
+import pytest
+import trio
+
+from shoal.node import libp2p_repairs
+from shoal.node.host import Host, ListenError, PeerDown, PeerUp, open_host
+from shoal.node.rpc import Router
+from shoal.node.services import PING
+from shoal.protocol.errors import NoPeersError, RemoteError, Status
+from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.rpc import Attachments
+from shoal.protocol.services import Empty, Method
+from shoal.protocol.signing import Signer
+
+pytestmark = pytest.mark.trio
+
+WHO = Method("test.who", Empty, Empty)
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+GENEROUS_S = 30.0
+
+
+async def pong(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Empty, Attachments]:
+    return Empty(), ()
+
+
+async def who(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Empty, Attachments]:
+    return Empty(), (peer.encode(), *attachments)
+
+
+def secret(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def id_of(number: int) -> PeerId:
+    return Signer(secret(number)).peer_id
+
+
+@asynccontextmanager
+async def host(
+    number: int, *, listen: str = LOOPBACK, bootstrap: Sequence[str] = (), ping: Any = pong
+) -> AsyncIterator[Host]:
+    router = Router()
+    router.serve(PING, ping)
+    router.serve(WHO, who)
+    async with open_host(
+        secret=secret(number), listen=[listen], bootstrap=bootstrap, mdns=False, router=router
+    ) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def two_connected() -> AsyncIterator[tuple[Host, Host]]:
+    """The first dialed the second; both have told so."""
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one, host(2) as other:
+            await one.connect(other.addresses())
+            assert await one.events.receive() == PeerUp(other.peer_id)
+            assert await other.events.receive() == PeerUp(one.peer_id)
+            yield one, other
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def test_a_host_goes_by_the_name_of_its_key_and_says_where_it_listens() -> None:
+    async with host(1) as one:
+        assert one.peer_id == id_of(1)
+        (address,) = one.addresses()
+        assert address.startswith("/ip4/127.0.0.1/tcp/")
+        assert address.endswith(f"/p2p/{one.peer_id}")
+        assert "/tcp/0/" not in address
+
+
+async def test_both_sides_learn_of_a_connection_and_of_its_end() -> None:
+    async with two_connected() as (one, other):
+        assert one.connected[other.peer_id].outbound
+        assert not other.connected[one.peer_id].outbound
+        await one.disconnect(other.peer_id)
+        assert await one.events.receive() == PeerDown(other.peer_id)
+        assert await other.events.receive() == PeerDown(one.peer_id)
+        assert (one.connected, other.connected) == ({}, {})
+
+
+async def test_a_node_that_ends_is_down_for_the_others() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one:
+            async with host(2) as other:
+                await other.connect(one.addresses())
+                assert await one.events.receive() == PeerUp(other.peer_id)
+            assert await one.events.receive() == PeerDown(id_of(2))
+
+
+async def test_calls_go_both_ways_and_say_who_calls() -> None:
+    async with two_connected() as (one, other):
+        _, attachments = await one.call(other.peer_id, WHO, Empty(), [b"bulk"])
+        assert [bytes(attachment) for attachment in attachments] == [one.peer_id.encode(), b"bulk"]
+        _, attachments = await other.call(one.peer_id, WHO, Empty())
+        assert [bytes(attachment) for attachment in attachments] == [other.peer_id.encode()]
+
+
+async def test_a_block_of_a_megabyte_arrives_whole() -> None:
+    block = os.urandom(1024 * 1024)
+    async with two_connected() as (one, other):
+        _, attachments = await one.call(other.peer_id, WHO, Empty(), [block])
+        assert bytes(attachments[1]) == block
+
+
+async def test_calls_made_at_once_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_connected() as (one, other):
+        opened = []
+        new_stream = one._host.new_stream
+
+        async def counted(*args: Any) -> Any:
+            opened.append(args)
+            return await new_stream(*args)
+
+        monkeypatch.setattr(one._host, "new_stream", counted)
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(one.call, other.peer_id, WHO, Empty())
+        assert len(opened) <= 1
+
+
+async def test_a_call_to_one_who_is_not_connected_is_unavailable() -> None:
+    async with host(1) as one:
+        with pytest.raises(RemoteError, match="not connected") as caught:
+            await one.call(id_of(2), WHO, Empty())
+        assert caught.value.status is Status.UNAVAILABLE
+
+
+async def test_a_call_in_progress_fails_at_once_when_the_peer_ends() -> None:
+    reached = trio.Event()
+
+    async def never(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Empty, Attachments]:
+        reached.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    slow = Method("test.slow", Empty, Empty)
+    router = Router()
+    router.serve(slow, never)
+    caught: list[RemoteError] = []
+
+    async def ask(one: Host, peer: PeerId) -> None:
+        with pytest.raises(RemoteError) as error:
+            await one.call(peer, slow, Empty(), timeout_s=2 * GENEROUS_S)
+        caught.append(error.value)
+
+    with trio.fail_after(GENEROUS_S):
+        async with (
+            host(1) as one,
+            trio.open_nursery() as nursery,
+            open_host(secret=secret(2), listen=[LOOPBACK], bootstrap=[], mdns=False, router=router) as other,
+        ):
+            await one.connect(other.addresses())
+            await one.events.receive()
+            nursery.start_soon(ask, one, other.peer_id)
+            await reached.wait()
+    assert [error.status for error in caught] == [Status.UNAVAILABLE]
+
+
+async def test_nobody_there_is_one_line_that_names_the_address() -> None:
+    address = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{id_of(2)}"
+    async with host(1) as one:
+        with pytest.raises(NoPeersError) as caught:
+            await one.connect([address])
+    assert address in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_another_node_at_the_address_is_not_taken_for_the_one_that_was_asked_for() -> None:
+    async with host(1) as one, host(2) as other:
+        address = other.addresses()[0].replace(other.peer_id, id_of(3))
+        with pytest.raises(NoPeersError):
+            await one.connect([address])
+        assert id_of(3) not in one.connected
+
+
+async def test_connecting_to_oneself_is_no_connection() -> None:
+    async with host(1) as one:
+        assert await one.connect(one.addresses()) == one.peer_id
+        assert one.connected == {}
+
+
+async def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
+    async with host(1) as one:
+        taken = one.addresses()[0].rpartition("/p2p/")[0]
+        with pytest.raises(ListenError) as caught:
+            async with host(2, listen=taken):
+                pytest.fail("two nodes listen at one address")
+    assert taken in str(caught.value)
+    assert "--listen" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_failure_of_what_runs_on_a_host_is_not_swallowed() -> None:
+    with pytest.raises(KeyError):
+        async with host(1):
+            raise KeyError("this")
+
+
+async def test_a_bootstrap_node_that_comes_up_later_is_found() -> None:
+    listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
+    with trio.fail_after(GENEROUS_S):
+        async with AsyncExitStack() as stack:
+            one = await stack.enter_async_context(host(1, bootstrap=[f"{listen}/p2p/{id_of(2)}"]))
+            with trio.move_on_after(0.1):
+                pytest.fail(f"connected to nobody: {await one.events.receive()}")
+            await stack.enter_async_context(host(2, listen=listen))
+            assert await one.events.receive() == PeerUp(id_of(2))
+
+
+async def test_a_bootstrap_node_that_went_away_is_found_again() -> None:
+    listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
+    with trio.fail_after(GENEROUS_S):
+        async with host(1, bootstrap=[f"{listen}/p2p/{id_of(2)}"]) as one:
+            for _ in range(2):
+                async with host(2, listen=listen):
+                    assert await one.events.receive() == PeerUp(id_of(2))
+                assert await one.events.receive() == PeerDown(id_of(2))
+
+
+async def test_the_dht_finds_who_said_that_it_holds_something() -> None:
+    cid = Cid.of_block(b"weights")
+    async with two_connected() as (one, other):
+        assert await one.provide(cid)
+        assert await other.find_providers(cid) == [one.addresses()]
+        assert await other.find_providers(Cid.of_block(b"something else")) == []
+
+
+async def test_alone_there_is_nobody_to_tell_the_dht() -> None:
+    async with host(1) as one:
+        assert not await one.provide(Cid.of_block(b"weights"))
+
+
+async def test_round_trips_are_measured() -> None:
+    async with two_connected() as (one, other):
+        state = one.connected[other.peer_id]
+        while state.rtt_ms is None:  # noqa: ASYNC110  a measurement is no event that anybody but a person waits for
+            await trio.sleep(0.01)
+        assert 0 < state.rtt_ms < 1000 * GENEROUS_S
+
+
+async def test_a_peer_that_answers_nonsense_does_not_bring_the_node_down() -> None:
+    asked = trio.Event()
+
+    async def nonsense(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Any, Attachments]:
+        asked.set()
+        return 5, ()
+
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one, host(2, ping=nonsense) as other:
+            await one.connect(other.addresses())
+            await asked.wait()
+            with pytest.raises(RemoteError, match="nonsense"):
+                await one.call(other.peer_id, PING, Empty())
+            await one.call(other.peer_id, WHO, Empty())
+
+
+def open_sockets() -> set[str]:
+    targets = [_target(link) for link in Path("/proc/self/fd").iterdir()]
+    return {target for target in targets if target.startswith("socket:")}
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except FileNotFoundError:  # it was the descriptor that listed the folder
+        return ""
+
+
+async def test_nothing_is_left_running_or_open() -> None:
+    tasks, sockets = trio.lowlevel.current_statistics().tasks_living, open_sockets()
+    async with two_connected() as (one, other):
+        await one.call(other.peer_id, WHO, Empty())
+        assert trio.lowlevel.current_statistics().tasks_living > tasks
+        assert open_sockets() > sockets
+        port = int(one.addresses()[0].split("/")[4])
+    assert trio.lowlevel.current_statistics().tasks_living == tasks
+    assert open_sockets() == sockets
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+
+
+async def dial_s(one: Host, other: Host) -> float:
+    """How long it takes to connect, afresh."""
+    began = trio.current_time()
+    await one.connect(other.addresses())
+    took = trio.current_time() - began
+    await one.events.receive()
+    await other.events.receive()
+    await one.disconnect(other.peer_id)
+    await one.events.receive()
+    await other.events.receive()
+    return took
+
+
+async def test_the_repair_spares_every_dial_a_quarter_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one, host(2) as other:
+            repaired = min([await dial_s(one, other) for _ in range(3)])
+            monkeypatch.setattr(libp2p.network.swarm, "_HAPPY_EYEBALLS_DELAY", 0.250)
+            as_it_comes = min([await dial_s(one, other) for _ in range(3)])
+    assert repaired < 0.250 <= as_it_comes, f"{repaired=:.3f} s, {as_it_comes=:.3f} s"
+
+
+async def test_a_version_of_libp2p_that_the_repairs_were_not_made_for_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(libp2p.network.swarm, "_HAPPY_EYEBALLS_DELAY", 0.123)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
+    with caplog.at_level(logging.WARNING):
+        libp2p_repairs.apply_repairs()
+    assert libp2p.network.swarm._HAPPY_EYEBALLS_DELAY == 0.123
+    assert "libp2p is 99.0, not 0.8.1" in caplog.text
+
+
+async def test_the_installed_libp2p_is_the_one_that_the_repairs_were_made_for() -> None:
+    assert importlib.metadata.version("libp2p") == libp2p_repairs.REPAIRED_VERSION
