@@ -112,10 +112,14 @@ async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None
 
 
 async def _stop_on_signal(node: Node) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            log.info("stopping on %s", signal.Signals(number).name)
-            node.stop()
+    try:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for number in signals:
+                log.info("stopping on %s", signal.Signals(number).name)
+                node.stop()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not cut the stop short
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _follow_host(host: Host, swarms: Swarms) -> None:
