@@ -21,6 +21,7 @@ from shoal.crdt.views import Evaluation, Policy, best_policy, evaluations, first
 from shoal.node.content import ContentStore, UnavailableError
 from shoal.node.replica import Replica
 from shoal.node.rpc import Channel
+from shoal.node.storage import StorageError
 from shoal.node.workers import open_worker
 from shoal.protocol.errors import RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
@@ -203,8 +204,10 @@ class Run:
                 except (RemoteError, ShoalError) as error:
                     if not started and not isinstance(error, RemoteError):
                         raise
-                    self.status.error = f"the worker failed ({error}); see {self._folder / 'worker.log'}"
-                    log.warning("swarm %s: %s; starting another in %.1f s", self.swarm, self.status.error, wait_s)
+                    self.status.error = str(error)
+                    if isinstance(error, RemoteError):
+                        self.status.error = f"the worker failed ({error}); see {self._folder / 'worker.log'}"
+                    log.warning("swarm %s: %s; next try in %.1f s", self.swarm, self.status.error, wait_s)
                 self.replica.announce(phase=Phase.STARTING, offer_cid=None, proposal=None)
                 await trio.sleep(wait_s)
                 wait_s = 0.5 if trio.current_time() - began > 60 else min(2 * wait_s, RESTART_MAX_S)
@@ -412,8 +415,15 @@ class Run:
         raise _OvertakenError
 
     def _views(self) -> dict[PeerId, LearnerView]:
+        """The other learners, less those who claim weights that no learner could have collected."""
         most = 4 * self.manifest.batch_size
-        return {peer: facts.view(peer) for peer, facts in self.learners().items() if 0 <= facts.offer_weight <= most}
+        views = {peer: facts.view(peer) for peer, facts in self.learners().items()}
+
+        def is_sane(view: LearnerView) -> bool:
+            offers = (view.offer, *(view.proposal.offers if view.proposal else ()))
+            return all(offer is None or offer.weight <= most for offer in offers)
+
+        return {peer: view for peer, view in views.items() if is_sane(view)}
 
     async def _fetch_offer(self, current: Round, offer: Offer, sources: tuple[PeerId, ...]) -> None:
         wanted = tuple(dict.fromkeys(peer for peer in (offer.author, *sources) if peer in self.replica.neighbours))
@@ -552,8 +562,10 @@ class Run:
                     self.status.epoch, self.status.env_steps = policy.epoch, policy.env_steps
                     self.status.cid, self.status.digest = policy.cid, policy.digest
                     self._say(Phase.STORING)
-                except UnavailableError as error:
-                    log.info("swarm %s: epoch %d cannot be had yet: %s", self.swarm, policy.epoch, error)
+                    self.status.error = None
+                except (UnavailableError, StorageError) as error:
+                    self.status.error = str(error)
+                    log.warning("swarm %s: epoch %d cannot be kept yet: %s", self.swarm, policy.epoch, error)
             await self.replica.changed.wait()
             await trio.sleep(0.2)  # the newest of several in a row is enough
 

@@ -30,7 +30,7 @@ from shoal.node.services import (
 )
 from shoal.node.storage import Storage, StorageError
 from shoal.protocol.codec import to_plain
-from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status
+from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.facts import Facts, read_facts
@@ -173,8 +173,8 @@ class Replica:
                 if error.status in (Status.NOT_FOUND, Status.UNIMPLEMENTED):
                     return  # not a member
                 await trio.sleep(0.2)
-            except ProtocolError as error:
-                log.warning("%s answers sync with nonsense: %s", peer, error)
+            except ShoalError as error:
+                log.warning("catching up with %s failed: %s", peer, error)
                 return
             else:
                 return

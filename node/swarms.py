@@ -258,13 +258,13 @@ class Swarms:
                     for peer in self._host.connected:
                         nursery.start_soon(replica.peer_up, peer)
                     await nursery.start(run.run)
-                    started = True
                     await self._content.put(data, keep=True, is_plain=True)
                     register = {"role": str(run.role), "left": False}
                     if replica.documents().get(self._signer.peer_id, {}).get("member") != register:
                         await replica.write(member=register)
                     nursery.start_soon(self._provide, run.swarm)
                     nursery.start_soon(self._forward_changes, replica)
+                    started = True
                     task_status.started()
         except BaseExceptionGroup as group:
             if started:

@@ -34,7 +34,10 @@ class MissingTrainingError(ShoalError):
 
 def can_train() -> bool:
     """Whether the packages that a learner needs are installed."""
-    return all(importlib.util.find_spec(name) is not None for name in TRAINING_MODULES)
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in TRAINING_MODULES)
+    except ModuleNotFoundError:
+        return False
 
 
 def require_training() -> None:

@@ -94,6 +94,7 @@ def test_a_port_in_use_is_one_line(shoal: Shoal, detach: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert str(port) in shoal.fails(1, "up", *detach, "--no-mdns", "--listen", f"/ip4/127.0.0.1/tcp/{port}")
+        assert str(port) in shoal.fails(1, "up", *detach, *LOCAL, "--api-port", str(port))
 
 
 def test_a_damaged_identity_is_one_line(shoal: Shoal) -> None:
