@@ -33,9 +33,11 @@ from shoal.node.files import make_private_folder, storage_error
 from shoal.protocol.errors import RefusedError, ShoalError, UsageError
 
 MAX_PEERS: Final = 32
-KILL_AT_TRAINING: Final = 0.4
+KILL_AT_TRAINING: Final = 0.2
 KILL_AT_EVALUATION: Final = 0.5
 """One node is killed at these shares of the target return: well on the way, and not there yet."""
+KILL_AT_EVALUATIONS: Final = 2
+"""Or when there were so many evaluations, since a greedy policy may leap from far below to the target."""
 STOP_TIMEOUT_S: Final = 5.0
 RESULT_FILES: Final = ("curve.png", "policy.safetensors", "result.json")
 
@@ -268,7 +270,12 @@ def _is_halfway(detail: SwarmDetail) -> bool:
     if target is None or detail.phase in render.ENDED:
         return False
     by_training = detail.training_return is not None and detail.training_return >= KILL_AT_TRAINING * target
-    return by_training or (detail.mean_return is not None and detail.mean_return >= KILL_AT_EVALUATION * target)
+    by_evaluations = len(detail.curve) >= KILL_AT_EVALUATIONS
+    return (
+        by_training
+        or by_evaluations
+        or (detail.mean_return is not None and detail.mean_return >= KILL_AT_EVALUATION * target)
+    )
 
 
 def _copy_results(results: Path | None, out: Path, result: _Result) -> None:
