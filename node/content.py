@@ -26,6 +26,9 @@ from shoal.protocol.services import Empty
 log = logging.getLogger(__name__)
 
 MEMORY_BYTES: Final = 256 * 1024 * 1024
+DISK_BYTES: Final = 2 * 1024 * 1024 * 1024
+EVICT_AFTER: Final = 1 / 16
+"""Room is made on disk whenever this part of it has been written anew."""
 
 
 class UnavailableError(ShoalError):
@@ -35,16 +38,22 @@ class UnavailableError(ShoalError):
 class ContentStore:
     """Blocks by CID."""
 
-    def __init__(self, storage: Storage, host: Host) -> None:
+    def __init__(
+        self, storage: Storage, host: Host, *, memory_bytes: int = MEMORY_BYTES, disk_bytes: int = DISK_BYTES
+    ) -> None:
+        """Hold at most so much; on disk, what is pinned (the manifests of runs) comes on top."""
         self._storage = storage
         self._host = host
+        self._max_memory_bytes = memory_bytes
+        self._max_disk_bytes = disk_bytes
+        self._written = 0
         self._memory: OrderedDict[Cid, bytes] = OrderedDict()
         self._memory_bytes = 0
 
     async def put(self, data: bytes, *, keep: bool, is_plain: bool = False) -> Cid:
         """Hold content: on disk if it is to be kept, else for as long as the memory cache does."""
         if is_plain:
-            await self._hold({Cid.of_manifest(data): data}, keep=keep)
+            await self._hold({Cid.of_manifest(data): data}, keep=keep, pinned=True)
             return Cid.of_manifest(data)
         content = split(data)
         await self._hold(dict(content.blocks), keep=keep)
@@ -111,15 +120,19 @@ class ContentStore:
             result = BlockFailed(request.source, request.cid, str(error))
         await arrivals.send(result)
 
-    async def _hold(self, blocks: dict[Cid, bytes], *, keep: bool) -> None:
+    async def _hold(self, blocks: dict[Cid, bytes], *, keep: bool, pinned: bool = False) -> None:
         if keep and blocks:
-            await trio.to_thread.run_sync(self._storage.put_blocks, blocks)
+            await trio.to_thread.run_sync(lambda: self._storage.put_blocks(blocks, pinned=pinned))
+            self._written += sum(len(block) for block in blocks.values())
+            if self._written > EVICT_AFTER * self._max_disk_bytes:
+                self._written = 0
+                await trio.to_thread.run_sync(self._storage.evict, self._max_disk_bytes)
         for cid, block in blocks.items():
             if cid not in self._memory:
                 self._memory[cid] = block
                 self._memory_bytes += len(block)
             self._memory.move_to_end(cid)
-        while self._memory_bytes > MEMORY_BYTES:
+        while self._memory_bytes > self._max_memory_bytes:
             _, oldest = self._memory.popitem(last=False)
             self._memory_bytes -= len(oldest)
 
