@@ -114,17 +114,29 @@ class Host:
             NoPeersError: if none of them answers.
         """
         infos = [info_from_p2p_addr(Multiaddr(address)) for address in addresses]
-        peer = PeerId.parse(str(infos[0].peer_id))
-        if peer == self.peer_id:
+        peer_id = infos[0].peer_id
+        peer = PeerId.parse(str(peer_id))
+        if peer == self.peer_id or peer in self.connected:
             return peer
-        info = PeerInfo(infos[0].peer_id, [address for info in infos for address in info.addrs])
-        try:
-            with trio.fail_after(DIAL_TIMEOUT_S):
-                self._forget_failed_dials(info.peer_id)
-                await self._host.connect(info)
-        except (BaseLibp2pError, OSError, trio.TooSlowError) as error:
-            raise NoPeersError(f"cannot reach {peer} at {', '.join(addresses)}") from error
+        self._forget_failed_dials(peer_id)
+        # One by one side by side, because libp2p's own dial tries only one address of each transport.
+        with trio.move_on_after(DIAL_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                for known in dict.fromkeys(
+                    address for info in infos if info.peer_id == peer_id for address in info.addrs
+                ):
+                    nursery.start_soon(self._dial, peer_id, known, nursery.cancel_scope)
+        if not self._host.get_network().get_connections(peer_id):
+            raise NoPeersError(f"cannot reach {peer} at {', '.join(addresses)}")
         return peer
+
+    async def _dial(self, peer_id: ID, address: Multiaddr, others: trio.CancelScope) -> None:
+        try:
+            await self._host.get_network().dial_addr(address, peer_id)
+        except (BaseLibp2pError, OSError) as error:
+            log.debug("dialing %s failed: %s", address, error)
+        else:
+            others.cancel()
 
     def _forget_failed_dials(self, peer: ID) -> None:
         # The swarm refuses for a minute to dial a peer that once failed; whoever asks here has a reason to try again.
@@ -361,6 +373,12 @@ def _check_free(address: str) -> None:
 
 async def _run_mdns(host: Host, libp2p_host: IHost) -> None:
     token = trio.lowlevel.current_trio_token()
+    # Its own choice would be the listen addresses as they are, and nobody can dial 0.0.0.0.
+    addresses = [address for address in host.addresses() if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    if not addresses:
+        log.info("mDNS is off: this node listens on loopback alone")
+        return
+    port = int(addresses[0].split("/")[4])
     nursery = host._nursery
 
     def discovered(info: PeerInfo) -> None:
@@ -368,7 +386,9 @@ async def _run_mdns(host: Host, libp2p_host: IHost) -> None:
 
     try:
         # Zeroconf probes the network for a second, blocking, when it starts.
-        discovery = await trio.to_thread.run_sync(lambda: MDNSDiscovery(libp2p_host.get_network(), host=libp2p_host))
+        discovery = await trio.to_thread.run_sync(
+            lambda: MDNSDiscovery(libp2p_host.get_network(), port=port, listen_addrs=addresses)
+        )
     except OSError as error:
         log.warning("mDNS is off: %s", error)
         return
