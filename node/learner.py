@@ -84,7 +84,6 @@ class RunStatus:
         env_steps: by all learners together, that went into it.
         cid: of its state.
         digest: of its parameters.
-        phase_text: what the node does now.
         rounds: merged, and how many of those with others.
         error: what went wrong last, while it lasts.
     """

@@ -158,10 +158,6 @@ class Replica:
             nursery.start_soon(self._expire_loop)
             task_status.started()
 
-    def say_goodbye(self) -> None:
-        """Forget the connected members; used when leaving."""
-        self._neighbours.clear()
-
     # Peers come and go.
 
     async def peer_up(self, peer: PeerId) -> None:
