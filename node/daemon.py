@@ -48,7 +48,6 @@ from shoal.training.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_EVENTS: Final = 256
 EVENT_INTERVAL_S: Final = 0.1
 
 
