@@ -4,10 +4,14 @@ A message type is a dataclass. It is written as a map from field name to value, 
 a field with a default: an older reader ignores it, a newer one fills it in. Encoding is canonical (keys
 sorted, shortest integers, UTF-8), so the bytes of a value can be signed and named by CID.
 
+Bulk bytes do not pass through MessagePack: a field of type `Attachment` travels beside the header, raw, and the
+header holds its number. Such a message is written by `encode_message` and read by `decode_message`.
+
 Decoding trusts nothing: size is checked first, nesting is bounded, extension types are refused, and every
 field is checked against its annotation. Supported annotations: ``None bool int float str bytes``, subclasses
-of ``str`` with a ``parse`` class method, ``IntEnum``/``StrEnum``, dataclasses, ``tuple[T, ...]``,
-``list[T]``, ``dict[str, T]``, ``T | None`` and ``Any`` (plain data only).
+of ``str`` with a ``parse`` class method, ``IntEnum``/``StrEnum``, dataclasses (not recursive ones),
+``tuple[T, ...]``, ``list[T]``, ``dict[str, T]``, ``T | None``, ``Attachment`` and ``Any`` (plain data only).
+A type's reader is put together once, at its first use.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import functools
 import math
 import types
 import typing
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
 import msgpack
 
@@ -27,35 +32,60 @@ from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_NESTING
 
 T = TypeVar("T")
 
+Buffer = bytes | memoryview
+Attachment = Annotated[bytes | memoryview, "attachment"]
+"""The type of a field whose bytes travel raw, beside the header; what is received is a view, not a copy."""
+
+_Attachments = list[Buffer | None]  # None: already taken
+_Reader = Callable[[Any, _Attachments], Any]
+
+_pack: Callable[[Any], bytes] = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+
 
 def encode(value: object) -> bytes:
-    """The canonical MessagePack form of a dataclass or of plain data."""
-    packed: bytes = msgpack.packb(_plain(value), use_bin_type=True)
-    return packed
+    """The canonical MessagePack form of a dataclass or of plain data without attachments."""
+    return _pack(_plain(value, None))
 
 
-def decode(kind: type[T], data: bytes | memoryview, *, max_bytes: int = MAX_HEADER_BYTES) -> T:
+def encode_message(value: object) -> tuple[bytes, list[Buffer]]:
+    """A message as its header, canonical MessagePack, and its attachments, passed on without a copy."""
+    attachments: list[Buffer] = []
+    return _pack(_plain(value, attachments)), attachments
+
+
+def decode(kind: type[T], data: Buffer, *, max_bytes: int = MAX_HEADER_BYTES) -> T:
     """Read one value of type ``kind``.
 
     Raises:
         LimitError: if the data is longer than ``max_bytes`` or nested deeper than `limits.MAX_NESTING`.
         ProtocolError: if it is not MessagePack, or a field is missing or of the wrong type.
     """
-    if len(data) > max_bytes:
-        raise LimitError(f"a {kind.__name__} of {len(data)} bytes exceeds the limit of {max_bytes}")
+    return decode_message(kind, data, (), max_bytes=max_bytes)
+
+
+def decode_message(
+    kind: type[T], header: Buffer, attachments: Sequence[Buffer], *, max_bytes: int = MAX_HEADER_BYTES
+) -> T:
+    """Read a message; attachments that no field names (a newer version's) are ignored.
+
+    Raises:
+        LimitError: as `decode`.
+        ProtocolError: as `decode`; also if an attachment is missing or named twice.
+    """
+    if len(header) > max_bytes:
+        raise LimitError(f"a {kind.__name__} of {len(header)} bytes exceeds the limit of {max_bytes}")
     try:
         value = msgpack.unpackb(
-            data, raw=False, strict_map_key=True, use_list=True, timestamp=0, ext_hook=_refuse_extension
+            header, raw=False, strict_map_key=True, use_list=True, timestamp=0, ext_hook=_refuse_extension
         )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise ProtocolError(f"this is not a {kind.__name__}: {error or type(error).__name__}") from error
-    result = _check(kind, value, kind.__name__, 0)
-    return typing.cast(T, result)
+    return typing.cast(T, _reader_of(kind)(value, list(attachments)))
 
 
 def to_plain(value: object) -> Any:
     """The value as maps, lists and scalars, as it would go over the wire."""
-    return _plain(value)
+    return _plain(value, None)
 
 
 def from_plain(kind: type[T], value: object) -> T:
@@ -64,125 +94,230 @@ def from_plain(kind: type[T], value: object) -> T:
     Raises:
         ProtocolError: if a field is missing or of the wrong type.
     """
-    return typing.cast(T, _check(kind, value, kind.__name__, 0))
+    return typing.cast(T, _reader_of(kind)(value, []))
 
 
 def _refuse_extension(code: int, data: bytes) -> object:
     raise ValueError(f"extension type {code} of {len(data)} bytes is not allowed")
 
 
-def _plain(value: Any) -> Any:
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+_AS_IT_IS = frozenset((type(None), bool, bytes, int, float, str))
+
+
+def _plain(value: Any, attachments: list[Buffer] | None) -> Any:
+    kind = type(value)
+    if kind in _AS_IT_IS:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return {
+            name: _attach(getattr(value, name), attachments) if is_raw else _plain(getattr(value, name), attachments)
+            for name, is_raw in _fields_to_write(kind)
+        }
     match value:
-        case None | bool() | bytes():
-            return value
         case enum.Enum():
             return value.value
         case str():
             return str(value)
-        case int() | float():
+        case int() | float() | bytes():
             return value
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [_plain(item, attachments) for item in value]
         case dict():
-            return {str(key): _plain(value[key]) for key in sorted(value)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = sorted(field.name for field in dataclasses.fields(value))
-        return {name: _plain(getattr(value, name)) for name in names}
-    raise TypeError(f"{type(value).__name__} has no wire form")
+            return {str(key): _plain(value[key], attachments) for key in sorted(value)}
+    raise TypeError(f"{kind.__name__} has no wire form")
+
+
+def _attach(value: Any, attachments: list[Buffer] | None) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        return [_attach(item, attachments) for item in value]
+    if attachments is None:
+        raise TypeError("a message with attachments is written by encode_message")
+    attachments.append(value)
+    return len(attachments) - 1
 
 
 @functools.cache
-def _fields(kind: type) -> tuple[tuple[str, Any, bool], ...]:
-    hints = typing.get_type_hints(kind)
+def _fields_to_write(kind: type) -> tuple[tuple[str, bool], ...]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return tuple((name, _is_raw(hints[name])) for name in sorted(field.name for field in dataclasses.fields(kind)))
+
+
+def _is_raw(hint: Any) -> bool:
+    return hint == Attachment or any(_is_raw(arm) for arm in typing.get_args(hint) if arm is not Ellipsis)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+_readers: dict[Any, _Reader] = {}
+
+
+def _reader_of(kind: Any) -> _Reader:
+    reader = _readers.get(kind)
+    if reader is None:
+        reader = _readers[kind] = _reader(kind, kind.__name__, 0)
+    return reader
+
+
+def _reader(kind: Any, where: str, depth: int) -> _Reader:
+    """What checks a value against ``kind`` and builds it; ``where`` is its place, for the errors."""
+    if depth > MAX_NESTING:
+        raise TypeError(f"{where} is nested deeper than {MAX_NESTING}: the codec has no recursive types")
+    origin = typing.get_origin(kind)
+    if kind == Attachment:
+        return _attachment_reader(where)
+    if origin in (typing.Union, types.UnionType):
+        return _optional_reader(kind, where, depth)
+    if origin in (tuple, list):
+        return _list_reader(kind, where, depth)
+    if origin is dict:
+        return _dict_reader(kind, where, depth)
+    if kind is Any:
+        return lambda value, _: _check_plain(value, where, depth)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_reader(typing.cast(type, kind), where, depth)
+    return _scalar_reader(kind, where)
+
+
+def _attachment_reader(where: str) -> _Reader:
+    def read(value: Any, attachments: _Attachments) -> Any:
+        if type(value) is not int:
+            raise _wrong(where, "the number of an attachment", value)
+        taken = attachments[value] if 0 <= value < len(attachments) else None
+        if taken is None:
+            raise ProtocolError(f"{where}: there is no attachment {value}, or it was named twice")
+        attachments[value] = None
+        return taken
+
+    return read
+
+
+def _optional_reader(kind: Any, where: str, depth: int) -> _Reader:
+    (arm,) = (arm for arm in typing.get_args(kind) if arm is not type(None))
+    read_arm = _reader(arm, where, depth)
+
+    def read(value: Any, attachments: _Attachments) -> Any:
+        return None if value is None else read_arm(value, attachments)
+
+    return read
+
+
+def _list_reader(kind: Any, where: str, depth: int) -> _Reader:
+    make = typing.get_origin(kind)
+    read_item = _reader(typing.get_args(kind)[0], f"{where}[]", depth + 1)
+
+    def read(value: Any, attachments: _Attachments) -> Any:
+        if type(value) is not list:
+            raise _wrong(where, "a list", value)
+        return make([read_item(item, attachments) for item in value])
+
+    return read
+
+
+def _dict_reader(kind: Any, where: str, depth: int) -> _Reader:
+    read_item = _reader(typing.get_args(kind)[1], f"{where}{{}}", depth + 1)
+
+    def read(value: Any, attachments: _Attachments) -> Any:
+        if type(value) is not dict or not all(type(key) is str for key in value):
+            raise _wrong(where, "a map with text keys", value)
+        return {key: read_item(item, attachments) for key, item in value.items()}
+
+    return read
+
+
+def _dataclass_reader(kind: type, where: str, depth: int) -> _Reader:
+    hints = typing.get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
-    return tuple(
-        (field.name, hints[field.name], field.default is missing and field.default_factory is missing)
+    fields = tuple(
+        (
+            field.name,
+            _reader(hints[field.name], f"{where}.{field.name}", depth + 1),
+            field.default is missing and field.default_factory is missing,
+        )
         for field in dataclasses.fields(kind)
     )
 
+    def read(value: Any, attachments: _Attachments) -> Any:
+        if type(value) is not dict:
+            raise _wrong(where, "a map", value)
+        taken: dict[str, Any] = {}
+        for name, read_field, is_required in fields:
+            if name in value:
+                taken[name] = read_field(value[name], attachments)
+            elif is_required:
+                raise ProtocolError(f"{where}.{name} is missing")
+        try:
+            return kind(**taken)
+        except ShoalError as error:
+            raise ProtocolError(f"{where}: {error}") from error
 
-def _check(kind: Any, value: Any, where: str, depth: int) -> Any:
-    if depth > MAX_NESTING:
-        raise LimitError(f"{where} is nested deeper than {MAX_NESTING}")
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _check_union(kind, value, where, depth)
-    if origin in (tuple, list):
-        if not isinstance(value, list):
-            raise _wrong(where, "a list", value)
-        item_kind = typing.get_args(kind)[0]
-        return origin(_check(item_kind, item, f"{where}[]", depth + 1) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise _wrong(where, "a map with text keys", value)
-        item_kind = typing.get_args(kind)[1]
-        return {key: _check(item_kind, item, f"{where}.{key[:40]}", depth + 1) for key, item in value.items()}
-    if kind is Any:
-        return _check_any(value, where, depth)
-    if dataclasses.is_dataclass(kind):
-        return _check_dataclass(typing.cast(type, kind), value, where, depth)
-    return _check_scalar(kind, value, where)
+    return read
 
 
-def _check_union(kind: Any, value: Any, where: str, depth: int) -> Any:
-    arms = typing.get_args(kind)
-    if value is None and type(None) in arms:
-        return None
-    (arm,) = (arm for arm in arms if arm is not type(None))
-    return _check(arm, value, where, depth)
+def _scalar_reader(kind: Any, where: str) -> _Reader:
+    if kind is float:
+        return lambda value, _: _check_float(value, where)
+    if kind in (bool, bytes, str, int, type(None)):
+
+        def read(value: Any, attachments: _Attachments) -> Any:
+            if type(value) is not kind:
+                raise _wrong(where, kind.__name__, value)
+            return value
+
+        return read
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return lambda value, _: _check_enum(kind, value, where)
+    if isinstance(kind, type) and issubclass(kind, str) and hasattr(kind, "parse"):
+        return lambda value, _: _check_parsed(kind, value, where)
+    raise TypeError(f"{kind!r} is not a type that the codec supports")
 
 
-def _check_any(value: Any, where: str, depth: int) -> Any:
-    if isinstance(value, dict):
-        return _check(dict[str, Any], value, where, depth)
-    if isinstance(value, list):
-        return _check(list[Any], value, where, depth)
-    if not isinstance(value, types.NoneType | bool | int | float | str | bytes):
-        raise _wrong(where, "plain data", value)  # msgpack reads timestamps without asking the extension hook
-    return value
-
-
-def _check_dataclass(kind: type, value: Any, where: str, depth: int) -> Any:
-    if not isinstance(value, dict):
-        raise _wrong(where, "a map", value)
-    taken: dict[str, Any] = {}
-    for name, hint, required in _fields(kind):
-        if name in value:
-            taken[name] = _check(hint, value[name], f"{where}.{name}", depth + 1)
-        elif required:
-            raise ProtocolError(f"{where}.{name} is missing")
+def _check_float(value: Any, where: str) -> float:
+    if type(value) not in (int, float):
+        raise _wrong(where, "a number", value)
     try:
-        return kind(**taken)
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ProtocolError(f"{where} is not a finite number")
+    return number
+
+
+def _check_enum(kind: type[enum.Enum], value: Any, where: str) -> enum.Enum:
+    if type(value) not in (int, str):  # True and 1.0 equal 1, but are not written so
+        raise _wrong(where, f"a {kind.__name__}", value)
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ProtocolError(f"{where}: {value!r:.80} is not a {kind.__name__}") from error
+
+
+def _check_parsed(kind: Any, value: Any, where: str) -> Any:
+    if type(value) is not str:
+        raise _wrong(where, "text", value)
+    try:
+        return kind.parse(value)
     except ShoalError as error:
         raise ProtocolError(f"{where}: {error}") from error
 
 
-def _check_scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _wrong(where, "a number", value)
-        if not math.isfinite(value):
-            raise ProtocolError(f"{where} is not a finite number")
-        return float(value)
-    if kind in (bool, bytes, str, int, type(None)):
-        if type(value) is not kind:
-            raise _wrong(where, kind.__name__, value)
-        return value
-    if issubclass(kind, enum.Enum):
-        if type(value) not in (int, str):  # True and 1.0 equal 1, but are not written so
-            raise _wrong(where, f"a {kind.__name__}", value)
-        try:
-            return kind(value)
-        except ValueError as error:
-            raise ProtocolError(f"{where}: {value!r:.80} is not a {kind.__name__}") from error
-    if issubclass(kind, str) and hasattr(kind, "parse"):
-        if not isinstance(value, str):
-            raise _wrong(where, "text", value)
-        try:
-            return kind.parse(value)
-        except ShoalError as error:
-            raise ProtocolError(f"{where}: {error}") from error
-    raise TypeError(f"{kind!r} is not a type that the codec supports")
+def _check_plain(value: Any, where: str, depth: int) -> Any:
+    if depth > MAX_NESTING:
+        raise LimitError(f"{where} is nested deeper than {MAX_NESTING}")
+    if isinstance(value, dict):
+        if not all(type(key) is str for key in value):
+            raise _wrong(where, "a map with text keys", value)
+        return {key: _check_plain(item, f"{where}.{key[:40]}", depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_check_plain(item, f"{where}[]", depth + 1) for item in value]
+    if not isinstance(value, types.NoneType | bool | int | float | str | bytes):
+        raise _wrong(where, "plain data", value)  # msgpack reads timestamps without asking the extension hook
+    return value
 
 
 def _wrong(where: str, expected: str, value: Any) -> ProtocolError:

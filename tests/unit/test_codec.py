@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.protocol.codec import decode, encode, from_plain, to_plain
+from shoal.protocol.codec import Attachment, decode, decode_message, encode, encode_message, from_plain, to_plain
 from shoal.protocol.errors import LimitError, ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.limits import MAX_NESTING
@@ -227,3 +227,54 @@ def test_what_is_not_plain_data_is_refused(data: bytes) -> None:
 def test_what_has_no_wire_form_is_not_written() -> None:
     with pytest.raises(TypeError, match="object has no wire form"):
         encode({"x": object()})
+
+
+# --- attachments -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    label: str
+    data: Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    parts: tuple[Part, ...]
+    more: tuple[Attachment, ...] = ()
+    extra: Attachment | None = None
+
+
+@given(st.lists(st.binary()), st.lists(st.binary()), st.none() | st.binary())
+def test_a_message_with_attachments_comes_back(parts: list[bytes], more: list[bytes], extra: bytes | None) -> None:
+    parcel = Parcel(tuple(Part(str(i), data) for i, data in enumerate(parts)), tuple(more), extra)
+    header, attachments = encode_message(parcel)
+    assert decode_message(Parcel, header, attachments) == parcel
+
+
+def test_an_attachment_is_passed_on_and_not_copied() -> None:
+    data = b"x" * 1000
+    header, attachments = encode_message(Part("a", data))
+    assert attachments[0] is data
+    assert len(header) < 50
+    assert decode_message(Part, header, attachments).data is data
+
+
+def test_a_message_with_attachments_needs_a_way_for_them() -> None:
+    with pytest.raises(TypeError, match="encode_message"):
+        encode(Part("a", b"x"))
+
+
+@pytest.mark.parametrize("number", [1, -1, 2**40, "0", None, True])
+def test_a_header_that_names_no_attachment_of_its_frame_is_refused(number: object) -> None:
+    with pytest.raises(ProtocolError):
+        decode_message(Part, encode({"label": "a", "data": number}), [b"x"])
+
+
+def test_an_attachment_named_twice_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="twice"):
+        decode_message(Parcel, encode({"parts": [], "more": [0, 0]}), [b"x"])
+
+
+def test_an_attachment_that_no_field_names_is_a_newer_versions() -> None:
+    assert decode_message(Part, encode({"label": "a", "data": 1}), [b"new", b"x"]) == Part("a", b"x")
