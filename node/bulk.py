@@ -1,0 +1,615 @@
+"""Bulk transfers: large bytes go beside the calls, and the receiver pulls them into its own memory.
+
+The owner of bytes opens an offer and puts its `BulkRef` into an ordinary request or answer; the far side pulls what it
+wants of it. So a receiver decides when and where to, as in the rendezvous protocols of MPI and UCX. Bytes come by up
+to `MAX_LANES` lanes (`shoal.node.lanes`), and what no lane could bring comes by a libp2p stream. Both speak the same:
+
+    puller: id 16 | offset u64 | length u64     owner: status u8 (0, or gRPC's number), then exactly length bytes
+
+A pull is cut into segments that the lanes take from a common queue, so a faster lane carries more, and what a broken
+lane still owed goes back into the queue. A lane is asked for its next segment before it has brought the current one,
+so that it is never without work.
+
+While bytes flow a lane belongs to a blocking thread, because OpenSSL gives the interpreter free while it works: that
+is several times what an event loop reaches. A thread ends when its socket is shut down, which is how everything here is
+cancelled, and whoever cancels waits for it. Threads have a lower priority than the event loop (nice 5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import socket
+import ssl
+import struct
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+import outcome
+import trio
+
+from shoal.node.lanes import TlsByteStream
+from shoal.node.rpc import ByteStream, StreamClosedError
+from shoal.protocol.errors import ProtocolError, RemoteError, Status
+from shoal.protocol.ids import PeerId
+
+log = logging.getLogger(__name__)
+
+ID_BYTES: Final = 16
+MAX_LANES: Final = 4
+"""Lanes between two peers by which one pulls; each of the two may have as many."""
+MAX_STREAMS: Final = 4
+"""libp2p streams of one peer that are served at once."""
+MAX_SERVED: Final = 64
+"""Lanes of all peers that are served at once, and so threads that serve."""
+IDLE_S: Final = 10.0
+"""How long a lane is kept by its puller for the next pull."""
+SERVED_IDLE_S: Final = 2 * IDLE_S
+"""How long a lane or stream may stand without a request before its owner closes it."""
+PROGRESS_S: Final = 30.0
+"""A path ends that takes longer than this for one piece: `SEND_BYTES` on a lane, `CHUNK_BYTES` on a stream."""
+NO_LANE_S: Final = 10.0
+"""After a dial that failed, pulls from that peer go by libp2p for so long."""
+MAX_FAILURES: Final = 4
+"""Of lanes in one pull, after which it goes by libp2p; and of streams, after which it fails."""
+
+MAX_SEGMENT_BYTES: Final = 8 * 1024 * 1024
+MIN_SEGMENT_BYTES: Final = 1024 * 1024
+SEND_BYTES: Final = 256 * 1024
+"""One SSL_write: small enough to stay in a core's cache from one to the next, large enough to be few."""
+INLINE_BYTES: Final = 64 * 1024
+"""Up to this a lane's answer is written without a thread."""
+CHUNK_BYTES: Final = 128 * 1024
+"""One write to a libp2p stream."""
+NICE: Final = 5
+
+_REQUEST: Final = struct.Struct("!16sQQ")
+_OK: Final = b"\x00"
+
+Buffer = bytes | bytearray | memoryview
+Path = Literal["auto", "libp2p"]
+Abort = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BulkRef:
+    """Names bytes that a peer offers; a part of a message.
+
+    Attributes:
+        id: 16 random bytes.
+        num_bytes: how many there are.
+    """
+
+    id: bytes
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.id) != ID_BYTES or self.num_bytes < 0:
+            raise ProtocolError(f"a bulk reference has {ID_BYTES} bytes of id and no negative size")
+
+
+class BulkLinks(Protocol):
+    """What bulk transfers need of the host."""
+
+    async def dial_bulk_lane(self, peer: PeerId) -> ssl.SSLSocket | None:
+        """A fresh non-blocking lane by which to pull; None if it cannot be had."""
+
+    async def open_bulk_stream(self, peer: PeerId) -> ByteStream:
+        """A libp2p stream by which to pull; `StreamClosedError`, or `RemoteError` UNAVAILABLE."""
+
+    def num_lanes(self, peer: PeerId) -> int:
+        """How many lanes are worth while."""
+
+
+@dataclass(slots=True, eq=False)
+class _Offer:
+    """Bytes that one peer may pull, and how to stop those who send them."""
+
+    peer: PeerId
+    view: memoryview
+    senders: set[Abort] = field(default_factory=set)
+    left: trio.Event = field(default_factory=trio.Event)  # the newest sender's
+
+    @contextmanager
+    def piece(self, offset: int, length: int, abort: Abort) -> Iterator[memoryview]:
+        self.senders.add(abort)
+        try:
+            with self.view[offset : offset + length] as piece:
+                yield piece
+        finally:
+            self.senders.discard(abort)
+            if not self.senders:
+                self.left.set()
+
+    async def withdraw(self) -> None:
+        """Return when nobody reads the bytes any more."""
+        for abort in list(self.senders):
+            abort()
+        with trio.CancelScope(shield=True):
+            while self.senders:
+                self.left = trio.Event()
+                await self.left.wait()
+        self.view.release()
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """The lanes to and from one peer."""
+
+    slots: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(MAX_LANES))
+    num_waiting: int = 0  # pulls that want a lane and have none
+    pulling: set[ssl.SSLSocket] = field(default_factory=set)
+    idle: list[tuple[float, ssl.SSLSocket]] = field(default_factory=list)  # until when, oldest first
+    no_lane_before: float = 0.0
+    served_lanes: set[Abort] = field(default_factory=set)
+    served_streams: set[Abort] = field(default_factory=set)
+    is_gone: bool = False
+
+    def take_idle(self) -> ssl.SSLSocket | None:
+        """A lane that stands, as far as one can see."""
+        while self.idle:
+            _, tls = self.idle.pop()
+            try:
+                tls.recv(1)  # nothing is owed, so there can only be nothing, or the end
+            except ssl.SSLWantReadError:
+                return tls
+            except OSError:
+                pass
+            tls.close()
+        return None
+
+
+class Bulk:
+    """All bulk transfers of a node. Used in one trio loop; `aclose` ends it."""
+
+    def __init__(self, links: BulkLinks) -> None:
+        self._links = links
+        self._offers: dict[bytes, _Offer] = {}
+        self._peers: dict[PeerId, _Peer] = {}
+        self._num_served = 0
+        self._is_reaping = False
+        self._is_closed = False
+
+    # --- owning ---
+
+    @asynccontextmanager
+    async def offer(self, peer: PeerId, buffer: Buffer) -> AsyncIterator[BulkRef]:
+        """Let one peer pull these bytes, as often as it likes, until the context ends.
+
+        The end breaks off what is still being sent, and waits, shielded, until no thread reads the buffer any more:
+        normally less than a millisecond, at most `PROGRESS_S`.
+
+        Args:
+            peer: who may.
+            buffer: C-contiguous; its owner leaves it as it is meanwhile.
+        """
+        offer = _Offer(peer, _as_bytes(buffer).toreadonly())
+        ref = BulkRef(secrets.token_bytes(ID_BYTES), len(offer.view))
+        self._offers[ref.id] = offer
+        try:
+            yield ref
+        finally:
+            del self._offers[ref.id]
+            await offer.withdraw()
+
+    async def serve_lane(self, peer: PeerId, tls: ssl.SSLSocket) -> None:
+        """Serve a peer on a fresh lane until that ends; closes it."""
+        stream = TlsByteStream(tls)
+
+        async def send(piece: memoryview) -> None:
+            if len(piece) <= INLINE_BYTES:
+                with trio.fail_after(PROGRESS_S):
+                    await stream.write(_OK + piece)
+            else:
+                await _in_thread(tls, functools.partial(_send, tls, piece))
+
+        lanes = self._peer(peer).served_lanes
+        try:
+            if len(lanes) < MAX_LANES and self._num_served < MAX_SERVED and not self._is_closed:
+                self._num_served += 1
+                try:
+                    await self._serve(peer, stream, send, functools.partial(_shut_down, tls), lanes)
+                finally:
+                    self._num_served -= 1
+        finally:
+            await stream.close()
+
+    async def serve_stream(self, peer: PeerId, stream: ByteStream) -> None:
+        """Serve a peer on a fresh libp2p stream until that ends; closes it."""
+
+        async def send(piece: memoryview) -> None:
+            status = _OK
+            for start in range(0, len(piece) or 1, CHUNK_BYTES):
+                with trio.fail_after(PROGRESS_S):
+                    await stream.write(status + piece[start : start + CHUNK_BYTES])
+                status = b""
+
+        streams = self._peer(peer).served_streams
+        try:
+            if len(streams) < MAX_STREAMS and not self._is_closed:
+                with trio.CancelScope() as scope:
+                    await self._serve(peer, stream, send, scope.cancel, streams)
+        finally:
+            await _close(stream)
+
+    async def _serve(
+        self,
+        peer: PeerId,
+        stream: ByteStream,
+        send: Callable[[memoryview], Awaitable[None]],
+        abort: Abort,
+        served: set[Abort],
+    ) -> None:
+        served.add(abort)
+        unread = bytearray()
+        try:
+            while True:
+                with trio.fail_after(SERVED_IDLE_S):
+                    while len(unread) < _REQUEST.size:
+                        unread += await stream.read()
+                ref_id, offset, length = _REQUEST.unpack_from(unread)
+                del unread[: _REQUEST.size]
+                offer = self._offers.get(ref_id)
+                if offer is not None and offer.peer == peer and offset + length <= len(offer.view):
+                    with offer.piece(offset, length, abort) as piece:
+                        await send(piece)
+                    continue
+                is_known = offer is not None and offer.peer == peer
+                with trio.fail_after(PROGRESS_S):
+                    await stream.write(bytes([Status.OUT_OF_RANGE if is_known else Status.NOT_FOUND]))
+        except (StreamClosedError, OSError, trio.TooSlowError) as error:
+            log.debug("a bulk path of %s ended: %s", peer, error)
+        finally:
+            served.discard(abort)
+
+    # --- pulling ---
+
+    async def pull(
+        self,
+        peer: PeerId,
+        ref: BulkRef,
+        into: Buffer,
+        *,
+        offset: int = 0,
+        timeout_s: float,
+        path: Path = "auto",
+    ) -> str:
+        """Fill ``into`` with offered bytes. When it returns or raises, nothing writes into it any more.
+
+        Args:
+            peer: who offers them.
+            ref: what it offers.
+            into: writable and C-contiguous; holds parts of the bytes, in no order, if this raises.
+            offset: where in the offered bytes to begin.
+            timeout_s: for all of it.
+            path: ``auto``: by lanes, and what they cannot bring by libp2p; ``libp2p``: by libp2p alone.
+
+        Returns:
+            The path that brought the last of it: ``lanes`` or ``libp2p``.
+
+        Raises:
+            RemoteError: NOT_FOUND if there is no such offer to this node (any more); OUT_OF_RANGE; DEADLINE_EXCEEDED;
+                UNAVAILABLE if every path died.
+        """
+        if self._is_closed:
+            raise RemoteError(Status.UNAVAILABLE, "this node is stopping")
+        carried_by = "lanes"
+        with _as_bytes(into) as view:
+            if view.readonly:
+                raise ValueError("pull needs memory that it may write to")
+            if offset < 0 or offset + len(view) > ref.num_bytes:
+                raise RemoteError(Status.OUT_OF_RANGE, f"the offer has {ref.num_bytes} bytes, not as many as asked for")
+            num_bytes = len(view)
+            num_lanes = min(max(1, self._links.num_lanes(peer)), MAX_LANES)
+            pull = _Pull(ref.id, offset, view, num_lanes)
+            with trio.move_on_after(timeout_s) as scope:
+                if path == "auto":
+                    await self._pull_by_lanes(peer, pull, num_lanes)
+                if pull.todo:
+                    carried_by = "libp2p"
+                    await self._pull_by_stream(peer, pull)
+        if scope.cancelled_caught:
+            raise RemoteError(Status.DEADLINE_EXCEEDED, f"{peer} did not send {num_bytes} bytes in {timeout_s:g} s")
+        return carried_by
+
+    async def _pull_by_lanes(self, peer: PeerId, pull: _Pull, num_lanes: int) -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(num_lanes, len(pull.todo))):
+                nursery.start_soon(self._pull_by_lane, peer, pull, nursery.cancel_scope)
+        if pull.refusal is not None:
+            raise pull.refusal
+
+    async def _pull_by_lane(self, peer: PeerId, pull: _Pull, others: trio.CancelScope) -> None:
+        """Carry segments while there are any, by one lane after the other."""
+        state = self._peer(peer)
+        while pull.todo and pull.num_failures < MAX_FAILURES:
+            state.num_waiting += 1
+            try:
+                await state.slots.acquire()
+            finally:
+                state.num_waiting -= 1
+            try:
+                tls = state.take_idle() or await self._dial(peer, state)
+                if tls is None:
+                    return
+                await self._pull_by(tls, state, pull)
+            except RemoteError as error:
+                pull.refusal = error
+                others.cancel()
+                return
+            except (OSError, ValueError) as error:
+                pull.num_failures += 1
+                log.debug("a lane to %s broke: %s", peer, error)
+            finally:
+                state.slots.release()
+
+    async def _pull_by(self, tls: ssl.SSLSocket, state: _Peer, pull: _Pull) -> None:
+        asker = _Asker(pull, lambda: state.num_waiting > 0)
+        state.pulling.add(tls)
+        is_good = False
+        try:
+            await _in_thread(tls, functools.partial(_ask, tls, asker))
+            is_good = not state.is_gone and not self._is_closed
+        finally:
+            asker.close()
+            state.pulling.discard(tls)
+            if is_good:
+                self._keep(tls, state)
+            else:
+                tls.close()
+
+    async def _dial(self, peer: PeerId, state: _Peer) -> ssl.SSLSocket | None:
+        if state.is_gone or trio.current_time() < state.no_lane_before:
+            return None
+        tls = await self._links.dial_bulk_lane(peer)
+        if tls is None:
+            state.no_lane_before = trio.current_time() + NO_LANE_S
+        return tls
+
+    async def _pull_by_stream(self, peer: PeerId, pull: _Pull) -> None:
+        reason = ""
+        for _ in range(MAX_FAILURES):
+            asker = _Asker(pull, lambda: False)
+            try:
+                stream = await self._links.open_bulk_stream(peer)
+                try:
+                    await _ask_stream(stream, asker)
+                finally:
+                    await _close(stream)
+            except (StreamClosedError, trio.TooSlowError) as error:
+                reason = str(error)
+            else:
+                return
+            finally:
+                asker.close()
+        raise RemoteError(Status.UNAVAILABLE, f"no path to {peer} brings the bytes: {reason}")
+
+    # --- keeping ---
+
+    def drop_peer(self, peer: PeerId) -> None:
+        """A peer is gone: break off everything from and to it."""
+        state = self._peers.pop(peer, None)
+        if state is None:
+            return
+        state.is_gone = True
+        for abort in [*state.served_lanes, *state.served_streams]:
+            abort()
+        for tls in state.pulling:
+            _shut_down(tls)
+        for _, tls in state.idle:
+            tls.close()
+        state.idle.clear()
+
+    async def aclose(self) -> None:
+        """Break off everything, for good."""
+        self._is_closed = True
+        for peer in list(self._peers):
+            self.drop_peer(peer)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _peer(self, peer: PeerId) -> _Peer:
+        return self._peers.setdefault(peer, _Peer())
+
+    def _keep(self, tls: ssl.SSLSocket, state: _Peer) -> None:
+        state.idle.append((trio.current_time() + IDLE_S, tls))
+        if not self._is_reaping:
+            self._is_reaping = True
+            trio.lowlevel.spawn_system_task(self._reap)
+
+    async def _reap(self) -> None:
+        """Close idle lanes when their time has come; ends when there are none."""
+        try:
+            while until := [state.idle[0][0] for state in self._peers.values() if state.idle]:
+                await trio.sleep_until(min(until))
+                now = trio.current_time()
+                for state in self._peers.values():
+                    while state.idle and state.idle[0][0] <= now:
+                        state.idle.pop(0)[1].close()
+        finally:
+            self._is_reaping = False
+
+
+class _Pull:
+    """One pull: what is still to be fetched. Its queue is shared with threads; single operations on it are atomic."""
+
+    def __init__(self, ref_id: bytes, offset: int, view: memoryview, num_lanes: int) -> None:
+        self.ref_id = ref_id
+        self.offset = offset
+        self.view = view
+        size = min(max(len(view) // (4 * num_lanes), MIN_SEGMENT_BYTES), MAX_SEGMENT_BYTES)
+        if num_lanes == 1:
+            size = MAX_SEGMENT_BYTES
+        self.todo = deque((start, min(start + size, len(view))) for start in range(0, len(view) or 1, size))
+        self.num_failures = 0
+        self.refusal: RemoteError | None = None
+
+
+class _Asker:
+    """The puller's side of the protocol on one path, without I/O: at most two segments are asked for and owed.
+
+    Attributes:
+        target: where the next bytes belong; never empty.
+    """
+
+    def __init__(self, pull: _Pull, is_wanted: Callable[[], bool]) -> None:
+        self._pull = pull
+        self._is_wanted = is_wanted  # whether others wait for this path
+        self._asked: deque[tuple[int, int]] = deque()
+        self._num_done = 0
+        self._status = bytearray(1)
+        self._in_body = False
+        self.target = memoryview(self._status)
+
+    def next_requests(self) -> bytes:
+        """What to send now; empty when all that was asked for is owed no more."""
+        requests = b""
+        while len(self._asked) < 2 and not (self._num_done and self._is_wanted()):
+            try:
+                start, end = self._pull.todo.popleft()
+            except IndexError:
+                break
+            self._asked.append((start, end))
+            requests += _REQUEST.pack(self._pull.ref_id, self._pull.offset + start, end - start)
+        return requests
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is owed."""
+        return not self._asked
+
+    def filled(self, num_bytes: int) -> bool:
+        """So many bytes of the target are there. Gives back whether the segment goes on.
+
+        Raises:
+            RemoteError: with the owner's status, if it refuses.
+        """
+        start, end = self._asked[0]
+        if self._in_body:
+            start += num_bytes
+            self._asked[0] = start, end
+            self.target = self.target[num_bytes:]
+        elif self._status[0]:
+            raise _refusal(self._status[0])
+        else:
+            self._in_body = True
+            self.target = self._pull.view[start:end]
+        if start < end:
+            return True
+        self._asked.popleft()
+        self._num_done += 1
+        self._in_body = False
+        self.target = memoryview(self._status)
+        return False
+
+    def close(self) -> None:
+        """Give back what is owed, for another path to fetch, and let the memory go."""
+        self._pull.todo.extendleft(reversed(self._asked))
+        self._asked.clear()
+        self.target.release()
+
+
+def _refusal(number: int) -> RemoteError:
+    match number:
+        case Status.NOT_FOUND:
+            return RemoteError(Status.NOT_FOUND, "there is no such offer to this node, or not any more")
+        case Status.OUT_OF_RANGE:
+            return RemoteError(Status.OUT_OF_RANGE, "the offer has fewer bytes than it said")
+        case _:
+            return RemoteError(Status.UNKNOWN, f"the owner refused with status {number}")
+
+
+async def _ask_stream(stream: ByteStream, asker: _Asker) -> None:
+    data = memoryview(b"")
+    while True:
+        if requests := asker.next_requests():
+            await stream.write(requests)
+        if asker.is_done:
+            return
+        goes_on = True
+        while goes_on:
+            if not data:
+                with trio.fail_after(PROGRESS_S):
+                    data = memoryview(await stream.read())
+            num_bytes = min(len(data), len(asker.target))
+            asker.target[:num_bytes] = data[:num_bytes]
+            data = data[num_bytes:]
+            goes_on = asker.filled(num_bytes)
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def _ask(tls: ssl.SSLSocket, asker: _Asker) -> None:
+    while True:
+        if requests := asker.next_requests():
+            tls.sendall(requests)
+        if asker.is_done:
+            return
+        goes_on = True
+        while goes_on:
+            num_bytes = tls.recv_into(asker.target)
+            if not num_bytes:
+                raise ConnectionError("the far side closed the lane")
+            goes_on = asker.filled(num_bytes)
+
+
+def _send(tls: ssl.SSLSocket, piece: memoryview) -> None:
+    tls.sendall(_OK)
+    for start in range(0, len(piece), SEND_BYTES):
+        tls.sendall(piece[start : start + SEND_BYTES])
+
+
+async def _in_thread(tls: ssl.SSLSocket, work: Callable[[], None]) -> None:
+    """Run blocking work on a lane in a thread of its own; returns or raises only after it has ended.
+
+    Not one of trio's threads: those are used again by others, and a lowered priority cannot be raised again.
+    """
+    token = trio.lowlevel.current_trio_token()
+    has_ended = trio.Event()
+    result: list[outcome.Outcome[None]] = []
+
+    def run() -> None:
+        with contextlib.suppress(OSError):  # a sandbox may forbid it, and it only orders who goes first
+            os.nice(NICE)  # on Linux of this thread alone
+        result.append(outcome.capture(work))
+        token.run_sync_soon(has_ended.set)
+
+    tls.settimeout(PROGRESS_S)
+    try:
+        threading.Thread(target=run, name="bulk", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError("no thread can be had") from error
+    try:
+        await has_ended.wait()
+    finally:
+        if not has_ended.is_set():
+            _shut_down(tls)
+            with trio.CancelScope(shield=True):
+                await has_ended.wait()
+        tls.setblocking(False)
+    result.pop().unwrap()
+
+
+def _shut_down(tls: ssl.SSLSocket) -> None:
+    """Wake whoever is blocked on a lane. `ssl.SSLSocket.shutdown` would let it go on in plain text."""
+    try:
+        socket.socket.shutdown(tls, socket.SHUT_RDWR)
+    except OSError as error:
+        log.debug("a lane was closed already: %s", error)
+
+
+async def _close(stream: ByteStream) -> None:
+    with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
+        await stream.close()
+
+
+def _as_bytes(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    return view.cast("B") if view.nbytes else memoryview(bytearray())
