@@ -10,7 +10,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from shoal import __version__
-from shoal.cli import demo, node, swarm
+from shoal.cli import bench, demo, node, swarm
 from shoal.cli.common import INTERRUPTED, print_json
 from shoal.node.config import default_home
 from shoal.protocol.errors import ShoalError, UsageError
@@ -52,6 +52,7 @@ app.command("join")(swarm.join)
 app.command("leave")(swarm.leave)
 app.command("watch")(swarm.watch)
 app.command("demo")(demo.demo)
+app.add_typer(bench.bench_app, name="bench")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ def up(  # the options of one command; Typer wants them as arguments
     ] = None,
     mdns: Annotated[bool, typer.Option(help="Look for nodes on the local network, and be found there.")] = True,
     api_port: Annotated[int, typer.Option(help="TCP port of the local API; 0: any.")] = 0,
+    serve_bench: Annotated[bool, typer.Option("--serve-bench", help="Let peers run `shoal bench` against it.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background; return when ready.")] = False,
     as_json: AsJson = False,
     ready_fd: Annotated[int, typer.Option(hidden=True)] = -1,
@@ -41,6 +42,7 @@ def up(  # the options of one command; Typer wants them as arguments
         bootstrap=tuple(bootstrap or ()),
         mdns=mdns,
         api_port=api_port,
+        serve_bench=serve_bench,
     )
     if detach:
         ready = BackgroundNode(config).wait_ready()

@@ -41,6 +41,7 @@ class BackgroundNode:
             *(word for address in config.listen for word in ("--listen", address)),
             *(word for address in config.bootstrap for word in ("--bootstrap", address)),
             *("--mdns" if config.mdns else "--no-mdns", "--api-port", str(config.api_port)),
+            *(("--serve-bench",) if config.serve_bench else ()),
         ]
         try:
             with config.paths.log.open("ab") as log:

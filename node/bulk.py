@@ -17,6 +17,7 @@ cancelled, and whoever cancels waits for it. Threads have a lower priority than 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import logging
@@ -25,7 +26,6 @@ import secrets
 import socket
 import ssl
 import struct
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -62,11 +62,11 @@ MAX_FAILURES: Final = 4
 
 MAX_SEGMENT_BYTES: Final = 8 * 1024 * 1024
 MIN_SEGMENT_BYTES: Final = 1024 * 1024
-SEND_BYTES: Final = 256 * 1024
-"""One SSL_write: small enough to stay in a core's cache from one to the next, large enough to be few."""
+SEND_BYTES: Final = 64 * 1024
+"""One SSL_write: short enough that the loop, waiting for the interpreter or the core, gets it soon."""
 INLINE_BYTES: Final = 64 * 1024
 """Up to this a lane's answer is written without a thread."""
-CHUNK_BYTES: Final = 128 * 1024
+CHUNK_BYTES: Final = 1024 * 1024
 """One write to a libp2p stream."""
 NICE: Final = 5
 
@@ -74,7 +74,7 @@ _REQUEST: Final = struct.Struct("!16sQQ")
 _OK: Final = b"\x00"
 
 Buffer = bytes | bytearray | memoryview
-Path = Literal["auto", "libp2p"]
+Transport = Literal["auto", "libp2p"]
 Abort = Callable[[], None]
 
 
@@ -225,11 +225,11 @@ class Bulk:
         """Serve a peer on a fresh libp2p stream until that ends; closes it."""
 
         async def send(piece: memoryview) -> None:
-            status = _OK
-            for start in range(0, len(piece) or 1, CHUNK_BYTES):
+            with trio.fail_after(PROGRESS_S):
+                await stream.write(_OK)
+            for start in range(0, len(piece), CHUNK_BYTES):
                 with trio.fail_after(PROGRESS_S):
-                    await stream.write(status + piece[start : start + CHUNK_BYTES])
-                status = b""
+                    await stream.write(piece[start : start + CHUNK_BYTES])
 
         streams = self._peer(peer).served_streams
         try:
@@ -279,7 +279,7 @@ class Bulk:
         *,
         offset: int = 0,
         timeout_s: float,
-        path: Path = "auto",
+        transport: Transport = "auto",
     ) -> str:
         """Fill ``into`` with offered bytes. When it returns or raises, nothing writes into it any more.
 
@@ -289,10 +289,10 @@ class Bulk:
             into: writable and C-contiguous; holds parts of the bytes, in no order, if this raises.
             offset: where in the offered bytes to begin.
             timeout_s: for all of it.
-            path: ``auto``: by lanes, and what they cannot bring by libp2p; ``libp2p``: by libp2p alone.
+            transport: ``auto``: by lanes, and what they cannot bring by libp2p; ``libp2p``: by libp2p alone.
 
         Returns:
-            The path that brought the last of it: ``lanes`` or ``libp2p``.
+            What brought the last of it: ``lane`` or ``libp2p``.
 
         Raises:
             RemoteError: NOT_FOUND if there is no such offer to this node (any more); OUT_OF_RANGE; DEADLINE_EXCEEDED;
@@ -300,7 +300,7 @@ class Bulk:
         """
         if self._is_closed:
             raise RemoteError(Status.UNAVAILABLE, "this node is stopping")
-        carried_by = "lanes"
+        carried_by = "lane"
         with _as_bytes(into) as view:
             if view.readonly:
                 raise ValueError("pull needs memory that it may write to")
@@ -310,7 +310,7 @@ class Bulk:
             num_lanes = min(max(1, self._links.num_lanes(peer)), MAX_LANES)
             pull = _Pull(ref.id, offset, view, num_lanes)
             with trio.move_on_after(timeout_s) as scope:
-                if path == "auto":
+                if transport == "auto":
                     await self._pull_by_lanes(peer, pull, num_lanes)
                 if pull.todo:
                     carried_by = "libp2p"
@@ -527,20 +527,23 @@ def _refusal(number: int) -> RemoteError:
 
 async def _ask_stream(stream: ByteStream, asker: _Asker) -> None:
     data = memoryview(b"")
-    while True:
-        if requests := asker.next_requests():
-            await stream.write(requests)
-        if asker.is_done:
-            return
-        goes_on = True
-        while goes_on:
-            if not data:
-                with trio.fail_after(PROGRESS_S):
+    with trio.fail_after(PROGRESS_S) as progress:
+        while True:
+            if requests := asker.next_requests():
+                await stream.write(requests)
+            if asker.is_done:
+                return
+            goes_on = True
+            while goes_on:
+                if not data:
                     data = memoryview(await stream.read())
-            num_bytes = min(len(data), len(asker.target))
-            asker.target[:num_bytes] = data[:num_bytes]
-            data = data[num_bytes:]
-            goes_on = asker.filled(num_bytes)
+                    now = trio.current_time()
+                    if progress.deadline < now + PROGRESS_S / 2:  # seldom: a new deadline costs as much as a read
+                        progress.deadline = now + PROGRESS_S
+                num_bytes = min(len(data), len(asker.target))
+                asker.target[:num_bytes] = data[:num_bytes]
+                data = data[num_bytes:]
+                goes_on = asker.filled(num_bytes)
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
@@ -583,7 +586,8 @@ async def _in_thread(tls: ssl.SSLSocket, work: Callable[[], None]) -> None:
 
     tls.settimeout(PROGRESS_S)
     try:
-        threading.Thread(target=run, name="bulk", daemon=True).start()
+        # Not `threading`, whose start waits until the new thread has had a turn: the loop would stand still meanwhile.
+        _thread.start_new_thread(run, ())
     except RuntimeError as error:
         raise OSError("no thread can be had") from error
     try:

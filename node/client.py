@@ -13,6 +13,8 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from shoal.node.api.schemas import (
+    BenchRequest,
+    BenchResult,
     CreatedSwarm,
     CreateSwarm,
     ErrorAnswer,
@@ -20,6 +22,7 @@ from shoal.node.api.schemas import (
     JoinedSwarm,
     JoinSwarm,
     MeshInfo,
+    MetricsInfo,
     NodeInfo,
     PeerInfo,
     StateInfo,
@@ -89,6 +92,15 @@ class Client:
     def mesh(self) -> MeshInfo:
         """What it knows of the mesh."""
         return self._ask(MeshInfo, "GET", "/v1/mesh")
+
+    def metrics(self) -> MetricsInfo:
+        """What was called, how often and how fast."""
+        return self._ask(MetricsInfo, "GET", "/v1/metrics")
+
+    def bench(self, request: BenchRequest) -> BenchResult:
+        """Measure the wire to a peer."""
+        timeout_s = WORK_TIMEOUT_S + 4 * request.seconds
+        return self._ask(BenchResult, "POST", "/v1/bench", request, timeout_s=timeout_s)
 
     def swarms(self) -> list[SwarmSummary]:
         """The swarms that it is in."""

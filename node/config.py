@@ -106,6 +106,9 @@ class NodeConfig:
     api_port: int = 0
     """TCP port of the local API on loopback; 0 lets the system choose."""
 
+    serve_bench: bool = False
+    """Whether peers may measure the wire against this node (``shoal bench``)."""
+
     def __post_init__(self) -> None:
         check_profile(self.profile)
         if not self.listen:

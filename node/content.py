@@ -16,12 +16,11 @@ import trio
 from shoal.dht.blocks import split
 from shoal.dht.fetch import BlockArrived, BlockFailed, Done, Drop, Failed, Fetch, Request, Store, Tick, Wake
 from shoal.node.host import Host
-from shoal.node.services import BLOCK, BlockRequest
+from shoal.node.services import Block, BlockRequest, ContentService
 from shoal.node.storage import Storage
 from shoal.protocol.errors import RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
-from shoal.protocol.rpc import Attachments
-from shoal.protocol.services import Empty
+from shoal.protocol.services import client
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +34,8 @@ class UnavailableError(ShoalError):
     """Nobody who could be asked gave the content."""
 
 
-class ContentStore:
-    """Blocks by CID."""
+class ContentStore(ContentService):
+    """Blocks by CID, for this node and, as a service, for its peers."""
 
     def __init__(
         self, storage: Storage, host: Host, *, memory_bytes: int = MEMORY_BYTES, disk_bytes: int = DISK_BYTES
@@ -112,10 +111,9 @@ class ContentStore:
     async def _ask(self, request: Request, arrivals: trio.MemorySendChannel[BlockArrived | BlockFailed]) -> None:
         result: BlockArrived | BlockFailed
         try:
-            _, attachments = await self._host.call(
-                request.source, BLOCK, BlockRequest(request.cid), timeout_s=request.timeout_s
-            )
-            result = BlockArrived(request.source, request.cid, bytes(attachments[0]) if attachments else b"")
+            source = client(ContentService, self._host.at(request.source), timeout_s=request.timeout_s)
+            block = await source.block(BlockRequest(request.cid))
+            result = BlockArrived(request.source, request.cid, bytes(block.data))
         except ShoalError as error:
             result = BlockFailed(request.source, request.cid, str(error))
         await arrivals.send(result)
@@ -136,17 +134,17 @@ class ContentStore:
             _, oldest = self._memory.popitem(last=False)
             self._memory_bytes -= len(oldest)
 
-    def block(self, cid: Cid) -> bytes | None:
+    def find(self, cid: Cid) -> bytes | None:
         """A block that is here."""
         held = self._memory.get(cid)
         return self._storage.get_block(cid) if held is None else held
 
-    async def serve_block(self, peer: PeerId, request: BlockRequest, _: Attachments) -> tuple[Empty, Attachments]:
+    async def block(self, request: BlockRequest) -> Block:
         """Answer a peer that asks for a block."""
-        block = self.block(request.cid)
+        block = self.find(request.cid)
         if block is None:
             raise RemoteError(Status.NOT_FOUND, f"this node does not hold {request.cid}")
-        return Empty(), (block,)
+        return Block(block)
 
 
 class _Here(Mapping[Cid, bytes]):
@@ -156,7 +154,7 @@ class _Here(Mapping[Cid, bytes]):
         self._store = store
 
     def __getitem__(self, cid: Cid) -> bytes:
-        block = self._store.block(cid)
+        block = self._store.find(cid)
         if block is None:
             raise KeyError(cid)
         return block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -15,6 +16,8 @@ import trio
 import shoal
 from shoal.crdt.views import contributions, evaluations, members
 from shoal.node.api.schemas import (
+    BenchRequest,
+    BenchResult,
     CreatedSwarm,
     CreateSwarm,
     CurvePoint,
@@ -25,6 +28,8 @@ from shoal.node.api.schemas import (
     MeshInfo,
     MeshLink,
     MeshNode,
+    MethodInfo,
+    MetricsInfo,
     NodeInfo,
     PeerInfo,
     StateInfo,
@@ -32,16 +37,18 @@ from shoal.node.api.schemas import (
     SwarmSummary,
 )
 from shoal.node.api.server import serve_api
+from shoal.node.bench import Bench, BenchServer
 from shoal.node.config import NodeConfig
 from shoal.node.content import ContentStore
 from shoal.node.host import Host, open_host
 from shoal.node.identity import load_or_create_identity
 from shoal.node.lock import hold_profile
+from shoal.node.metrics import MethodMetrics
 from shoal.node.rpc import Router
 from shoal.node.storage import Storage
-from shoal.node.swarms import Membership, Swarms, unwrap
+from shoal.node.swarms import Membership, Swarms
 from shoal.node.workers import can_train
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import NoPeersError, ShoalError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.training.facts import Facts, Phase
 from shoal.training.ticket import Ticket
@@ -49,6 +56,8 @@ from shoal.training.ticket import Ticket
 log = logging.getLogger(__name__)
 
 EVENT_INTERVAL_S: Final = 0.1
+DIRECT: Final = "direct"
+"""How peers are reached: by TCP to an address of theirs, or of this node's."""
 
 
 def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None]) -> None:
@@ -93,7 +102,9 @@ async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None
             swarms = Swarms(
                 signer=identity.signer, host=host, storage=storage, content=content, paths=paths, nursery=nursery
             )
-            swarms.serve(router)
+            for service in swarms.services():
+                router.add(service)
+            router.add(BenchServer(host.links, is_open=config.serve_bench))
             node = Node(config, host, swarms, nursery.cancel_scope)
             nursery.start_soon(_stop_on_signal, node)
             nursery.start_soon(_follow_host, host, swarms)
@@ -103,6 +114,8 @@ async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None
             )
             node.api_url = address.url
             log.info("node %s is ready; it listens on %s", host.peer_id, ", ".join(host.addresses()))
+            gc.collect()
+            gc.freeze()  # what is here by now stays; going through it again and again would hold up small calls
             on_ready(node.node())
             await trio.sleep_forever()
     finally:
@@ -161,7 +174,7 @@ class Node:
         return [
             PeerInfo(
                 peer_id=peer,
-                path="direct",
+                path=DIRECT,
                 address=state.address,
                 rtt_ms=None if state.rtt_ms is None else round(state.rtt_ms, 3),
                 connected_s=round(now - state.since, 3),
@@ -184,9 +197,31 @@ class Node:
             in_swarms = [s for s, joined in self._swarms.joined.items() if peer == me or peer in joined.replica.live]
             nodes[peer] = node.model_copy(update={"swarms": in_swarms})
         links = [
-            MeshLink(a=me, b=peer, path="direct", rtt_ms=state.rtt_ms) for peer, state in self._host.connected.items()
+            MeshLink(a=me, b=peer, path=DIRECT, rtt_ms=state.rtt_ms) for peer, state in self._host.connected.items()
         ]
         return MeshInfo(nodes=list(nodes.values()), links=links)
+
+    def metrics(self) -> MetricsInfo:
+        """What was called, how often and how fast."""
+        metrics = self._host.links.metrics
+        return MetricsInfo(
+            served={name: _method_info(counted) for name, counted in sorted(metrics.served.items())},
+            called={name: _method_info(counted) for name, counted in sorted(metrics.called.items())},
+        )
+
+    async def bench(self, request: BenchRequest) -> BenchResult:
+        """Measure the wire to a peer."""
+        if request.peer not in self._host.connected:
+            raise NoPeersError(f"{request.peer} is not connected; `shoal peers` lists those that are")
+        bench = Bench(self._host.links, request.peer, request.transport)
+        match request.kind:
+            case "rpc":
+                figures = await bench.rpc(size=request.size, concurrency=request.concurrency, seconds=request.seconds)
+            case "stream":
+                figures = await bench.stream(size=request.size, seconds=request.seconds)
+            case "load":
+                figures = await bench.load(size=request.size, seconds=request.seconds)
+        return BenchResult(kind=request.kind, size=request.size, path=DIRECT, secure=True, **figures)
 
     def swarms(self) -> list[SwarmSummary]:
         """The swarms that it is in."""
@@ -312,3 +347,14 @@ class Node:
                 )
             )
         return found
+
+
+def _method_info(counted: MethodMetrics) -> MethodInfo:
+    return MethodInfo(
+        calls=counted.calls,
+        errors={status.name: number for status, number in counted.errors.items()},
+        request_bytes=counted.request_bytes,
+        answer_bytes=counted.answer_bytes,
+        p50_ms=round(1000 * counted.latencies.quantile(0.5), 3),
+        p99_ms=round(1000 * counted.latencies.quantile(0.99), 3),
+    )

@@ -10,16 +10,19 @@ import ipaddress
 import logging
 import random
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from functools import partial
+from typing import Any, Final
 
 import ifaddr
 import trio
 from libp2p import new_host
 from libp2p.abc import IHost, INetConn, INetStream, INetwork, INetworkService, INotifee
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.discovery.events.peerDiscovery import peerDiscovery
 from libp2p.discovery.mdns.mdns import MDNSDiscovery
@@ -27,28 +30,33 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
+from shoal.node.lanes import peek_is_tls
 from shoal.node.libp2p_repairs import apply_repairs
-from shoal.node.rpc import Channel, Router, StreamClosedError
-from shoal.node.services import PING
+from shoal.node.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
+from shoal.node.rpc import ByteStream, Router, StreamClosedError
+from shoal.node.services import NodeService
+from shoal.protocol.codec import Buffer
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
-from shoal.protocol.rpc import Attachments
-from shoal.protocol.services import Empty, Method
+from shoal.protocol.services import Caller, Empty, client
 
 log = logging.getLogger(__name__)
 
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
-
-RPC_PROTOCOL: Final = TProtocol("/shoal/rpc/1")
 DIAL_TIMEOUT_S: Final = 10.0
 KEEPALIVE_INTERVAL_S: Final = 5.0
 KEEPALIVE_TIMEOUT_S: Final = 5.0
 BOOTSTRAP_RETRY_MAX_S: Final = 30.0
 MAX_EVENTS: Final = 1024
+FIRST_BYTE_S: Final = 10.0
+MAX_SILENT: Final = 512
+MAX_SILENT_PER_IP: Final = 32
+"""Connections that have not sent a byte yet; over that, a new one is closed."""
+WRITE_BYTES: Final = 1024 * 1024
 
 
 class ListenError(ShoalError):
@@ -92,14 +100,14 @@ class Connected:
 class Host:
     """Connections and calls. Made by `open_host`."""
 
-    def __init__(self, host: IHost, peer_id: PeerId, router: Router, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, host: IHost, peer_id: PeerId, router: Router, nursery: trio.Nursery, *, lanes: bool = True
+    ) -> None:
         self.peer_id = peer_id
         self.connected: dict[PeerId, Connected] = {}
+        self.links = Links(self, router, nursery, lanes=lanes)
         self._host = host
-        self._router = router
         self._nursery = nursery
-        self._channels: dict[PeerId, Channel] = {}
-        self._opening: dict[PeerId, trio.Lock] = {}
         self._dht: KadDHT | None = None
         self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
 
@@ -144,24 +152,12 @@ class Host:
         if unblock is not None:
             unblock(peer)
 
-    async def call(
-        self,
-        peer: PeerId,
-        method: Method[Request, Answer],
-        request: Request,
-        attachments: Sequence[bytes | memoryview] = (),
-        *,
-        timeout_s: float = 10.0,
-    ) -> tuple[Answer, Attachments]:
-        """Call a method of a connected peer.
+    def at(self, peer: PeerId) -> Caller:
+        """What carries calls to a peer, for `shoal.protocol.services.client`.
 
-        Raises:
-            RemoteError: with the far side's status; UNAVAILABLE if it cannot be reached.
+        A call of a peer that cannot be reached fails with UNAVAILABLE.
         """
-        with trio.move_on_after(timeout_s):
-            channel = await self._channel(peer)
-            return await channel.call(method, request, attachments, timeout_s=timeout_s)
-        raise RemoteError(Status.DEADLINE_EXCEEDED, f"{peer} did not answer {method.name} in {timeout_s:.1f} s")
+        return self.links.at(peer)
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to a peer."""
@@ -182,32 +178,48 @@ class Host:
             if info.addrs and str(info.peer_id) != self.peer_id
         ]
 
-    async def _channel(self, peer: PeerId) -> Channel:
-        async with self._opening.setdefault(peer, trio.Lock()):
-            channel = self._channels.get(peer)
-            if channel is not None and channel.is_open:
-                return channel
-            if peer not in self.connected:
-                raise RemoteError(Status.UNAVAILABLE, f"{peer} is not connected")
-            try:
-                stream = await self._host.new_stream(ID.from_base58(str(peer)), [RPC_PROTOCOL])
-            except (BaseLibp2pError, OSError) as error:
-                raise RemoteError(Status.UNAVAILABLE, f"no stream to {peer}: {error}") from error
-            channel = self._channels[peer] = Channel(_Libp2pByteStream(stream), peer, self._router)
-            self._nursery.start_soon(self._run_channel, channel)
-            return channel
+    # What the links ask.
 
-    async def _run_channel(self, channel: Channel) -> None:
-        self._channels[channel.peer] = channel
+    def is_connected(self, peer: PeerId) -> bool:
+        """Whether any connection stands."""
+        return peer in self.connected
+
+    def dialed_address(self, peer: PeerId) -> tuple[str, int] | None:
+        """IP and TCP port that this node dialed to reach a peer; None if the peer dialed."""
+        state = self.connected.get(peer)
+        if state is None or not state.outbound:
+            return None
+        match state.address.split("/")[1:5]:
+            case ["ip4" | "ip6", ip, "tcp", port]:
+                return ip, int(port)
+        return None
+
+    def is_local(self, peer: PeerId) -> bool:
+        """Whether the peer is on this machine."""
+        state = self.connected.get(peer)
+        return state is not None and state.address.startswith(("/ip4/127.", "/ip6/::1/"))
+
+    def rtt_s(self, peer: PeerId) -> float | None:
+        """The last measured round trip."""
+        state = self.connected.get(peer)
+        return None if state is None or state.rtt_ms is None else state.rtt_ms / 1000
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> ByteStream:
+        """A new libp2p stream, or `StreamClosedError`."""
+        peer_id = ID.from_base58(str(peer))
+        if not self._host.get_network().get_connections(peer_id):  # libp2p would dial; whom to dial is decided here
+            raise StreamClosedError(f"{peer} is not connected")
         try:
-            await channel.run()
-        finally:
-            if self._channels.get(channel.peer) is channel:
-                del self._channels[channel.peer]
+            stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
+        except (BaseLibp2pError, OSError) as error:
+            raise StreamClosedError(str(error)) from error
+        return _Libp2pByteStream(stream)
 
-    async def _serve_stream(self, stream: INetStream) -> None:
+    async def _serve_stream(self, protocol: str, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
-        await self._run_channel(Channel(_Libp2pByteStream(stream), peer, self._router))
+        await self.links.serve_stream(peer, protocol, _Libp2pByteStream(stream))
+
+    # What libp2p tells.
 
     def _peer_up(self, connection: INetConn) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))
@@ -219,6 +231,7 @@ class Host:
             since=trio.current_time(),
             outbound=bool(connection.muxed_conn.is_initiator),
         )
+        self.links.peer_up(peer)
         self._tell(PeerUp(peer))
         self._nursery.start_soon(self._keep_alive, peer)
         if self._dht is not None:
@@ -231,8 +244,7 @@ class Host:
         ]
         if others or self.connected.pop(peer, None) is None:
             return
-        self._channels.pop(peer, None)
-        self._opening.pop(peer, None)
+        self.links.peer_down(peer)
         self._tell(PeerDown(peer))
 
     def _tell(self, event: HostEvent) -> None:
@@ -244,22 +256,25 @@ class Host:
     async def _keep_alive(self, peer: PeerId) -> None:
         """Measure the round trip, and close a path on which two calls in a row stay without answer."""
         misses = 0
+        ping = client(NodeService, self.at(peer), timeout_s=KEEPALIVE_TIMEOUT_S).ping
         state = self.connected.get(peer)
         while state is not None and self.connected.get(peer) is state:
             started = trio.current_time()
             try:
-                await self.call(peer, PING, Empty(), timeout_s=KEEPALIVE_TIMEOUT_S)
+                await ping(Empty())
                 state.rtt_ms = (trio.current_time() - started) * 1000
                 misses = 0
             except RemoteError as error:
                 if error.status is Status.UNIMPLEMENTED:
                     return  # a libp2p node of another kind
-                misses += 1
+                is_silent = error.status in (Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE)
+                misses = misses + 1 if is_silent else 0  # a refusal is a sign of life
             if misses >= 2 and self.connected.get(peer) is state:
                 log.info("%s does not answer; closing the path", peer)
                 await self.disconnect(peer)
                 return
-            await trio.sleep(KEEPALIVE_INTERVAL_S if state.rtt_ms is not None else 0.5)
+            is_settled = state.rtt_ms is not None and not misses
+            await trio.sleep(KEEPALIVE_INTERVAL_S if is_settled else 0.5)
 
     async def _bootstrap(self, address: str) -> None:
         """Be connected to one bootstrap node for ever, with back-off."""
@@ -288,7 +303,13 @@ class Host:
 
 @asynccontextmanager
 async def open_host(
-    *, secret: bytes, listen: Sequence[str], bootstrap: Sequence[str], mdns: bool, router: Router
+    *,
+    secret: bytes,
+    listen: Sequence[str],
+    bootstrap: Sequence[str],
+    mdns: bool,
+    router: Router,
+    lanes: bool = True,
 ) -> AsyncIterator[Host]:
     """Stand up a host, listening; tears it down at the end.
 
@@ -298,22 +319,29 @@ async def open_host(
         bootstrap: full multiaddrs of nodes to stay connected to.
         mdns: whether to find and be found on the local network.
         router: who serves the calls of peers.
+        lanes: whether to use connections beside libp2p's own where a peer is reached directly.
 
     Raises:
         ListenError: if an address cannot be listened on.
     """
     apply_repairs()
     key_pair = create_new_key_pair(secret)
-    libp2p_host = new_host(key_pair=key_pair, negotiate_timeout=10)
+    # Noise alone: libp2p's own list ends in plain text, to which whoever is in the middle could talk both sides down.
+    noise = NoiseTransport(key_pair, noise_privkey=create_new_x25519_key_pair().private_key)
+    libp2p_host = new_host(key_pair=key_pair, sec_opt={NOISE_PROTOCOL_ID: noise}, negotiate_timeout=10)
     network = libp2p_host.get_network()
     failure: Exception | None = None
     async with background_trio_service(network), trio.open_nursery() as nursery:
         try:
-            host = Host(libp2p_host, PeerId.parse(str(libp2p_host.get_id())), router, nursery)
-            libp2p_host.set_stream_handler(RPC_PROTOCOL, host._serve_stream)
+            router.add(_NodeCalls())
+            host = Host(libp2p_host, PeerId.parse(str(libp2p_host.get_id())), router, nursery, lanes=lanes)
+            for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
+                libp2p_host.set_stream_handler(TProtocol(protocol), partial(host._serve_stream, protocol))
             network.register_notifee(_Notifee(host))
             for address in listen:
                 await _listen(network, address)
+            for listener in network.listeners.values():
+                _share_port(listener, host.links)
             dht = KadDHT(libp2p_host, DHTMode.SERVER)
             async with background_trio_service(dht):
                 host._dht = dht
@@ -325,6 +353,8 @@ async def open_host(
                     yield host
                 except Exception as error:  # raised again below: libp2p's service contexts lose it
                     failure = error
+                with trio.CancelScope(deadline=trio.current_time() + DRAIN_S + 1, shield=True):
+                    await host.links.close()
                 with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                     await libp2p_host.close()
         except Exception as error:  # as above
@@ -354,6 +384,35 @@ async def _listen(network: INetworkService, address: str) -> None:
     _check_free(address)
     if not await network.listen(Multiaddr(address)):
         raise ListenError(f"cannot listen on {address}; choose another address with --listen")
+
+
+def _share_port(listener: Any, links: Links) -> None:
+    """Let TLS connections to libp2p's port be lanes; what begins otherwise is libp2p's."""
+    handle = listener.handler
+    silent: Counter[str] = Counter()  # by IP
+
+    async def take(stream: Any) -> None:
+        sock = stream.stream.socket
+        try:
+            ip = sock.getpeername()[0]
+        except OSError:
+            ip = ""  # it is gone already
+        if not ip or silent[ip] >= MAX_SILENT_PER_IP or silent.total() >= MAX_SILENT:
+            await stream.close()
+            return
+        silent[ip] += 1
+        try:
+            is_tls = await peek_is_tls(sock, timeout_s=FIRST_BYTE_S)
+        finally:
+            silent[ip] -= 1
+            if not silent[ip]:
+                del silent[ip]
+        if is_tls:
+            await links.accept_lane(sock)
+        else:
+            await handle(stream)
+
+    listener.handler = take
 
 
 def _check_free(address: str) -> None:
@@ -402,6 +461,13 @@ async def _run_mdns(host: Host, libp2p_host: IHost) -> None:
             await trio.to_thread.run_sync(discovery.zeroconf.close)
 
 
+class _NodeCalls(NodeService):
+    """What every node answers."""
+
+    async def ping(self, request: Empty) -> Empty:
+        return request
+
+
 class _Notifee(INotifee):
     """Turns libp2p's notifications into the host's events."""
 
@@ -442,11 +508,17 @@ class _Libp2pByteStream:
             raise StreamClosedError("the far side closed the stream")
         return data
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: Buffer) -> None:
+        # A view stands in for the bytes that libp2p asks for: it only slices them and puts them after a header.
+        view: Any = memoryview(data).cast("B")
         try:
-            await self._stream.write(data)
+            for start in range(0, len(view), WRITE_BYTES):
+                await self._stream.write(view[start : start + WRITE_BYTES])
         except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise StreamClosedError(f"the path is gone ({type(error).__name__})") from error
+
+    def try_write(self, data: Buffer) -> bool:
+        return False
 
     async def close(self) -> None:
         try:

@@ -250,14 +250,17 @@ class TlsByteStream:
             StreamClosedError: at the end, or when the path is gone.
         """
         sock = self._sock
-        await self._let_others_run()
         try:
+            # Waiting first spares the usual read that finds nothing; it is also what lets others run.
+            if sock.pending():
+                await self._let_others_run()
+            else:
+                await trio.lowlevel.wait_readable(sock.fileno())
             while True:
                 try:
                     data = sock.recv(RECORD_BYTES)
                     break
                 except ssl.SSLWantReadError:
-                    self._num_turns = 0
                     await trio.lowlevel.wait_readable(sock.fileno())
             if len(data) == RECORD_BYTES:
                 data = self._gather(data)

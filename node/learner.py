@@ -51,6 +51,7 @@ from shoal.training.worker_calls import (
     Collect,
     Evaluate,
     Finish,
+    Load,
     Merge,
     MergeAnswer,
     Open,
@@ -213,12 +214,12 @@ class Run:
 
     async def _open(self, worker: Channel) -> tuple[StateAnswer, bytes]:
         try:
-            answer, attachments = await worker.call(OPEN, Open(self.manifest, self._me), timeout_s=WORKER_TIMEOUT_S)
+            answer = await worker.call(OPEN, Open(self.manifest, self._me), timeout_s=WORKER_TIMEOUT_S)
         except RemoteError as error:
             if error.status is Status.INVALID_ARGUMENT:
                 raise UsageError(error.message) from error
             raise
-        return answer, bytes(attachments[0])
+        return answer, bytes(answer.state or b"")
 
     async def _take_part(self, worker: Channel, initial: tuple[StateAnswer, bytes]) -> None:
         """Learn until the run has ended and its results are written."""
@@ -268,7 +269,7 @@ class Run:
         ]
         data = await self._content.get(cid, tuple(dict.fromkeys(sources)), keep=True)
         try:
-            state, _ = await worker.call(LOAD, Empty(), [data], timeout_s=WORKER_TIMEOUT_S)
+            state = await worker.call(LOAD, Load(data), timeout_s=WORKER_TIMEOUT_S)
         except RemoteError as error:
             if error.status is Status.INVALID_ARGUMENT:
                 raise UsageError(error.message) from error
@@ -305,7 +306,7 @@ class Run:
                 continue
             chunk = max(1, self.manifest.batch_size // (CHUNKS_PER_EPOCH * (len(self.learners()) + 1)))
             started = trio.current_time()
-            collected, _ = await worker.call(COLLECT, Collect(chunk), timeout_s=WORKER_TIMEOUT_S)
+            collected = await worker.call(COLLECT, Collect(chunk), timeout_s=WORKER_TIMEOUT_S)
             speed = collected.samples / (trio.current_time() - started)
             self._speed = speed if self._speed == 0 else 0.9 * self._speed + 0.1 * speed
             samples = collected.epoch_samples
@@ -347,39 +348,38 @@ class Run:
         """Run the algorithm's update, averaging whatever it yields, and hold the new policy."""
         self._say(Phase.UPDATING)
         epoch, env_steps = self.status.epoch + 1, self.status.env_steps
-        answer, attachments = await self._merge(worker, Merge(epoch, env_steps), [])
+        answer = await self._merge(worker, Merge(epoch, env_steps))
         step = 0
         shared = False
         while answer.state is None:
             own = None
-            if answer.weight > 0:
-                cid = await self._content.put(bytes(attachments[0]), keep=False)
+            if answer.contribution is not None:
+                cid = await self._content.put(bytes(answer.contribution), keep=False)
                 own = Offer(self._me, cid, int(answer.weight))
             proposal = await self._round(RoundKey(self.status.epoch, step), own)
             if step == 0:
                 env_steps += sum(offer.weight for offer in proposal.offers)
                 shared = any(offer.author != self._me for offer in proposal.offers)
-            data = [await self._content.get(offer.cid, (), keep=False) for offer in proposal.offers]
+            contributions = [await self._content.get(offer.cid, (), keep=False) for offer in proposal.offers]
             authors = tuple(offer.author for offer in proposal.offers)
             weights = tuple(float(offer.weight) for offer in proposal.offers)
-            answer, attachments = await self._merge(worker, Merge(epoch, env_steps, authors, weights), data)
+            request = Merge(epoch, env_steps, authors, weights, tuple(contributions))
+            answer = await self._merge(worker, request)
             step += 1
         self.status.rounds += 1
         self.status.shared_rounds += shared
-        cid = await self._content.put(bytes(attachments[0]), keep=True)
+        cid = await self._content.put(bytes(answer.state.state or b""), keep=True)
         self._say(Phase.COLLECTING, offer_cid=None, offer_weight=0)
         self._hold(answer.state, cid)
         contributed = {"env_steps": self.status.own_env_steps, "rounds": self.status.rounds}
         policy = {"epoch": epoch, "cid": cid, "env_steps": answer.state.env_steps, "digest": answer.state.digest}
         await self.replica.write(policy=policy, contributions=contributed)
 
-    async def _merge(
-        self, worker: Channel, request: Merge, data: Sequence[bytes]
-    ) -> tuple[MergeAnswer, tuple[Any, ...]]:
-        answer, attachments = await worker.call(MERGE, request, data, timeout_s=WORKER_TIMEOUT_S)
+    async def _merge(self, worker: Channel, request: Merge) -> MergeAnswer:
+        answer = await worker.call(MERGE, request, timeout_s=WORKER_TIMEOUT_S)
         for author in answer.rejected:
             log.warning("swarm %s: the contribution of %s is malformed and left out", self.swarm, author)
-        return answer, attachments
+        return answer
 
     async def _round(self, key: RoundKey, own: Offer | None) -> Proposal:
         """Settle with the others what is averaged; all of it is here when this returns.
@@ -458,7 +458,7 @@ class Run:
 
     async def _evaluate(self, worker: Channel) -> float:
         request = Evaluate(self.manifest.eval_episodes, (self.manifest.seed + 1_000_003) % 2**32)
-        evaluated, _ = await worker.call(EVALUATE, request, timeout_s=WORKER_TIMEOUT_S)
+        evaluated = await worker.call(EVALUATE, request, timeout_s=WORKER_TIMEOUT_S)
         return sum(evaluated.returns) / len(evaluated.returns)
 
     async def _maybe_finish(self, worker: Channel) -> bool:

@@ -19,11 +19,9 @@ from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.host import Host
 from shoal.node.services import (
-    PUSH_OPS,
-    PUSH_PRESENCE,
-    SYNC,
     OpsPush,
     PresencePush,
+    SwarmService,
     SyncAnswer,
     SyncRequest,
     typed_version,
@@ -32,6 +30,7 @@ from shoal.node.storage import Storage, StorageError
 from shoal.protocol.codec import to_plain
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.services import client
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.facts import Facts, read_facts
 
@@ -191,7 +190,7 @@ class Replica:
         while True:
             async with self._store_lock:  # nothing is told that is not on disk yet
                 version = {str(author): seq for author, seq in self._docs.version().items()}
-            answer, _ = await self._host.call(peer, SYNC, SyncRequest(self.swarm, version), timeout_s=CALL_TIMEOUT_S)
+            answer = await self._service_of(peer).sync(SyncRequest(self.swarm, version))
             self._meet(peer)
             took = await self._take_ops(answer.ops, peer)
             if not took:
@@ -199,6 +198,9 @@ class Replica:
         async with self._store_lock:
             lacks = self._docs.missing(typed_version(answer.version), SYNC_BYTES)
         self._queue(peer, ops=lacks)
+
+    def _service_of(self, peer: PeerId) -> SwarmService:
+        return client(SwarmService, self._host.at(peer), timeout_s=CALL_TIMEOUT_S)
 
     def _meet(self, peer: PeerId) -> None:
         if peer in self._neighbours or self._nursery is None:
@@ -285,11 +287,9 @@ class Replica:
             presence, ops = neighbour.clear()
             try:
                 if presence:
-                    await self._host.call(
-                        peer, PUSH_PRESENCE, PresencePush(self.swarm, presence), timeout_s=CALL_TIMEOUT_S
-                    )
+                    await self._service_of(peer).push_presence(PresencePush(self.swarm, presence))
                 if ops:
-                    await self._host.call(peer, PUSH_OPS, OpsPush(self.swarm, ops), timeout_s=CALL_TIMEOUT_S)
+                    await self._service_of(peer).push_ops(OpsPush(self.swarm, ops))
             except RemoteError as error:
                 if error.status is Status.NOT_FOUND:
                     self.peer_down(peer)  # it left the swarm

@@ -1,221 +1,480 @@
 """The RPC shell: runs an `RpcConnection` on a real byte stream, in trio.
 
-A `Channel` is one stream with calls in both directions. Three kinds of tasks serve it: one reads, one writes (all
-that has gathered since the last write goes out in one piece), and one per call of the far side. The stream may be
-a libp2p stream to another node or a Unix socket to a worker: anything with the three methods of `ByteStream`.
+A `Channel` is one stream with calls in both directions: those of this side, which are here, and those of the far
+side, which `serving` runs. One task reads, one writes (`outbox`), one watches deadlines. The stream may be a libp2p
+stream or a lane to another node, or a Unix socket to a worker process: anything with the methods of `ByteStream`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar, cast
 
 import trio
 
-from shoal.protocol.codec import from_plain
-from shoal.protocol.errors import LimitError, ProtocolError, RefusedError, RemoteError, ShoalError, Status, UsageError
+from shoal.node.metrics import Metrics
+from shoal.node.outbox import ByteStream, Outbox, StreamClosedError
+from shoal.node.serving import Account, Incoming, Router, Server
+from shoal.protocol.codec import Buffer, decode_message, encode_message
+from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId
-from shoal.protocol.rpc import Answered, Attachments, Called, Cancelled, Event, Failed, RpcConnection
+from shoal.protocol.limits import MAX_ATTACHMENT_BYTES, MAX_CALLS_IN_FLIGHT, MAX_HELD_BYTES, MAX_UNSENT_BYTES
+from shoal.protocol.rpc import (
+    Answered,
+    Called,
+    Cancelled,
+    Draining,
+    Ended,
+    Event,
+    Failed,
+    Message,
+    RpcConnection,
+    Writable,
+)
 from shoal.protocol.services import Method
+
+__all__ = ["Account", "ByteStream", "Channel", "Router", "SocketByteStream", "StreamClosedError"]
 
 log = logging.getLogger(__name__)
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
-Handler = Callable[[PeerId, Any, Attachments], Awaitable[tuple[Any, Attachments]]]
+
+TICK_S: Final = 0.05
+"""Deadlines are kept to within this."""
+
+# Enum members are looked up slowly (CPython 3.11), and these once a call.
+_OK, _CANCELLED = Status.OK, Status.CANCELLED
+_ABORTED = trio.lowlevel.Abort.SUCCEEDED
+
+current_time = trio.current_time
 
 
-class StreamClosedError(Exception):
-    """Raised by a `ByteStream` when the far side or the path is gone."""
+class _OurCall:
+    """A call of ours: who waits for its outcome, and its streams if it has any."""
 
-
-class ByteStream(Protocol):
-    """What a channel needs of a transport."""
-
-    async def read(self) -> bytes:
-        """Some bytes, or `StreamClosedError`."""
-
-    async def write(self, data: bytes) -> None:
-        """Write all, or `StreamClosedError`."""
-
-    async def close(self) -> None:
-        """Close both directions; never raises."""
-
-
-class Router:
-    """Which handler serves which method."""
+    __slots__ = ("incoming", "result", "sender", "task", "writable")
 
     def __init__(self) -> None:
-        self._routes: dict[str, tuple[type[Any], Handler]] = {}
+        self.task: trio.lowlevel.Task | None = None
+        self.result: Answered | BaseException | None = None
+        self.incoming: Incoming | None = None
+        self.sender: trio.CancelScope | None = None
+        self.writable: trio.lowlevel.ParkingLot | None = None
 
-    def serve(
-        self,
-        method: Method[Request, Answer],
-        handler: Callable[[PeerId, Request, Attachments], Awaitable[tuple[Answer, Attachments]]],
-    ) -> None:
-        """Let ``handler(peer, request, attachments)`` answer a method."""
-        self._routes[method.name] = (method.request, handler)
+    def settle(self, result: Answered | BaseException) -> None:
+        """Tell the outcome to whoever waits; only the first counts."""
+        if self.result is not None:
+            return
+        self.result = result
+        if self.task is not None:
+            task, self.task = self.task, None
+            trio.lowlevel.reschedule(task)
+        if self.incoming is not None:
+            self.incoming.end(result if isinstance(result, BaseException) else None)
+        if self.writable is not None:
+            self.writable.unpark_all()
+        if self.sender is not None:
+            self.sender.cancel()
 
-    async def handle(self, peer: PeerId, call: Called) -> tuple[object, Attachments]:
-        """Run the handler of a call.
-
-        Raises:
-            RemoteError: UNIMPLEMENTED if nobody serves the method.
-            ProtocolError: if the request is not of the method's type.
-        """
-        route = self._routes.get(call.method)
-        if route is None:
-            raise RemoteError(Status.UNIMPLEMENTED, f"this node does not know the method {call.method[:80]!r}")
-        request_type, handler = route
-        return await handler(peer, from_plain(request_type, call.body), call.attachments)
+    def give_up(self, _: Any) -> trio.lowlevel.Abort:
+        self.task = None
+        return _ABORTED
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A call of ours; ``done`` is set once ``outcome`` is."""
+def _num_bytes(body: Buffer, attachments: Sequence[Buffer]) -> int:
+    num_bytes = len(body)
+    for attachment in attachments:
+        num_bytes += len(attachment)
+    return num_bytes
 
-    done: trio.Event = field(default_factory=trio.Event)
-    outcome: Answered | Failed | None = None
+
+def _nonsense(method: Method[Any, Any], error: ProtocolError) -> RemoteError:
+    return RemoteError(Status.INTERNAL, f"{method.name} was answered with nonsense: {error}")
 
 
 class Channel:
-    """Calls in both directions over one stream. `run` must be running for anything to move."""
+    """Calls in both directions over one stream. `run` must be running for anything to move.
 
-    def __init__(self, stream: ByteStream, peer: PeerId, router: Router) -> None:
+    Args:
+        stream: what carries it; the channel closes it.
+        peer: who is at its other end.
+        router: who serves the far side's calls.
+        account: shared by all channels of the peer.
+        metrics: where calls are counted.
+        compress: whether to compress what shrinks.
+        max_attachment_bytes: of one message, in either direction.
+    """
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        peer: PeerId,
+        router: Router,
+        *,
+        account: Account | None = None,
+        metrics: Metrics | None = None,
+        compress: bool = False,
+        max_attachment_bytes: int = MAX_ATTACHMENT_BYTES,
+    ) -> None:
         self.peer = peer
+        self._account = account or Account(max_bytes=max(MAX_HELD_BYTES, 2 * max_attachment_bytes))
         self._stream = stream
-        self._router = router
-        self._connection = RpcConnection()
-        self._pending: dict[int, _Pending] = {}
-        self._serving: dict[int, trio.CancelScope] = {}
-        self._wake_writer = trio.Event()
+        self._metrics = metrics or Metrics()
+        self._connection = RpcConnection(compress=compress, max_attachment_bytes=max_attachment_bytes)
+        self._outbox = Outbox(stream, self._connection)
+        self._server = Server(
+            peer=peer,
+            router=router,
+            connection=self._connection,
+            outbox=self._outbox,
+            account=self._account,
+            metrics=self._metrics,
+            spawn=self._spawn,
+        )
+        self._ours: dict[int, _OurCall] = {}
+        self._our_turn = trio.lowlevel.ParkingLot()  # callers, while too many calls are open
+        self._is_burst = False  # several answers came in one piece, so several requests will follow
         self._closed_because: str | None = None
+        self._nursery: trio.Nursery | None = None
+        self._scope = trio.CancelScope()
+        self._to_start: list[tuple[Callable[..., Awaitable[None]], tuple[Any, ...]]] = []
+        self._idle_timer: trio.lowlevel.Task | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether calls can still be made."""
+        """Whether new calls can be made."""
         return self._closed_because is None
 
-    async def call(
-        self,
-        method: Method[Request, Answer],
-        request: Request,
-        attachments: Sequence[bytes | memoryview] = (),
-        *,
-        timeout_s: float,
-    ) -> tuple[Answer, Attachments]:
-        """Call a method of the far side. If cancelled, the far side is told.
+    @property
+    def num_calls(self) -> int:
+        """Open calls of both sides."""
+        return len(self._ours) + len(self._server.calls)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What waits to be written, beside what is being written."""
+        return self._connection.unsent_bytes
+
+    # --- calling ---
+
+    def call(
+        self, method: Method[Request, Answer], request: Request, *, timeout_s: float | None = None
+    ) -> Coroutine[Any, Any, Answer]:
+        """Call a unary method of the far side. If cancelled, the far side is told.
+
+        Args:
+            method: which.
+            request: its request.
+            timeout_s: how long to wait; None: as long as the method says.
 
         Raises:
-            RemoteError: with the far side's status; DEADLINE_EXCEEDED after ``timeout_s``; UNAVAILABLE when the
+            RemoteError: with the far side's status; DEADLINE_EXCEEDED when the time is over; UNAVAILABLE when the
                 stream is gone; INTERNAL if the answer is not of the method's type.
             LimitError: if the request is too big.
         """
+        body, attachments = encode_message(request)
+        return self._call(method, body, attachments, timeout_s)
+
+    async def call_with_stream(
+        self, method: Method[Request, Answer], requests: AsyncIterator[Request], *, timeout_s: float | None = None
+    ) -> Answer:
+        """Call a client-streaming method; errors as `call`, and whatever ``requests`` raises."""
+        return await self._call(method, b"", [], timeout_s, requests)
+
+    async def call_for_stream(
+        self,
+        method: Method[Request, Answer],
+        request: Request | AsyncIterator[Request],
+        *,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Answer]:
+        """Call a server-streaming or a bidirectional method; errors as `call`.
+
+        Leaving the iterator early (``aclosing`` does it at once) cancels the call.
+        """
+        ours = _OurCall()
+        body, attachments = (b"", list[Buffer]()) if method.kind.streams_requests else encode_message(request)
+        began = trio.current_time()
+        if timeout_s is None:
+            timeout_s = math.inf if method.timeout_s is None else method.timeout_s
+        if self._is_full():
+            timeout_s = await self._wait_for_room(method, timeout_s)
+        call_id = self._start(ours, method, body, attachments, timeout_s, current_time())
+        ours.incoming = Incoming(method.answer, self._connection, self._outbox, call_id, is_ours=True)
+        if method.kind.streams_requests:
+            self._send_in_background(ours, call_id, cast("AsyncIterator[Request]", request))
+        status = Status.CANCELLED
+        try:
+            async for answer in ours.incoming:
+                yield answer
+            status = Status.OK
+        except RemoteError as error:
+            status = error.status
+            raise
+        except ProtocolError as error:
+            if error is ours.result:
+                raise  # a request could not be sent
+            status = Status.INTERNAL
+            raise _nonsense(method, error) from error
+        finally:
+            self._finish(call_id, ours)
+            self._metrics.of_called(method.name).count(status, trio.current_time() - began, len(body), 0)
+
+    async def _call(
+        self,
+        method: Method[Any, Answer],
+        body: bytes,
+        attachments: list[Buffer],
+        timeout_s: float | None,
+        requests: AsyncIterator[Any] | None = None,
+    ) -> Answer:
+        began = current_time()
+        if timeout_s is None:
+            timeout_s = math.inf if method.timeout_s is None else method.timeout_s
+        if self._is_full():
+            timeout_s = await self._wait_for_room(method, timeout_s)
+            began = current_time()
+        ours = _OurCall()
+        call_id = self._start(ours, method, body, attachments, timeout_s, began)
+        if requests is not None:
+            self._send_in_background(ours, call_id, requests)
+        status, answer_bytes = _CANCELLED, 0
+        try:
+            if ours.result is None:
+                ours.task = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(ours.give_up)
+            if not isinstance(ours.result, Answered):
+                raise cast("BaseException", ours.result)
+            _, received, received_attachments = ours.result
+            answer_bytes = _num_bytes(received, received_attachments)
+            try:
+                answer = decode_message(method.answer, received, received_attachments)
+            except ProtocolError as error:
+                raise _nonsense(method, error) from error
+            status = _OK
+        except RemoteError as error:
+            status = error.status
+            raise
+        finally:
+            self._finish(call_id, ours)
+            metrics = self._metrics.of_called(method.name)
+            metrics.count(status, current_time() - began, _num_bytes(body, attachments), answer_bytes)
+        return answer
+
+    def _start(
+        self,
+        ours: _OurCall,
+        method: Method[Any, Any],
+        body: bytes,
+        attachments: list[Buffer],
+        timeout_s: float,
+        now: float,
+    ) -> int:
         if self._closed_because is not None:
             raise RemoteError(Status.UNAVAILABLE, self._closed_because)
-        call_id = self._connection.call(method.name, request, attachments, timeout_s, trio.current_time())
-        pending = self._pending[call_id] = _Pending()
-        self._wake_writer.set()
+        call_id = self._connection.call(method.name, body, attachments, timeout_s=timeout_s, now=now, kind=method.kind)
+        is_lone = not self._ours and not self._is_burst
+        self._ours[call_id] = ours
+        if method.kind:
+            ours.writable = trio.lowlevel.ParkingLot()
+        if self._idle_timer is not None:
+            self._wake_timer()
+        if is_lone:
+            self._outbox.flush_now()
+        else:
+            self._outbox.flush()
+        return call_id
+
+    def _is_full(self) -> bool:
+        return len(self._ours) >= MAX_CALLS_IN_FLIGHT or self._connection.unsent_bytes > MAX_UNSENT_BYTES
+
+    async def _wait_for_room(self, method: Method[Any, Any], timeout_s: float) -> float:
+        """Wait until another call may be made; returns how much time it has left."""
+        deadline = current_time() + timeout_s
+        with trio.move_on_at(deadline):
+            while self._is_full() and self._closed_because is None:
+                await self._outbox.wait_for_room(MAX_UNSENT_BYTES)
+                if len(self._ours) >= MAX_CALLS_IN_FLIGHT:
+                    await self._our_turn.park()
+        left_s = deadline - current_time()
+        if left_s <= 0:
+            raise RemoteError(Status.DEADLINE_EXCEEDED, f"{method.name} could not be sent in time")
+        return left_s
+
+    def _finish(self, call_id: int, ours: _OurCall) -> None:
+        self._ours.pop(call_id, None)
+        if self._our_turn:
+            self._our_turn.unpark(count=MAX_CALLS_IN_FLIGHT - len(self._ours))
+        if ours.result is None:
+            self._connection.cancel(call_id)
+            self._outbox.flush_soon()
+        if ours.sender is not None:
+            ours.sender.cancel()
+
+    def _send_in_background(self, ours: _OurCall, call_id: int, requests: AsyncIterator[Any]) -> None:
+        ours.sender = trio.CancelScope()
+        self._spawn(self._send_requests, ours, call_id, requests, ours.sender)
+
+    async def _send_requests(
+        self, ours: _OurCall, call_id: int, requests: AsyncIterator[Any], scope: trio.CancelScope
+    ) -> None:
+        writable = cast("trio.lowlevel.ParkingLot", ours.writable)
         try:
-            with trio.move_on_after(timeout_s):
-                await pending.done.wait()
-        finally:
-            del self._pending[call_id]
-            self._connection.cancel(call_id)  # without effect if it is done
-            self._wake_writer.set()
-        match pending.outcome:
-            case Answered(_, body, received):
-                try:
-                    return from_plain(method.answer, body), received
-                except ProtocolError as error:
-                    raise RemoteError(Status.INTERNAL, f"{method.name} was answered with nonsense: {error}") from error
-            case Failed(_, error):
-                raise error
-            case None:
-                raise RemoteError(Status.DEADLINE_EXCEEDED, f"{method.name} was not answered in {timeout_s:.1f} s")
+            try:
+                with scope:
+                    async for request in requests:
+                        await self._outbox.send_message(call_id, request, writable, is_ours=True)
+                    self._connection.end(call_id, is_ours=True)
+                    self._outbox.flush_soon()
+            finally:
+                close = getattr(requests, "aclose", None)
+                if close is not None:
+                    with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
+                        await close()
+        except Exception as error:  # it belongs to the caller, who waits in another task
+            self._connection.cancel(call_id)
+            self._outbox.flush_soon()
+            ours.settle(error)
+
+    # --- the stream ---
 
     async def run(self) -> None:
         """Serve the stream until it ends; returns, never raises, for whatever the far side does."""
         reason = "the connection was closed"
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write_loop)
-                try:
-                    await self._read_loop(nursery)
-                except StreamClosedError as error:
-                    reason = str(error) or reason
-                except ProtocolError as error:
-                    reason = f"protocol error: {error}"
-                    log.warning("closing the stream with %s: %s", self.peer, error)
-                finally:
-                    self._closed_because = reason  # callers learn it now, however long a handler takes to stop
-                    for event in self._connection.close(reason):
-                        self._dispatch(event, None)
-                    nursery.cancel_scope.cancel()
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._outbox.run)
+                    nursery.start_soon(self._watch_deadlines)
+                    for function, arguments in self._to_start:
+                        nursery.start_soon(function, *arguments)
+                    try:
+                        await self._read_loop()
+                    except StreamClosedError as error:
+                        reason = str(error) or reason
+                    except ProtocolError as error:
+                        reason = f"protocol error: {error}"
+                        log.warning("closing the stream with %s: %s", self.peer, error)
+                    finally:
+                        self._close(reason)
+                        nursery.cancel_scope.cancel()
         finally:
+            self._server.close()
+            self._outbox.close()
             with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                 await self._stream.close()
 
-    async def _read_loop(self, nursery: trio.Nursery) -> None:
-        while True:
-            data = await self._stream.read()
-            for event in self._connection.receive_data(data, trio.current_time()):
-                self._dispatch(event, nursery)
-            self._wake_writer.set()
+    async def drain(self) -> None:
+        """Take no new calls, and return when those of the far side are answered and written."""
+        self._server.is_draining = True
+        self._connection.drain()
+        self._outbox.flush_soon()
+        while not self._outbox.is_closed and (self._server.calls or not self._outbox.is_empty):  # noqa: ASYNC110  it changes in many places
+            await trio.sleep(TICK_S / 5)
 
-    async def _write_loop(self) -> None:
+    def stop(self) -> None:
+        """End `run`, and with it every call."""
+        self._scope.cancel()
+
+    def _close(self, reason: str) -> None:
+        self._closed_because = reason  # callers learn it now, however long a handler takes to stop
+        for event in self._connection.close(reason):
+            self._dispatch(event)
+        self._server.stop_waiting()
+        self._outbox.close()
+        self._our_turn.unpark_all()
+
+    def _spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        if self._nursery is None:
+            self._to_start.append((function, arguments))
+        else:
+            self._nursery.start_soon(function, *arguments)
+
+    async def _read_loop(self) -> None:
+        connection, budget = self._connection, self._account.budget
+        buffered_bytes = 0
         try:
             while True:
-                pieces = self._connection.data_to_send()
-                if pieces:
-                    await self._stream.write(b"".join(pieces))
-                else:
-                    self._wake_writer = trio.Event()
-                    await self._wake_writer.wait()
-        except StreamClosedError:
-            await self._stream.close()  # the reader notices and ends the channel
-
-    def _dispatch(self, event: Event, nursery: trio.Nursery | None) -> None:
-        match event:
-            case Called() if nursery is not None:
-                scope = self._serving[event.call_id] = trio.CancelScope(deadline=event.deadline)
-                nursery.start_soon(self._serve, event, scope)
-            case Called():
-                raise AssertionError("a closed connection receives no calls")
-            case Cancelled(call_id):
-                if call_id in self._serving:
-                    self._serving[call_id].cancel()
-            case Answered(call_id) | Failed(call_id):
-                if call_id in self._pending:
-                    self._pending[call_id].outcome = event
-                    self._pending[call_id].done.set()
-
-    async def _serve(self, call: Called, scope: trio.CancelScope) -> None:
-        try:
-            with scope:
-                body, attachments = await self._router.handle(self.peer, call)
-                self._connection.answer(call.call_id, body, attachments)
-        except RemoteError as error:
-            self._connection.fail(call.call_id, error.status, error.message)
-        except LimitError as error:
-            self._connection.fail(call.call_id, Status.RESOURCE_EXHAUSTED, str(error))
-        except RefusedError as error:
-            self._connection.fail(call.call_id, Status.PERMISSION_DENIED, str(error))
-        except (ProtocolError, UsageError) as error:
-            self._connection.fail(call.call_id, Status.INVALID_ARGUMENT, str(error))
-        except ShoalError as error:
-            self._connection.fail(call.call_id, Status.INTERNAL, str(error))
-        except Exception:
-            # One peer's call must not take the node down; the details stay here, the peer learns that it failed.
-            log.exception("the handler of %s failed", call.method)
-            self._connection.fail(call.call_id, Status.INTERNAL, "the handler failed; see the log of that node")
+                data = await self._stream.read()
+                events = connection.receive_data(data, trio.current_time())
+                if connection.buffered_bytes != buffered_bytes:
+                    change, buffered_bytes = connection.buffered_bytes - buffered_bytes, connection.buffered_bytes
+                    excess = budget.buffer(change)
+                    if excess is not None:
+                        raise LimitError(excess)
+                self._is_burst = len(events) > 1
+                for event in events:
+                    self._dispatch(event)
+                if connection.unsent_bytes:
+                    self._outbox.flush_soon()
         finally:
-            if scope.cancelled_caught:
-                self._connection.fail(call.call_id, Status.DEADLINE_EXCEEDED, "the deadline passed at the far side")
-            del self._serving[call.call_id]
-            self._wake_writer.set()
+            budget.buffer(-buffered_bytes)
+
+    async def _watch_deadlines(self) -> None:
+        while True:
+            deadline = self._connection.next_deadline()
+            if deadline == math.inf:
+                self._idle_timer = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._stop_timer)
+                continue
+            # A call that comes meanwhile may have less time, so this looks again in a moment.
+            await trio.sleep_until(min(deadline, trio.current_time() + TICK_S))
+            for event in self._connection.expire(trio.current_time()):
+                self._dispatch(event)
+            if self._connection.unsent_bytes:
+                self._outbox.flush_soon()
+
+    def _wake_timer(self) -> None:
+        if self._idle_timer is not None:
+            timer, self._idle_timer = self._idle_timer, None
+            trio.lowlevel.reschedule(timer)
+
+    def _stop_timer(self, _: Any) -> trio.lowlevel.Abort:
+        self._idle_timer = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _dispatch(self, event: Event) -> None:
+        if isinstance(event, Answered):
+            self._settle(event.call_id, event)
+        elif isinstance(event, Called):
+            if self._idle_timer is not None:
+                self._wake_timer()
+            self._server.admit(event)
+        elif isinstance(event, Failed):
+            self._settle(event.call_id, event.error)
+        elif isinstance(event, Cancelled):
+            self._server.withdraw(event.call_id)
+        elif isinstance(event, Draining):
+            self._closed_because = self._closed_because or "the node is stopping"
+        else:
+            self._dispatch_stream(event)
+
+    def _dispatch_stream(self, event: Message | Ended | Writable) -> None:
+        calls = self._ours if event.is_ours else self._server.calls
+        open_call = calls.get(event.call_id)
+        match event:
+            case _ if open_call is None:
+                return
+            case Writable():
+                if open_call.writable is not None:
+                    open_call.writable.unpark_all()
+            case Message():
+                if open_call.incoming is not None:
+                    open_call.incoming.put(event)
+            case Ended(is_ours=True):
+                self._settle(event.call_id, Answered(event.call_id, b"", ()))
+            case Ended():
+                if open_call.incoming is not None:
+                    open_call.incoming.end()
+
+    def _settle(self, call_id: int, result: Answered | BaseException) -> None:
+        ours = self._ours.get(call_id)
+        if ours is not None:
+            ours.settle(result)
 
 
 class SocketByteStream:
@@ -234,12 +493,16 @@ class SocketByteStream:
             raise StreamClosedError("the far side closed the socket")
         return data
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: Buffer) -> None:
         """Write all, or `StreamClosedError`."""
         try:
             await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise StreamClosedError("the socket broke") from error
+
+    def try_write(self, data: Buffer) -> bool:
+        """Never at once."""
+        return False
 
     async def close(self) -> None:
         """Close the socket."""

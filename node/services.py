@@ -1,20 +1,29 @@
-"""The methods that nodes serve each other, with the types of their requests and answers."""
+"""The services that nodes are to each other: names, messages and policies. Who serves them is elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
 
+from shoal.node.lanes import LaneKind, LaneTicket
+from shoal.protocol.codec import Attachment
 from shoal.protocol.ids import Cid, PeerId, SwarmId
-from shoal.protocol.services import Empty, Method
+from shoal.protocol.limits import BLOCK_BYTES
+from shoal.protocol.services import Empty, Service, unary
 from shoal.protocol.signing import Signed
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRequest:
-    """Asks for one block; it comes as the answer's only attachment."""
+    """Asks for one block."""
 
     cid: Cid
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block; whether it is the right one, its CID says."""
+
+    data: Attachment
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +71,67 @@ def typed_version(version: dict[str, int]) -> dict[PeerId, int]:
     return {PeerId.parse(author): seq for author, seq in version.items()}
 
 
-PING: Final = Method("node.ping", Empty, Empty)
-BLOCK: Final = Method("content.block", BlockRequest, Empty)
-SYNC: Final = Method("crdt.sync", SyncRequest, SyncAnswer)
-PUSH_OPS: Final = Method("crdt.push", OpsPush, Empty)
-PUSH_PRESENCE: Final = Method("presence.push", PresencePush, Empty)
+class NodeService(Service, name="node"):
+    """What every node is."""
+
+    @unary(idempotent=True)
+    async def ping(self, request: Empty) -> Empty:
+        """Answer, at once."""
+        raise NotImplementedError
+
+
+class ContentService(Service, name="content"):
+    """Blocks by CID."""
+
+    @unary(idempotent=True, max_answer_bytes=BLOCK_BYTES + 4096)
+    async def block(self, request: BlockRequest) -> Block:
+        """Give a block; NOT_FOUND if it is not here."""
+        raise NotImplementedError
+
+
+class SwarmService(Service, name="swarm"):
+    """State that the members of a swarm share; NOT_FOUND if this node is not one."""
+
+    @unary(idempotent=True)
+    async def sync(self, request: SyncRequest) -> SyncAnswer:
+        """Give the ops that the caller lacks."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def push_ops(self, request: OpsPush) -> Empty:
+        """Take new ops."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def push_presence(self, request: PresencePush) -> Empty:
+        """Take new presence records."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRequest:
+    """Asks to be let in by a lane of this kind."""
+
+    kind: LaneKind
+
+
+@dataclass(frozen=True, slots=True)
+class LaneInvitation:
+    """Asks the far side to dial a lane of this kind, with this ticket."""
+
+    kind: LaneKind
+    ticket: LaneTicket
+
+
+class LaneService(Service, name="lane"):
+    """Extra connections between two peers; `shoal.node.lanes` has the how and why."""
+
+    @unary(max_calls_per_s=20)
+    async def ticket(self, request: LaneRequest) -> LaneTicket:
+        """Let the caller dial a lane to this node."""
+        raise NotImplementedError
+
+    @unary(max_calls_per_s=20)
+    async def dial(self, request: LaneInvitation) -> Empty:
+        """Dial a lane to the caller, because this node once dialed it and it may not be able to dial back."""
+        raise NotImplementedError

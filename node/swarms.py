@@ -22,24 +22,18 @@ from shoal.node.content import ContentStore, UnavailableError
 from shoal.node.host import Host, HostEvent, PeerDown, PeerUp
 from shoal.node.learner import Run
 from shoal.node.replica import Replica, Signal
-from shoal.node.rpc import Router
 from shoal.node.services import (
-    BLOCK,
-    PING,
-    PUSH_OPS,
-    PUSH_PRESENCE,
-    SYNC,
     OpsPush,
     PresencePush,
+    SwarmService,
     SyncAnswer,
     SyncRequest,
 )
 from shoal.node.storage import Storage, StoredSwarm
 from shoal.node.workers import can_train, require_training
-from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
-from shoal.protocol.rpc import Attachments
-from shoal.protocol.services import Empty
+from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signer
 from shoal.training.facts import Facts
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
@@ -344,13 +338,9 @@ class Swarms:
 
     # Services.
 
-    def serve(self, router: Router) -> None:
-        """Answer what peers call."""
-        router.serve(PING, self._serve_ping)
-        router.serve(BLOCK, self._content.serve_block)
-        router.serve(SYNC, self._serve_sync)
-        router.serve(PUSH_OPS, self._serve_ops)
-        router.serve(PUSH_PRESENCE, self._serve_presence)
+    def services(self) -> tuple[Service, ...]:
+        """What peers may call."""
+        return self._content, _SwarmCalls(self)
 
     def handle(self, event: HostEvent) -> None:
         """A peer came or went."""
@@ -364,31 +354,31 @@ class Swarms:
             self._peer_came.set()
         self.changed.set()
 
-    def _replica(self, swarm: SwarmId) -> Replica:
+    def replica(self, swarm: SwarmId) -> Replica:
+        """The state of a swarm that this node is in.
+
+        Raises:
+            RemoteError: NOT_FOUND if it is in no such swarm.
+        """
         membership = self.joined.get(swarm)
         if membership is None:
             raise RemoteError(Status.NOT_FOUND, f"this node is not in {swarm}")
         return membership.replica
 
-    async def _serve_ping(self, _: PeerId, __: Empty, ___: Attachments) -> tuple[Empty, Attachments]:
-        return Empty(), ()
 
-    async def _serve_sync(self, peer: PeerId, request: SyncRequest, _: Attachments) -> tuple[SyncAnswer, Attachments]:
-        return await self._replica(request.swarm).serve_sync(peer, request), ()
+class _SwarmCalls(SwarmService):
+    """The calls of peers, each for the swarm that it names."""
 
-    async def _serve_ops(self, peer: PeerId, push: OpsPush, _: Attachments) -> tuple[Empty, Attachments]:
-        await self._replica(push.swarm).serve_ops(peer, push)
-        return Empty(), ()
+    def __init__(self, swarms: Swarms) -> None:
+        self._swarms = swarms
 
-    async def _serve_presence(self, peer: PeerId, push: PresencePush, _: Attachments) -> tuple[Empty, Attachments]:
-        await self._replica(push.swarm).serve_presence(peer, push)
-        return Empty(), ()
+    async def sync(self, request: SyncRequest) -> SyncAnswer:
+        return await self._swarms.replica(request.swarm).serve_sync(current_call().peer, request)
 
+    async def push_ops(self, request: OpsPush) -> Empty:
+        await self._swarms.replica(request.swarm).serve_ops(current_call().peer, request)
+        return Empty()
 
-def unwrap(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error of Shoal inside an exception group, or the group itself."""
-    found = group.subgroup(ShoalError)
-    inner: BaseException = group if found is None else found
-    while isinstance(inner, BaseExceptionGroup):
-        inner = inner.exceptions[0]
-    return inner if found is not None else group
+    async def push_presence(self, request: PresencePush) -> Empty:
+        await self._swarms.replica(request.swarm).serve_presence(current_call().peer, request)
+        return Empty()

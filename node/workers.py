@@ -21,6 +21,7 @@ import trio
 from shoal.node.rpc import Channel, Router, SocketByteStream
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
+from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ async def open_worker(nursery: trio.Nursery, peer: PeerId, log_path: Path) -> As
             stderr=log_file,
         )
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-    channel = Channel(SocketByteStream(stream), peer, Router())
+    channel = Channel(SocketByteStream(stream), peer, Router(), max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
     nursery.start_soon(channel.run)
     try:
         yield channel

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import math
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgpack
 
@@ -36,21 +35,26 @@ Buffer = bytes | memoryview
 Attachment = Annotated[bytes | memoryview, "attachment"]
 """The type of a field whose bytes travel raw, beside the header; what is received is a view, not a copy."""
 
+_CLAIMS_BYTES: Final = 512
+"""msgpack makes room for an array as soon as it reads how long that claims to be, so arrays within arrays would cost
+80 kB for 3 bytes each. In what is at most this long, they cost 0.7 MB together."""
+
 _Attachments = list[Buffer | None]  # None: already taken
 _Reader = Callable[[Any, _Attachments], Any]
 
-_pack: Callable[[Any], bytes] = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+pack: Callable[[Any], bytes] = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+"""Plain data in MessagePack, as it is: canonical if its maps are in the order of their keys."""
 
 
 def encode(value: object) -> bytes:
     """The canonical MessagePack form of a dataclass or of plain data without attachments."""
-    return _pack(_plain(value, None))
+    return pack(_plain(value, None))
 
 
 def encode_message(value: object) -> tuple[bytes, list[Buffer]]:
     """A message as its header, canonical MessagePack, and its attachments, passed on without a copy."""
     attachments: list[Buffer] = []
-    return _pack(_plain(value, attachments)), attachments
+    return pack(_plain(value, attachments)), attachments
 
 
 def decode(kind: type[T], data: Buffer, *, max_bytes: int = MAX_HEADER_BYTES) -> T:
@@ -72,15 +76,32 @@ def decode_message(
         LimitError: as `decode`.
         ProtocolError: as `decode`; also if an attachment is missing or named twice.
     """
-    if len(header) > max_bytes:
-        raise LimitError(f"a {kind.__name__} of {len(header)} bytes exceeds the limit of {max_bytes}")
-    try:
-        value = msgpack.unpackb(
-            header, raw=False, strict_map_key=True, use_list=True, timestamp=0, ext_hook=_refuse_extension
-        )
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise ProtocolError(f"this is not a {kind.__name__}: {error or type(error).__name__}") from error
+    value = unpack(header, kind.__name__, max_bytes=max_bytes)
     return typing.cast(T, _reader_of(kind)(value, list(attachments)))
+
+
+def unpack(data: Buffer, what: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Any:
+    """Plain data that nobody has checked yet; ``what`` it should be is for the errors.
+
+    Raises:
+        LimitError: if the data is longer than ``max_bytes``.
+        ProtocolError: if it is not MessagePack.
+    """
+    if len(data) > max_bytes:
+        raise LimitError(f"a {what} of {len(data)} bytes exceeds the limit of {max_bytes}")
+    try:
+        if len(data) > _CLAIMS_BYTES:
+            _check_whole(data)
+        return msgpack.unpackb(data, ext_hook=_refuse_extension)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise ProtocolError(f"this is not a {what}: {str(error) or type(error).__name__}") from error
+
+
+def _check_whole(data: Buffer) -> None:
+    """Check that what the arrays claim to hold is there, before memory is set aside for it."""
+    unpacker = msgpack.Unpacker(read_size=len(data), max_buffer_size=len(data))
+    unpacker.feed(data)
+    unpacker.skip()
 
 
 def to_plain(value: object) -> Any:
@@ -110,11 +131,16 @@ def _plain(value: Any, attachments: list[Buffer] | None) -> Any:
     kind = type(value)
     if kind in _AS_IT_IS:
         return value
-    if dataclasses.is_dataclass(kind):
-        return {
-            name: _attach(getattr(value, name), attachments) if is_raw else _plain(getattr(value, name), attachments)
-            for name, is_raw in _fields_to_write(kind)
-        }
+    fields = _fields_to_write.get(kind)
+    if fields is not None:
+        plain = {}
+        for name, is_raw in fields:
+            item = getattr(value, name)
+            if is_raw:
+                plain[name] = _attach(item, attachments)
+            else:
+                plain[name] = item if type(item) in _AS_IT_IS else _plain(item, attachments)
+        return plain
     match value:
         case enum.Enum():
             return value.value
@@ -126,24 +152,31 @@ def _plain(value: Any, attachments: list[Buffer] | None) -> Any:
             return [_plain(item, attachments) for item in value]
         case dict():
             return {str(key): _plain(value[key], attachments) for key in sorted(value)}
-    raise TypeError(f"{kind.__name__} has no wire form")
+    if not dataclasses.is_dataclass(kind):
+        raise TypeError(f"{kind.__name__} has no wire form")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    names = sorted(field.name for field in dataclasses.fields(kind))
+    _fields_to_write[kind] = tuple((name, _is_raw(hints[name])) for name in names)
+    return _plain(value, attachments)
+
+
+_fields_to_write: dict[type, tuple[tuple[str, bool], ...]] = {}
+"""Of each message type that was met: its fields in canonical order, and whether they are attachments."""
 
 
 def _attach(value: Any, attachments: list[Buffer] | None) -> Any:
+    if attachments is not None and type(value) is bytes:
+        attachments.append(value)
+        return len(attachments) - 1
     if value is None:
         return None
     if isinstance(value, list | tuple):
         return [_attach(item, attachments) for item in value]
     if attachments is None:
         raise TypeError("a message with attachments is written by encode_message")
-    attachments.append(value)
+    view = memoryview(value)
+    attachments.append(view.cast("B") if view.nbytes else b"")  # flat, so that its length is that of its bytes
     return len(attachments) - 1
-
-
-@functools.cache
-def _fields_to_write(kind: type) -> tuple[tuple[str, bool], ...]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return tuple((name, _is_raw(hints[name])) for name in sorted(field.name for field in dataclasses.fields(kind)))
 
 
 def _is_raw(hint: Any) -> bool:

@@ -87,3 +87,12 @@ class RemoteError(ShoalError):
         super().__init__(f"{status.name}: {message}")
         self.status = status
         self.message = message
+
+
+def unwrap(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error of Shoal inside an exception group, or the group itself."""
+    found = group.subgroup(ShoalError)
+    inner: BaseException = group if found is None else found
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    return inner if found is not None else group

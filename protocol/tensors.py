@@ -56,6 +56,7 @@ _DTYPES: Final = {
         *("float16", "float32", "float64"),
     )
 }
+_MAX_ITEM_BYTES: Final = 8
 _CHUNK: Final = 131072  # values; many enough to drown NumPy's cost per call, few enough to stay in the cache
 _MAX_INT32_SIZE: Final = 2**31  # of an array whose indices are all int32
 _F32: Final = np.dtype("<f4")
@@ -193,13 +194,7 @@ def decode_tensor_into(tensor: Tensor, out: Array) -> None:
             unless the error is that a value is beyond the range of the dtype.
         UsageError: if ``out`` cannot be written to in place.
     """
-    if not (out.flags.c_contiguous and out.flags.writeable and out.dtype.isnative):
-        raise UsageError("a tensor is decoded into an array that is C-contiguous, writable and of native byte order")
-    if (tensor.dtype, tensor.shape) != (out.dtype.name, out.shape):
-        raise ProtocolError(
-            f"expected a {out.dtype.name} tensor of shape {list(out.shape)},"
-            f" not {tensor.dtype[:40]!r} of shape {list(tensor.shape[:MAX_DIMENSIONS])}"
-        )
+    check_target(tensor.dtype, tensor.shape, out)
     _fill(out.reshape(-1), tensor, _check_tensor(tensor, out.nbytes))
 
 
@@ -222,6 +217,54 @@ def encoded_num_bytes(
     kept = _check_options(size, codec, block_size, k)
     layout = _layout(size, _check_dtype(dtype, codec, UsageError), codec, block_size, kept)
     return sum(part.itemsize * length for part, length in layout)
+
+
+def check_target(dtype: str, shape: tuple[int, ...], out: Array) -> None:
+    """Check that an array can be filled in place with a tensor of this dtype and shape.
+
+    Raises:
+        ProtocolError: if dtype or shape is another than that of ``out``.
+        UsageError: if ``out`` cannot be written to in place.
+    """
+    if not (out.flags.c_contiguous and out.flags.writeable and out.dtype.isnative):
+        raise UsageError("a tensor is decoded into an array that is C-contiguous, writable and of native byte order")
+    if (dtype, shape) != (out.dtype.name, out.shape):
+        raise ProtocolError(
+            f"expected a {out.dtype.name} tensor of shape {list(out.shape)},"
+            f" not {dtype[:40]!r} of shape {list(shape[:MAX_DIMENSIONS])}"
+        )
+
+
+def check_parts(
+    dtype: str, shape: Sequence[int], codec: TensorCodec, block_size: int, part_bytes: Sequence[int], *, max_bytes: int
+) -> None:
+    """Check what somebody says of a tensor whose parts are not here yet, so that room may be made for them.
+
+    Args:
+        dtype: as in `Tensor`; so are ``shape``, ``codec`` and ``block_size``.
+        shape: as above.
+        codec: as above.
+        block_size: as above.
+        part_bytes: how long each part is.
+        max_bytes: the largest array to accept. Its parts together have at most four times as many bytes, for topk of
+            float16; six times beyond 2**31 values.
+
+    Raises:
+        LimitError: as `decode_tensor`.
+        ProtocolError: if parts of these lengths make no such tensor.
+    """
+    known = _check_dtype(dtype, codec, ProtocolError)
+    size = _check_shape(tuple(shape), known.itemsize, max_bytes)
+    if codec in _LEVELS and not 1 <= block_size <= MAX_BLOCK_SIZE:
+        raise ProtocolError(f"a {codec} tensor has blocks of 1 to {MAX_BLOCK_SIZE}, not {block_size}")
+    kept = part_bytes[-1] // _F32.itemsize if part_bytes else 0
+    if codec is TensorCodec.TOPK and kept > size:
+        raise ProtocolError(f"a topk tensor of {size} values cannot keep {kept}")
+    expected = [part.itemsize * length for part, length in _layout(size, known, codec, block_size, kept)]
+    if list(part_bytes) != expected:
+        raise ProtocolError(
+            f"a {codec} tensor of {size} {known.name} has parts of {expected} bytes, not {list(part_bytes[:4])}"
+        )
 
 
 # --- error feedback --------------------------------------------------------------------------------------------------
@@ -371,27 +414,19 @@ def _layout(
 
 def _check_tensor(tensor: Tensor, max_bytes: int) -> list[Array]:
     """Check all there is to check about a tensor from anybody, and view its parts as flat arrays."""
-    dtype = _check_dtype(tensor.dtype, tensor.codec, ProtocolError)
-    size = _check_shape(tensor.shape, dtype.itemsize, max_bytes)
-    if tensor.codec in _LEVELS and not 1 <= tensor.block_size <= MAX_BLOCK_SIZE:
-        raise ProtocolError(f"a {tensor.codec} tensor has blocks of 1 to {MAX_BLOCK_SIZE}, not {tensor.block_size}")
-    kept = _num_bytes(tensor.parts[-1]) // _F32.itemsize if tensor.parts else 0
-    if tensor.codec is TensorCodec.TOPK and kept > size:
-        raise ProtocolError(f"a topk tensor of {size} values cannot keep {kept}")
+    sizes = [_num_bytes(part) for part in tensor.parts]
+    check_parts(tensor.dtype, tensor.shape, tensor.codec, tensor.block_size, sizes, max_bytes=max_bytes)
+    dtype, size = _DTYPES[tensor.dtype], math.prod(tensor.shape)
+    kept = sizes[-1] // _F32.itemsize
     layout = _layout(size, dtype, tensor.codec, tensor.block_size, kept)
-    expected = [part.itemsize * length for part, length in layout]
-    actual = [_num_bytes(part) for part in tensor.parts]
-    if actual != expected:
-        raise ProtocolError(
-            f"a {tensor.codec} tensor of {size} {dtype.name} has parts of {expected} bytes, not {actual[:4]}"
-        )
     parts = [np.frombuffer(data, part) for data, (part, _) in zip(tensor.parts, layout, strict=True)]
     match tensor.codec:
         case TensorCodec.RAW if dtype.kind == "b" and size:
             if parts[0].view(np.uint8).max() > 1:
                 raise ProtocolError("a bool tensor has a byte that is neither 0 nor 1")
-        case TensorCodec.INT8 | TensorCodec.INT4:
-            if not (np.isfinite(parts[0]).all() and (parts[0] >= 0).all()):
+        case TensorCodec.INT8 | TensorCodec.INT4 if size:
+            # A mask would take memory, of which blocks of one value make much; NaN becomes the minimum and fails.
+            if not (parts[0].min() >= 0 and parts[0].max() < np.inf):
                 raise ProtocolError(f"a scale of a {tensor.codec} tensor is negative, NaN or infinite")
         case TensorCodec.TOPK if kept:
             _check_indices(parts[0], size)
@@ -407,8 +442,9 @@ def _check_shape(shape: tuple[int, ...], itemsize: int, max_bytes: int) -> int:
     if any(length < 0 for length in shape):
         raise ProtocolError(f"a tensor of shape {list(shape)} has a negative length")
     size = math.prod(shape)
-    # NumPy holds even an empty array to what it could address, were the zeros ones.
-    if size * itemsize > max_bytes or math.prod(max(length, 1) for length in shape) * itemsize > sys.maxsize:
+    # NumPy holds even an empty array to what it could address, were the zeros ones, and of any dtype it is turned into.
+    addressed = math.prod(max(length, 1) for length in shape) * _MAX_ITEM_BYTES
+    if size * itemsize > max_bytes or addressed > sys.maxsize:
         raise LimitError(f"a tensor of shape {list(shape)} exceeds the limit of {max_bytes} bytes")
     return size
 
@@ -513,12 +549,11 @@ def _to_blocks(array: Array, codec: TensorCodec, block_size: int) -> tuple[Array
             chunk = np.concatenate([chunk, np.zeros(padded - size, np.float32)])
         blocks = scratch[:padded].reshape(num_blocks, block_size)
         np.abs(chunk, out=scratch[:padded])
-        scale = blocks.max(axis=1)
+        scale = blocks.max(axis=1, out=scales[at.start // block_size :][:num_blocks])
         if not np.isfinite(scale).all():
             raise _NonFiniteError
         scale /= np.float32(levels)
         np.clip(scale, _MIN_SCALE, max_scale, out=scale)
-        scales[at.start // block_size :][:num_blocks] = scale
         np.divide(chunk.reshape(num_blocks, block_size), scale[:, None], out=blocks)
         np.rint(blocks, out=blocks)
         if codec is TensorCodec.INT8:

@@ -77,7 +77,9 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if ":" not in self.task:
-            raise UsageError(f"task {self.task!r} needs a scheme; for a Gymnasium environment write gym:{self.task}")
+            raise UsageError(
+                f"task {self.task!r:.80} needs a scheme; for a Gymnasium environment write {'gym:' + self.task!r:.80}"
+            )
         for name, low, high in (
             ("batch_size", 1, 2**31),
             ("min_learners", 1, 256),

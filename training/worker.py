@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from shoal.protocol.codec import from_plain
+from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId
-from shoal.protocol.rpc import Attachments, Called, RpcConnection
+from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
+from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training.algorithms import Exchange, Learner, UpdateStats, load_algorithm
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
@@ -42,6 +43,7 @@ from shoal.training.worker_calls import (
     Evaluate,
     Evaluated,
     Finish,
+    Load,
     Merge,
     MergeAnswer,
     Open,
@@ -56,7 +58,7 @@ class Worker:
         self._learner: Learner | None = None
         self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
         self._template: Arrays = {}  # what contributions to the round under way look like
-        self.methods: dict[str, tuple[type[Any], Callable[[Any, Attachments], tuple[object, Attachments]]]] = {
+        self.methods: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
             COLLECT.name: (COLLECT.request, self.collect),
@@ -73,31 +75,30 @@ class Worker:
             raise RemoteError(Status.FAILED_PRECONDITION, "the worker holds no run yet")
         return self._learner
 
-    def open(self, request: Open, _: Attachments) -> tuple[StateAnswer, Attachments]:
+    def open(self, request: Open) -> StateAnswer:
         """Set up the run and give its initial state."""
         manifest = request.manifest
         task = load_task(manifest.task)
         self._learner = load_algorithm(manifest.algorithm).learner(manifest, task, peer=request.peer)
         return self._state(0, 0)
 
-    def load(self, _: Empty, attachments: Attachments) -> tuple[StateAnswer, Attachments]:
+    def load(self, request: Load) -> StateAnswer:
         """Replace the learner's state."""
-        (data,) = attachments
-        arrays, meta = decode_arrays(bytes(data))
+        arrays, meta = decode_arrays(bytes(request.state))
         epoch, env_steps = meta.get("epoch"), meta.get("env_steps")
         if type(epoch) is not int or type(env_steps) is not int or epoch < 0 or env_steps < 0:
             raise ProtocolError("the state does not say its epoch and environment steps")
         self._drop_update()
         self.learner.import_state(arrays)
-        return StateAnswer(epoch, env_steps, digest(self.learner.policy_arrays())), ()
+        return StateAnswer(epoch, env_steps, digest(self.learner.policy_arrays()))
 
-    def collect(self, request: Collect, _: Attachments) -> tuple[Collected, Attachments]:
+    def collect(self, request: Collect) -> Collected:
         """Collect experience."""
         collected = self.learner.collect(request.num_steps)
         returns = tuple(float(value) for value in collected.episode_returns)
-        return Collected(collected.samples, collected.total, returns), ()
+        return Collected(collected.samples, collected.total, returns)
 
-    def merge(self, request: Merge, attachments: Attachments) -> tuple[MergeAnswer, Attachments]:
+    def merge(self, request: Merge) -> MergeAnswer:
         """Start the update, or send it the average that it waits for."""
         rejected: list[PeerId] = []
         try:
@@ -106,24 +107,24 @@ class Worker:
                 self._update = self.learner.update()
                 exchange = next(self._update)
             else:
-                exchange = self._running_update().send(self._average(request, attachments, rejected))
+                exchange = self._running_update().send(self._average(request, rejected))
         except StopIteration as end:
             self._update = None
             stats: UpdateStats = end.value
-            state, state_data = self._state(request.epoch, request.env_steps)
-            return MergeAnswer(state=state, stats=stats.metrics, rejected=tuple(rejected)), state_data
+            state = self._state(request.epoch, request.env_steps)
+            return MergeAnswer(state=state, stats=stats.metrics, rejected=tuple(rejected))
         self._template = exchange.template
-        data = encode_arrays(exchange.arrays, {}) if exchange.weight > 0 else b""
-        return MergeAnswer(weight=exchange.weight, rejected=tuple(rejected)), (data,)
+        contribution = encode_arrays(exchange.arrays, {}) if exchange.weight > 0 else None
+        return MergeAnswer(weight=exchange.weight, contribution=contribution, rejected=tuple(rejected))
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
         if self._update is None:
             raise RemoteError(Status.FAILED_PRECONDITION, "no update is under way")
         return self._update
 
-    def _average(self, request: Merge, attachments: Attachments, rejected: list[PeerId]) -> Arrays:
+    def _average(self, request: Merge, rejected: list[PeerId]) -> Arrays:
         contributions = []
-        for author, weight, data in zip(request.authors, request.weights, attachments, strict=True):
+        for author, weight, data in zip(request.authors, request.weights, request.contributions, strict=True):
             try:
                 contribution = Contribution(author, weight, decode_arrays(bytes(data))[0])
                 validate(contribution, self._template)
@@ -135,10 +136,10 @@ class Worker:
             raise RemoteError(Status.FAILED_PRECONDITION, "no contribution of the round is well-formed")
         return merge(contributions)
 
-    def abandon(self, _: Empty, __: Attachments) -> tuple[Empty, Attachments]:
+    def abandon(self, _: Empty) -> Empty:
         """Drop what was collected and any half-done update."""
         self._drop_update()
-        return Empty(), ()
+        return Empty()
 
     def _drop_update(self, *, keep_samples: bool = False) -> None:
         if self._update is not None:
@@ -147,12 +148,12 @@ class Worker:
         if not keep_samples:
             self.learner.abandon()
 
-    def evaluate(self, request: Evaluate, _: Attachments) -> tuple[Evaluated, Attachments]:
+    def evaluate(self, request: Evaluate) -> Evaluated:
         """Evaluate the present policy."""
         returns = self.learner.evaluate(request.episodes, request.seed)
-        return Evaluated(tuple(float(value) for value in returns)), ()
+        return Evaluated(tuple(float(value) for value in returns))
 
-    def finish(self, request: Finish, _: Attachments) -> tuple[Empty, Attachments]:
+    def finish(self, request: Finish) -> Empty:
         """Write the results of the run."""
         folder = Path(request.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,12 +161,12 @@ class Worker:
         _write(folder / "policy.safetensors", policy)
         _write(folder / "result.json", (json.dumps(request.result, indent=2) + "\n").encode())
         _draw_curve(folder / "curve.png", request)
-        return Empty(), ()
+        return Empty()
 
-    def _state(self, epoch: int, env_steps: int) -> tuple[StateAnswer, Attachments]:
+    def _state(self, epoch: int, env_steps: int) -> StateAnswer:
         learner = self.learner
         data = encode_arrays(learner.export_state(), {"epoch": epoch, "env_steps": env_steps})
-        return StateAnswer(epoch, env_steps, digest(learner.policy_arrays())), (data,)
+        return StateAnswer(epoch, env_steps, digest(learner.policy_arrays()), data)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -200,19 +201,20 @@ def _draw_curve(path: Path, request: Finish) -> None:
 def serve(connection_socket: socket.socket) -> None:
     """Do calls until the far side closes the socket."""
     worker = Worker()
-    connection = RpcConnection()
+    connection = RpcConnection(max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
     while data := connection_socket.recv(1 << 20):
         for event in connection.receive_data(data, time.monotonic()):
             if isinstance(event, Called):
                 _do(worker, connection, event)
-                connection_socket.sendall(b"".join(connection.data_to_send()))
+                for piece in connection.data_to_send():
+                    connection_socket.sendall(piece)
 
 
 def _do(worker: Worker, connection: RpcConnection, call: Called) -> None:
     try:
         request_type, method = worker.methods[call.method]
-        answer, attachments = method(from_plain(request_type, call.body), call.attachments)
-        connection.answer(call.call_id, answer, attachments)
+        body, attachments = encode_message(method(decode_message(request_type, call.body, call.attachments)))
+        connection.answer(call.call_id, body, attachments)
     except KeyError:
         connection.fail(call.call_id, Status.UNIMPLEMENTED, f"a worker has no method {call.method}")
     except RemoteError as error:

@@ -1,6 +1,6 @@
 """The methods by which a node drives the worker of a swarm. No torch here: the node imports this module.
 
-State, contributions and merged arrays travel as attachments in the form of `training.state`.
+States and contributions have the form of `training.state`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from shoal.protocol.codec import Attachment
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import Empty, Method
 from shoal.training.manifest import Manifest
@@ -23,17 +24,26 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class StateAnswer:
-    """A policy version; its state is the attachment.
+    """A policy version.
 
     Attributes:
         epoch: of the state.
         env_steps: by all learners together until then.
         digest: hex sha256 of the parameters now in the worker.
+        state: the learner's whole state, if it is new to the node.
     """
 
     epoch: int
     env_steps: int
     digest: str
+    state: Attachment | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Replace the learner's state."""
+
+    state: Attachment
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +70,37 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Go on with the update. Without contributions: start it. The attachments are the contributions, in this order.
+    """Go on with the update. Without contributions: start it.
 
     Attributes:
         epoch: the epoch that this update leads to.
         env_steps: by all learners together, this update included.
+        authors: of the contributions.
+        weights: of the contributions, in samples.
+        contributions: to be averaged, in this order.
     """
 
     epoch: int
     env_steps: int
     authors: tuple[PeerId, ...] = ()
     weights: tuple[float, ...] = ()
+    contributions: tuple[Attachment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MergeAnswer:
-    """Either the next thing to be averaged (the attachment), or the new state (the attachment).
+    """Either the next thing to be averaged, or the new state.
 
     Attributes:
         weight: of what is to be averaged, in samples; 0 if this learner has nothing to give.
+        contribution: what is to be averaged; absent if this learner has nothing to give.
         state: says that the update is done.
         stats: of the update, by name.
         rejected: authors whose contributions were malformed and left out.
     """
 
     weight: float = 0.0
+    contribution: Attachment | None = None
     state: StateAnswer | None = None
     stats: dict[str, float] = field(default_factory=dict)
     rejected: tuple[PeerId, ...] = ()
@@ -120,7 +136,7 @@ class Finish:
 
 
 OPEN: Final = Method("worker.open", Open, StateAnswer)
-LOAD: Final = Method("worker.load", Empty, StateAnswer)
+LOAD: Final = Method("worker.load", Load, StateAnswer)
 COLLECT: Final = Method("worker.collect", Collect, Collected)
 MERGE: Final = Method("worker.merge", Merge, MergeAnswer)
 ABANDON: Final = Method("worker.abandon", Empty, Empty)

@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 
 from shoal import __version__
 from shoal.node.api.schemas import (
+    BenchRequest,
+    BenchResult,
     CreatedSwarm,
     CreateSwarm,
     ErrorAnswer,
@@ -27,6 +29,7 @@ from shoal.node.api.schemas import (
     JoinedSwarm,
     JoinSwarm,
     MeshInfo,
+    MetricsInfo,
     NodeInfo,
     PeerInfo,
     StateInfo,
@@ -72,6 +75,12 @@ class NodeView(Protocol):
 
     def state(self, swarm: SwarmId) -> StateInfo:
         """The shared state of one of them; `UsageError` if it is in no such swarm."""
+
+    def metrics(self) -> MetricsInfo:
+        """What was called, how often and how fast."""
+
+    async def bench(self, request: BenchRequest) -> BenchResult:
+        """Measure the wire to a peer; takes as long as the request says, and some more."""
 
     async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
         """Start a run and take part in it."""
@@ -147,6 +156,16 @@ def _add_node_routes(app: FastAPI, node: NodeView) -> None:
     async def get_mesh() -> MeshInfo:
         """The nodes and connections that this node knows of."""
         return node.mesh()
+
+    @app.get("/v1/metrics")
+    async def get_metrics() -> MetricsInfo:
+        """Calls by method: how many, how fast, how much."""
+        return node.metrics()
+
+    @app.post("/v1/bench")
+    async def bench(request: BenchRequest) -> BenchResult:
+        """Measure the wire to a peer that serves benchmarks; answers when it is done."""
+        return await node.bench(request)
 
     @app.get("/v1/events", response_class=Response)
     async def get_events() -> Response:

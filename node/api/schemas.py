@@ -7,7 +7,7 @@ written under JSON's.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
@@ -49,6 +49,91 @@ class Model(BaseModel):
     """Frozen; unknown fields are ignored, so that an older client can ask a newer node."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", serialize_by_alias=True)
+
+
+class BenchRequest(Model):
+    """What to measure.
+
+    Attributes:
+        kind: small calls, one large transfer, or both at once.
+        peer: a connected node that serves benchmarks.
+        size: bytes of one call or transfer.
+        concurrency: calls in flight.
+        seconds: about how long.
+        transport: ``auto`` takes lanes where there is a direct path, ``libp2p`` a libp2p stream.
+    """
+
+    kind: Literal["rpc", "stream", "load"]
+    peer: PeerName
+    size: int = Field(ge=0)
+    concurrency: int = Field(default=1, ge=1, le=1024)
+    seconds: float = Field(default=5.0, ge=0.1, le=600)
+    transport: Literal["auto", "libp2p"] = "auto"
+
+
+class BenchResult(Model):
+    """What was measured. MB are 10^6 bytes; calls echo, so their bytes count there and back; transfers go one way.
+
+    Attributes:
+        cpu_s_per_gb: CPU seconds of both nodes per 10^9 bytes.
+        path: how the peer is reached.
+        transport: what carried it: ``lane`` (TLS connections beside libp2p's) or ``libp2p``.
+        secure: whether it was encrypted and both ends proved who they are; no part of the wire goes without.
+        security: how.
+        idle_p99_ms: of small calls with nothing else going on.
+        loaded_p99_ms: of small calls while a transfer is under way.
+        ratio_p99: the latter by the former.
+        sender_memory_mb: by how much the sender's memory rose, beyond the buffer itself.
+        receiver_memory_mb: likewise of the receiver.
+    """
+
+    kind: str
+    size: int
+    path: str
+    transport: str
+    secure: bool
+    security: str
+    calls: int | None = None
+    calls_per_s: float | None = None
+    mb_per_s: float | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    cpu_s_per_gb: float | None = None
+    idle_p50_ms: float | None = None
+    idle_p99_ms: float | None = None
+    loaded_p50_ms: float | None = None
+    loaded_p99_ms: float | None = None
+    ratio_p99: float | None = None
+    transfer_mb_per_s: float | None = None
+    sender_memory_mb: float | None = None
+    receiver_memory_mb: float | None = None
+
+
+class MethodInfo(Model):
+    """One method's counters.
+
+    Attributes:
+        calls: that are over.
+        errors: those of them that failed, by status.
+        request_bytes: of all requests, before compression.
+        answer_bytes: of all answers.
+        p50_ms: half of the calls took at most so long.
+        p99_ms: likewise of 99 in 100; both to within a fifth.
+    """
+
+    calls: int
+    errors: dict[str, int]
+    request_bytes: int
+    answer_bytes: int
+    p50_ms: float
+    p99_ms: float
+
+
+class MetricsInfo(Model):
+    """Calls since the node started, by method: those that peers made here, and those that this node made."""
+
+    served: dict[str, MethodInfo]
+    called: dict[str, MethodInfo]
 
 
 class NodeInfo(Model):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from shoal.node.api.schemas import MetricsInfo
 from shoal.node.client import Client
 from shoal.node.config import NodeConfig
 
@@ -91,6 +92,10 @@ class Node:
             for event in events:
                 if event is not None and event.name == "node" and event.data["num_peers"] > 0:
                     return
+
+    def metrics(self) -> MetricsInfo:
+        with Client(NodeConfig(home=self.home, profile=self.profile).paths, self.profile) as client:
+            return client.metrics()
 
     def workers(self) -> list[int]:
         tasks = Path(f"/proc/{self.info['pid']}/task").glob("*/children")  # listed by the thread that started them

@@ -6,16 +6,10 @@ import trio
 from shoal.node.content import ContentStore, UnavailableError
 from shoal.node.host import open_host
 from shoal.node.rpc import Router
-from shoal.node.services import BLOCK, PING
 from shoal.node.storage import Storage
 from shoal.protocol.ids import Cid
-from shoal.protocol.services import Empty
 
 LISTEN = ["/ip4/127.0.0.1/tcp/0"]
-
-
-async def ping(_peer, _request, _attachments):
-    return Empty(), ()
 
 
 @pytest.mark.trio
@@ -28,8 +22,7 @@ async def test_content_comes_from_a_peer_and_what_nobody_has_is_said_to_be_unava
         ):
             store_a, store_b = ContentStore(disk_a, a), ContentStore(disk_b, b)
             for router, store in ((router_a, store_a), (router_b, store_b)):
-                router.serve(BLOCK, store.serve_block)
-                router.serve(PING, ping)
+                router.add(store)
             await b.connect(a.addresses())
             data = bytes(range(256)) * 12_345  # three blocks
             cid = await store_a.put(data, keep=True)
@@ -49,6 +42,6 @@ async def test_a_full_store_lets_the_oldest_go_but_never_the_manifest_of_a_run(t
             for index in range(1, 40):
                 newest = await store.put(f"{index:05}".encode() * 2_000, keep=True)
             assert disk.blocks_size() < 120_000
-            assert store.block(first) is None
-            assert store.block(newest) is not None
-            assert store.block(manifest) == b"the manifest of a run"
+            assert store.find(first) is None
+            assert store.find(newest) is not None
+            assert store.find(manifest) == b"the manifest of a run"

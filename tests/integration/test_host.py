@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,37 @@ from multiaddr import Multiaddr
 from shoal.node import libp2p_repairs
 from shoal.node.host import Host, ListenError, PeerDown, PeerUp, open_host
 from shoal.node.rpc import Router
-from shoal.node.services import PING
+from shoal.node.services import NodeService
+from shoal.protocol.codec import Attachment
 from shoal.protocol.errors import NoPeersError, RemoteError, Status
 from shoal.protocol.ids import Cid, PeerId
-from shoal.protocol.rpc import Attachments
-from shoal.protocol.services import Empty, Method
+from shoal.protocol.services import Empty, Service, client, current_call, unary
 from shoal.protocol.signing import Signer
 
 pytestmark = pytest.mark.trio
 
-WHO = Method("test.who", Empty, Empty)
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 GENEROUS_S = 30.0
 
 
-async def pong(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Empty, Attachments]:
-    return Empty(), ()
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    data: tuple[Attachment, ...] = ()
+    sender: str = ""
 
 
-async def who(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Empty, Attachments]:
-    return Empty(), (peer.encode(), *attachments)
+class Post(Service, name="test"):
+    @unary(max_answer_bytes=2_000_000)
+    async def who(self, request: Parcel) -> Parcel:
+        return Parcel(request.data, current_call().peer)
+
+    @unary()
+    async def slow(self, request: Empty) -> Empty:
+        raise NotImplementedError
+
+
+def post(one: Host, peer: PeerId) -> Post:
+    return client(Post, one.at(peer))
 
 
 def secret(number: int) -> bytes:
@@ -52,14 +64,14 @@ def id_of(number: int) -> PeerId:
 
 @asynccontextmanager
 async def host(
-    number: int, *, listen: str = LOOPBACK, bootstrap: Sequence[str] = (), ping: Any = pong
+    number: int, *services: Service, listen: str = LOOPBACK, bootstrap: Sequence[str] = (), lanes: bool = True
 ) -> AsyncIterator[Host]:
-    router = Router()
-    router.serve(PING, ping)
-    router.serve(WHO, who)
+    router = Router(Post())
     async with open_host(
-        secret=secret(number), listen=[listen], bootstrap=bootstrap, mdns=False, router=router
+        secret=secret(number), listen=[listen], bootstrap=bootstrap, mdns=False, router=router, lanes=lanes
     ) as opened:
+        for service in services:
+            router.add(service)
         yield opened
 
 
@@ -111,17 +123,15 @@ async def test_a_node_that_ends_is_down_for_the_others() -> None:
 
 async def test_calls_go_both_ways_and_say_who_calls() -> None:
     async with two_connected() as (one, other):
-        _, attachments = await one.call(other.peer_id, WHO, Empty(), [b"bulk"])
-        assert [bytes(attachment) for attachment in attachments] == [one.peer_id.encode(), b"bulk"]
-        _, attachments = await other.call(one.peer_id, WHO, Empty())
-        assert [bytes(attachment) for attachment in attachments] == [other.peer_id.encode()]
+        assert await post(one, other.peer_id).who(Parcel((b"bulk",))) == Parcel((b"bulk",), one.peer_id)
+        assert await post(other, one.peer_id).who(Parcel()) == Parcel((), other.peer_id)
 
 
 async def test_a_block_of_a_megabyte_arrives_whole() -> None:
     block = os.urandom(1024 * 1024)
     async with two_connected() as (one, other):
-        _, attachments = await one.call(other.peer_id, WHO, Empty(), [block])
-        assert bytes(attachments[1]) == block
+        answer = await post(one, other.peer_id).who(Parcel((block,)))
+        assert bytes(answer.data[0]) == block
 
 
 async def test_calls_made_at_once_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,40 +146,38 @@ async def test_calls_made_at_once_share_one_stream(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(one._host, "new_stream", counted)
         async with trio.open_nursery() as nursery:
             for _ in range(20):
-                nursery.start_soon(one.call, other.peer_id, WHO, Empty())
+                nursery.start_soon(post(one, other.peer_id).who, Parcel())
         assert len(opened) <= 1
 
 
 async def test_a_call_to_one_who_is_not_connected_is_unavailable() -> None:
     async with host(1) as one:
         with pytest.raises(RemoteError, match="not connected") as caught:
-            await one.call(id_of(2), WHO, Empty())
+            await post(one, id_of(2)).who(Parcel())
         assert caught.value.status is Status.UNAVAILABLE
 
 
 async def test_a_call_in_progress_fails_at_once_when_the_peer_ends() -> None:
     reached = trio.Event()
 
-    async def never(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Empty, Attachments]:
-        reached.set()
-        await trio.sleep_forever()
-        raise AssertionError
+    class Never(Post):
+        async def slow(self, request: Empty) -> Empty:
+            reached.set()
+            await trio.sleep_forever()
+            return request
 
-    slow = Method("test.slow", Empty, Empty)
-    router = Router()
-    router.serve(slow, never)
     caught: list[RemoteError] = []
 
     async def ask(one: Host, peer: PeerId) -> None:
         with pytest.raises(RemoteError) as error:
-            await one.call(peer, slow, Empty(), timeout_s=2 * GENEROUS_S)
+            await client(Post, one.at(peer), timeout_s=2 * GENEROUS_S).slow(Empty())
         caught.append(error.value)
 
     with trio.fail_after(GENEROUS_S):
         async with (
             host(1) as one,
             trio.open_nursery() as nursery,
-            open_host(secret=secret(2), listen=[LOOPBACK], bootstrap=[], mdns=False, router=router) as other,
+            host(2, Never()) as other,
         ):
             await one.connect(other.addresses())
             await one.events.receive()
@@ -263,17 +271,18 @@ async def test_round_trips_are_measured() -> None:
 async def test_a_peer_that_answers_nonsense_does_not_bring_the_node_down() -> None:
     asked = trio.Event()
 
-    async def nonsense(peer: PeerId, request: Empty, attachments: Attachments) -> tuple[Any, Attachments]:
-        asked.set()
-        return 5, ()
+    class Nonsense(NodeService):
+        async def ping(self, request: Empty) -> Empty:
+            asked.set()
+            return 5  # type: ignore[return-value]
 
     with trio.fail_after(GENEROUS_S):
-        async with host(1) as one, host(2, ping=nonsense) as other:
+        async with host(1) as one, host(2, Nonsense()) as other:
             await one.connect(other.addresses())
             await asked.wait()
             with pytest.raises(RemoteError, match="nonsense"):
-                await one.call(other.peer_id, PING, Empty())
-            await one.call(other.peer_id, WHO, Empty())
+                await client(NodeService, one.at(other.peer_id)).ping(Empty())
+            await post(one, other.peer_id).who(Parcel())
 
 
 def open_sockets() -> set[str]:
@@ -291,7 +300,7 @@ def _target(link: Path) -> str:
 async def test_nothing_is_left_running_or_open() -> None:
     tasks, sockets = trio.lowlevel.current_statistics().tasks_living, open_sockets()
     async with two_connected() as (one, other):
-        await one.call(other.peer_id, WHO, Empty())
+        await post(one, other.peer_id).who(Parcel())
         assert trio.lowlevel.current_statistics().tasks_living > tasks
         assert open_sockets() > sockets
         port = int(one.addresses()[0].split("/")[4])

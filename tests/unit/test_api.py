@@ -17,6 +17,8 @@ import trio
 
 from shoal.node.api.app import NodeView
 from shoal.node.api.schemas import (
+    BenchRequest,
+    BenchResult,
     CreatedSwarm,
     CreateSwarm,
     CurvePoint,
@@ -27,6 +29,8 @@ from shoal.node.api.schemas import (
     MeshInfo,
     MeshLink,
     MeshNode,
+    MethodInfo,
+    MetricsInfo,
     NodeInfo,
     PeerInfo,
     StateInfo,
@@ -85,6 +89,19 @@ class FakeNode:
 
     def state(self, swarm: SwarmId) -> StateInfo:
         return StateInfo(version={ME: 3}, documents={ME: {"member": {"role": "learner"}}})
+
+    def metrics(self) -> MetricsInfo:
+        ping = MethodInfo(calls=3, errors={"UNAVAILABLE": 1}, request_bytes=9, answer_bytes=6, p50_ms=0.5, p99_ms=2.0)
+        return MetricsInfo(served={}, called={"node.ping": ping})
+
+    async def bench(self, request: BenchRequest) -> BenchResult:
+        self.asked.append(request)
+        if self.failure is not None:
+            raise self.failure
+        return BenchResult(
+            kind=request.kind, size=request.size, path="direct", transport="lane", secure=True, security="tls1.3",
+            calls_per_s=1.5,
+        )  # fmt: skip
 
     async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
         self.asked.append(request)
@@ -160,12 +177,32 @@ def asked(paths: ProfilePaths, ask: Callable[[Client], T], prepare: Callable[[Fa
 
 def test_the_client_gives_what_the_node_says(paths: ProfilePaths) -> None:
     def ask(client: Client) -> list[Any]:
-        return [client.node(), client.peers(), client.mesh(), client.swarms(), client.swarm(SWARM), client.state(SWARM)]
+        swarm = [client.swarms(), client.swarm(SWARM), client.state(SWARM)]
+        return [client.node(), client.peers(), client.mesh(), client.metrics(), *swarm]
 
     node = FakeNode()
     summary = SwarmSummary.model_validate(node.swarm(SWARM).model_dump())
-    expected = [node.node(), node.peers(), node.mesh(), [summary], node.swarm(SWARM), node.state(SWARM)]
-    assert asked(paths, ask) == expected
+    swarm = [[summary], node.swarm(SWARM), node.state(SWARM)]
+    assert asked(paths, ask) == [node.node(), node.peers(), node.mesh(), node.metrics(), *swarm]
+
+
+def test_a_measurement_is_asked_for_with_its_defaults_and_told_whole(paths: ProfilePaths) -> None:
+    def ask(node: FakeNode, address: ApiAddress) -> tuple[list[object], BenchResult]:
+        with Client(paths, "p") as client:
+            return node.asked, client.bench(BenchRequest(kind="rpc", peer=OTHER, size=128))
+
+    questions, result = served(paths, ask)
+    assert questions == [BenchRequest(kind="rpc", peer=OTHER, size=128, concurrency=1, seconds=5, transport="auto")]
+    assert (result.calls_per_s, result.transport, result.mb_per_s) == (1.5, "lane", None)
+
+
+@pytest.mark.parametrize("kind", [NoPeersError, RefusedError, UsageError])
+def test_a_measurement_that_cannot_be_made_says_why(paths: ProfilePaths, kind: type[ShoalError]) -> None:
+    def ask(client: Client) -> None:
+        with pytest.raises(kind, match="the reason"):
+            client.bench(BenchRequest(kind="stream", peer=OTHER, size=1))
+
+    asked(paths, ask, lambda node: setattr(node, "failure", kind("the reason")))
 
 
 def test_json_has_the_promised_names(paths: ProfilePaths) -> None:

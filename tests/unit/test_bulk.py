@@ -183,7 +183,7 @@ async def refused(act: Callable[..., object], *arguments: object, **options: obj
 # --- what arrives ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lanes", "path"), [(1, "lanes"), (2, "lanes"), (4, "lanes"), (0, "libp2p")])
+@pytest.mark.parametrize(("lanes", "path"), [(1, "lane"), (2, "lane"), (4, "lane"), (0, "libp2p")])
 async def test_all_bytes_arrive_in_place(lanes: int, path: str) -> None:
     async with offered(lanes) as (ref, puller, links):
         into = bytearray(len(DATA))
@@ -196,7 +196,7 @@ async def test_all_bytes_arrive_in_place(lanes: int, path: str) -> None:
 async def test_libp2p_alone_when_asked_to() -> None:
     async with owner_and_puller() as (owner, puller, links), owner.bulk.offer(BOB, memoryview(DATA)) as ref:
         into = bytearray(len(DATA))
-        assert await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S, path="libp2p") == "libp2p"
+        assert await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S, transport="libp2p") == "libp2p"
         assert into == DATA
         assert links.num_dialed == 0
 
@@ -250,7 +250,7 @@ async def test_many_pulls_at_once_share_the_lanes() -> None:
             for into in memories:
                 nursery.start_soon(pull, into)
         assert all(into == DATA for into in memories)
-        assert paths == ["lanes"] * 6
+        assert paths == ["lane"] * 6
         assert links.num_dialed == 4
 
 
@@ -277,7 +277,7 @@ async def test_both_sides_pull_from_each_other_at_once() -> None:
 async def test_what_a_broken_lane_still_owed_comes_by_others() -> None:
     async with offered(2, cut_after=[3 * MIB]) as (ref, puller, links):
         into = bytearray(len(DATA))
-        assert await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S) == "lanes"
+        assert await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S) == "lane"
         assert into == DATA
         assert links.num_streams == 0
 
@@ -307,7 +307,7 @@ async def test_a_kept_lane_that_died_meanwhile_is_not_used() -> None:
         owner.bulk.drop_peer(BOB)
         await until(lambda: not state.served_lanes)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        assert await puller.pull(ANN, ref, bytearray(MIB), timeout_s=GENEROUS_S) == "lanes"
+        assert await puller.pull(ANN, ref, bytearray(MIB), timeout_s=GENEROUS_S) == "lane"
         assert links.num_dialed == 2
 
 
@@ -324,7 +324,7 @@ async def test_a_path_that_stalls_is_given_up_for_another(monkeypatch: pytest.Mo
     monkeypatch.setattr(bulk, "PROGRESS_S", 0.2)
     async with offered(cut_after=[3 * MIB], is_stalling=True) as (ref, puller, links):
         into = bytearray(len(DATA))
-        assert await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S) == "lanes"
+        assert await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S) == "lane"
         assert into == DATA
         assert links.num_dialed == 2
 
@@ -368,16 +368,16 @@ async def test_a_reference_has_a_proper_form() -> None:
             BulkRef(ref_id, num_bytes)
 
 
-@pytest.mark.parametrize("path", ["auto", "libp2p"])
-async def test_a_cancelled_pull_leaves_the_memory_at_once_and_the_next_works(path: bulk.Path) -> None:
+@pytest.mark.parametrize("transport", ["auto", "libp2p"])
+async def test_a_cancelled_pull_leaves_the_memory_at_once_and_the_next_works(transport: bulk.Transport) -> None:
     async with owner_and_puller(2) as (owner, puller, _), owner.bulk.offer(BOB, DATA * 3) as ref:
         for wait_s in (0, 0.001, 0.005, 0.01, 0.02):
             into = bytearray(ref.num_bytes)
             with trio.move_on_after(wait_s):
-                await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S, path=path)
+                await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S, transport=transport)
             into.clear()
         into = bytearray(len(DATA))
-        await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S, path=path)
+        await puller.pull(ANN, ref, into, timeout_s=GENEROUS_S, transport=transport)
         assert into == DATA
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import struct
+import tracemalloc
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -196,6 +198,20 @@ def test_nesting_is_bounded(depth: int, opening: bytes) -> None:
     for kind in (Any, dict[str, Any], list[Any]):
         with pytest.raises(ProtocolError):
             decode(kind, opening * depth + b"\xc0", max_bytes=1_000_000)
+
+
+@pytest.mark.parametrize("num_bytes", [500, 5_000, 50_000])
+@pytest.mark.parametrize("opening", ["!BH", "!BI"])
+def test_arrays_that_claim_to_be_long_cost_no_memory(num_bytes: int, opening: str) -> None:
+    claim = struct.pack(opening, 0xDC if opening == "!BH" else 0xDD, min(num_bytes, 10_000))
+    data = (claim * min(1000, num_bytes // len(claim))).ljust(num_bytes, b"\xc0")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match=r"this is not a list: [A-Z]"):
+            decode(list[Any], data)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

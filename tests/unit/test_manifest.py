@@ -110,6 +110,13 @@ def test_senseless_settings_are_told_to_the_owner() -> None:
         a_manifest(batch_size=0)
 
 
+def test_what_a_manifest_says_reaches_no_terminal_as_it_is() -> None:
+    with pytest.raises(ProtocolError) as refused:
+        open_manifest(*sealed(task="\x1b[2J" * 1000))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 500
+
+
 def test_a_manifest_is_bounded() -> None:
     with pytest.raises(LimitError):
         open_manifest(*named(bytes(MAX_HEADER_BYTES + 1)))

@@ -1,0 +1,164 @@
+"""``shoal bench``: how fast the wire is between two nodes, both real, each in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import typer
+
+from shoal.cli.common import AsJson, Profile, connect, console, print_json
+from shoal.cli.spawn import BackgroundNode
+from shoal.node.api.schemas import BenchRequest, BenchResult
+from shoal.node.client import Client
+from shoal.node.config import NodeConfig
+from shoal.protocol.errors import NoPeersError, UsageError
+from shoal.protocol.ids import PeerId
+
+bench_app = typer.Typer(name="bench", help="Measure the wire to another node.", no_args_is_help=True)
+
+CONNECT_S: Final = 20.0
+_UNITS: Final = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMG", start=1)
+    for unit, base in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+
+PeerOption = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="This connected peer, which runs with --serve-bench; else two new nodes."),
+]
+SizeOption = Annotated[str, typer.Option(help="Bytes, with a unit if you like: 128, 256KiB, 1GB.")]
+SecondsOption = Annotated[float, typer.Option(min=0.1, max=600, help="Measure for about so long.")]
+TransportOption = Annotated[
+    str, typer.Option(help="auto: TLS lanes where there is a direct path; libp2p: a libp2p stream.")
+]
+
+
+@bench_app.command("rpc")
+def rpc(
+    peer: PeerOption = None,
+    size: SizeOption = "128",
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Calls in flight.")] = 64,
+    seconds: SecondsOption = 5.0,
+    transport: TransportOption = "auto",
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Echo bytes through an ordinary service method."""
+    _bench("rpc", peer, size, concurrency, seconds, transport, profile, as_json=as_json)
+
+
+@bench_app.command("stream")
+def stream(
+    peer: PeerOption = None,
+    size: SizeOption = "256MB",
+    seconds: SecondsOption = 5.0,
+    transport: TransportOption = "auto",
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Move one tensor, one way, and check its digest at the far end."""
+    _bench("stream", peer, size, 1, seconds, transport, profile, as_json=as_json)
+
+
+@bench_app.command("load")
+def load(
+    peer: PeerOption = None,
+    size: SizeOption = "1GB",
+    seconds: SecondsOption = 5.0,
+    transport: TransportOption = "auto",
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """What a large transfer does to small calls, and to memory."""
+    _bench("load", peer, size, 1, seconds, transport, profile, as_json=as_json)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: a number, with a decimal (kB, MB, GB) or binary (KiB, MiB, GiB) unit or none.
+
+    Raises:
+        UsageError: if it is no such thing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KkMG]?i?B?)", text.strip())
+    unit = match[2].replace("k", "K") if match else None
+    if match is None or unit not in _UNITS:
+        raise UsageError(f"--size {text[:40]!r} should be a number of bytes, for example 128, 256KiB or 1GB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def _bench(
+    kind: Literal["rpc", "stream", "load"],
+    peer: str | None,
+    size: str,
+    concurrency: int,
+    seconds: float,
+    transport: str,
+    profile: str,
+    *,
+    as_json: bool,
+) -> None:
+    if transport not in ("auto", "libp2p"):
+        raise UsageError(f"--transport should be auto or libp2p, not {transport[:40]!r}")
+    fields: dict[str, Any] = {"kind": kind, "size": parse_size(size), "seconds": seconds, "transport": transport}
+    with ExitStack() as stack:
+        if peer is None:
+            client, peer = stack.enter_context(_two_nodes())
+        else:
+            client = stack.enter_context(connect(profile))
+            peer = _whole_name(client, peer)
+        result = client.bench(BenchRequest(peer=PeerId.parse(peer), concurrency=concurrency, **fields))
+    print_json(result.model_dump(mode="json", exclude_none=True)) if as_json else _print(result)
+
+
+def _whole_name(client: Client, text: str) -> str:
+    known = [str(info.peer_id) for info in client.peers()]
+    found = [name for name in known if name.startswith(text)]
+    if len(found) != 1:
+        reason = "could be several" if found else "is not one"
+        raise UsageError(f"{text[:80]!r} {reason} of the {len(known)} connected peers; `shoal peers` lists them")
+    return found[0]
+
+
+@contextmanager
+def _two_nodes() -> Iterator[tuple[Client, str]]:
+    """A node to measure from, and the name of another, which it is connected to."""
+    home = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
+    nodes: list[BackgroundNode] = []
+    try:
+        far = NodeConfig(home=home, profile="far", listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, serve_bench=True)
+        nodes.append(BackgroundNode(far))
+        ready = nodes[0].wait_ready()
+        near = NodeConfig(
+            home=home,
+            profile="near",
+            listen=("/ip4/127.0.0.1/tcp/0",),
+            bootstrap=tuple(ready["addresses"][:1]),
+            mdns=False,
+        )
+        nodes.append(BackgroundNode(near))
+        nodes[1].wait_ready()
+        with Client(near.paths, near.profile) as client:
+            deadline = time.monotonic() + CONNECT_S
+            while not client.peers():
+                if time.monotonic() > deadline:
+                    raise NoPeersError(f"two nodes on this machine did not connect in {CONNECT_S:.0f} s")
+                time.sleep(0.05)
+            yield client, str(ready["peer_id"])
+    finally:
+        for node in nodes:
+            node.kill()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _print(result: BenchResult) -> None:
+    out = console()
+    for name, value in result.model_dump(mode="json", exclude_none=True).items():
+        out.print(f"{name:>20}  {value:,}" if isinstance(value, int | float) else f"{name:>20}  {value}")

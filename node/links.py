@@ -1,0 +1,432 @@
+"""Which stream carries what, to every connected peer.
+
+Unary calls of a pair share one stream: the calls lane where it stands, else a libp2p stream. Each streaming call has a
+libp2p stream of its own, so that it never blocks a small call. Large transfers go by bulk lanes or, without a direct
+path, by a libp2p stream (`shoal.node.bulk`). Whoever uses this sees none of that: the same calls work either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar
+
+import trio
+
+from shoal.node.bulk import Bulk
+from shoal.node.lanes import LaneDoor, LaneError, LaneKind, LaneTicket, Socket, TlsByteStream, dial_lane
+from shoal.node.metrics import Metrics
+from shoal.node.rpc import Account, ByteStream, Channel, Router, StreamClosedError
+from shoal.node.services import LaneInvitation, LaneRequest, LaneService
+from shoal.protocol.errors import RemoteError, Status
+from shoal.protocol.ids import PeerId
+from shoal.protocol.limits import MAX_STREAMS
+from shoal.protocol.retry import wait_before_retry
+from shoal.protocol.services import Caller, Empty, Method, client, current_call
+
+log = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+RPC_PROTOCOL: Final = "/shoal/rpc/2"
+STREAM_PROTOCOL: Final = "/shoal/stream/1"
+BULK_PROTOCOL: Final = "/shoal/bulk/1"
+
+LANE_TIMEOUT_S: Final = 5.0
+LANE_RETRY_MIN_S: Final = 1.0
+LANE_RETRY_MAX_S: Final = 60.0
+FAR_AWAY_S: Final = 0.002
+"""A round trip above which several bulk lanes are better than one: a lone flow gets less of a long or a shared link."""
+MAX_BULK_LANES: Final = 4
+DRAIN_S: Final = 1.0
+
+_chance = random.Random()  # noqa: S311  jitter, not a secret
+
+
+class Paths(Protocol):
+    """What the links need of the host."""
+
+    def is_connected(self, peer: PeerId) -> bool:
+        """Whether any connection stands."""
+
+    def dialed_address(self, peer: PeerId) -> tuple[str, int] | None:
+        """IP and TCP port of a peer that this node reaches directly; None if the peer dialed, or by way of others."""
+
+    def rtt_s(self, peer: PeerId) -> float | None:
+        """The last measured round trip."""
+
+    def is_local(self, peer: PeerId) -> bool:
+        """Whether the peer is on this machine, where compressing costs more than it saves."""
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> ByteStream:
+        """A new libp2p stream, or `StreamClosedError`."""
+
+
+@dataclass(slots=True)
+class _Link:
+    """One peer."""
+
+    account: Account = field(default_factory=Account)
+    opening: trio.Lock = field(default_factory=trio.Lock)
+    stream: Channel | None = None
+    lane: Channel | None = None
+    num_streams: int = 0
+    channels: set[Channel] = field(default_factory=set)
+    awaited_lanes: deque[trio.MemorySendChannel[ssl.SSLSocket]] = field(default_factory=deque)
+
+    def channel(self) -> Channel | None:
+        """What carries unary calls now."""
+        if self.lane is not None and self.lane.is_open:
+            return self.lane
+        if self.stream is not None and self.stream.is_open:
+            return self.stream
+        return None
+
+
+class Links:
+    """The streams to all peers. `close` ends them."""
+
+    def __init__(self, paths: Paths, router: Router, nursery: trio.Nursery, *, lanes: bool = True) -> None:
+        self.metrics = Metrics()
+        self.bulk = Bulk(self)
+        self._paths = paths
+        self._router = router
+        self._nursery = nursery
+        self._lanes = lanes
+        self._door = LaneDoor()
+        self._links: dict[PeerId, _Link] = {}
+        router.add(_LaneCalls(self))
+
+    def at(self, peer: PeerId) -> Caller:
+        """What carries calls to a peer."""
+        return _PeerCaller(self, peer)
+
+    def is_connected(self, peer: PeerId | None) -> bool:
+        """Whether there is any way to a peer now."""
+        return peer in self._links
+
+    def transport(self, peer: PeerId) -> str:
+        """What carries unary calls to a peer now: ``lane``, ``libp2p`` or nothing yet (empty)."""
+        link = self._links.get(peer)
+        if link is None or link.channel() is None:
+            return ""
+        return "lane" if link.channel() is link.lane else "libp2p"
+
+    def peer_up(self, peer: PeerId) -> None:
+        """A first connection stands."""
+        link = self._links.setdefault(peer, _Link())
+        if self._lanes and self._paths.dialed_address(peer) is not None:
+            self._nursery.start_soon(self._keep_calls_lane, peer, link)
+
+    def peer_down(self, peer: PeerId) -> None:
+        """The last connection is gone."""
+        link = self._links.pop(peer, None)
+        if link is not None:
+            for channel in list(link.channels):
+                channel.stop()
+            self.bulk.drop_peer(peer)
+
+    async def close(self) -> None:
+        """Let the calls under way be answered, then end everything; takes at most about `DRAIN_S`."""
+        with trio.move_on_after(DRAIN_S):
+            async with trio.open_nursery() as nursery:
+                for link in self._links.values():
+                    for channel in list(link.channels):
+                        nursery.start_soon(channel.drain)
+        for peer in list(self._links):
+            self.peer_down(peer)
+        await self.bulk.aclose()
+
+    # --- streams ---
+
+    def open_channel(self, peer: PeerId) -> Channel | None:
+        """The channel for unary calls, if there is one already."""
+        link = self._links.get(peer)
+        return None if link is None else link.channel()
+
+    async def channel(self, peer: PeerId) -> Channel:
+        """The channel for unary calls.
+
+        Raises:
+            RemoteError: UNAVAILABLE if the peer is not connected.
+        """
+        link = self._link(peer)
+        async with link.opening:
+            channel = link.channel()
+            if channel is None:
+                channel = link.stream = await self._dial_stream(peer, link, RPC_PROTOCOL)
+            return channel
+
+    async def dedicated_channel(self, peer: PeerId) -> Channel:
+        """A channel for one streaming call; stop it afterwards.
+
+        Raises:
+            RemoteError: UNAVAILABLE if the peer is not connected.
+        """
+        return await self._dial_stream(peer, self._link(peer), STREAM_PROTOCOL)
+
+    async def serve_stream(self, peer: PeerId, protocol: str, stream: ByteStream) -> None:
+        """Run a stream that a peer opened, until it ends."""
+        link = self._links.setdefault(peer, _Link())
+        if link.num_streams >= MAX_STREAMS:
+            log.warning("%s opens more than %d streams; one is closed", peer, MAX_STREAMS)
+            await stream.close()
+            return
+        link.num_streams += 1
+        try:
+            if protocol == BULK_PROTOCOL:
+                await self.bulk.serve_stream(peer, stream)
+                return
+            channel = self._new_channel(peer, link, stream)
+            if protocol == RPC_PROTOCOL:
+                link.stream = channel
+            await self._run(link, channel)
+        finally:
+            link.num_streams -= 1
+
+    def _link(self, peer: PeerId) -> _Link:
+        if not self._paths.is_connected(peer):
+            raise RemoteError(Status.UNAVAILABLE, f"{peer} is not connected")
+        return self._links.setdefault(peer, _Link())
+
+    async def _dial_stream(self, peer: PeerId, link: _Link, protocol: str) -> Channel:
+        try:
+            stream = await self._paths.open_stream(peer, protocol)
+        except StreamClosedError as error:
+            raise RemoteError(Status.UNAVAILABLE, f"no stream to {peer}: {error}") from error
+        channel = self._new_channel(peer, link, stream)
+        self._nursery.start_soon(self._run, link, channel)
+        return channel
+
+    def _new_channel(self, peer: PeerId, link: _Link, stream: ByteStream) -> Channel:
+        compress = not self._paths.is_local(peer)
+        return Channel(stream, peer, self._router, account=link.account, metrics=self.metrics, compress=compress)
+
+    async def _run(self, link: _Link, channel: Channel) -> None:
+        link.channels.add(channel)
+        try:
+            await channel.run()
+        finally:
+            link.channels.discard(channel)
+
+    # --- lanes ---
+
+    async def accept_lane(self, sock: Socket) -> None:
+        """Take in a TLS connection to this node's port."""
+        accepted = await self._door.accept(sock)
+        if accepted is None:
+            return
+        peer, kind, tls = accepted
+        link = self._links.get(peer)
+        if link is None:
+            tls.close()
+        elif kind is LaneKind.CALLS:
+            await self._run_calls_lane(peer, link, tls)
+        elif kind is LaneKind.BULK:
+            await self.bulk.serve_lane(peer, tls)
+        elif link.awaited_lanes:
+            link.awaited_lanes.popleft().send_nowait(tls)
+        else:
+            tls.close()
+
+    async def _keep_calls_lane(self, peer: PeerId, link: _Link) -> None:
+        """Have a calls lane to a peer that this node dialed, as long as it is connected."""
+        wait_s = LANE_RETRY_MIN_S
+        while self._links.get(peer) is link:
+            began = trio.current_time()
+            try:
+                tls = await self._dial_lane(peer, LaneKind.CALLS)
+                await self._run_calls_lane(peer, link, tls)
+            except (RemoteError, LaneError) as error:
+                log.debug("no lane to %s: %s", peer, error)
+                if isinstance(error, RemoteError) and error.status is Status.UNIMPLEMENTED:
+                    return
+            wait_s = (
+                LANE_RETRY_MIN_S
+                if trio.current_time() - began > LANE_RETRY_MAX_S
+                else min(2 * wait_s, LANE_RETRY_MAX_S)
+            )
+            await trio.sleep(wait_s * _chance.uniform(0.5, 1))
+
+    async def _run_calls_lane(self, peer: PeerId, link: _Link, tls: ssl.SSLSocket) -> None:
+        if self._links.get(peer) is not link:
+            tls.close()  # the peer went away while the lane was dialed
+            return
+        if link.num_streams >= MAX_STREAMS:
+            log.warning("%s opens more than %d streams and lanes; one is closed", peer, MAX_STREAMS)
+            tls.close()
+            return
+        link.num_streams += 1
+        channel = link.lane = self._new_channel(peer, link, TlsByteStream(tls))
+        try:
+            await self._run(link, channel)
+        finally:
+            link.num_streams -= 1
+            if link.lane is channel:
+                link.lane = None
+
+    async def _dial_lane(self, peer: PeerId, kind: LaneKind) -> ssl.SSLSocket:
+        address = self._paths.dialed_address(peer)
+        if address is None:
+            raise LaneError(f"{peer} is not reached directly")
+        ticket = await client(LaneService, self.at(peer), timeout_s=LANE_TIMEOUT_S).ticket(LaneRequest(kind))
+        return await dial_lane(*address, ticket, kind, timeout_s=LANE_TIMEOUT_S)
+
+    # What the bulk transfers need, and what peers ask for.
+
+    def num_lanes(self, peer: PeerId) -> int:
+        """How many bulk lanes to use at most."""
+        rtt_s = self._paths.rtt_s(peer)
+        return 1 if rtt_s is not None and rtt_s < FAR_AWAY_S else MAX_BULK_LANES
+
+    async def dial_bulk_lane(self, peer: PeerId) -> ssl.SSLSocket | None:
+        """A lane by which to pull from a peer; None if there is no direct path."""
+        link = self._links.get(peer)
+        if link is None or not self._lanes:
+            return None
+        try:
+            if self._paths.dialed_address(peer) is not None:
+                return await self._dial_lane(peer, LaneKind.BULK)
+            return await self._invite_lane(peer, link)
+        except (RemoteError, LaneError) as error:
+            log.debug("no bulk lane to %s: %s", peer, error)
+            return None
+
+    async def open_bulk_stream(self, peer: PeerId) -> ByteStream:
+        """A libp2p stream by which to pull."""
+        return await self._paths.open_stream(peer, BULK_PROTOCOL)
+
+    async def _invite_lane(self, peer: PeerId, link: _Link) -> ssl.SSLSocket:
+        """Let a peer that dialed this node dial a lane, by which this node then pulls."""
+        arrival, lane = trio.open_memory_channel[ssl.SSLSocket](1)
+        link.awaited_lanes.append(arrival)
+        try:
+            with trio.fail_after(LANE_TIMEOUT_S):
+                ticket = self._door.ticket(peer, LaneKind.BULK_TO_ACCEPTOR)
+                invitation = LaneInvitation(LaneKind.BULK_TO_ACCEPTOR, ticket)
+                await client(LaneService, self.at(peer), timeout_s=LANE_TIMEOUT_S).dial(invitation)
+                return await lane.receive()
+        except trio.TooSlowError as error:
+            raise LaneError(f"{peer} did not dial the lane that it was asked for") from error
+        finally:
+            with contextlib.suppress(ValueError):
+                link.awaited_lanes.remove(arrival)
+            with contextlib.suppress(trio.WouldBlock):
+                lane.receive_nowait().close()  # it came just when the time was over
+
+    def sell_ticket(self, peer: PeerId, kind: LaneKind) -> LaneTicket:
+        """Let a peer dial a lane."""
+        if not self._lanes:
+            raise RemoteError(Status.UNIMPLEMENTED, "this node has no lanes")
+        return self._door.ticket(peer, kind)
+
+    async def dial_as_asked(self, peer: PeerId, invitation: LaneInvitation) -> None:
+        """Dial the lane by which a peer wants to pull."""
+        if not self._lanes:
+            raise RemoteError(Status.UNIMPLEMENTED, "this node has no lanes")
+        address = self._paths.dialed_address(peer)
+        if address is None or invitation.kind is not LaneKind.BULK_TO_ACCEPTOR:
+            raise RemoteError(Status.FAILED_PRECONDITION, "there is no address to dial")
+        try:
+            tls = await dial_lane(*address, invitation.ticket, invitation.kind, timeout_s=LANE_TIMEOUT_S)
+        except LaneError as error:
+            raise RemoteError(Status.UNAVAILABLE, str(error)) from error
+        self._nursery.start_soon(self.bulk.serve_lane, peer, tls)
+
+
+class _LaneCalls(LaneService):
+    """What peers ask of the links."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+
+    async def ticket(self, request: LaneRequest) -> LaneTicket:
+        return self._links.sell_ticket(current_call().peer, request.kind)
+
+    async def dial(self, request: LaneInvitation) -> Empty:
+        await self._links.dial_as_asked(current_call().peer, request)
+        return Empty()
+
+
+class _PeerCaller:
+    """Calls to one peer, by whatever stream there is; idempotent ones are tried again."""
+
+    __slots__ = ("_links", "_peer")
+
+    def __init__(self, links: Links, peer: PeerId) -> None:
+        self._links = links
+        self._peer = peer
+
+    def call(
+        self, method: Method[Request, Answer], request: Request, *, timeout_s: float | None = None
+    ) -> Coroutine[Any, Any, Answer]:
+        channel = self._links.open_channel(self._peer)
+        if channel is not None and not method.idempotent:
+            return channel.call(method, request, timeout_s=timeout_s)
+        return self._call(channel, method, request, method.timeout_s if timeout_s is None else timeout_s)
+
+    async def _call(
+        self,
+        channel: Channel | None,
+        method: Method[Request, Answer],
+        request: Request,
+        timeout_s: float | None,
+    ) -> Answer:
+        tries, began, left_s = 0, trio.current_time(), timeout_s
+        while True:
+            tries += 1
+            try:
+                if channel is None:
+                    channel, left_s = await self._open(method, left_s)
+                return await channel.call(method, request, timeout_s=left_s)
+            except RemoteError as error:
+                if not method.idempotent:
+                    raise
+                spent_s = trio.current_time() - began
+                wait_s = wait_before_retry(error.status, tries, (timeout_s or math.inf) - spent_s, _chance)
+                if wait_s is None:
+                    raise
+            await trio.sleep(wait_s)
+            channel = self._links.open_channel(self._peer)
+            left_s = None if timeout_s is None else began + timeout_s - trio.current_time()
+
+    async def call_with_stream(
+        self, method: Method[Request, Answer], requests: AsyncIterator[Request], *, timeout_s: float | None = None
+    ) -> Answer:
+        channel = await self._links.dedicated_channel(self._peer)
+        try:
+            return await channel.call_with_stream(method, requests, timeout_s=timeout_s)
+        finally:
+            channel.stop()
+
+    async def call_for_stream(
+        self,
+        method: Method[Request, Answer],
+        request: Request | AsyncIterator[Request],
+        *,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Answer]:
+        channel = await self._links.dedicated_channel(self._peer)
+        try:
+            async with aclosing(channel.call_for_stream(method, request, timeout_s=timeout_s)) as answers:
+                async for answer in answers:
+                    yield answer
+        finally:
+            channel.stop()
+
+    async def _open(self, method: Method[Any, Any], left_s: float | None) -> tuple[Channel, float | None]:
+        if left_s is None:
+            return await self._links.channel(self._peer), None
+        deadline = trio.current_time() + left_s
+        with trio.move_on_at(deadline):
+            channel = await self._links.channel(self._peer)
+            return channel, deadline - trio.current_time()
+        raise RemoteError(Status.DEADLINE_EXCEEDED, f"no stream to {self._peer} for {method.name} in time")
