@@ -7,15 +7,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, connect, console, print_json
 from shoal.cli.spawn import BackgroundNode
-from shoal.node.api.schemas import BenchRequest, BenchResult
+from shoal.node.api.schemas import BenchRequest
 from shoal.node.client import Client
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoPeersError, UsageError
@@ -114,8 +115,13 @@ def _bench(
         else:
             client = stack.enter_context(connect(profile))
             peer = _whole_name(client, peer)
-        result = client.bench(BenchRequest(peer=PeerId.parse(peer), concurrency=concurrency, **fields))
-    print_json(result.model_dump(mode="json", exclude_none=True)) if as_json else _print(result)
+        request = BenchRequest(peer=PeerId.parse(peer), concurrency=concurrency, **fields)
+        with nullcontext() if as_json else console().status(f"measuring, about {seconds:g} s …"):
+            result = client.bench(request)
+    if as_json:
+        print_json(result.model_dump(mode="json", exclude_none=True))
+    else:
+        console().print(render.bench(result))
 
 
 def _whole_name(client: Client, text: str) -> str:
@@ -156,9 +162,3 @@ def _two_nodes() -> Iterator[tuple[Client, str]]:
         for node in nodes:
             node.kill()
         shutil.rmtree(home, ignore_errors=True)
-
-
-def _print(result: BenchResult) -> None:
-    out = console()
-    for name, value in result.model_dump(mode="json", exclude_none=True).items():
-        out.print(f"{name:>20}  {value:,}" if isinstance(value, int | float) else f"{name:>20}  {value}")

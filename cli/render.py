@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from shoal.node.api.schemas import CurvePoint, MemberInfo, NodeInfo, PeerInfo, SwarmDetail, SwarmSummary
+from shoal.node.api.schemas import BenchResult, CurvePoint, MemberInfo, NodeInfo, PeerInfo, SwarmDetail, SwarmSummary
 
 ENDED: Final = ("done", "failed", "left")
 """The phases after which nothing changes any more."""
@@ -42,6 +42,28 @@ def ready(answer: dict[str, Any], *, detached: bool) -> RenderableType:
     lines += [f"  {escape(address)}" for address in answer["addresses"]]
     lines.append("[dim]`shoal down` stops it[/]" if detached else "[dim]Ctrl-C ends it[/]")
     return "\n".join(lines)
+
+
+def bench(result: BenchResult) -> RenderableType:
+    """What was measured of the wire."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("carried by", f"{result.transport} ({result.security}), {result.path}")
+    if result.kind == "rpc":
+        facts.add_row("calls", f"{result.calls_per_s:,.0f} a second, of {result.size:,} bytes")
+        facts.add_row("latency", f"p50 {result.p50_ms:.3f} ms, p99 {result.p99_ms:.3f} ms")
+    if result.mb_per_s is not None:
+        facts.add_row(
+            "bytes", f"{result.mb_per_s:,.1f} MB/s " + ("there and back" if result.kind == "rpc" else "one way")
+        )
+        facts.add_row("CPU", f"{result.cpu_s_per_gb:,.2f} s per GB, both nodes together")
+    if result.ratio_p99 is not None:
+        beside = f"{result.loaded_p99_ms:.3f} ms beside a transfer: {result.ratio_p99:.2f} times as long"
+        facts.add_row("small calls", f"p99 {result.idle_p99_ms:.3f} ms alone, {beside}")
+        facts.add_row("transfer", f"{result.transfer_mb_per_s:,.1f} MB/s meanwhile")
+    if result.sender_memory_mb is not None:
+        grown = f"sender {result.sender_memory_mb:,.1f} MB, receiver {result.receiver_memory_mb:,.1f} MB"
+        facts.add_row("memory", f"{grown}, beyond the buffers")
+    return facts
 
 
 def status(info: NodeInfo, swarms_: Sequence[SwarmSummary]) -> RenderableType:

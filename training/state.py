@@ -59,6 +59,7 @@ def decode_arrays(data: bytes | memoryview) -> tuple[Arrays, dict[str, Any]]:
         length = int.from_bytes(data[:_LENGTH_BYTES], "little")
         header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
         meta = json.loads(header["__metadata__"][_META_KEY])
+        json.dumps(meta, allow_nan=False)  # Python also reads NaN, and 1e999 as infinity
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProtocolError(
             f"these {len(data)} bytes are not a Shoal state ({error!r:.200}); fetch it from another peer"

@@ -114,3 +114,11 @@ def test_what_has_no_exact_form_is_not_written() -> None:
         encode_arrays({"x": np.array(["text"])}, {})
     with pytest.raises(ValueError, match="JSON"):
         encode_arrays({}, {"x": float("nan")})
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_metadata_that_nobody_could_write_is_refused(value: str) -> None:
+    import safetensors.numpy
+
+    with pytest.raises(ProtocolError, match="not a Shoal state"):
+        decode_arrays(safetensors.numpy.save({"x": np.zeros(1)}, {"shoal": f'{{"x": {value}}}'}))

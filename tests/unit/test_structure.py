@@ -452,6 +452,50 @@ def test_an_install_that_would_put_a_room_beside_shoal_is_caught(tmp_path: Path)
     assert foreign_names(wheel_files(tree)) == ["node"]
 
 
+# --- the threat model names tests that exist -------------------------------------------------------------------------
+
+
+def unproven(page: str) -> list[str]:
+    """Of a page that says which test shows what: rows of its tables without a test, and tests that do not exist."""
+    found = []
+    tests: dict[str, set[str]] = {}
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| attack |")]
+    found += [f"no test: {row}" for row in rows if "::" not in row]
+    for file, name in re.findall(r"([^\s`|]*)::([^\s`|]*)", page):
+        path = ROOT / "tests" / file
+        if file not in tests:
+            body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+            tests[file] = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        if not name.startswith("test_") or name not in tests[file]:
+            found.append(f"{file}::{name} does not exist")
+    return found
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/threat-model.md").read_text(encoding="utf-8")
+    assert page.count("::") > 50, "it names its tests in another way than is looked for"
+    assert unproven(page) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| flood | a limit | |",
+        "| flood | a limit | `unit/test_structure.py::test_that_nobody_wrote` |",
+        "| flood | a limit | `unit/test_nothing.py::test_imports_point_down_only` |",
+        "| flood | a limit | `unit/test_structure.py::unproven` |",
+        "| flood | a limit | `unit/test_structure.py::test_imports_point_down_only[once]` |",
+        "| flood | a limit | `unit/test_structure.py::` |",
+        "| flood | a limit | `::test_imports_point_down_only` |",
+    ],
+)
+def test_an_attack_without_a_test_that_exists_is_caught(row: str) -> None:
+    head = "| attack | what stops it | test |\n|---|---|---|\n"
+    good = f"{head}| garbage | a check | `unit/test_structure.py::test_pickling_is_caught` |\n"
+    assert unproven(good) == []
+    assert unproven(good + row)
+
+
 # --- the tools really look -------------------------------------------------------------------------------------------
 
 
