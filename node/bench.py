@@ -119,6 +119,7 @@ class BenchServer(BenchService):
         self._links = links
         self._is_open = is_open
         self._owner: PeerId | None = None  # whose the buffer is
+        self._preparing = trio.Lock()
         self._buffer = bytearray()
         self._memory = PeakMemory()
 
@@ -133,11 +134,13 @@ class BenchServer(BenchService):
         if not 0 <= request.num_bytes <= MAX_STREAM_BYTES:
             raise UsageError(f"a transfer may have up to {MAX_STREAM_BYTES} bytes, not {request.num_bytes}")
         peer = current_call().peer
-        if self._buffer and self._owner != peer and self._links.is_connected(self._owner):
-            raise RemoteError(Status.RESOURCE_EXHAUSTED, "another node measures against this one; try again later")
-        self._owner, self._buffer = peer, bytearray()
-        self._buffer = await trio.to_thread.run_sync(lambda: bytearray(b"\x00") * request.num_bytes)
-        self._memory = PeakMemory()
+        async with self._preparing:
+            if self._owner not in (None, peer) and self._links.is_connected(self._owner):
+                raise RemoteError(Status.RESOURCE_EXHAUSTED, "another node measures against this one; try again later")
+            self._buffer = bytearray()
+            self._buffer = await trio.to_thread.run_sync(lambda: bytearray(b"\x00") * request.num_bytes)
+            self._owner = peer if request.num_bytes else None
+            self._memory = PeakMemory()
         return Empty()
 
     async def take(self, request: Take) -> Taken:

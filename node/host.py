@@ -35,13 +35,13 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from shoal.node.lanes import peek_is_tls
+from shoal.node.lanes import TLS_HANDSHAKE, peek_first_byte
 from shoal.node.libp2p_repairs import apply_repairs
 from shoal.node.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
 from shoal.node.rpc import ByteStream, Router, StreamClosedError
 from shoal.node.services import NodeService
 from shoal.protocol.codec import Buffer
-from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status
+from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Caller, Empty, client
 
@@ -120,8 +120,12 @@ class Host:
 
         Raises:
             NoPeersError: if none of them answers.
+            UsageError: if they name no peer that could be a node.
         """
-        infos = [info_from_p2p_addr(Multiaddr(address)) for address in addresses]
+        try:
+            infos = [info_from_p2p_addr(Multiaddr(address)) for address in addresses]
+        except ValueError as error:
+            raise UsageError(f"{', '.join(addresses)[:200]} names no peer: {error}") from error
         peer_id = infos[0].peer_id
         peer = PeerId.parse(str(peer_id))
         if peer == self.peer_id or peer in self.connected:
@@ -268,7 +272,8 @@ class Host:
                 if error.status is Status.UNIMPLEMENTED:
                     return  # a libp2p node of another kind
                 is_silent = error.status in (Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE)
-                misses = misses + 1 if is_silent else 0  # a refusal is a sign of life
+                # A refusal is a sign of life, and so is whatever else came or is still being taken.
+                misses = misses + 1 if is_silent and not self.links.is_moving(peer, started) else 0
             if misses >= 2 and self.connected.get(peer) is state:
                 log.info("%s does not answer; closing the path", peer)
                 await self.disconnect(peer)
@@ -291,13 +296,13 @@ class Host:
             wait_s = min(wait_s * 2, BOOTSTRAP_RETRY_MAX_S)
 
     async def _found_on_lan(self, info: PeerInfo) -> None:
-        peer = PeerId(str(info.peer_id))
-        if peer in self.connected or peer == self.peer_id:
-            return
         try:
+            peer = PeerId.parse(str(info.peer_id))
+            if peer in self.connected or peer == self.peer_id:
+                return
             await self.connect([f"{address}/p2p/{peer}" for address in info.addrs])
             log.info("found %s on the local network", peer)
-        except NoPeersError as error:
+        except (NoPeersError, UsageError) as error:  # anything may call itself libp2p there
             log.info("mDNS: %s", error)
 
 
@@ -402,13 +407,15 @@ def _share_port(listener: Any, links: Links) -> None:
             return
         silent[ip] += 1
         try:
-            is_tls = await peek_is_tls(sock, timeout_s=FIRST_BYTE_S)
+            first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
         finally:
             silent[ip] -= 1
             if not silent[ip]:
                 del silent[ip]
-        if is_tls:
-            await links.accept_lane(sock)
+        if not first:
+            await stream.close()
+        elif first == TLS_HANDSHAKE:
+            await links.accept_lane(sock, ip)
         else:
             await handle(stream)
 

@@ -1,7 +1,7 @@
 """Lanes: TLS 1.3 connections beside libp2p's, between peers that reach each other directly.
 
 They share libp2p's port: a lane begins with a TLS ClientHello (first byte 0x16), libp2p with its multistream greeting
-(0x13), and `peek_is_tls` tells which it is without taking the byte away.
+(0x13), and `peek_first_byte` tells which it is without taking the byte away.
 
 A lane is bound to the peer ids of both ends as WebRTC binds DTLS to its signalling (RFC 8827, section 5.6.4). Over the
 libp2p stream, which is authenticated already, the accepting side gives the dialing side a `LaneTicket`: the SHA-256
@@ -26,6 +26,7 @@ import os
 import secrets
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -55,6 +56,7 @@ MAX_TICKETS: Final = 256
 HANDSHAKE_S: Final = 5.0
 """From the first byte of a lane to its welcome."""
 MAX_HANDSHAKES: Final = 64
+MAX_HANDSHAKES_PER_IP: Final = 16
 """Lanes that may be on their way in at once; over that, one is closed as it comes."""
 DEAD_PATH_S: Final = 15
 """Bytes that nobody has acknowledged for so long end the connection (TCP_USER_TIMEOUT, RFC 5482). On Linux this also
@@ -67,7 +69,8 @@ WRITE_BYTES: Final = 64 * 1024
 TURNS: Final = 32
 """Reads or writes without waiting after which other tasks get their turn."""
 
-_TLS_HANDSHAKE: Final = b"\x16"
+TLS_HANDSHAKE: Final = b"\x16"
+"""The first byte of a lane."""
 _WELCOME: Final = b"\x01"
 
 
@@ -113,7 +116,7 @@ class LaneDoor:
     def __init__(self) -> None:
         self._context, self._fingerprint = _server_context()
         self._issued: dict[bytes, _Issued] = {}
-        self._num_handshakes = 0
+        self._handshakes: Counter[str] = Counter()  # by IP
 
     def ticket(self, peer: PeerId, kind: LaneKind) -> LaneTicket:
         """Let a peer dial one lane within `TICKET_LIFE_S`.
@@ -132,18 +135,18 @@ class LaneDoor:
         self._issued[token] = _Issued(peer, kind, now + TICKET_LIFE_S)
         return LaneTicket(token, self._fingerprint)
 
-    async def accept(self, sock: Socket) -> tuple[PeerId, LaneKind, ssl.SSLSocket] | None:
+    async def accept(self, sock: Socket, ip: str) -> tuple[PeerId, LaneKind, ssl.SSLSocket] | None:
         """Take in a connection that began like TLS.
 
-        Takes ``sock`` over: afterwards it has no descriptor of its own, whatever came of it. None if what came was
-        not a lane with a good ticket; that never raises. The lane is non-blocking.
+        Takes ``sock``, which came from ``ip``, over: afterwards it has no descriptor of its own, whatever came of it.
+        None if what came was not a lane with a good ticket; that never raises. The lane is non-blocking.
         """
         plain = _take_over(sock)
-        if self._num_handshakes >= MAX_HANDSHAKES:
-            log.warning("more than %d lanes are on their way in; one is closed", MAX_HANDSHAKES)
+        if self._handshakes[ip] >= MAX_HANDSHAKES_PER_IP or self._handshakes.total() >= MAX_HANDSHAKES:
+            log.warning("too many lanes are on their way in; one of %s is closed", ip)
             plain.close()
             return None
-        self._num_handshakes += 1
+        self._handshakes[ip] += 1
         welcomed, tls = None, None
         try:
             with trio.move_on_after(HANDSHAKE_S):
@@ -157,7 +160,9 @@ class LaneDoor:
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             log.debug("a lane did not come in: %s", error)
         finally:
-            self._num_handshakes -= 1
+            self._handshakes[ip] -= 1
+            if not self._handshakes[ip]:
+                del self._handshakes[ip]
             if welcomed is None:
                 (tls or plain).close()
         return welcomed
@@ -213,11 +218,8 @@ async def dial_lane(ip: str, port: int, ticket: LaneTicket, kind: LaneKind, *, t
             tls.close()
 
 
-async def peek_is_tls(sock: Socket, *, timeout_s: float) -> bool:
-    """Whether a fresh connection begins with a TLS handshake; its first byte stays where it is.
-
-    False also if nothing came in time or the connection broke: whoever reads from it next learns that.
-    """
+async def peek_first_byte(sock: Socket, *, timeout_s: float) -> bytes:
+    """What a fresh connection begins with, which stays where it is; empty if nothing came in time, or it broke."""
     first = b""
     with trio.move_on_after(timeout_s), contextlib.suppress(OSError, trio.ClosedResourceError):
         if isinstance(sock, socket.socket):
@@ -225,7 +227,7 @@ async def peek_is_tls(sock: Socket, *, timeout_s: float) -> bool:
             first = sock.recv(1, socket.MSG_PEEK)
         else:
             first = await sock.recv(1, socket.MSG_PEEK)
-    return first == _TLS_HANDSHAKE
+    return first
 
 
 class TlsByteStream:

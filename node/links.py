@@ -13,7 +13,7 @@ import math
 import random
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
@@ -101,6 +101,7 @@ class Links:
         self._router = router
         self._nursery = nursery
         self._lanes = lanes
+        self._is_draining = False
         self._door = LaneDoor()
         self._links: dict[PeerId, _Link] = {}
         router.add(_LaneCalls(self))
@@ -112,6 +113,11 @@ class Links:
     def is_connected(self, peer: PeerId | None) -> bool:
         """Whether there is any way to a peer now."""
         return peer in self._links
+
+    def is_moving(self, peer: PeerId, since: float) -> bool:
+        """Whether calls brought anything from a peer since then, or it still takes what waited then."""
+        link = self._links.get(peer)
+        return link is not None and any(channel.is_moving(since) for channel in link.channels)
 
     def transport(self, peer: PeerId) -> str:
         """What carries unary calls to a peer now: ``lane``, ``libp2p`` or nothing yet (empty)."""
@@ -136,6 +142,7 @@ class Links:
 
     async def close(self) -> None:
         """Let the calls under way be answered, then end everything; takes at most about `DRAIN_S`."""
+        self._is_draining = True
         with trio.move_on_after(DRAIN_S):
             async with trio.open_nursery() as nursery:
                 for link in self._links.values():
@@ -175,6 +182,9 @@ class Links:
 
     async def serve_stream(self, peer: PeerId, protocol: str, stream: ByteStream) -> None:
         """Run a stream that a peer opened, until it ends."""
+        if self._is_draining or not self._paths.is_connected(peer):
+            await stream.close()
+            return
         link = self._links.setdefault(peer, _Link())
         if link.num_streams >= MAX_STREAMS:
             log.warning("%s opens more than %d streams; one is closed", peer, MAX_STREAMS)
@@ -219,9 +229,9 @@ class Links:
 
     # --- lanes ---
 
-    async def accept_lane(self, sock: Socket) -> None:
-        """Take in a TLS connection to this node's port."""
-        accepted = await self._door.accept(sock)
+    async def accept_lane(self, sock: Socket, ip: str) -> None:
+        """Take in a TLS connection to this node's port, from this address."""
+        accepted = await self._door.accept(sock, ip)
         if accepted is None:
             return
         peer, kind, tls = accepted
@@ -257,7 +267,7 @@ class Links:
             await trio.sleep(wait_s * _chance.uniform(0.5, 1))
 
     async def _run_calls_lane(self, peer: PeerId, link: _Link, tls: ssl.SSLSocket) -> None:
-        if self._links.get(peer) is not link:
+        if self._is_draining or self._links.get(peer) is not link:
             tls.close()  # the peer went away while the lane was dialed
             return
         if link.num_streams >= MAX_STREAMS:
@@ -380,30 +390,30 @@ class _PeerCaller:
         request: Request,
         timeout_s: float | None,
     ) -> Answer:
-        tries, began, left_s = 0, trio.current_time(), timeout_s
+        tries, left_s = 0, timeout_s
+        deadline = trio.current_time() + (math.inf if timeout_s is None else timeout_s)
         while True:
             tries += 1
             try:
                 if channel is None:
-                    channel, left_s = await self._open(method, left_s)
+                    channel, left_s = await self._open(self._links.channel, method, left_s)
                 return await channel.call(method, request, timeout_s=left_s)
             except RemoteError as error:
                 if not method.idempotent:
                     raise
-                spent_s = trio.current_time() - began
-                wait_s = wait_before_retry(error.status, tries, (timeout_s or math.inf) - spent_s, _chance)
+                wait_s = wait_before_retry(error.status, tries, deadline - trio.current_time(), _chance)
                 if wait_s is None:
                     raise
             await trio.sleep(wait_s)
             channel = self._links.open_channel(self._peer)
-            left_s = None if timeout_s is None else began + timeout_s - trio.current_time()
+            left_s = None if timeout_s is None else deadline - trio.current_time()
 
     async def call_with_stream(
         self, method: Method[Request, Answer], requests: AsyncIterator[Request], *, timeout_s: float | None = None
     ) -> Answer:
-        channel = await self._links.dedicated_channel(self._peer)
+        channel, left_s = await self._open(self._links.dedicated_channel, method, timeout_s)
         try:
-            return await channel.call_with_stream(method, requests, timeout_s=timeout_s)
+            return await channel.call_with_stream(method, requests, timeout_s=left_s)
         finally:
             channel.stop()
 
@@ -414,19 +424,22 @@ class _PeerCaller:
         *,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Answer]:
-        channel = await self._links.dedicated_channel(self._peer)
+        channel, left_s = await self._open(self._links.dedicated_channel, method, timeout_s)
         try:
-            async with aclosing(channel.call_for_stream(method, request, timeout_s=timeout_s)) as answers:
+            async with aclosing(channel.call_for_stream(method, request, timeout_s=left_s)) as answers:
                 async for answer in answers:
                     yield answer
         finally:
             channel.stop()
 
-    async def _open(self, method: Method[Any, Any], left_s: float | None) -> tuple[Channel, float | None]:
-        if left_s is None:
-            return await self._links.channel(self._peer), None
-        deadline = trio.current_time() + left_s
+    async def _open(
+        self, dial: Callable[[PeerId], Awaitable[Channel]], method: Method[Any, Any], timeout_s: float | None
+    ) -> tuple[Channel, float]:
+        """A channel, and how much time is left to call by it."""
+        if timeout_s is None:
+            timeout_s = math.inf if method.timeout_s is None else method.timeout_s
+        deadline = trio.current_time() + timeout_s
         with trio.move_on_at(deadline):
-            channel = await self._links.channel(self._peer)
+            channel = await dial(self._peer)
             return channel, deadline - trio.current_time()
         raise RemoteError(Status.DEADLINE_EXCEEDED, f"no stream to {self._peer} for {method.name} in time")

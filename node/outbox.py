@@ -7,7 +7,8 @@ waiting: two task switches fewer for a lone call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 import trio
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 JOIN_BELOW_BYTES: Final = 64 * 1024
 """Pieces shorter than this are written together; longer ones as they are, without a copy."""
+WRITE_BYTES: Final = 256 * 1024
+"""Written at once; after each it is known that the path still takes something."""
 INLINE_BYTES: Final = 16 * 1024
 """What is at most this long may be written by `Outbox.flush_now`."""
 ENOUGH_BYTES: Final = 4 * 1024
@@ -39,10 +42,21 @@ class ByteStream(Protocol):
         """Write all, or `StreamClosedError`."""
 
     def try_write(self, data: Buffer) -> bool:
-        """Write all at once, or nothing and give back False; never while a `write` is under way."""
+        """Write all at once, or give back False: then the next `write` begins with the same bytes.
+
+        Never called while a `write` is under way.
+        """
 
     async def close(self) -> None:
         """Close both directions; never raises."""
+
+
+def total_bytes(body: Buffer, attachments: Sequence[Buffer]) -> int:
+    """How long a message is, as the codec wrote it."""
+    num_bytes = len(body)
+    for attachment in attachments:
+        num_bytes += len(attachment)
+    return num_bytes
 
 
 class Outbox:
@@ -50,6 +64,8 @@ class Outbox:
 
     def __init__(self, stream: ByteStream, connection: RpcConnection) -> None:
         self.is_closed = False
+        self._busy_since = math.inf
+        self._written_at = -math.inf
         self._stream = stream
         self._connection = connection
         self._idle_writer: trio.lowlevel.Task | None = None
@@ -61,6 +77,10 @@ class Outbox:
     def is_empty(self) -> bool:
         """Whether all has been handed to the stream, and taken by it."""
         return not self._is_writing and not self._connection.unsent_bytes
+
+    def is_moving(self, since: float) -> bool:
+        """Whether what waited then is still on its way out, and part of it has gone since."""
+        return self._busy_since <= since < self._written_at
 
     def flush_soon(self) -> None:
         """Let the writer run."""
@@ -106,10 +126,10 @@ class Outbox:
 
     async def send_message(
         self, call_id: int, message: object, writable: trio.lowlevel.ParkingLot, *, is_ours: bool
-    ) -> None:
+    ) -> int:
         """Send the next message of a stream as soon as its reader has room; into the void if the call is over.
 
-        ``writable`` is unparked by whoever learns of new credit, and of the call's end.
+        ``writable`` is unparked by whoever learns of new credit, and of the call's end. Returns the message's bytes.
         """
         body, attachments = encode_message(message)
         await trio.lowlevel.checkpoint()
@@ -117,6 +137,7 @@ class Outbox:
             await writable.park()
         self._connection.send_message(call_id, body, attachments, is_ours=is_ours)
         self.flush_soon()
+        return total_bytes(body, attachments)
 
     async def run(self) -> None:
         """Write until the stream breaks, which the reader notices."""
@@ -125,17 +146,29 @@ class Outbox:
                 if self._connection.unsent_bytes:
                     num_waiting = len(self._after_write)  # they stay in the list: if this breaks, `close` tells them
                     self._is_writing = True
-                    for data in _gather(self._connection.data_to_send()):
-                        await self._stream.write(data)
+                    await self._write(self._connection.data_to_send())
                     self._is_writing = False
                     self._tell_written(num_waiting)
                     self._room.unpark_all()
                 else:
+                    self._busy_since = math.inf
                     self._tell_written()
                     self._idle_writer = trio.lowlevel.current_task()
                     await trio.lowlevel.wait_task_rescheduled(self._stop_idling)
         except StreamClosedError:
             await self._stream.close()
+
+    async def _write(self, pieces: list[Buffer]) -> None:
+        if self._busy_since == math.inf:
+            self._busy_since = trio.current_time()
+        for data in _gather(pieces):
+            if len(data) <= WRITE_BYTES:
+                await self._stream.write(data)
+                continue
+            view = memoryview(data)
+            for start in range(0, len(view), WRITE_BYTES):
+                await self._stream.write(view[start : start + WRITE_BYTES])
+                self._written_at = trio.current_time()
 
     def close(self) -> None:
         """Nothing more will be written; whoever waits goes on."""

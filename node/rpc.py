@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar, cast
 
 import trio
 
 from shoal.node.metrics import Metrics
-from shoal.node.outbox import ByteStream, Outbox, StreamClosedError
+from shoal.node.outbox import ByteStream, Outbox, StreamClosedError, total_bytes
 from shoal.node.serving import Account, Incoming, Router, Server
 from shoal.protocol.codec import Buffer, decode_message, encode_message
 from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status
@@ -55,7 +55,7 @@ current_time = trio.current_time
 class _OurCall:
     """A call of ours: who waits for its outcome, and its streams if it has any."""
 
-    __slots__ = ("incoming", "result", "sender", "task", "writable")
+    __slots__ = ("incoming", "result", "sender", "sent_bytes", "task", "writable")
 
     def __init__(self) -> None:
         self.task: trio.lowlevel.Task | None = None
@@ -63,6 +63,7 @@ class _OurCall:
         self.incoming: Incoming | None = None
         self.sender: trio.CancelScope | None = None
         self.writable: trio.lowlevel.ParkingLot | None = None
+        self.sent_bytes = 0  # of a stream of requests
 
     def settle(self, result: Answered | BaseException) -> None:
         """Tell the outcome to whoever waits; only the first counts."""
@@ -82,13 +83,6 @@ class _OurCall:
     def give_up(self, _: Any) -> trio.lowlevel.Abort:
         self.task = None
         return _ABORTED
-
-
-def _num_bytes(body: Buffer, attachments: Sequence[Buffer]) -> int:
-    num_bytes = len(body)
-    for attachment in attachments:
-        num_bytes += len(attachment)
-    return num_bytes
 
 
 def _nonsense(method: Method[Any, Any], error: ProtocolError) -> RemoteError:
@@ -136,6 +130,8 @@ class Channel:
         )
         self._ours: dict[int, _OurCall] = {}
         self._our_turn = trio.lowlevel.ParkingLot()  # callers, while too many calls are open
+        self._buffered_bytes = 0  # of a frame that is not whole yet, as told to the account
+        self._read_at = -math.inf
         self._is_burst = False  # several answers came in one piece, so several requests will follow
         self._closed_because: str | None = None
         self._nursery: trio.Nursery | None = None
@@ -147,6 +143,10 @@ class Channel:
     def is_open(self) -> bool:
         """Whether new calls can be made."""
         return self._closed_because is None
+
+    def is_moving(self, since: float) -> bool:
+        """Whether anything came since then, or what waited then is still being taken."""
+        return self._read_at > since or self._outbox.is_moving(since)
 
     @property
     def num_calls(self) -> int:
@@ -221,7 +221,9 @@ class Channel:
             raise _nonsense(method, error) from error
         finally:
             self._finish(call_id, ours)
-            self._metrics.of_called(method.name).count(status, trio.current_time() - began, len(body), 0)
+            request_bytes = total_bytes(body, attachments) + ours.sent_bytes
+            metrics = self._metrics.of_called(method.name)
+            metrics.count(status, trio.current_time() - began, request_bytes, ours.incoming.num_bytes)
 
     async def _call(
         self,
@@ -234,7 +236,7 @@ class Channel:
         began = current_time()
         if timeout_s is None:
             timeout_s = math.inf if method.timeout_s is None else method.timeout_s
-        if self._is_full():
+        if self._is_full() and not method.is_urgent:
             timeout_s = await self._wait_for_room(method, timeout_s)
             began = current_time()
         ours = _OurCall()
@@ -249,7 +251,7 @@ class Channel:
             if not isinstance(ours.result, Answered):
                 raise cast("BaseException", ours.result)
             _, received, received_attachments = ours.result
-            answer_bytes = _num_bytes(received, received_attachments)
+            answer_bytes = total_bytes(received, received_attachments)
             try:
                 answer = decode_message(method.answer, received, received_attachments)
             except ProtocolError as error:
@@ -261,7 +263,8 @@ class Channel:
         finally:
             self._finish(call_id, ours)
             metrics = self._metrics.of_called(method.name)
-            metrics.count(status, current_time() - began, _num_bytes(body, attachments), answer_bytes)
+            request_bytes = total_bytes(body, attachments) + ours.sent_bytes
+            metrics.count(status, current_time() - began, request_bytes, answer_bytes)
         return answer
 
     def _start(
@@ -326,7 +329,7 @@ class Channel:
             try:
                 with scope:
                     async for request in requests:
-                        await self._outbox.send_message(call_id, request, writable, is_ours=True)
+                        ours.sent_bytes += await self._outbox.send_message(call_id, request, writable, is_ours=True)
                     self._connection.end(call_id, is_ours=True)
                     self._outbox.flush_soon()
             finally:
@@ -335,9 +338,18 @@ class Channel:
                     with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                         await close()
         except Exception as error:  # it belongs to the caller, who waits in another task
-            self._connection.cancel(call_id)
-            self._outbox.flush_soon()
-            ours.settle(error)
+            self._give_up_sending(ours, call_id, error)
+        except BaseExceptionGroup as group:  # it was cancelled, and failed besides
+            failures, cancelled = group.split(Exception)
+            if failures is not None:
+                self._give_up_sending(ours, call_id, failures)
+            if cancelled is not None:
+                raise cancelled from None
+
+    def _give_up_sending(self, ours: _OurCall, call_id: int, error: Exception) -> None:
+        self._connection.cancel(call_id)
+        self._outbox.flush_soon()
+        ours.settle(error)
 
     # --- the stream ---
 
@@ -384,6 +396,8 @@ class Channel:
         self._closed_because = reason  # callers learn it now, however long a handler takes to stop
         for event in self._connection.close(reason):
             self._dispatch(event)
+        for ours in list(self._ours.values()):  # whose outcome had come, in the very bytes at which this ended
+            ours.settle(RemoteError(Status.UNAVAILABLE, reason))
         self._server.stop_waiting()
         self._outbox.close()
         self._our_turn.unpark_all()
@@ -395,24 +409,28 @@ class Channel:
             self._nursery.start_soon(function, *arguments)
 
     async def _read_loop(self) -> None:
-        connection, budget = self._connection, self._account.budget
-        buffered_bytes = 0
         try:
             while True:
-                data = await self._stream.read()
-                events = connection.receive_data(data, trio.current_time())
-                if connection.buffered_bytes != buffered_bytes:
-                    change, buffered_bytes = connection.buffered_bytes - buffered_bytes, connection.buffered_bytes
-                    excess = budget.buffer(change)
-                    if excess is not None:
-                        raise LimitError(excess)
-                self._is_burst = len(events) > 1
-                for event in events:
-                    self._dispatch(event)
-                if connection.unsent_bytes:
-                    self._outbox.flush_soon()
+                self._receive(await self._stream.read())
         finally:
-            budget.buffer(-buffered_bytes)
+            self._account.budget.buffer(-self._buffered_bytes)
+
+    def _receive(self, data: bytes) -> None:
+        """Handle what came; nothing of it is kept when this returns, however long nothing follows."""
+        connection = self._connection
+        self._read_at = now = current_time()
+        events = connection.receive_data(data, now)
+        if connection.buffered_bytes != self._buffered_bytes:
+            change = connection.buffered_bytes - self._buffered_bytes
+            self._buffered_bytes += change
+            excess = self._account.budget.buffer(change)
+            if excess is not None:
+                raise LimitError(excess)
+        self._is_burst = len(events) > 1
+        for event in events:
+            self._dispatch(event)
+        if connection.unsent_bytes:
+            self._outbox.flush_soon()
 
     async def _watch_deadlines(self) -> None:
         while True:

@@ -74,7 +74,7 @@ def typed_version(version: dict[str, int]) -> dict[PeerId, int]:
 class NodeService(Service, name="node"):
     """What every node is."""
 
-    @unary(idempotent=True)
+    @unary(idempotent=True, is_urgent=True)
     async def ping(self, request: Empty) -> Empty:
         """Answer, at once."""
         raise NotImplementedError

@@ -10,20 +10,29 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from contextvars import copy_context
 from typing import Any, Final
 
 import trio
 
 from shoal.node.metrics import Metrics
-from shoal.node.outbox import ENOUGH_BYTES, Outbox
+from shoal.node.outbox import ENOUGH_BYTES, Outbox, total_bytes
 from shoal.protocol.budget import Budget
 from shoal.protocol.codec import decode_message, encode_message
-from shoal.protocol.errors import LimitError, ProtocolError, RefusedError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.errors import (
+    LimitError,
+    ProtocolError,
+    RefusedError,
+    RemoteError,
+    ShoalError,
+    Status,
+    UsageError,
+    unwrap,
+)
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_HELD_BYTES, MAX_STREAM_HELD_BYTES
-from shoal.protocol.rpc import Called, Message, RpcConnection
+from shoal.protocol.rpc import MESSAGE_OVERHEAD_BYTES, Called, Message, RpcConnection
 from shoal.protocol.services import Call, CallKind, Method, Service, set_current_call, unimplemented
 
 log = logging.getLogger(__name__)
@@ -67,6 +76,7 @@ class Incoming:
         self._outbox = outbox
         self._call_id = call_id
         self._is_ours = is_ours
+        self.num_bytes = 0  # of all messages that were read
         self._messages: deque[Message] = deque()
         self._end: BaseException | None = None
         self._arrived = trio.lowlevel.ParkingLot()
@@ -98,6 +108,7 @@ class Incoming:
                 raise self._end
             await self._arrived.park()
         message = self._messages.popleft()
+        self.num_bytes += message.num_bytes - MESSAGE_OVERHEAD_BYTES
         self._connection.consumed(self._call_id, message.num_bytes, is_ours=self._is_ours)
         if self._connection.unsent_bytes:
             self._outbox.flush_soon()
@@ -316,6 +327,7 @@ class Server:
                     await self._serve(serving, worker)
                 finally:
                     serving.worker = None
+                    del serving  # else an idle worker would keep a request that is on no account any more
                 if self._connection.unsent_bytes >= ENOUGH_BYTES:
                     self._outbox.flush_now()
                 if worker.scope.cancel_called:
@@ -346,7 +358,8 @@ class Server:
                 answer_bytes = await self._run_handler(serving)
                 status = _OK
         except Exception as error:  # whatever it is, it is this one call that failed
-            status, message = _failure(error, method.name)
+            first = unwrap(error) if isinstance(error, BaseExceptionGroup) else error
+            status, message = _failure(first, method.name)
             self._connection.fail(call.call_id, status, message)
         except BaseExceptionGroup as group:  # it was cancelled, and failed besides
             failures, cancelled = group.split(Exception)
@@ -359,28 +372,30 @@ class Server:
             self.calls.pop(call.call_id, None)
             self._outbox.when_written(self._account.leave, serving)
             seconds = trio.current_time() - serving.since
-            self._metrics.of_served(method.name).count(status, seconds, call.num_bytes, answer_bytes)
+            request_bytes = call.num_bytes + (serving.incoming.num_bytes if serving.incoming is not None else 0)
+            self._metrics.of_served(method.name).count(status, seconds, request_bytes, answer_bytes)
 
     async def _run_handler(self, serving: Serving) -> int:
         call, method = serving.call, serving.method
         request = serving.incoming or decode_message(method.request, call.body, call.attachments)
         if method.kind and method.kind.streams_answers:
-            async with aclosing(serving.function(request)) as answers:
+            num_bytes = 0
+            answers = serving.function(request)
+            async with aclosing(answers) if hasattr(answers, "aclose") else nullcontext():
                 async for answer in answers:
-                    await self._outbox.send_message(call.call_id, answer, serving.writable, is_ours=False)
+                    num_bytes += await self._outbox.send_message(call.call_id, answer, serving.writable, is_ours=False)
             self._connection.end(call.call_id, is_ours=False)
-            return 0
+            return num_bytes
         body, attachments = encode_message(await serving.function(request))
-        num_bytes = len(body)
-        for attachment in attachments:
-            num_bytes += len(attachment)
+        num_bytes = total_bytes(body, attachments)
         if num_bytes > method.max_answer_bytes:
-            raise LimitError(f"an answer of {num_bytes} bytes exceeds the {method.max_answer_bytes} of {method.name}")
+            limit = f"the {method.max_answer_bytes} of {method.name}"
+            raise RemoteError(Status.INTERNAL, f"an answer of {num_bytes} bytes exceeds {limit}")
         self._connection.answer(call.call_id, body, attachments)
         return num_bytes
 
 
-def _failure(error: Exception, method: str) -> tuple[Status, str]:
+def _failure(error: BaseException, method: str) -> tuple[Status, str]:
     """What the far side is told of an exception of a handler."""
     match error:
         case RemoteError():

@@ -33,7 +33,9 @@ T = TypeVar("T")
 
 Buffer = bytes | memoryview
 Attachment = Annotated[bytes | memoryview, "attachment"]
-"""The type of a field whose bytes travel raw, beside the header; what is received is a view, not a copy."""
+"""The type of a field whose bytes travel raw, beside the header; what is received may be a view of what came.
+
+What is sent is not copied either: whoever sends memory that can change leaves it as it is until the call is over."""
 
 _CLAIMS_BYTES: Final = 512
 """msgpack makes room for an array as soon as it reads how long that claims to be, so arrays within arrays would cost

@@ -47,7 +47,9 @@ MAX_EXPANSION: Final = 256
 """Nothing grows by more than this when it is decompressed: one read may hold any number of frames, and would fill the
 memory of this side. What compresses further is followed by zeros, up to that size."""
 COPY_BELOW_BYTES: Final = 16 * 1024
-"""Received attachments shorter than this are copied out, so that they do not keep all that came with them alive."""
+MIN_SHARE: Final = 4
+"""A received attachment is copied out if it is shorter than the one, or less than a fourth of all that came with it: as
+a view it would keep all of that alive."""
 
 _compressor = zstandard.ZstdCompressor(level=1, write_content_size=True)
 _decompressor = zstandard.ZstdDecompressor()
@@ -220,11 +222,14 @@ class FrameDecoder:
             header = _decompress(header, MAX_HEADER_BYTES)
         attachments: tuple[Buffer, ...] = ()
         if num_attachments:
-            attachments = self._attachments(memoryview(source).toreadonly()[at + header_bytes : end], marks)
+            min_bytes = max(COPY_BELOW_BYTES, len(source) // MIN_SHARE)
+            view = memoryview(source).toreadonly()[at + header_bytes : end]
+            attachments = self._attachments(view, marks, min_bytes)
         frames.append(Frame(frame_type, call_id, header, attachments, flags & FROM_CALLER))
         return int(end)
 
-    def _attachments(self, view: memoryview, marks: tuple[int, ...]) -> tuple[Buffer, ...]:
+    def _attachments(self, view: memoryview, marks: tuple[int, ...], min_bytes: int) -> tuple[Buffer, ...]:
+        """Cut them out; as copies, if they are shorter than ``min_bytes``."""
         attachments: list[Buffer] = []
         left = self._max_attachment_bytes
         for mark in marks:
@@ -233,7 +238,7 @@ class FrameDecoder:
             view = view[size:]
             if mark & _SIZE_COMPRESSED:
                 piece = _decompress(piece, left)
-            elif size < COPY_BELOW_BYTES:
+            elif size < min_bytes:
                 piece = bytes(piece)
             left -= len(piece)
             if left < 0:

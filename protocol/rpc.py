@@ -37,7 +37,6 @@ Attachments = Sequence[Buffer]
 
 MESSAGE_OVERHEAD_BYTES = 64
 """What a message costs beside its bytes, so that empty ones are not free."""
-_MAX_CREDIT = 2**31
 
 # Enum members are looked up slowly (CPython 3.11), and these once a call.
 _REQUEST, _ANSWER, _ERROR, _CANCEL = FrameType.REQUEST, FrameType.ANSWER, FrameType.ERROR, FrameType.CANCEL
@@ -488,8 +487,8 @@ class RpcConnection:
 
     def _handle_credit(self, call: _StreamCall, frame: Frame, *, is_ours: bool) -> Event | None:
         num_bytes = decode(CreditHeader, frame.header).num_bytes
-        if num_bytes < 0 or call.credit + num_bytes > _MAX_CREDIT:
-            raise LimitError(f"a credit of {num_bytes} bytes")
+        if num_bytes < 0 or call.credit + num_bytes > STREAM_WINDOW_BYTES:
+            raise LimitError(f"a credit of {num_bytes} bytes is more than was used up")
         was_stopped = call.credit <= 0
         call.credit += num_bytes
         return Writable(frame.call_id, is_ours) if was_stopped and call.credit > 0 else None

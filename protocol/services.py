@@ -73,6 +73,7 @@ class Method(Generic[Request, Answer]):
         timeout_s: how long a caller waits that does not say; None waits for ever.
         max_answer_bytes: memory that is set aside for the answer, or for a stream of them, before the handler starts.
         max_calls_per_s: what one peer may ask for, over a few seconds; None: no such limit.
+        is_urgent: whether it is called even while as many calls are open as may be.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Method(Generic[Request, Answer]):
     timeout_s: float | None = TIMEOUT_S
     max_answer_bytes: int = MAX_ANSWER_BYTES
     max_calls_per_s: float | None = None
+    is_urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class _Policy:
     timeout_s: float | None
     max_answer_bytes: int
     max_calls_per_s: float | None
+    is_urgent: bool = False
 
 
 def unary(
@@ -128,9 +131,10 @@ def unary(
     timeout_s: float | None = TIMEOUT_S,
     max_answer_bytes: int = MAX_ANSWER_BYTES,
     max_calls_per_s: float | None = None,
+    is_urgent: bool = False,
 ) -> Callable[[UnaryFunction], UnaryFunction]:
     """A method with one request and one answer: ``async def method(self, request: Q) -> A``."""
-    return _mark(_Policy(CallKind.UNARY, idempotent, timeout_s, max_answer_bytes, max_calls_per_s))
+    return _mark(_Policy(CallKind.UNARY, idempotent, timeout_s, max_answer_bytes, max_calls_per_s, is_urgent))
 
 
 def server_streaming(
@@ -209,6 +213,7 @@ def _method(name: str, function: Callable[..., Any], policy: _Policy) -> Method[
         policy.timeout_s,
         policy.max_answer_bytes,
         policy.max_calls_per_s,
+        policy.is_urgent,
     )
 
 

@@ -62,7 +62,7 @@ class Owner:
                 await trio.sleep_forever()
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        arrived = await self.door.accept(stream.socket)
+        arrived = await self.door.accept(stream.socket, "127.0.0.1")
         if arrived is not None:
             self.num_lanes_served += 1
             await self.bulk.serve_lane(self.puller, arrived[2])
@@ -473,7 +473,7 @@ async def test_lanes_and_streams_of_one_peer_are_bounded() -> None:
 @pytest.mark.parametrize("says", [b"\xc8", b"\x00" + bytes(100), b"", b"\x00" + bytes(2 * MIB)])
 async def test_an_owner_who_talks_nonsense_fails_the_pull_and_no_more(says: bytes) -> None:
     async def talk(stream: trio.SocketStream, door: LaneDoor) -> None:
-        arrived = await door.accept(stream.socket)
+        arrived = await door.accept(stream.socket, "127.0.0.1")
         if arrived is not None:
             lane = TlsByteStream(arrived[2])
             try:

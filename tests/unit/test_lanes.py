@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import random
 import socket
 import ssl
@@ -23,7 +24,7 @@ from shoal.node.lanes import (
     LaneTicket,
     TlsByteStream,
     dial_lane,
-    peek_is_tls,
+    peek_first_byte,
 )
 from shoal.node.rpc import StreamClosedError
 from shoal.protocol.errors import RemoteError, Status
@@ -42,6 +43,7 @@ class Entrance:
     def __init__(self, door: LaneDoor, listener: socket.socket) -> None:
         self.door = door
         self.ip, self.port = listener.getsockname()[:2]
+        self.ips = itertools.repeat(self.ip)  # where they are said to come from
         self._listener = trio.socket.from_stdlib_socket(listener)
         self._arrive, self.arrivals = trio.open_memory_channel[Accepted](1000)
 
@@ -52,7 +54,7 @@ class Entrance:
                 nursery.start_soon(self._take, sock)
 
     async def _take(self, sock: trio.socket.SocketType) -> None:
-        await self._arrive.send(await self.door.accept(sock))
+        await self._arrive.send(await self.door.accept(sock, next(self.ips)))
 
     async def dial(self, ticket: LaneTicket, kind: LaneKind = LaneKind.CALLS, timeout_s: float = GENEROUS_S):
         return await dial_lane(self.ip, self.port, ticket, kind, timeout_s=timeout_s)
@@ -254,6 +256,7 @@ async def test_half_open_handshakes_are_bounded_and_block_nobody_afterwards(
     mock_clock: trio.testing.MockClock,
 ) -> None:
     async with entrance() as there:
+        there.ips = itertools.cycle(f"10.0.0.{number}" for number in range(lanes.MAX_HANDSHAKES))
         strangers = [await there.connect() for _ in range(lanes.MAX_HANDSHAKES + 1)]
         assert await there.arrivals.receive() is None  # the one too many; the others still wait
         mock_clock.jump(lanes.HANDSHAKE_S)
@@ -267,18 +270,31 @@ async def test_half_open_handshakes_are_bounded_and_block_nobody_afterwards(
         arrived[2].close()
 
 
-@pytest.mark.parametrize(("first", "is_tls"), [(b"\x16\x03", True), (b"\x13/multistream", False), (b"", False)])
+async def test_one_address_cannot_hold_all_handshakes() -> None:
+    async with entrance() as there:
+        strangers = [await there.connect() for _ in range(lanes.MAX_HANDSHAKES_PER_IP + 1)]
+        assert await there.arrivals.receive() is None  # the one too many
+        there.ips = itertools.repeat("10.0.0.1")
+        (await there.dial(there.door.ticket(ANN, LaneKind.CALLS))).close()
+        arrived = await there.arrivals.receive()
+        assert arrived is not None
+        arrived[2].close()
+        for stranger in strangers:
+            await stranger.aclose()
+
+
 @pytest.mark.parametrize("of_trio", [True, False])
-async def test_the_first_byte_tells_and_stays(first: bytes, is_tls: bool, of_trio: bool) -> None:
+async def test_the_first_byte_tells_and_stays(of_trio: bool) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)
         sock = trio.socket.from_stdlib_socket(theirs) if of_trio else theirs
-        assert not await peek_is_tls(sock, timeout_s=0.01)  # nothing has come
-        ours.sendall(first)
+        assert await peek_first_byte(sock, timeout_s=0.01) == b""  # nothing has come
+        ours.sendall(b"\x16\x03")
+        assert await peek_first_byte(sock, timeout_s=GENEROUS_S) == b"\x16"
+        assert theirs.recv(100) == b"\x16\x03"
         ours.shutdown(socket.SHUT_WR)
-        assert await peek_is_tls(sock, timeout_s=GENEROUS_S) == is_tls
-        assert theirs.recv(100) == first
+        assert await peek_first_byte(sock, timeout_s=GENEROUS_S) == b""
 
 
 # --- bytes on a lane -------------------------------------------------------------------------------------------------
