@@ -185,8 +185,8 @@ class Host:
     # What the links ask.
 
     def is_connected(self, peer: PeerId) -> bool:
-        """Whether any connection stands."""
-        return peer in self.connected
+        """Whether any connection stands; a peer's first stream may be here before the news of its connection."""
+        return peer in self.connected or bool(self._host.get_network().get_connections(ID.from_base58(str(peer))))
 
     def dialed_address(self, peer: PeerId) -> tuple[str, int] | None:
         """IP and TCP port that this node dialed to reach a peer; None if the peer dialed."""
@@ -229,12 +229,8 @@ class Host:
         peer = PeerId(str(connection.muxed_conn.peer_id))
         if peer in self.connected:
             return
-        addresses = connection.get_transport_addresses()
-        self.connected[peer] = Connected(
-            address=f"{addresses[0]}/p2p/{peer}" if addresses else "",
-            since=trio.current_time(),
-            outbound=bool(connection.muxed_conn.is_initiator),
-        )
+        address, outbound = _far_end(connection)
+        self.connected[peer] = Connected(address=address, since=trio.current_time(), outbound=outbound)
         self.links.peer_up(peer)
         self._tell(PeerUp(peer))
         self._nursery.start_soon(self._keep_alive, peer)
@@ -246,8 +242,13 @@ class Host:
         others = [
             c for c in self._host.get_network().get_connections(connection.muxed_conn.peer_id) if c is not connection
         ]
-        if others or self.connected.pop(peer, None) is None:
+        state = self.connected.get(peer)
+        if state is None:
             return
+        if others:
+            state.address, state.outbound = _far_end(others[0])
+            return
+        del self.connected[peer]
         self.links.peer_down(peer)
         self._tell(PeerDown(peer))
 
@@ -304,6 +305,13 @@ class Host:
             log.info("found %s on the local network", peer)
         except (NoPeersError, UsageError) as error:  # anything may call itself libp2p there
             log.info("mDNS: %s", error)
+
+
+def _far_end(connection: INetConn) -> tuple[str, bool]:
+    """The full multiaddr of a connection's far end, empty if it has none, and whether this node dialed it."""
+    addresses = connection.get_transport_addresses()
+    address = f"{addresses[0]}/p2p/{connection.muxed_conn.peer_id}" if addresses else ""
+    return address, bool(connection.muxed_conn.is_initiator)
 
 
 @asynccontextmanager

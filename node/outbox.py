@@ -164,6 +164,7 @@ class Outbox:
         for data in _gather(pieces):
             if len(data) <= WRITE_BYTES:
                 await self._stream.write(data)
+                self._written_at = trio.current_time()
                 continue
             view = memoryview(data)
             for start in range(0, len(view), WRITE_BYTES):

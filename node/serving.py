@@ -104,6 +104,8 @@ class Incoming:
         """
         await trio.lowlevel.checkpoint()
         while not self._messages:
+            if isinstance(self._end, StopAsyncIteration):
+                raise StopAsyncIteration  # a fresh one: its traceback leads to the reader, and so to the last message
             if self._end is not None:
                 raise self._end
             await self._arrived.park()

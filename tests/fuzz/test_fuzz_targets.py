@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import random
 
 import pytest
 
+import shoal.node
+from shoal.protocol.services import Service
+
 from .harness import BASE_BYTES, TARGETS, FindingError, Target, check_text, load_target, run_traced, warm_up
+from .headers import KINDS
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -22,13 +28,34 @@ def test_a_target_takes_its_samples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_a_target_makes_of_its_samples_stays_within_bounds(name: str) -> None:
+def test_a_target_takes_what_it_makes_of_its_samples(name: str) -> None:
     target = load_target(name)
     assert target.mutate is not None
     rng = random.Random(1)
-    for seed in list(target.seeds()) * 3:
-        mutated = target.mutate(seed, target.max_bytes, rng, lambda data, max_bytes: data[::-1][:max_bytes])
-        assert len(mutated) <= target.max_bytes + 1
+
+    def flip_one_bit(data: bytes, max_bytes: int) -> bytes:
+        flipped = bytearray(data or b"\0")
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+        return bytes(flipped[:max_bytes])
+
+    for seed in list(target.seeds()) * 5:
+        mutated = target.mutate(seed, target.max_bytes, rng, flip_one_bit)[: target.max_bytes]
+        target.run(mutated)
+
+
+def test_all_that_any_service_sends_or_takes_is_read_by_a_target() -> None:
+    for module in pkgutil.walk_packages(shoal.node.__path__, "shoal.node."):
+        importlib.import_module(module.name)
+    services = [Service]
+    for service in services:
+        services += service.__subclasses__()
+    methods = [
+        method for service in services if service.__module__.startswith("shoal.") for method in service.methods.values()
+    ]
+    assert len(methods) >= 10
+    for method in methods:
+        for kind in (method.request, method.answer):
+            assert KINDS.get(kind.__name__) is kind, f"fuzz/headers.py does not know {method.name}'s {kind.__name__}"
 
 
 def test_a_target_that_takes_too_much_memory_is_caught() -> None:

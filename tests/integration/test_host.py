@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -15,16 +17,20 @@ from typing import Any
 import libp2p.network.swarm
 import pytest
 import trio
-from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
 
+from shoal.node import host as host_module
 from shoal.node import libp2p_repairs
 from shoal.node.host import Host, ListenError, PeerDown, PeerUp, open_host
+from shoal.node.metrics import MethodMetrics
 from shoal.node.rpc import Router
 from shoal.node.services import NodeService
 from shoal.protocol.codec import Attachment
-from shoal.protocol.errors import NoPeersError, RemoteError, Status
+from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.limits import MAX_CALLS_IN_FLIGHT
 from shoal.protocol.services import Empty, Service, client, current_call, unary
 from shoal.protocol.signing import Signer
 
@@ -203,6 +209,33 @@ async def test_another_node_at_the_address_is_not_taken_for_the_one_that_was_ask
         assert id_of(3) not in one.connected
 
 
+RSA_PEER = "QmNnooDu7bfjPFoTZYxMNLWUQJyrVwtbZg5gBMjTezGAJN"
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [(RSA_PEER, "/ip4/127.0.0.1/tcp/1"), (id_of(2), "/unix/tmp/nobody"), (id_of(2), "/ip4/127.0.0.1/udp/1/quic-v1")],
+    ids=["RSA", "Unix", "QUIC"],
+)
+async def test_what_is_on_the_local_network_and_no_node_is_left_alone(peer: str, address: str) -> None:
+    async with host(1) as one:
+        await one._found_on_lan(PeerInfo(ID.from_base58(peer), [Multiaddr(address)]))
+        with pytest.raises((NoPeersError, UsageError)):
+            await one.connect([f"{address}/p2p/{peer}"])
+        assert one.connected == {}
+
+
+async def test_a_connection_that_says_nothing_is_closed_before_it_is_told_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_module, "FIRST_BYTE_S", 0.05)
+    async with host(1) as one:
+        port = int(one.addresses()[0].split("/")[4])
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:
+            with trio.fail_after(GENEROUS_S):
+                assert await stranger.receive_some() == b""
+
+
 async def test_connecting_to_oneself_is_no_connection() -> None:
     async with host(1) as one:
         assert await one.connect(one.addresses()) == one.peer_id
@@ -266,6 +299,80 @@ async def test_round_trips_are_measured() -> None:
         while state.rtt_ms is None:  # noqa: ASYNC110  a measurement is no event that anybody but a person waits for
             await trio.sleep(0.01)
         assert 0 < state.rtt_ms < 1000 * GENEROUS_S
+
+
+@pytest.fixture
+def _short_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "KEEPALIVE_INTERVAL_S", 0.25)
+    monkeypatch.setattr(host_module, "KEEPALIVE_TIMEOUT_S", 0.5)
+
+
+async def until_called(method: MethodMetrics, times: int) -> None:
+    while method.calls < times:  # noqa: ASYNC110  no event tells of it
+        await trio.sleep(0.01)
+
+
+@pytest.mark.usefixtures("_short_keepalive")
+async def test_a_path_stays_while_as_many_calls_wait_as_may_be_open() -> None:
+    may_answer = trio.Event()
+
+    class Slow(Post):
+        async def slow(self, request: Empty) -> Empty:
+            await may_answer.wait()
+            return request
+
+    with trio.fail_after(GENEROUS_S):
+        async with (
+            host(1, lanes=False) as one,
+            host(2, Slow(), lanes=False) as other,
+            trio.open_nursery() as nursery,
+        ):
+            await one.connect(other.addresses())
+            pings = one.links.metrics.of_called("node.ping")
+            await until_called(pings, 1)
+            for _ in range(MAX_CALLS_IN_FLIGHT):
+                nursery.start_soon(post(one, other.peer_id).slow, Empty())
+            await until_called(pings, 4)
+            assert other.peer_id in one.connected
+            assert set(pings.errors) == {Status.RESOURCE_EXHAUSTED}, "the far side said so at once, and lives"
+            may_answer.set()
+
+
+async def throttle(source: trio.SocketStream, sink: trio.SocketStream, bytes_per_s: float) -> None:
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        async for data in source:
+            await trio.sleep(len(data) / bytes_per_s)
+            await sink.send_all(data)
+
+
+@pytest.mark.usefixtures("_short_keepalive")
+async def test_a_path_stays_that_is_slow_and_full() -> None:
+    """By a proxy that passes on a few megabytes a second, so that pings queue behind a large request."""
+    parcel = Parcel((os.urandom(12_000_000),))
+
+    class Sink(Post):
+        async def who(self, request: Parcel) -> Parcel:
+            return Parcel(sender=str(len(request.data[0])))
+
+    async with host(1, lanes=False) as one, host(2, Sink(), lanes=False) as other, trio.open_nursery() as nursery:
+        port = int(other.addresses()[0].split("/")[4])
+
+        async def carry(near: trio.SocketStream) -> None:
+            async with near, await trio.open_tcp_stream("127.0.0.1", port) as far, trio.open_nursery() as both:
+                both.start_soon(throttle, near, far, 6_000_000)
+                both.start_soon(throttle, far, near, math.inf)
+
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        nursery.start_soon(trio.serve_listeners, carry, listeners)
+        with trio.fail_after(GENEROUS_S):
+            proxy = listeners[0].socket.getsockname()[1]
+            await one.connect([f"/ip4/127.0.0.1/tcp/{proxy}/p2p/{other.peer_id}"])
+            pings = one.links.metrics.of_called("node.ping")
+            answer = await client(Post, one.at(other.peer_id), timeout_s=GENEROUS_S).who(parcel)
+            assert answer.sender == "12000000"
+            assert pings.errors[Status.DEADLINE_EXCEEDED] >= 2, "else this shows nothing"
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_peer_that_answers_nonsense_does_not_bring_the_node_down() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .channels import (
     ANN,
     KIB,
     MIB,
+    PARCEL_BYTES,
     SEED,
     Asked,
     Gate,
@@ -100,6 +102,23 @@ async def test_a_caller_whose_turn_does_not_come_in_time_is_told_so(autojump_clo
         gate.release.set()
 
 
+class Urgent(Service, name="probe"):
+    @unary(is_urgent=True)
+    async def double(self, request: Question) -> Reply:
+        raise NotImplementedError
+
+
+async def test_an_urgent_call_does_not_wait_for_its_turn(autojump_clock: trio.testing.MockClock) -> None:
+    gate = Gate()
+    async with pair_of_channels(gate) as pair, trio.open_nursery() as nursery:
+        for _ in range(MAX_CALLS_IN_FLIGHT + 1):
+            nursery.start_soon(ask, pair.to_bob)
+        await trio.testing.wait_all_tasks_blocked()
+        error = await failure(client(Urgent, pair.ann, timeout_s=1).double(Question(1)))
+        assert error.status is Status.RESOURCE_EXHAUSTED, "the far side has said so, and lives"
+        gate.release.set()
+
+
 async def test_calls_made_at_once_leave_in_few_writes_and_so_do_their_answers() -> None:
     async with pair_of_channels() as pair:
         async with trio.open_nursery() as nursery:
@@ -132,16 +151,53 @@ async def test_each_side_counts_the_calls_that_it_made_or_served() -> None:
     async with pair_of_channels(Asked(fail)) as pair:
         await pair.to_bob.echo(Parcel(bytes(1000)))
         await ask(pair.to_bob)
-        await pair.to_bob.collect(aiter_of(parcels(1)))
+        await pair.to_bob.collect(aiter_of(parcels(3)))
         assert [parcel async for parcel in pair.to_bob.send(Question(2))]
+        assert [parcel async for parcel in pair.to_bob.pass_back(aiter_of(parcels(2)))]
         for side in (pair.metrics.called, pair.metrics.served):
             assert {name: method.calls for name, method in side.items()} == dict.fromkeys(
-                ["probe.echo", "probe.ask", "probe.collect", "probe.send"], 1
+                ["probe.echo", "probe.ask", "probe.collect", "probe.send", "probe.pass_back"], 1
             )
             assert side["probe.ask"].errors == {Status.PERMISSION_DENIED: 1}
             assert side["probe.send"].errors == side["probe.echo"].errors == {}
             assert side["probe.echo"].request_bytes >= 1000
             assert side["probe.echo"].answer_bytes >= 1000
+            streamed = side["probe.collect"], side["probe.send"], side["probe.pass_back"]
+            assert [method.request_bytes // PARCEL_BYTES for method in streamed] == [3, 0, 2]
+            assert [method.answer_bytes // PARCEL_BYTES for method in streamed] == [0, 2, 2]
+
+
+@pytest.mark.parametrize("size", [KIB, 200 * KIB, 8 * MIB])
+async def test_memory_that_was_sent_is_the_callers_own_again_when_its_call_has_returned(size: int) -> None:
+    class Taking(Probe):
+        async def bulky(self, request: Parcel) -> Empty:
+            return Empty()
+
+    async with pair_of_channels(Taking()) as pair:
+        memory = bytearray(size)
+        await pair.to_bob.bulky(Parcel(memoryview(memory)))
+        memory.clear()  # a BufferError, as long as anybody has a view of it
+
+
+@pytest.mark.parametrize("kind", ["request", "answer", "streamed answer"])
+async def test_what_was_received_is_kept_by_nobody_who_waits_for_more(kind: str) -> None:
+    received: list[weakref.ref[object]] = []
+
+    class Noting(Probe):
+        async def bulky(self, request: Parcel) -> Empty:
+            received.append(weakref.ref(request.content))
+            return Empty()
+
+    async with pair_of_channels(Noting()) as pair:
+        match kind:
+            case "request":
+                await pair.to_bob.bulky(Parcel(bytes(MIB)))
+            case "answer":
+                received.append(weakref.ref((await pair.to_bob.echo(Parcel(bytes(MIB)))).content))
+            case _:
+                received += [weakref.ref(parcel.content) async for parcel in pair.to_bob.send(Question(1))]
+        await trio.testing.wait_all_tasks_blocked()
+        assert [kept() for kept in received] == [None]
 
 
 # --- how a call fails ---
@@ -269,6 +325,21 @@ async def test_an_error_on_purpose_tells_the_caller_its_status_and_words_once(er
             told = await failure(anext(answers))
             assert (told.status, told.message) == (status, "its words")
         await still_works(pair.to_bob)
+
+
+async def test_an_error_on_purpose_in_a_nursery_of_the_handler_keeps_its_status_and_words() -> None:
+    async def fail() -> None:
+        async def miss() -> None:
+            raise RemoteError(Status.NOT_FOUND, "its words")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            nursery.start_soon(miss)
+
+    async with pair_of_channels(Asked(fail)) as pair:
+        told = await failure(pair.to_bob.ask(Empty()))
+        assert (told.status, told.message) == (Status.NOT_FOUND, "its words")
+        assert pair.metrics.served["probe.ask"].errors == {Status.NOT_FOUND: 1}
 
 
 @pytest.mark.parametrize(

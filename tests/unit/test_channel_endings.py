@@ -10,16 +10,17 @@ import trio
 import trio.testing
 
 from shoal.node.rpc import TICK_S, Account, Channel, Router
-from shoal.protocol.codec import decode
+from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import Status
-from shoal.protocol.frames import FrameType
-from shoal.protocol.rpc import ErrorHeader
+from shoal.protocol.frames import Frame, FrameType
+from shoal.protocol.rpc import ErrorHeader, request_header
 from shoal.protocol.services import Empty, Service, client, current_call, unary
 
 from .channels import (
     ANN,
     BOB,
     GENEROUS_S,
+    KIB,
     MIB,
     Asked,
     CountingByteStream,
@@ -262,6 +263,25 @@ async def test_two_that_drain_at_once_both_wait_for_the_calls_of_the_other(
                 at_ann.release.set()
             assert statuses == [Status.OK] * 2
             ann.stop()
+
+
+async def test_an_outcome_that_is_lost_with_what_ends_the_stream_still_settles_its_caller() -> None:
+    account = Account(max_bytes=64 * KIB)
+    unfinished = wire(Frame(FrameType.REQUEST, 1, request_header("probe.echo", 1000, b""), (bytes(MIB),)))[: 100 * KIB]
+    statuses: list[Status] = []
+    async with channel_to_a_stranger(account=account) as (bob, stranger), trio.open_nursery() as nursery:
+        to_stranger = client(Probe, bob)
+
+        async def receive() -> None:
+            statuses.append((await failure(anext(aiter(to_stranger.send(Question(1)))))).status)
+
+        nursery.start_soon(ask, to_stranger, statuses)
+        (asked,) = await read_frames(stranger, 1)
+        nursery.start_soon(receive)
+        (streamed,) = await read_frames(stranger, 1)
+        outcomes = Frame(FrameType.ANSWER, asked.call_id, encode(Empty())), Frame(FrameType.END, streamed.call_id)
+        await stranger.send_all(wire(*outcomes) + unfinished)  # which is read in one piece
+    assert statuses == [Status.UNAVAILABLE] * 2
 
 
 async def test_a_channel_may_be_stopped_before_it_runs() -> None:

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from shoal.protocol.codec import encode_message
+from shoal.protocol.errors import RemoteError
 from shoal.protocol.frames import FROM_CALLER, Frame, FrameType
 from shoal.protocol.limits import STREAM_WINDOW_BYTES
 from shoal.protocol.rpc import MESSAGE_OVERHEAD_BYTES
@@ -17,6 +18,7 @@ from shoal.protocol.rpc import MESSAGE_OVERHEAD_BYTES
 from .channels import (
     PARCEL_BYTES,
     SEED,
+    Pair,
     Parcel,
     Probe,
     Question,
@@ -116,6 +118,28 @@ async def test_many_streams_and_calls_at_once_do_not_mix() -> None:
                 nursery.start_soon(bring_back, number)
                 nursery.start_soon(still_works, pair.to_ann)
                 nursery.start_soon(still_works, pair.to_bob)
+
+
+async def test_a_handler_may_give_any_iterator_not_only_one_that_can_be_closed() -> None:
+    class Rest:
+        def __init__(self, count: int) -> None:
+            self._left = parcels(count)
+
+        def __aiter__(self) -> AsyncIterator[Parcel]:
+            return self
+
+        async def __anext__(self) -> Parcel:
+            if not self._left:
+                raise StopAsyncIteration
+            return self._left.pop(0)
+
+    class Bare(Probe):
+        def send(self, request: Question) -> AsyncIterator[Parcel]:  # type: ignore[override]
+            return Rest(request.number)
+
+    async with pair_of_channels(Bare()) as pair:
+        received = [parcel async for parcel in pair.to_bob.send(Question(3))]
+        assert contents(received) == contents(parcels(3)), f"seed {SEED}"
 
 
 async def test_a_slow_reader_stops_the_far_handler_and_then_misses_nothing() -> None:
@@ -251,3 +275,30 @@ async def test_a_source_that_fails_when_it_is_closed_harms_nobody() -> None:
         await trio.testing.wait_all_tasks_blocked()
         await still_works(pair.to_bob)
         await still_works(pair.to_ann)
+
+
+@pytest.mark.parametrize("side", ["caller", "server"])
+async def test_a_source_that_fails_when_its_channel_ends_does_not_bring_the_node_down(side: str) -> None:
+    async def breaks() -> AsyncGenerator[Parcel]:
+        async def fail() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise ZeroDivisionError("in its cleanup")
+
+        async with trio.open_nursery() as nursery:  # so that the failure comes together with the cancellation
+            nursery.start_soon(fail)
+            await trio.sleep_forever()
+        yield Parcel(b"")
+
+    async def collect(pair: Pair) -> None:
+        with pytest.raises((RemoteError, ExceptionGroup)):
+            await pair.to_bob.collect(breaks())
+
+    async with pair_of_channels(Streams()) as pair:  # whose nursery would raise what `Channel.run` raises
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(collect, pair)
+            await trio.testing.wait_all_tasks_blocked()
+            (pair.ann if side == "caller" else pair.bob).stop()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not pair.ann.is_open

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from shoal.protocol.errors import LimitError, ProtocolError
 from shoal.protocol.frames import (
     COMPRESS_UP_TO_BYTES,
+    COPY_BELOW_BYTES,
     FROM_CALLER,
     MAX_EXPANSION,
+    MIN_SHARE,
     Frame,
     FrameDecoder,
     FrameType,
@@ -93,6 +95,17 @@ def test_attachments_stay_readable_while_more_arrives() -> None:
     (first,) = decoder.receive_data(wire(Frame(FrameType.ANSWER, 1, b"", (b"kept",))))
     decoder.receive_data(wire(*(Frame(FrameType.ANSWER, n, bytes(5000)) for n in range(5))))
     assert bytes(first.attachments[0]) == b"kept"
+
+
+@pytest.mark.parametrize("size", [1, COPY_BELOW_BYTES - 1, COPY_BELOW_BYTES, 200_000, 2**20])
+@pytest.mark.parametrize("points", [[], [-10]], ids=["in one read", "in two"])
+def test_an_attachment_keeps_no_more_alive_than_a_few_times_its_own_length(size: int, points: list[int]) -> None:
+    long, short = (Frame(FrameType.ANSWER, n, b"", (bytes(length),)) for n, length in ((1, 2**20), (2, size)))
+    decoder = FrameDecoder()
+    received = [frame for piece in cut(wire(long, short), points) for frame in decoder.receive_data(piece)]
+    assert received == [long, short]
+    (kept,) = received[1].attachments
+    assert len(kept.obj if isinstance(kept, memoryview) else kept) <= MIN_SHARE * size
 
 
 def test_the_largest_frame_goes_through() -> None:
