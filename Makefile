@@ -1,17 +1,19 @@
 # `make demo` and `make test` each work on a fresh clone; no virtual environment needs to be active.
-# PYTHON=…  the interpreter to build .venv with (3.11 or newer)
-# ARGS=…    passed on: make test ARGS="-k manifest -x", make demo ARGS=--json
-# Both are read by the recipes below or by tools/setup.sh.
+# PYTHON=…   the interpreter to build .venv with (3.11 or newer)
+# ARGS=…     passed on: make test ARGS="-k manifest -x", make demo ARGS=--json
+# SECONDS=…  for how long make fuzz tries each target (20)
+# They are read by the recipes below or by tools/setup.sh.
 
 PYTHON ?=
 ARGS ?=
+SECONDS ?= 20
 export PYTHON
 
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format format-check types bench clean
+.PHONY: help setup demo test check lint format format-check types fuzz bench clean
 
 help:                  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -40,7 +42,10 @@ format-check: $(READY)
 types: $(READY)        ## mypy, strict
 	@$(BIN)/mypy
 
-bench: $(READY)        ## every benchmark, one after the other
+fuzz: .venv/.with-fuzz  ## every decoder against made-up bytes, SECONDS each
+	@$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(ARGS)
+
+bench: .venv/.with-peers  ## every benchmark, one after the other
 	@set -e; for file in $(or $(sort $(wildcard benchmarks/*.py)),none); do \
 		if [ $$file = none ]; then echo "there are no benchmarks/*.py yet"; exit 1; fi; \
 		$(BIN)/python $$file $(ARGS); \
@@ -52,6 +57,10 @@ clean:                 ## delete caches and build outputs (.venv stays; delete i
 
 $(READY): pyproject.toml tools/setup.sh
 	@tools/setup.sh
+
+.venv/.with-%: $(READY)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
+	@touch $@
 
 # A virtual environment whose interpreter is gone or whose tree was moved is out of date, whatever its age.
 ifneq ($(shell test -x $(BIN)/python && test "$$(cat $(READY) 2>/dev/null)" = "$$(pwd -P)" && echo yes),yes)

@@ -347,7 +347,7 @@ def _check_plain(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, dict):
         if not all(type(key) is str for key in value):
             raise _wrong(where, "a map with text keys", value)
-        return {key: _check_plain(item, f"{where}.{key[:40]}", depth + 1) for key, item in value.items()}
+        return {key: _check_plain(item, f"{where}.{key[:40]!r:.40}", depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_check_plain(item, f"{where}[]", depth + 1) for item in value]
     if not isinstance(value, types.NoneType | bool | int | float | str | bytes):

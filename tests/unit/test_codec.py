@@ -200,6 +200,16 @@ def test_nesting_is_bounded(depth: int, opening: bytes) -> None:
             decode(kind, opening * depth + b"\xc0", max_bytes=1_000_000)
 
 
+def test_what_an_error_says_of_plain_data_reaches_no_terminal_as_it_is() -> None:
+    value: Any = None
+    for _ in range(MAX_NESTING + 1):
+        value = {"\x1b[2J" * 100: value}
+    with pytest.raises(LimitError, match="nested") as refused:
+        from_plain(dict[str, Any], {"x": value})
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 1000
+
+
 @pytest.mark.parametrize("num_bytes", [500, 5_000, 50_000])
 @pytest.mark.parametrize("opening", ["!BH", "!BI"])
 def test_arrays_that_claim_to_be_long_cost_no_memory(num_bytes: int, opening: str) -> None:
