@@ -430,7 +430,7 @@ class RpcConnection:
             error = decode(ErrorHeader, frame.header)
             if self._ours.pop(call_id, None) is None:
                 return None  # it crossed our cancel
-            return Failed(call_id, RemoteError(error.status, error.message[:MAX_ERROR_CHARS]))
+            return Failed(call_id, _remote_error(error))
         if kind is _CANCEL:
             call = self._theirs.get(call_id)
             if call is None or not call.is_wanted:
@@ -492,6 +492,13 @@ class RpcConnection:
         was_stopped = call.credit <= 0
         call.credit += num_bytes
         return Writable(frame.call_id, is_ours) if was_stopped and call.credit > 0 else None
+
+
+def _remote_error(header: ErrorHeader) -> RemoteError:
+    """What a stranger says of a failure, fit for a log and a terminal."""
+    status = Status.UNKNOWN if header.status is Status.OK else header.status  # an error that says OK is still one
+    text = "".join(char if char.isprintable() else "?" for char in header.message[:MAX_ERROR_CHARS])
+    return RemoteError(status, text)
 
 
 def _message_cost(body: Buffer, attachments: Attachments) -> int:

@@ -126,8 +126,10 @@ class _Shell:
                 require(call_id in self.ours, "a call that is not open has an outcome")
                 kind = self.ours.pop(call_id)
                 require(isinstance(event, Failed) or not kind.streams_answers, "a stream was answered by one message")
-                # The words are the far side's own, whatever they are.
-                require(isinstance(event, Answered) or len(event.error.message) <= MAX_ERROR_CHARS, "a long error")
+                if isinstance(event, Failed):
+                    require(len(event.error.message) <= MAX_ERROR_CHARS, "a long error")
+                    require(event.error.message.isprintable(), "a stranger's words reach a terminal as they are")
+                    require(event.error.status is not Status.OK, "a failure that says OK")
             case Message(call_id, is_ours, body, attachments, num_bytes):
                 kind = self.open_kind(call_id, is_ours=is_ours)
                 require(kind.streams_answers if is_ours else kind.streams_requests, "a message outside of a stream")

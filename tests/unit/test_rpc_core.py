@@ -647,3 +647,12 @@ def test_both_sides_count_the_credit_of_compressed_messages_alike() -> None:
             server.consumed(call_id, event.num_bytes, is_ours=False)
         carry(server, caller)
         assert not caller.is_stopped(call_id, is_ours=True)
+
+
+def test_what_a_stranger_says_of_a_failure_reaches_no_terminal_as_it_is(caller: RpcConnection) -> None:
+    call_id = call(caller)
+    header = encode(ErrorHeader(Status.OK, "\x1b[2Jgone\nroot: owned"))
+    (event,) = caller.receive_data(wire(Frame(FrameType.ERROR, call_id, header)), now=0.0)
+    assert failure(event) == (call_id, Status.UNKNOWN)
+    assert isinstance(event, Failed)
+    assert event.error.message == "?[2Jgone?root: owned"
