@@ -1,7 +1,8 @@
-"""The libp2p host of a node: who it is connected to, and calls to them.
+"""The libp2p host of a node: who it is connected to, by which paths, and calls to them.
 
 Owns the swarm (TCP, noise, yamux, identify), Kademlia, bootstrap with retry and mDNS. Everything above it speaks in
-`PeerId`, text multiaddrs and typed methods; nothing above it imports libp2p.
+`PeerId`, text multiaddrs and typed methods. How a better path is come by is `shoal.node.reach`'s business; here is what
+every path has in common: it is a libp2p connection, and the best one carries what begins now.
 """
 
 from __future__ import annotations
@@ -9,35 +10,41 @@ from __future__ import annotations
 import ipaddress
 import logging
 import random
-import socket
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import ifaddr
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INetworkService, INotifee
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.discovery.events.peerDiscovery import peerDiscovery
 from libp2p.discovery.mdns.mdns import MDNSDiscovery
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.protocol_muxer.exceptions import MultiselectError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from shoal.node.lanes import TLS_HANDSHAKE, peek_first_byte
-from shoal.node.libp2p_repairs import apply_repairs
+from shoal.node.door import Door
+from shoal.node.libp2p_repairs import announce_as_told, apply_repairs
 from shoal.node.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
+from shoal.node.paths import Candidate, Ladder, PathKind, kind_of, surplus
+from shoal.node.relay import BROKEN, CIRCUIT, Relay, parse_circuit
+from shoal.node.relay_limits import RelayLimits
 from shoal.node.rpc import ByteStream, Router, StreamClosedError
 from shoal.node.services import NodeService
 from shoal.protocol.codec import Buffer
@@ -48,19 +55,21 @@ from shoal.protocol.services import Caller, Empty, client
 log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S: Final = 10.0
+CIRCUIT_HEAD_START_S: Final = 0.3
+"""How long the direct addresses of a peer are tried before a relay is troubled too."""
+NEGOTIATE_S: Final = 10.0
 KEEPALIVE_INTERVAL_S: Final = 5.0
 KEEPALIVE_TIMEOUT_S: Final = 5.0
-BOOTSTRAP_RETRY_MAX_S: Final = 30.0
+BOOTSTRAP_RETRY_MAX_S: Final = 10.0
+RETIRE_S: Final = 10.0
+"""How long a path stays at least after a better one has come."""
+RETIRE_MAX_S: Final = 600.0
 MAX_EVENTS: Final = 1024
-FIRST_BYTE_S: Final = 10.0
-MAX_SILENT: Final = 512
-MAX_SILENT_PER_IP: Final = 32
-"""Connections that have not sent a byte yet; over that, a new one is closed."""
+MAX_KNOWN_PEERS: Final = 1024
+MAX_KNOWN_ADDRESSES: Final = 16
+"""Addresses kept of a peer, to reach it again."""
+MAX_PEERS: Final = 256
 WRITE_BYTES: Final = 1024 * 1024
-
-
-class ListenError(ShoalError):
-    """An address to listen on cannot be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,87 +89,241 @@ class PeerDown:
 HostEvent = PeerUp | PeerDown
 
 
+@dataclass(slots=True, eq=False)
+class Path:
+    """One connection to a peer.
+
+    Attributes:
+        address: the full multiaddr of the far end, empty if it has none.
+        outbound: whether this node dialed.
+        since: trio time at which it came.
+    """
+
+    connection: INetConn
+    kind: PathKind
+    address: str
+    outbound: bool
+    since: float
+
+
 @dataclass(slots=True)
 class Connected:
     """What is known of a connected peer.
 
     Attributes:
-        address: the far end of the connection.
         since: trio time at which it came.
+        paths: the best first; never empty.
+        ladder: what was tried to reach it better.
         rtt_ms: the last measured round trip of a small call; None before the first.
-        outbound: whether this node dialed.
+        used_at: trio time at which this node last wanted to call it.
     """
 
-    address: str
     since: float
-    outbound: bool
+    paths: list[Path]
+    ladder: Ladder = field(default_factory=Ladder)
     rtt_ms: float | None = None
+    used_at: float = 0.0
+
+    @property
+    def best(self) -> Path:
+        """The path that carries what begins now."""
+        return self.paths[0]
+
+    @property
+    def kind(self) -> PathKind:
+        """How it is reached."""
+        return self.best.kind
+
+    @property
+    def address(self) -> str:
+        """The far end of the best path."""
+        return self.best.address
+
+    @property
+    def outbound(self) -> bool:
+        """Whether this node dialed the best path."""
+        return self.best.outbound
 
 
 class Host:
     """Connections and calls. Made by `open_host`."""
 
     def __init__(
-        self, host: IHost, peer_id: PeerId, router: Router, nursery: trio.Nursery, *, lanes: bool = True
+        self,
+        host: IHost,
+        peer_id: PeerId,
+        router: Router,
+        nursery: trio.Nursery,
+        *,
+        lanes: bool = True,
+        relay_limits: RelayLimits,
+        max_peers: int,
     ) -> None:
         self.peer_id = peer_id
         self.connected: dict[PeerId, Connected] = {}
         self.links = Links(self, router, nursery, lanes=lanes)
+        self.door = Door(self.links.accept_lane)
+        self.relay = Relay(host, relay_limits, self.own_addresses)
+        self.announced: tuple[str, ...] = ()
+        """Further full multiaddrs at which others reach this node: forwarded ones and circuits."""
+        self.relays: dict[PeerId, str] = {}
+        """Connected peers that relay, with an address of each."""
+        self.punching: set[PeerId] = set()
+        """Peers with which holes are being punched now."""
+        self.wanted: dict[PeerId, set[str]] = {}
+        """Peers that must not be let go to make room, and by whom they are wanted."""
+        self.on_path: Callable[[PeerId], None] = lambda peer: None
+        """Told when a peer's best path is another one."""
         self._host = host
         self._nursery = nursery
+        self._max_peers = max_peers
         self._dht: KadDHT | None = None
+        self._known: dict[PeerId, dict[str, None]] = {}  # addresses, newest last; the peer last learned of last
+        self._came_or_went = trio.Event()
         self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
 
+    def own_addresses(self) -> tuple[str, ...]:
+        """The full multiaddrs of this node's own interfaces, at which it listens."""
+        listened = [str(a) for listener in self._network.listeners.values() for a in listener.get_addrs()]
+        return tuple(f"{found}/p2p/{self.peer_id}" for address in listened for found in _reachable(address))
+
     def addresses(self) -> tuple[str, ...]:
-        """The full multiaddrs under which this node listens, ``/p2p/`` included."""
-        return tuple(address for listened in self._host.get_addrs() for address in _reachable(str(listened)))
+        """The full multiaddrs under which others can reach this node: its own, forwarded ones, circuits."""
+        return tuple(dict.fromkeys((*self.announced, *self.own_addresses())))
+
+    @property
+    def _network(self) -> Any:
+        return self._host.get_network()
 
     async def connect(self, addresses: Sequence[str]) -> PeerId:
-        """Connect to the one peer that these full multiaddrs name.
+        """Connect to the one peer that these full multiaddrs name, by one of them or through a relay.
 
         Raises:
-            NoPeersError: if none of them answers.
+            NoPeersError: if it cannot be reached by any of them.
             UsageError: if they name no peer that could be a node.
         """
         try:
             infos = [info_from_p2p_addr(Multiaddr(address)) for address in addresses]
         except ValueError as error:
             raise UsageError(f"{', '.join(addresses)[:200]} names no peer: {error}") from error
-        peer_id = infos[0].peer_id
-        peer = PeerId.parse(str(peer_id))
-        if peer == self.peer_id or peer in self.connected:
+        peer = PeerId.parse(str(infos[0].peer_id))
+        named = [address for address, info in zip(addresses, infos, strict=True) if info.peer_id == infos[0].peer_id]
+        if peer == self.peer_id:
             return peer
-        self._forget_failed_dials(peer_id)
-        # One by one side by side, because libp2p's own dial tries only one address of each transport.
-        with trio.move_on_after(DIAL_TIMEOUT_S):
-            async with trio.open_nursery() as nursery:
-                for known in dict.fromkeys(
-                    address for info in infos if info.peer_id == peer_id for address in info.addrs
-                ):
-                    nursery.start_soon(self._dial, peer_id, known, nursery.cancel_scope)
-        if not self._host.get_network().get_connections(peer_id):
+        self.remember(peer, named)
+        if peer not in self.connected and not await self._reach(peer, named):
             raise NoPeersError(f"cannot reach {peer} at {', '.join(addresses)}")
         return peer
 
-    async def _dial(self, peer_id: ID, address: Multiaddr, others: trio.CancelScope) -> None:
+    async def find(self, peer: PeerId) -> PeerId:
+        """Connect to a peer by its name alone: by addresses known from before, relays, or the DHT.
+
+        Raises:
+            NoPeersError: if it cannot be found or reached.
+        """
+        if peer == self.peer_id or peer in self.connected:
+            return peer
+        if await self._reach(peer, self.known_addresses(peer)):
+            return peer
+        if self._dht is not None:
+            info = await self._dht.find_peer(ID.from_base58(str(peer)))
+            found = [] if info is None else [f"{_without_peer(str(a))}/p2p/{peer}" for a in info.addrs]
+            if found and await self._reach(peer, found):
+                return peer
+        raise NoPeersError(f"cannot find {peer}: neither the DHT nor a relay leads to it now")
+
+    async def _reach(self, peer: PeerId, addresses: Iterable[str]) -> bool:
+        """Dial all of it side by side, circuits a little later; whether a connection stands."""
+        direct = [address for address in addresses if CIRCUIT not in address]
+        circuits = [address for address in addresses if CIRCUIT in address]
+        # Whoever relays for this node may relay for the peer too.
+        circuits += [f"{address}{CIRCUIT}/p2p/{peer}" for relay, address in self.relays.items() if relay != peer]
+        with trio.move_on_after(DIAL_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                for number, address in enumerate(dict.fromkeys(direct + circuits)):
+                    wait_s = CIRCUIT_HEAD_START_S if direct and number >= len(direct) else 0.0
+                    nursery.start_soon(self._dial_one_of_many, peer, address, wait_s, nursery.cancel_scope)
+        return peer in self.connected or self.is_connected(peer)
+
+    async def _dial_one_of_many(self, peer: PeerId, address: str, wait_s: float, others: trio.CancelScope) -> None:
+        await trio.sleep(wait_s)
         try:
-            await self._host.get_network().dial_addr(address, peer_id)
-        except (BaseLibp2pError, OSError) as error:
+            await self.dial(peer, address)
+        except (ShoalError, *BROKEN) as error:
             log.debug("dialing %s failed: %s", address, error)
         else:
             others.cancel()
 
-    def _forget_failed_dials(self, peer: ID) -> None:
-        # The swarm refuses for a minute to dial a peer that once failed; whoever asks here has a reason to try again.
-        unblock = getattr(self._host.get_network(), "unblock_peer", None)
-        if unblock is not None:
-            unblock(peer)
+    async def dial(self, peer: PeerId, address: str) -> None:
+        """Open one more connection to a peer, by this address.
+
+        Raises:
+            ShoalError: if a relay refuses.
+            OSError: if nobody is there.
+            BaseLibp2pError: if somebody else is there.
+        """
+        if CIRCUIT in address:
+            relay, _ = parse_circuit(address)
+            if relay not in self.connected:
+                await self.connect([address.partition(CIRCUIT)[0]])
+            await self.relay.dial(address)
+            return
+        match _without_peer(address).split("/")[1:]:
+            case ["ip4" | "ip6", ip, "tcp", port]:
+                stream = await self.door.dial(ip, int(port))
+                await self.upgrade(RawConnection(TrioTCPStream(stream), initiator=True), peer)
+            case _:
+                await self._network.dial_addr(Multiaddr(address), ID.from_base58(str(peer)))
+
+    async def upgrade(self, raw: RawConnection, peer: PeerId) -> None:
+        """Make a byte pipe a connection to a peer, who proves that it is that.
+
+        Raises:
+            BaseLibp2pError: if it is not, or the pipe broke; the pipe is closed then.
+        """
+        if raw.is_initiator:
+            await self._network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(peer)))
+            return
+        muxed = await self._network.upgrade_inbound_raw_conn(raw, Multiaddr(f"/p2p/{peer}"))
+        if str(muxed.peer_id) != peer:
+            await muxed.close()
+            raise BaseLibp2pError(f"{muxed.peer_id} came instead of {peer}")
+
+    def remember(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        """Keep addresses of a peer, to reach it again by them."""
+        known = self._known.pop(peer, {})
+        for address in addresses:
+            known.pop(address, None)
+            known[address] = None
+        while len(known) > MAX_KNOWN_ADDRESSES:
+            del known[next(iter(known))]
+        self._known[peer] = known
+        while len(self._known) > MAX_KNOWN_PEERS:
+            del self._known[next(iter(self._known))]
+
+    def known_addresses(self, peer: PeerId) -> list[str]:
+        """What is remembered of it, newest first."""
+        return list(reversed(self._known.get(peer, {})))
+
+    def want(self, peer: PeerId, why: str) -> None:
+        """Never let this peer go to make room."""
+        self.wanted.setdefault(peer, set()).add(why)
+
+    def unwant(self, peer: PeerId, why: str) -> None:
+        """This reason to keep a peer is gone."""
+        reasons = self.wanted.get(peer, set())
+        reasons.discard(why)
+        if not reasons:
+            self.wanted.pop(peer, None)
 
     def at(self, peer: PeerId) -> Caller:
         """What carries calls to a peer, for `shoal.protocol.services.client`.
 
         A call of a peer that cannot be reached fails with UNAVAILABLE.
         """
+        state = self.connected.get(peer)
+        if state is not None:
+            state.used_at = trio.current_time()
         return self.links.at(peer)
 
     async def disconnect(self, peer: PeerId) -> None:
@@ -177,7 +340,7 @@ class Host:
             return []
         found = await self._dht.find_providers(str(cid))
         return [
-            tuple(f"{str(address).partition('/p2p/')[0]}/p2p/{info.peer_id}" for address in info.addrs)
+            tuple(f"{_without_peer(str(address))}/p2p/{info.peer_id}" for address in info.addrs)
             for info in found
             if info.addrs and str(info.peer_id) != self.peer_id
         ]
@@ -191,7 +354,7 @@ class Host:
     def dialed_address(self, peer: PeerId) -> tuple[str, int] | None:
         """IP and TCP port that this node dialed to reach a peer; None if the peer dialed."""
         state = self.connected.get(peer)
-        if state is None or not state.outbound:
+        if state is None or not state.outbound or state.kind is not PathKind.DIRECT:
             return None
         match state.address.split("/")[1:5]:
             case ["ip4" | "ip6", ip, "tcp", port]:
@@ -209,14 +372,32 @@ class Host:
         return None if state is None or state.rtt_ms is None else state.rtt_ms / 1000
 
     async def open_stream(self, peer: PeerId, protocol: str) -> ByteStream:
-        """A new libp2p stream, or `StreamClosedError`."""
-        peer_id = ID.from_base58(str(peer))
-        if not self._host.get_network().get_connections(peer_id):  # libp2p would dial; whom to dial is decided here
+        """A new libp2p stream on the best path, or `StreamClosedError`."""
+        state = self.connected.get(peer)
+        if state is not None:
+            connection: INetConn | None = state.best.connection
+        else:  # a peer's first stream may be here before the news of its connection
+            connection = next(iter(self._network.get_connections(ID.from_base58(str(peer)))), None)
+        if connection is None:
             raise StreamClosedError(f"{peer} is not connected")
         try:
-            stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
-        except (BaseLibp2pError, OSError) as error:
+            stream = await connection.new_stream()
+        except BROKEN as error:
             raise StreamClosedError(str(error)) from error
+        negotiated = False
+        try:
+            multiselect: Any = self._host
+            chosen = await multiselect.multiselect_client.select_one_of(
+                [TProtocol(protocol)], MultiselectCommunicator(stream), NEGOTIATE_S
+            )
+            stream.set_protocol(chosen)
+            negotiated = True
+        except (MultiselectError, *BROKEN) as error:
+            raise StreamClosedError(str(error)) from error
+        finally:
+            if not negotiated:
+                with trio.CancelScope(shield=True):
+                    await stream.reset()
         return _Libp2pByteStream(stream)
 
     async def _serve_stream(self, protocol: str, stream: INetStream) -> None:
@@ -225,32 +406,96 @@ class Host:
 
     # What libp2p tells.
 
-    def _peer_up(self, connection: INetConn) -> None:
+    def _connection_up(self, connection: INetConn) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))
-        if peer in self.connected:
-            return
         address, outbound = _far_end(connection)
-        self.connected[peer] = Connected(address=address, since=trio.current_time(), outbound=outbound)
+        now = trio.current_time()
+        kind = kind_of(address, is_punching=peer in self.punching)
+        path = Path(connection, kind, address, outbound, since=now)
+        state = self.connected.get(peer)
+        if state is not None:
+            before = state.best
+            state.paths = sorted([*state.paths, path], key=lambda each: each.kind.rank)
+            if state.best is not before:
+                self._path_changed(peer, state)
+            return
+        self.connected[peer] = Connected(since=now, paths=[path], used_at=now)
         self.links.peer_up(peer)
         self._tell(PeerUp(peer))
         self._nursery.start_soon(self._keep_alive, peer)
         if self._dht is not None:
             self._nursery.start_soon(self._dht.add_peer, connection.muxed_conn.peer_id)
+        self._wake_waiters()
+        self.on_path(peer)
+        self._make_room(peer)
 
-    def _peer_down(self, connection: INetConn) -> None:
+    def _connection_down(self, connection: INetConn) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))
-        others = [
-            c for c in self._host.get_network().get_connections(connection.muxed_conn.peer_id) if c is not connection
-        ]
         state = self.connected.get(peer)
         if state is None:
             return
-        if others:
-            state.address, state.outbound = _far_end(others[0])
+        before = state.best
+        left = [path for path in state.paths if path.connection is not connection]
+        if left:
+            state.paths = left
+            if state.best is not before:
+                self._path_changed(peer, state)
             return
         del self.connected[peer]
+        self.relays.pop(peer, None)
+        self.relay.peer_down(peer)
         self.links.peer_down(peer)
         self._tell(PeerDown(peer))
+        self._wake_waiters()
+        self.on_path(peer)
+
+    def _path_changed(self, peer: PeerId, state: Connected) -> None:
+        log.info("%s is reached by another path now: %s (%s)", peer, state.kind, state.address)
+        self.links.path_changed(peer)
+        for path in state.paths[1:]:
+            self._nursery.start_soon(self._retire, peer, path)
+        self.on_path(peer)
+
+    async def _retire(self, peer: PeerId, path: Path) -> None:
+        """Close a path that a better one has replaced, when what it carries has ended."""
+        deadline = trio.current_time() + RETIRE_MAX_S
+        while trio.current_time() < deadline:
+            await trio.sleep(RETIRE_S)
+            state = self.connected.get(peer)
+            if state is None or path not in state.paths or state.best.kind.rank >= path.kind.rank:
+                return
+            if not any(str(stream.get_protocol()).startswith("/shoal/") for stream in path.connection.get_streams()):
+                break
+        await path.connection.close()
+
+    def _make_room(self, newcomer: PeerId) -> None:
+        if len(self.connected) <= self._max_peers:
+            return
+        candidates = [
+            Candidate(peer, state.kind, peer in self.wanted, state.used_at)
+            for peer, state in self.connected.items()
+            if peer != newcomer
+        ]
+        for peer in surplus(candidates, self._max_peers - 1, trio.current_time()):
+            log.info("letting %s go: more than %d peers are connected", peer, self._max_peers)
+            self._nursery.start_soon(self.disconnect, peer)
+
+    def _wake_waiters(self) -> None:
+        self._came_or_went.set()
+        self._came_or_went = trio.Event()
+
+    async def wait_for_change(self) -> None:
+        """Until a peer comes or goes."""
+        await self._came_or_went.wait()
+
+    def is_coming_back(self, peer: PeerId) -> bool:
+        """Whether a peer that is not connected is being dialed, again and again, because it is wanted."""
+        return peer in self.wanted
+
+    async def wait_connected(self, peer: PeerId) -> None:
+        """Until a peer is connected."""
+        while peer not in self.connected:
+            await self._came_or_went.wait()
 
     def _tell(self, event: HostEvent) -> None:
         try:
@@ -261,10 +506,10 @@ class Host:
     async def _keep_alive(self, peer: PeerId) -> None:
         """Measure the round trip, and close a path on which two calls in a row stay without answer."""
         misses = 0
-        ping = client(NodeService, self.at(peer), timeout_s=KEEPALIVE_TIMEOUT_S).ping
+        ping = client(NodeService, self.links.at(peer), timeout_s=KEEPALIVE_TIMEOUT_S).ping
         state = self.connected.get(peer)
         while state is not None and self.connected.get(peer) is state:
-            started = trio.current_time()
+            started, path = trio.current_time(), state.best
             try:
                 await ping(Empty())
                 state.rtt_ms = (trio.current_time() - started) * 1000
@@ -275,26 +520,34 @@ class Host:
                 is_silent = error.status in (Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE)
                 # A refusal is a sign of life, and so is whatever else came or is still being taken.
                 misses = misses + 1 if is_silent and not self.links.is_moving(peer, started) else 0
+            if path not in state.paths or path is not state.best:
+                misses = 0  # another path has its own two calls
             if misses >= 2 and self.connected.get(peer) is state:
-                log.info("%s does not answer; closing the path", peer)
-                await self.disconnect(peer)
-                return
+                log.info("%s does not answer; closing the path (%s)", peer, path.kind)
+                await path.connection.close()
+                misses = 0
             is_settled = state.rtt_ms is not None and not misses
             await trio.sleep(KEEPALIVE_INTERVAL_S if is_settled else 0.5)
 
-    async def _bootstrap(self, address: str) -> None:
-        """Be connected to one bootstrap node for ever, with back-off."""
+    async def stay_connected(self, addresses: Sequence[str]) -> None:
+        """Be connected to the peer that these full multiaddrs name for ever, with back-off."""
+        peer = PeerId(addresses[0].rpartition("/p2p/")[2])
+        if peer == self.peer_id:
+            return
+        self.want(peer, "bootstrap")
         wait_s = 0.5
         while True:
-            peer = PeerId(address.rpartition("/p2p/")[2])
-            if peer not in self.connected and peer != self.peer_id:
-                try:
-                    await self.connect([address])
-                    wait_s = 0.5
-                except NoPeersError as error:
-                    log.warning("bootstrap: %s; next try in %.0f s", error, wait_s)
-            await trio.sleep(wait_s * random.uniform(0.8, 1.2))  # noqa: S311  jitter, not a secret
-            wait_s = min(wait_s * 2, BOOTSTRAP_RETRY_MAX_S)
+            if peer in self.connected:
+                wait_s = 0.5
+                await self.wait_for_change()
+                continue
+            try:
+                await self.connect(addresses)
+            except NoPeersError as error:
+                log.warning("bootstrap: %s; next try in %.0f s", error, wait_s)
+                with trio.move_on_after(wait_s * random.uniform(0.8, 1.2)):  # noqa: S311  jitter, not a secret
+                    await self.wait_connected(peer)
+                wait_s = min(wait_s * 2, BOOTSTRAP_RETRY_MAX_S)
 
     async def _found_on_lan(self, info: PeerInfo) -> None:
         try:
@@ -323,6 +576,8 @@ async def open_host(
     mdns: bool,
     router: Router,
     lanes: bool = True,
+    relay_limits: RelayLimits | None = None,
+    max_peers: int = MAX_PEERS,
 ) -> AsyncIterator[Host]:
     """Stand up a host, listening; tears it down at the end.
 
@@ -333,6 +588,8 @@ async def open_host(
         mdns: whether to find and be found on the local network.
         router: who serves the calls of peers.
         lanes: whether to use connections beside libp2p's own where a peer is reached directly.
+        relay_limits: of what this node relays, once it does.
+        max_peers: how many are kept connected, unless more are wanted.
 
     Raises:
         ListenError: if an address cannot be listened on.
@@ -341,25 +598,44 @@ async def open_host(
     key_pair = create_new_key_pair(secret)
     # Noise alone: libp2p's own list ends in plain text, to which whoever is in the middle could talk both sides down.
     noise = NoiseTransport(key_pair, noise_privkey=create_new_x25519_key_pair().private_key)
-    libp2p_host = new_host(key_pair=key_pair, sec_opt={NOISE_PROTOCOL_ID: noise}, negotiate_timeout=10)
-    network = libp2p_host.get_network()
+    # Several paths may lead to a peer; how many peers there may be is decided here and not by libp2p.
+    limits = ConnectionConfig(
+        max_connections=3 * max_peers + 256, high_watermark=3 * max_peers + 256, max_connections_per_peer=8
+    )
+    libp2p_host = new_host(
+        key_pair=key_pair,
+        sec_opt={NOISE_PROTOCOL_ID: noise},
+        negotiate_timeout=int(NEGOTIATE_S),
+        connection_config=limits,
+        disable_identify_address_discovery=True,
+    )
+    network: Any = libp2p_host.get_network()
     failure: Exception | None = None
     async with background_trio_service(network), trio.open_nursery() as nursery:
         try:
             router.add(_NodeCalls())
-            host = Host(libp2p_host, PeerId.parse(str(libp2p_host.get_id())), router, nursery, lanes=lanes)
+            host = Host(
+                libp2p_host,
+                PeerId.parse(str(libp2p_host.get_id())),
+                router,
+                nursery,
+                lanes=lanes,
+                relay_limits=relay_limits or RelayLimits(),
+                max_peers=max_peers,
+            )
+            announce_as_told(libp2p_host, host.addresses)
             for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
                 libp2p_host.set_stream_handler(TProtocol(protocol), partial(host._serve_stream, protocol))
             network.register_notifee(_Notifee(host))
             for address in listen:
-                await _listen(network, address)
-            for listener in network.listeners.values():
-                _share_port(listener, host.links)
+                await host.door.listen(network, address)
+            host.door.open(network)
+            nursery.start_soon(host.relay.run)
             dht = KadDHT(libp2p_host, DHTMode.SERVER)
             async with background_trio_service(dht):
                 host._dht = dht
                 for address in bootstrap:
-                    nursery.start_soon(host._bootstrap, address)
+                    nursery.start_soon(host.stay_connected, [address])
                 if mdns:
                     nursery.start_soon(_run_mdns, host, libp2p_host)
                 try:
@@ -393,56 +669,10 @@ def _reachable(address: str) -> list[str]:
     return [f"/{family}/{known}/{rest}" for known in found if not known.is_link_local]
 
 
-async def _listen(network: INetworkService, address: str) -> None:
-    _check_free(address)
-    if not await network.listen(Multiaddr(address)):
-        raise ListenError(f"cannot listen on {address}; choose another address with --listen")
-
-
-def _share_port(listener: Any, links: Links) -> None:
-    """Let TLS connections to libp2p's port be lanes; what begins otherwise is libp2p's."""
-    handle = listener.handler
-    silent: Counter[str] = Counter()  # by IP
-
-    async def take(stream: Any) -> None:
-        sock = stream.stream.socket
-        try:
-            ip = sock.getpeername()[0]
-        except OSError:
-            ip = ""  # it is gone already
-        if not ip or silent[ip] >= MAX_SILENT_PER_IP or silent.total() >= MAX_SILENT:
-            await stream.close()
-            return
-        silent[ip] += 1
-        try:
-            first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
-        finally:
-            silent[ip] -= 1
-            if not silent[ip]:
-                del silent[ip]
-        if not first:
-            await stream.close()
-        elif first == TLS_HANDSHAKE:
-            await links.accept_lane(sock, ip)
-        else:
-            await handle(stream)
-
-    listener.handler = take
-
-
-def _check_free(address: str) -> None:
-    """Libp2p shares ports (SO_REUSEPORT), so it would listen beside another node and get half of its connections."""
-    _, family, ip, _, port = address.split("/")
-    try:
-        with socket.socket(socket.AF_INET6 if family == "ip6" else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((ip, int(port)))
-            probe.listen()
-    except OSError as error:
-        raise ListenError(
-            f"cannot listen on {address}: {error.strerror}; choose another with --listen, "
-            f"for example /{family}/{ip}/tcp/0 for any free port"
-        ) from error
+def _without_peer(address: str) -> str:
+    """A full multiaddr without the name of the peer that it leads to."""
+    transport, name, _ = address.rpartition("/p2p/")
+    return transport if name else address
 
 
 async def _run_mdns(host: Host, libp2p_host: IHost) -> None:
@@ -490,10 +720,10 @@ class _Notifee(INotifee):
         self._host = host
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
-        self._host._peer_up(conn)
+        self._host._connection_up(conn)
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        self._host._peer_down(conn)
+        self._host._connection_down(conn)
 
     async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
         pass

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import libp2p.network.swarm
 import trio
+from libp2p.abc import IHost
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.stream_muxer.yamux.yamux import YamuxStream
+from multiaddr import Multiaddr
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +31,46 @@ def apply_repairs() -> None:
         return
     _dial_without_waiting_for_the_race()
     _hold_peers_to_their_windows()
+    _see_ipv6_addresses()
+    _dial_nobody_unasked()
 
 
 def _dial_without_waiting_for_the_race() -> None:
     # Symptom: every successful dial takes 250 ms longer than it must. The event that ends the happy-eyeballs wait
     # (RFC 8305) is only set when an attempt fails.
     libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.0
+
+
+def announce_as_told(host: IHost, addresses: Callable[[], Iterable[str]]) -> None:
+    """Let a host announce these full multiaddrs, as they are.
+
+    Symptom: an address listened on as 0.0.0.0 is announced as that, and a circuit's address (``RELAY/p2p-circuit``)
+    loses its circuit on the way through `get_addrs`, which leaves the relay's address with this node's name on it.
+    """
+    host.get_addrs = lambda: [Multiaddr(address) for address in addresses()]  # type: ignore[method-assign]
+
+
+def _see_ipv6_addresses() -> None:
+    # Symptom: a connection over IPv6 has no remote address, so identify tells the peer none, and nothing knows how it
+    # is reached. The socket names an IPv6 peer with four values, and only two are taken for an address.
+    def get_remote_address(stream: TrioTCPStream) -> tuple[str, int] | None:
+        if stream._cached_remote_address is None:
+            try:
+                ip, port = stream.stream.socket.getpeername()[:2]
+            except OSError:
+                return None
+            stream._cached_remote_address = (str(ip).removeprefix("::ffff:"), int(port))
+        return stream._cached_remote_address
+
+    TrioTCPStream.get_remote_address = get_remote_address  # type: ignore[method-assign,assignment]
+
+
+def _dial_nobody_unasked() -> None:
+    # Symptom: whenever a peer goes, the swarm dials others that it once heard of, up to 150 of them.
+    async def maybe_connect(connector: AutoConnector) -> None:
+        pass
+
+    AutoConnector.maybe_connect = maybe_connect  # type: ignore[method-assign,assignment]
 
 
 class _WindowExceededError(trio.TooSlowError):

@@ -47,6 +47,8 @@ FAR_AWAY_S: Final = 0.002
 """A round trip above which several bulk lanes are better than one: a lone flow gets less of a long or a shared link."""
 MAX_BULK_LANES: Final = 4
 DRAIN_S: Final = 1.0
+LET_GO_S: Final = 600.0
+"""How long a call may take that is under way when a better path comes."""
 
 _chance = random.Random()  # noqa: S311  jitter, not a secret
 
@@ -69,6 +71,12 @@ class Paths(Protocol):
     async def open_stream(self, peer: PeerId, protocol: str) -> ByteStream:
         """A new libp2p stream, or `StreamClosedError`."""
 
+    def is_coming_back(self, peer: PeerId) -> bool:
+        """Whether a peer that is not connected is being dialed, again and again."""
+
+    async def wait_connected(self, peer: PeerId) -> None:
+        """Until a peer is connected."""
+
 
 @dataclass(slots=True)
 class _Link:
@@ -79,6 +87,7 @@ class _Link:
     stream: Channel | None = None
     lane: Channel | None = None
     num_streams: int = 0
+    has_lane_keeper: bool = False
     channels: set[Channel] = field(default_factory=set)
     awaited_lanes: deque[trio.MemorySendChannel[ssl.SSLSocket]] = field(default_factory=deque)
 
@@ -114,6 +123,14 @@ class Links:
         """Whether there is any way to a peer now."""
         return peer in self._links
 
+    async def comes_back(self, peer: PeerId, deadline: float) -> bool:
+        """Wait for a peer that is gone and is being dialed again; False if it is not gone, or not back in time."""
+        if self._paths.is_connected(peer) or not self._paths.is_coming_back(peer):
+            return False
+        with trio.move_on_at(deadline) as scope:
+            await self._paths.wait_connected(peer)
+        return not scope.cancelled_caught
+
     def is_moving(self, peer: PeerId, since: float) -> bool:
         """Whether calls brought anything from a peer since then, or it still takes what waited then."""
         link = self._links.get(peer)
@@ -131,6 +148,23 @@ class Links:
         link = self._links.setdefault(peer, _Link())
         if self._lanes and self._paths.dialed_address(peer) is not None:
             self._nursery.start_soon(self._keep_calls_lane, peer, link)
+
+    def path_changed(self, peer: PeerId) -> None:
+        """Another connection is the best now: what begins goes by it, what is under way ends where it is."""
+        link = self._links.get(peer)
+        if link is None:
+            return
+        old, link.stream = link.stream, None
+        if old is not None:
+            self._nursery.start_soon(self._let_go, old)
+        if self._lanes and not link.has_lane_keeper and self._paths.dialed_address(peer) is not None:
+            self._nursery.start_soon(self._keep_calls_lane, peer, link)
+
+    async def _let_go(self, channel: Channel) -> None:
+        """Stop a channel when the calls that are under way on it are over."""
+        with trio.move_on_after(LET_GO_S):
+            await channel.retire()
+        channel.stop()
 
     def peer_down(self, peer: PeerId) -> None:
         """The last connection is gone."""
@@ -248,23 +282,26 @@ class Links:
             tls.close()
 
     async def _keep_calls_lane(self, peer: PeerId, link: _Link) -> None:
-        """Have a calls lane to a peer that this node dialed, as long as it is connected."""
+        """Have a calls lane to a peer that this node reaches directly, as long as it does."""
+        if link.has_lane_keeper:
+            return
+        link.has_lane_keeper = True
         wait_s = LANE_RETRY_MIN_S
-        while self._links.get(peer) is link:
-            began = trio.current_time()
-            try:
-                tls = await self._dial_lane(peer, LaneKind.CALLS)
-                await self._run_calls_lane(peer, link, tls)
-            except (RemoteError, LaneError) as error:
-                log.debug("no lane to %s: %s", peer, error)
-                if isinstance(error, RemoteError) and error.status is Status.UNIMPLEMENTED:
-                    return
-            wait_s = (
-                LANE_RETRY_MIN_S
-                if trio.current_time() - began > LANE_RETRY_MAX_S
-                else min(2 * wait_s, LANE_RETRY_MAX_S)
-            )
-            await trio.sleep(wait_s * _chance.uniform(0.5, 1))
+        try:
+            while self._links.get(peer) is link and self._paths.dialed_address(peer) is not None:
+                began = trio.current_time()
+                try:
+                    tls = await self._dial_lane(peer, LaneKind.CALLS)
+                    await self._run_calls_lane(peer, link, tls)
+                except (RemoteError, LaneError) as error:
+                    log.debug("no lane to %s: %s", peer, error)
+                    if isinstance(error, RemoteError) and error.status is Status.UNIMPLEMENTED:
+                        return
+                has_stood = trio.current_time() - began > LANE_RETRY_MAX_S
+                wait_s = LANE_RETRY_MIN_S if has_stood else min(2 * wait_s, LANE_RETRY_MAX_S)
+                await trio.sleep(wait_s * _chance.uniform(0.5, 1))
+        finally:
+            link.has_lane_keeper = False
 
     async def _run_calls_lane(self, peer: PeerId, link: _Link, tls: ssl.SSLSocket) -> None:
         if self._is_draining or self._links.get(peer) is not link:
@@ -401,6 +438,8 @@ class _PeerCaller:
             except RemoteError as error:
                 if not method.idempotent:
                     raise
+                if error.status is Status.UNAVAILABLE and await self._links.comes_back(self._peer, deadline):
+                    tries = 0
                 wait_s = wait_before_retry(error.status, tries, deadline - trio.current_time(), _chance)
                 if wait_s is None:
                     raise

@@ -43,6 +43,7 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 TICK_S: Final = 0.05
+RETIRE_TICK_S: Final = 1.0
 """Deadlines are kept to within this."""
 
 # Enum members are looked up slowly (CPython 3.11), and these once a call.
@@ -379,6 +380,13 @@ class Channel:
             self._outbox.close()
             with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                 await self._stream.close()
+
+    async def retire(self) -> None:
+        """Ask the far side for no more calls; return when no call is open. Those on their way are still taken."""
+        self._connection.drain()
+        self._outbox.flush_soon()
+        while not self._outbox.is_closed and (self.num_calls or not self._outbox.is_empty):  # noqa: ASYNC110  as below
+            await trio.sleep(RETIRE_TICK_S)
 
     async def drain(self) -> None:
         """Take no new calls, and return when those of the far side are answered and written."""

@@ -21,9 +21,10 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
 
+from shoal.node import door, libp2p_repairs
 from shoal.node import host as host_module
-from shoal.node import libp2p_repairs
-from shoal.node.host import Host, ListenError, PeerDown, PeerUp, open_host
+from shoal.node.door import ListenError
+from shoal.node.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.metrics import MethodMetrics
 from shoal.node.rpc import Router
 from shoal.node.services import NodeService
@@ -228,7 +229,7 @@ async def test_what_is_on_the_local_network_and_no_node_is_left_alone(peer: str,
 async def test_a_connection_that_says_nothing_is_closed_before_it_is_told_anything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_module, "FIRST_BYTE_S", 0.05)
+    monkeypatch.setattr(door, "FIRST_BYTE_S", 0.05)
     async with host(1) as one:
         port = int(one.addresses()[0].split("/")[4])
         async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:

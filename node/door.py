@@ -1,0 +1,236 @@
+"""The node's TCP port: everything that comes in by it, told apart by its first byte, and dialing out from it.
+
+    0x13  libp2p (the length of its multistream greeting)
+    0x16  a lane (a TLS ClientHello), see `shoal.node.lanes`
+    0x02  a knock: 16 bytes that this node gave to a peer which it asked to dial back; whoever shows them proves that
+          this node can be reached by those who did not hear from it before (as in libp2p's AutoNAT v2)
+    0x03  a question: from which address do you see me? Answered with one line, ``IP PORT``; the connection stays open
+          until the asker ends it, so that its NAT keeps the mapping that it asked about
+
+The last is STUN (RFC 8489) for TCP: asked *from* this node's port, it tells where its NAT puts that port, which is
+where a peer has to dial to punch a hole (RFC 5128, section 3.4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final
+
+import trio
+from libp2p.abc import INetworkService
+from multiaddr import Multiaddr
+
+from shoal.node.lanes import TLS_HANDSHAKE, peek_first_byte
+from shoal.protocol.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+FIRST_BYTE_S: Final = 10.0
+MAX_SILENT: Final = 512
+MAX_SILENT_PER_IP: Final = 32
+"""Connections that have not sent a byte yet; over that, a new one is closed."""
+QUESTION_S: Final = 30.0
+"""How long an answered question stays open at most."""
+NONCE_BYTES: Final = 16
+MAX_ANSWER_BYTES: Final = 64
+
+KNOCK: Final = b"\x02"
+QUESTION: Final = b"\x03"
+
+AcceptLane = Callable[[trio.socket.SocketType, str], Awaitable[None]]
+
+
+class ListenError(ShoalError):
+    """An address to listen on cannot be had."""
+
+
+class Door:
+    """Listens, and hands on what comes in."""
+
+    def __init__(self, accept_lane: AcceptLane) -> None:
+        self._accept_lane = accept_lane
+        self._silent: Counter[str] = Counter()  # by IP
+        self._knocks: dict[bytes, trio.Event] = {}
+        self._ports: dict[socket.AddressFamily, int] = {}
+
+    async def listen(self, network: INetworkService, address: str) -> None:
+        """Listen on a multiaddr.
+
+        Raises:
+            ListenError: if it cannot be had.
+        """
+        _check_free(address)
+        if not await network.listen(Multiaddr(address)):
+            raise ListenError(f"cannot listen on {address}; choose another address with --listen")
+
+    def open(self, network: Any) -> None:
+        """Begin to tell apart what comes in by the listeners of libp2p."""
+        for listener in network.listeners.values():
+            self._share(listener)
+            for accepting in listener.listeners:
+                self._ports.setdefault(accepting.socket.family, accepting.socket.getsockname()[1])
+
+    def port(self, ip: str) -> int | None:
+        """The first port that this node listens on in the family of an address; None if it does not."""
+        return self._ports.get(_family(ip))
+
+    @contextmanager
+    def expect_knock(self) -> Iterator[tuple[bytes, trio.Event]]:
+        """A nonce for a peer that is to dial back, and what happens when it is shown."""
+        nonce, came = secrets.token_bytes(NONCE_BYTES), trio.Event()
+        self._knocks[nonce] = came
+        try:
+            yield nonce, came
+        finally:
+            del self._knocks[nonce]
+
+    async def dial(self, ip: str, port: int, *, from_port: bool = False) -> trio.SocketStream:
+        """A TCP connection to a numeric address.
+
+        Args:
+            ip: of the far end.
+            port: of the far end.
+            from_port: dial from the port that this node listens on, or not at all.
+
+        Raises:
+            OSError: if it does not come to be.
+        """
+        family = _family(ip)
+        own = self.port(ip) if from_port else None
+        if from_port and own is None:
+            raise OSError(f"this node does not listen on {family.name}")
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if own is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                await sock.bind(("::" if family is socket.AF_INET6 else "0.0.0.0", own))  # noqa: S104  the route decides
+            await sock.connect((ip, port))
+        except BaseException:
+            sock.close()
+            raise
+        return trio.SocketStream(sock)
+
+    @asynccontextmanager
+    async def seen_by(self, ip: str, port: int) -> AsyncIterator[tuple[tuple[str, int], tuple[str, int]]]:
+        """How another node sees this node's port: the local end, and the end as it sees it; kept as long as inside.
+
+        Raises:
+            OSError: if it cannot be asked, or answers nonsense.
+        """
+        stream = await self.dial(ip, port, from_port=True)
+        async with stream:
+            try:
+                await stream.send_all(QUESTION)
+                line = await _read_line(stream)
+            except trio.BrokenResourceError as error:
+                raise OSError("it broke off") from error
+            yield stream.socket.getsockname()[:2], _read_endpoint(line)
+
+    def _share(self, listener: Any) -> None:
+        libp2p = listener.handler
+
+        async def take(stream: Any) -> None:
+            sock = stream.stream.socket
+            try:
+                ip, port = sock.getpeername()[:2]
+                ip = ip.removeprefix("::ffff:")  # IPv4 that came in by a socket for both
+            except OSError:
+                ip, port = "", 0  # it is gone already
+            if not ip or self._silent[ip] >= MAX_SILENT_PER_IP or self._silent.total() >= MAX_SILENT:
+                await stream.close()
+                return
+            self._silent[ip] += 1
+            try:
+                first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
+                if first in (KNOCK, QUESTION):
+                    await self._answer(sock, ip, port)  # counts as silent: it says no more
+            finally:
+                self._silent[ip] -= 1
+                if not self._silent[ip]:
+                    del self._silent[ip]
+            if first == TLS_HANDSHAKE:
+                await self._accept_lane(sock, ip)
+            elif first in (b"", KNOCK, QUESTION):
+                await stream.close()
+            else:
+                await libp2p(stream)
+
+        listener.handler = take
+
+    async def _answer(self, sock: trio.socket.SocketType, ip: str, port: int) -> None:
+        with trio.move_on_after(QUESTION_S), contextlib.suppress(OSError):
+            data = await sock.recv(1 + NONCE_BYTES)
+            if data[:1] == QUESTION:
+                await sock.send(f"{ip} {port}\n".encode())
+                await sock.recv(1)
+            elif (came := self._knocks.get(data[1:])) is not None:
+                came.set()
+
+
+async def knock(ip: str, port: int, nonce: bytes, *, timeout_s: float) -> bool:
+    """Dial back; whether a connection came to be."""
+    with trio.move_on_after(timeout_s):
+        try:
+            async with await trio.open_tcp_stream(ip, port) as stream:
+                await stream.send_all(KNOCK + nonce)
+                await stream.send_eof()
+                await stream.receive_some(1)  # it closes when it has read
+        except (OSError, trio.BrokenResourceError) as error:
+            log.debug("dialing back to [%s]:%d failed: %s", ip, port, error)
+        else:
+            return True
+    return False
+
+
+async def _read_line(stream: trio.SocketStream) -> str:
+    data = b""
+    while not data.endswith(b"\n"):
+        part = await stream.receive_some(MAX_ANSWER_BYTES - len(data)) if len(data) < MAX_ANSWER_BYTES else b""
+        if not part:
+            raise OSError("it does not answer")
+        data += part
+    return data[:-1].decode("ascii", errors="replace")
+
+
+def _read_endpoint(line: str) -> tuple[str, int]:
+    ip, _, port = line.partition(" ")
+    try:
+        _family(ip)
+        if port.isdecimal() and 0 < int(port) < 65536:
+            return ip, int(port)
+    except ValueError as error:
+        raise OSError("it answered nonsense") from error
+    raise OSError("it answered nonsense")
+
+
+def _family(ip: str) -> socket.AddressFamily:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, ip)
+            return family
+    raise ValueError(f"{ip[:60]!r} is not an IP address")
+
+
+def _check_free(address: str) -> None:
+    """Libp2p shares ports (SO_REUSEPORT), so it would listen beside another node and get half of its connections."""
+    _, family, ip, _, port = address.split("/")
+    try:
+        with socket.socket(socket.AF_INET6 if family == "ip6" else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == "ip6":
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((ip, int(port)))
+            probe.listen()
+    except OSError as error:
+        raise ListenError(
+            f"cannot listen on {address}: {error.strerror}; choose another with --listen, "
+            f"for example /{family}/{ip}/tcp/0 for any free port"
+        ) from error

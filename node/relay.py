@@ -1,0 +1,475 @@
+"""Circuits: connections between two nodes by way of a third, after libp2p's circuit relay v2.
+
+Source: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md (vouchers and the reservation proof are left
+out; they are optional there). The three parts:
+
+- **hop**: this node relays. A peer reserves, and others may then be connected to it through this node, which passes
+  bytes on that it cannot read, within `RelayLimits` and with fair turns (`shoal.node.relay_limits`).
+- **stop**: this node is the far end of a circuit that another one opened.
+- **client**: `reserve` and `dial`.
+
+A circuit is a byte stream; libp2p's ordinary upgrade (noise, then yamux) makes it a connection like any other, so both
+ends prove who they are to each other, and everything works over it. libp2p's own implementation is not used: it keeps
+one circuit per peer and closes the first when there is a second, and has neither fairness nor renewal in time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import trio
+from google.protobuf.message import DecodeError, Message
+from libp2p.abc import IHost, INetConn, INetStream
+from libp2p.connection_types import ConnectionType
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
+from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
+from multiaddr import Multiaddr
+
+from shoal.node.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.ids import PeerId
+
+log = logging.getLogger(__name__)
+
+HOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/hop")
+STOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/stop")
+CIRCUIT: Final = "/p2p-circuit"
+
+MAX_MESSAGE_BYTES: Final = 4096
+MESSAGE_TIMEOUT_S: Final = 10.0
+DIAL_TIMEOUT_S: Final = 10.0
+CLOSE_TIMEOUT_S: Final = 1.0
+BROKEN: Final = (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError)
+"""What libp2p raises when a stream or its connection is gone."""
+
+M = TypeVar("M", bound=Message)
+
+
+class RelayError(ShoalError):
+    """A relay did not do what it was asked; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a relay granted.
+
+    Attributes:
+        expires_s: seconds from now until it must have been renewed.
+        addresses: the relay's own, full multiaddrs.
+        circuit_s: how long a circuit through it may last; 0 if there is no limit.
+        circuit_bytes: how much one may carry; 0 if there is no limit.
+    """
+
+    expires_s: float
+    addresses: tuple[str, ...]
+    circuit_s: int
+    circuit_bytes: int
+
+
+class Relay:
+    """All three parts, for one libp2p host. `run` must run while circuits are relayed.
+
+    Args:
+        host: of libp2p; it need not listen yet.
+        limits: of what this node relays.
+        addresses: gives the full multiaddrs that a client may hand out to reach this relay.
+    """
+
+    def __init__(self, host: IHost, limits: RelayLimits, addresses: Any) -> None:
+        self.ledger = RelayLedger(limits)
+        self.num_bytes = 0
+        """Relayed so far."""
+        self._host = host
+        self._addresses = addresses
+        self._share = FairShare(limits.bytes_per_s)
+        self._asked = trio.Event()
+        self._is_open = False
+        host.set_stream_handler(STOP_PROTOCOL, self._serve_stop)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this node relays for others."""
+        return self._is_open
+
+    def open(self) -> None:
+        """Relay for others from now on."""
+        self._is_open = True
+        self._host.set_stream_handler(HOP_PROTOCOL, self._serve_hop)
+
+    def close(self) -> None:
+        """Take no new reservations and circuits; those that stand go on."""
+        if self._is_open:
+            self._is_open = False
+            self._host.remove_stream_handler(HOP_PROTOCOL)
+
+    async def run(self) -> None:
+        """Wake those whose turn has come."""
+        while True:
+            at = self._share.next_at(trio.current_time())
+            if at is None:
+                self._asked = trio.Event()
+                await self._asked.wait()
+            else:
+                await trio.sleep_until(at)
+                self._let_pass()
+
+    def peer_down(self, peer: PeerId) -> None:
+        """A peer has no connection any more."""
+        self.ledger.release(peer)
+
+    # --- client ---
+
+    async def reserve(self, relay: PeerId) -> Reservation:
+        """Ask a connected peer to let others reach this node through it; ask again before it expires.
+
+        Raises:
+            RelayError: if it does not.
+        """
+        answer = await self._ask(relay, pb.HopMessage(type=pb.HopMessage.RESERVE))
+        try:
+            addresses = tuple(str(Multiaddr(raw)) for raw in answer.reservation.addrs[:16])
+        except ValueError:
+            addresses = ()
+        return Reservation(
+            expires_s=max(0.0, answer.reservation.expire - time.time()),
+            addresses=tuple(address for address in addresses if CIRCUIT not in address),
+            circuit_s=answer.limit.duration,
+            circuit_bytes=answer.limit.data,
+        )
+
+    async def dial(self, address: str) -> INetConn:
+        """Open a circuit, and make it a connection.
+
+        Args:
+            address: ``RELAY/p2p-circuit/p2p/PEER``, where ``RELAY`` ends in the name of a connected peer.
+
+        Raises:
+            RelayError: if the relay refuses, or the peer is not who it should be.
+        """
+        relay, target = parse_circuit(address)
+        try:
+            with trio.fail_after(DIAL_TIMEOUT_S):
+                request = pb.HopMessage(
+                    type=pb.HopMessage.CONNECT, peer=pb.PeerId(id=ID.from_base58(str(target)).to_bytes())
+                )
+                stream, _ = await self._exchange(relay, request)
+                raw = _raw_connection(stream, address, is_initiator=True)
+                network = self._host.get_network()
+                return await network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(target)))
+        except trio.TooSlowError as error:
+            raise RelayError(f"no circuit to {target} through {relay} within {DIAL_TIMEOUT_S:.0f} s") from error
+        except BROKEN as error:
+            raise RelayError(f"the circuit to {target} through {relay} broke ({type(error).__name__})") from error
+
+    async def _ask(self, relay: PeerId, request: pb.HopMessage) -> pb.HopMessage:
+        try:
+            with trio.fail_after(MESSAGE_TIMEOUT_S):
+                stream, answer = await self._exchange(relay, request)
+                await _reset(stream)
+                return answer
+        except trio.TooSlowError as error:
+            raise RelayError(f"{relay} does not answer as a relay") from error
+        except BROKEN as error:
+            raise RelayError(f"asking {relay} to relay failed ({type(error).__name__})") from error
+
+    async def _exchange(self, relay: PeerId, request: pb.HopMessage) -> tuple[INetStream, pb.HopMessage]:
+        peer = ID.from_base58(str(relay))
+        if not self._host.get_network().get_connections(peer):
+            raise RelayError(f"the relay {relay} is not connected")
+        stream = await self._host.new_stream(peer, [HOP_PROTOCOL])
+        is_welcome = False
+        try:
+            await _write(stream, request)
+            answer = await _read(stream, pb.HopMessage)
+            if answer.type != pb.HopMessage.STATUS or answer.status != pb.OK:
+                raise RelayError(f"the relay {relay} says {_status_name(answer.status)}")
+            is_welcome = True
+            return stream, answer
+        finally:
+            if not is_welcome:
+                await _reset(stream)
+
+    # --- stop ---
+
+    async def _serve_stop(self, stream: INetStream) -> None:
+        relay = PeerId(str(stream.muxed_conn.peer_id))
+        try:
+            with trio.fail_after(MESSAGE_TIMEOUT_S):
+                request = await _read(stream, pb.StopMessage)
+                if request.type != pb.StopMessage.CONNECT:
+                    await _write(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.UNEXPECTED_MESSAGE))
+                    await _reset(stream)
+                    return
+                source = PeerId.parse(str(ID(request.peer.id)))
+                await _write(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.OK))
+            seen = [str(a) for c in self._connections(relay) for a in c.get_transport_addresses()]
+            via = next((address for address in seen if CIRCUIT not in address), "")
+            address = f"{via}/p2p/{relay}{CIRCUIT}/p2p/{source}"
+            raw = _raw_connection(stream, address, is_initiator=False)
+            network: Any = self._host.get_network()
+            muxed = await network.upgrade_inbound_raw_conn(raw, Multiaddr(address))
+        except (trio.TooSlowError, ShoalError, DecodeError, *BROKEN) as error:
+            log.debug("a circuit through %s did not come to be: %s", relay, error)
+            await _reset(stream)
+            return
+        for connection in self._connections(PeerId(str(muxed.peer_id))):
+            if connection.muxed_conn is muxed:
+                await connection.event_closed.wait()  # type: ignore[attr-defined]  # of SwarmConn
+
+    def _connections(self, peer: PeerId) -> list[INetConn]:
+        return self._host.get_network().get_connections(ID.from_base58(str(peer)))
+
+    # --- hop ---
+
+    async def _serve_hop(self, stream: INetStream) -> None:
+        source = PeerId(str(stream.muxed_conn.peer_id))
+        try:
+            with trio.fail_after(MESSAGE_TIMEOUT_S):
+                request = await _read(stream, pb.HopMessage)
+            ip = (stream.get_remote_address() or ("", 0))[0]
+            is_relayed = any(CIRCUIT in str(address) for address in _addresses_of(stream))
+            if is_relayed:
+                await _refuse(stream, pb.PERMISSION_DENIED)
+            elif request.type == pb.HopMessage.RESERVE:
+                await self._grant_reservation(stream, source, ip)
+            elif request.type == pb.HopMessage.CONNECT:
+                await self._connect(stream, source, ip, PeerId.parse(str(ID(request.peer.id))))
+            else:
+                await _refuse(stream, pb.UNEXPECTED_MESSAGE)
+        except (trio.TooSlowError, ShoalError, DecodeError, *BROKEN) as error:
+            log.debug("a hop request of %s failed: %s", source, error)
+            await _reset(stream)
+
+    async def _grant_reservation(self, stream: INetStream, source: PeerId, ip: str) -> None:
+        limits = self.ledger.limits
+        now = trio.current_time()
+        try:
+            expires_at = self.ledger.reserve(source, ip, now)
+        except RelayRefusedError as error:
+            log.info("no reservation for %s: %s", source, error)
+            await _refuse(stream, pb.RESERVATION_REFUSED)
+            return
+        reservation = pb.Reservation(
+            expire=int(time.time() + expires_at - now),
+            addrs=[Multiaddr(address).to_bytes() for address in self._addresses()],
+        )
+        limit = pb.Limit(duration=limits.circuit_s, data=limits.circuit_bytes)
+        status = pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK, reservation=reservation, limit=limit)
+        await _write(stream, status)
+        await _close(stream)
+
+    async def _connect(self, stream: INetStream, source: PeerId, ip: str, target: PeerId) -> None:
+        if not self.ledger.has_reservation(target, trio.current_time()) or not self._connections(target):
+            await _refuse(stream, pb.NO_RESERVATION)
+            return
+        try:
+            number = self.ledger.open_circuit(source, target)
+        except RelayRefusedError as error:
+            log.info("no circuit from %s to %s: %s", source, target, error)
+            await _refuse(stream, pb.RESOURCE_LIMIT_EXCEEDED)
+            return
+        try:
+            limits = self.ledger.limits
+            limit = pb.Limit(duration=limits.circuit_s, data=limits.circuit_bytes)
+            try:
+                far = await self._reach(source, target, limit)
+            except (RelayError, trio.TooSlowError, DecodeError, *BROKEN) as error:
+                log.debug("the far end of a circuit, %s, cannot be had: %s", target, error)
+                await _refuse(stream, pb.CONNECTION_FAILED)
+                return
+            try:
+                await _write(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK, limit=limit))
+                far_ip = (far.get_remote_address() or ("", 0))[0]
+                with trio.move_on_after(limits.circuit_s):
+                    await _Circuit(self, limits.circuit_bytes).run((stream, ip), (far, far_ip))
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _reset(far)
+                    await _reset(stream)
+        finally:
+            self.ledger.close_circuit(number)
+
+    async def _reach(self, source: PeerId, target: PeerId, limit: pb.Limit) -> INetStream:
+        with trio.fail_after(MESSAGE_TIMEOUT_S):
+            far = await self._host.new_stream(ID.from_base58(str(target)), [STOP_PROTOCOL])
+            is_welcome = False
+            try:
+                peer = pb.PeerId(id=ID.from_base58(str(source)).to_bytes())
+                await _write(far, pb.StopMessage(type=pb.StopMessage.CONNECT, peer=peer, limit=limit))
+                answer = await _read(far, pb.StopMessage)
+                if answer.status != pb.OK:
+                    raise RelayError(f"it says {_status_name(answer.status)}")
+                is_welcome = True
+            finally:
+                if not is_welcome:
+                    await _reset(far)
+            return far
+
+    async def passage(self, user: str, num_bytes: int) -> None:
+        """Wait until this user may pass so many bytes on, at most `MAX_PIECE_BYTES`."""
+        turn = trio.Event()
+        self._share.ask(user, num_bytes, turn)
+        self._let_pass()
+        if not turn.is_set():
+            self._asked.set()
+            try:
+                await turn.wait()
+            except trio.Cancelled:
+                self._share.forget(user, turn)
+                raise
+        self.num_bytes += num_bytes
+
+    def _let_pass(self) -> None:
+        for turn in self._share.granted(trio.current_time()):
+            turn.set()  # type: ignore[attr-defined]  # a ticket of `passage`
+
+
+class _Circuit:
+    """The bytes of one circuit, both ways."""
+
+    def __init__(self, relay: Relay, max_bytes: int) -> None:
+        self._relay = relay
+        self._left = max_bytes
+
+    async def run(self, near: tuple[INetStream, str], far: tuple[INetStream, str]) -> None:
+        """Until both ends have closed, one broke, or the limit is reached."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass_on, near, far, nursery.cancel_scope)
+            nursery.start_soon(self._pass_on, far, near, nursery.cancel_scope)
+
+    async def _pass_on(
+        self, source: tuple[INetStream, str], sink: tuple[INetStream, str], both: trio.CancelScope
+    ) -> None:
+        try:
+            while self._left > 0:
+                data = await source[0].read(MAX_PIECE_BYTES)
+                if not data:
+                    break
+                self._left -= len(data)
+                await self._relay.passage(source[1], len(data))
+                await sink[0].write(data)
+            else:
+                log.info("a circuit has carried all that it may")
+                both.cancel()
+        except StreamEOF:
+            pass
+        except BROKEN as error:
+            log.debug("a circuit broke: %s", error)
+            both.cancel()
+            return
+        try:
+            await sink[0].close_write()  # type: ignore[attr-defined]  # of NetStream
+        except BROKEN:
+            both.cancel()
+
+
+class CircuitStream(ReadWriteCloser):
+    """A libp2p stream as what libp2p's upgrade takes for a socket."""
+
+    def __init__(self, stream: INetStream) -> None:
+        self._stream = stream
+
+    async def read(self, n: int | None = None) -> bytes:
+        """At most ``n`` bytes; none at the end.
+
+        Raises:
+            ConnectionClosedError: if the circuit broke.
+        """
+        try:
+            return await self._stream.read(n)
+        except StreamEOF:
+            return b""
+        except BROKEN as error:
+            raise ConnectionClosedError(f"the circuit broke: {error}", transport="circuit") from error
+
+    async def write(self, data: bytes) -> None:
+        """Write all.
+
+        Raises:
+            ConnectionClosedError: if the circuit broke.
+        """
+        try:
+            await self._stream.write(data)
+        except BROKEN as error:
+            raise ConnectionClosedError(f"the circuit broke: {error}", transport="circuit") from error
+
+    async def close(self) -> None:
+        """End both directions; never raises."""
+        await _reset(self._stream)
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """None: the far end's address is not to be seen, and the relay's would be taken for it."""
+        return None
+
+
+def parse_circuit(address: str) -> tuple[PeerId, PeerId]:
+    """The relay and the peer of a circuit's address.
+
+    Raises:
+        RelayError: if it is none.
+    """
+    via, _, target = address.partition(f"{CIRCUIT}/p2p/")
+    relay = via.rpartition("/p2p/")[2]
+    try:
+        return PeerId.parse(relay), PeerId.parse(target)
+    except ShoalError as error:
+        raise RelayError(f"{address[:200]} is not a circuit's address") from error
+
+
+def _raw_connection(stream: INetStream, address: str, *, is_initiator: bool) -> RawConnection:
+    return RawConnection(CircuitStream(stream), is_initiator, ConnectionType.RELAYED, [Multiaddr(address)])
+
+
+def _addresses_of(stream: INetStream) -> list[Multiaddr]:
+    connection: Any = stream.muxed_conn
+    addresses: list[Multiaddr] = connection.get_transport_addresses()
+    return addresses
+
+
+def _status_name(status: int) -> str:
+    try:
+        return str(pb.Status.Name(status))  # type: ignore[arg-type]  # any number may have come
+    except ValueError:
+        return f"status {status}"
+
+
+async def _refuse(stream: INetStream, status: pb.Status.ValueType) -> None:
+    await _write(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=status))
+    await _close(stream)
+
+
+async def _read(stream: INetStream, kind: type[M]) -> M:
+    message = kind()
+    message.ParseFromString(await read_varint_prefixed_bytes_limited(stream, MAX_MESSAGE_BYTES))
+    return message
+
+
+async def _write(stream: INetStream, message: Message) -> None:
+    await stream.write(encode_varint_prefixed(message.SerializeToString()))
+
+
+async def _close(stream: INetStream) -> None:
+    """Let the far end read what was written."""
+    with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
+        try:
+            await stream.close()
+        except BROKEN as error:
+            log.debug("closing a dead stream: %s", error)
+
+
+async def _reset(stream: INetStream) -> None:
+    with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
+        try:
+            await stream.reset()
+        except BROKEN as error:
+            log.debug("ending a dead stream: %s", error)
