@@ -13,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format format-check types fuzz bench clean
+.PHONY: help setup demo test check lint format format-check types fuzz lab bench clean
 
 help:                  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ types: $(READY)        ## mypy, strict
 
 fuzz: .venv/.with-fuzz  ## every decoder against made-up bytes, SECONDS each
 	@$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(ARGS)
+
+lab: $(READY)          ## every pair of NAT kinds, real nodes (root)
+	@$(BIN)/python tests/lab/run.py $(ARGS)
 
 bench: .venv/.with-peers  ## every benchmark, one after the other
 	@set -e; for file in $(or $(sort $(wildcard benchmarks/*.py)),none); do \

@@ -1,9 +1,10 @@
-"""``shoal up``, ``down``, ``status``, ``peers``: the node of this machine."""
+"""``shoal up``, ``down``, ``status``, ``peers``, ``nat``, ``doctor``, ``ping``: the node of this machine."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -12,7 +13,7 @@ import typer
 from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, connect, console, print_json, profile_paths
 from shoal.cli.spawn import BackgroundNode, wait_gone
-from shoal.node.config import DEFAULT_LISTEN, NodeConfig
+from shoal.node.config import NodeConfig, ReachConfig, default_listen, parse_relay_limits
 from shoal.node.lock import lock_holder
 from shoal.protocol.errors import NoDaemonError, ShoalError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from shoal.node.api.schemas import NodeInfo
 
 STOP_TIMEOUT_S: Final = 5.0
+PING_INTERVAL_S: Final = 1.0
 
 
 def up(  # the options of one command; Typer wants them as arguments
@@ -29,6 +31,22 @@ def up(  # the options of one command; Typer wants them as arguments
         list[str] | None, typer.Option(metavar="MULTIADDR", help="Connect to this node (…/p2p/…); repeat for more.")
     ] = None,
     mdns: Annotated[bool, typer.Option(help="Look for nodes on the local network, and be found there.")] = True,
+    relay: Annotated[
+        str, typer.Option(metavar="auto|on|off", help="Relay for others; auto: when everybody can dial this node.")
+    ] = "auto",
+    relay_limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A limit of what it relays; repeat for more.")
+    ] = None,
+    port_mapping: Annotated[bool, typer.Option(help="Ask the router to forward the port.")] = True,
+    punch: Annotated[bool, typer.Option(help="Punch holes in NATs by TCP.")] = True,
+    webrtc: Annotated[bool, typer.Option(help="Try UDP by WebRTC where TCP fails.")] = True,
+    announce: Annotated[
+        list[str] | None, typer.Option(metavar="MULTIADDR", help="Others reach it here too; repeat for more.")
+    ] = None,
+    stun: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="A third party's STUN server; peers are enough.")
+    ] = None,
+    max_peers: Annotated[int, typer.Option(help="Peers to stay connected to, unless swarms need more.")] = 256,
     api_port: Annotated[int, typer.Option(help="TCP port of the local API; 0: any.")] = 0,
     serve_bench: Annotated[bool, typer.Option("--serve-bench", help="Let peers run `shoal bench` against it.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background; return when ready.")] = False,
@@ -38,9 +56,19 @@ def up(  # the options of one command; Typer wants them as arguments
     """Run a node. It stays in the foreground; Ctrl-C ends it."""
     config = NodeConfig(
         profile=profile,
-        listen=tuple(listen or DEFAULT_LISTEN),
+        listen=tuple(listen or default_listen()),
         bootstrap=tuple(bootstrap or ()),
         mdns=mdns,
+        reach=ReachConfig(
+            relay=relay,
+            relay_limits=parse_relay_limits(relay_limit or ()),
+            port_mapping=port_mapping,
+            punch=punch,
+            webrtc=webrtc,
+            announce=tuple(announce or ()),
+            stun_servers=tuple(stun or ()),
+        ),
+        max_peers=max_peers,
         api_port=api_port,
         serve_bench=serve_bench,
     )
@@ -143,3 +171,32 @@ def peers(profile: Profile = "default", as_json: AsJson = False) -> None:
     with connect(profile) as client:
         found = client.peers()
     print_json(found) if as_json else console().print(render.peers(found))
+
+
+def nat(profile: Profile = "default", as_json: AsJson = False) -> None:
+    """What this node is behind, and how it is reached."""
+    with connect(profile) as client:
+        info = client.nat()
+    print_json(info) if as_json else console().print(render.nat(info))
+
+
+def doctor(profile: Profile = "default", as_json: AsJson = False) -> None:
+    """What stands between this node and its peers, and what you can do about it."""
+    with connect(profile) as client:
+        info = client.doctor()
+    print_json(info) if as_json else console().print(render.doctor(info))
+
+
+def ping(
+    peer: Annotated[str, typer.Argument(help="A peer's name, its beginning if connected, or a multiaddr (…/p2p/…).")],
+    count: Annotated[int, typer.Option("--count", "-c", min=1, help="How often.")] = 4,
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Reach a peer, and tell by which path and how long it takes."""
+    with connect(profile) as client:
+        for number in range(count):
+            if number:
+                time.sleep(PING_INTERVAL_S)
+            found = client.ping(peer)
+            print_json(found) if as_json else console().print(render.ping(found), soft_wrap=True)

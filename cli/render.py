@@ -12,7 +12,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from shoal.node.api.schemas import BenchResult, CurvePoint, MemberInfo, NodeInfo, PeerInfo, SwarmDetail, SwarmSummary
+from shoal.node.api.schemas import (
+    BenchResult,
+    CurvePoint,
+    DoctorInfo,
+    MemberInfo,
+    NatInfo,
+    NodeInfo,
+    PeerInfo,
+    PingResult,
+    SwarmDetail,
+    SwarmSummary,
+)
 
 ENDED: Final = ("done", "failed", "left")
 """The phases after which nothing changes any more."""
@@ -97,6 +108,62 @@ def peers(found: Sequence[PeerInfo]) -> RenderableType:
         address = peer.address.partition("/p2p/")[0]
         table.add_row(short_peer(peer.peer_id), peer.path, escape(address), rtt, duration(peer.connected_s), common)
     return table
+
+
+def ping(result: PingResult) -> str:
+    """One answer."""
+    took = f"{result.rtt_ms:.1f} ms ({result.path}; {result.first_byte_s:.3f} s in all)"
+    return f"{short_peer(result.peer)} answered in {took}: {escape(result.address)}"
+
+
+def nat(info: NatInfo) -> RenderableType:
+    """How this node is reached, and how it knows."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
+    facts.add_row("reachability", f"[bold]{info.reachability}[/]")
+    facts.add_row("NAT (UDP)", info.udp)
+    for family in info.families:
+        if family.evidence:
+            ports = "" if family.tcp_mapping == "unknown" else f", TCP ports: {family.tcp_mapping}"
+            facts.add_row(family.family, f"{family.reachability}, UDP: {family.udp}{ports}")
+    facts.add_row("port mapping", escape(info.port_mapping or "none"))
+    if not info.port_mapping and info.port_mapping_attempts:
+        facts.add_row("", Text("\n".join(info.port_mapping_attempts), style="dim"))
+    held = ", ".join(short_peer(relay) for relay in info.held_relays)
+    facts.add_row("reached through", held or "no relay")
+    if info.relaying:
+        passed = (
+            f"{info.num_reservations} nodes, {info.num_circuits} circuits, {info.relayed_bytes / 1e6:,.1f} MB so far"
+        )
+        facts.add_row("relays for", passed)
+    facts.add_row("addresses", escape("\n".join(info.addresses) or "none"))
+    evidence = [f"{family.family}: {line}" for family in info.families for line in family.evidence]
+    parts: list[RenderableType] = [facts]
+    if evidence:
+        parts += ["", Text("how it is known", style="bold"), *(Text(f"  {line}") for line in evidence)]
+    return Group(*parts)
+
+
+def doctor(info: DoctorInfo) -> RenderableType:
+    """What is in the way, and what can be done."""
+    marks = {"problem": ("✗", "bold red"), "note": ("!", "yellow"), "good": ("✓", "green")}
+    table = Table.grid(padding=(0, 1))
+    table.add_column()
+    table.add_column(overflow="fold")
+    for finding in info.findings:
+        mark, style = marks[finding.level]
+        table.add_row(Text(mark, style=style), Text(finding.what))
+        if finding.advice:
+            table.add_row("", Text(f"→ {finding.advice}", style="dim"))
+    parts: list[RenderableType] = [table]
+    if info.peers:
+        rungs = _table("peer", "path", "NAT of the peer", "what was tried")
+        for peer in info.peers:
+            tried = [f"{each.rung}: {each.failure or 'worked'}" for each in peer.tried]
+            rungs.add_row(short_peer(peer.peer_id), peer.path, peer.nat, Text("\n".join(tried)))
+        parts += ["", rungs]
+    return Group(*parts)
 
 
 def swarms(found: Sequence[SwarmSummary]) -> RenderableType:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from shoal.node.config import NodeConfig
+from shoal.node.config import NodeConfig, relay_limit_words
 from shoal.node.files import storage_error
 from shoal.protocol.errors import NoPeersError, RefusedError, ShoalError, UsageError
 
@@ -41,6 +41,7 @@ class BackgroundNode:
             *(word for address in config.listen for word in ("--listen", address)),
             *(word for address in config.bootstrap for word in ("--bootstrap", address)),
             *("--mdns" if config.mdns else "--no-mdns", "--api-port", str(config.api_port)),
+            *_reach_words(config),
             *(("--serve-bench",) if config.serve_bench else ()),
         ]
         try:
@@ -100,6 +101,21 @@ class BackgroundNode:
         finally:
             os.close(self._reader)
         return line
+
+
+def _reach_words(config: NodeConfig) -> list[str]:
+    reach = config.reach
+    switches = {"port-mapping": reach.port_mapping, "punch": reach.punch, "webrtc": reach.webrtc}
+    lists = {
+        "relay-limit": relay_limit_words(reach.relay_limits),
+        "announce": reach.announce,
+        "stun": reach.stun_servers,
+    }
+    return [
+        *("--relay", reach.relay, "--max-peers", str(config.max_peers)),
+        *(f"--{name}" if is_on else f"--no-{name}" for name, is_on in switches.items()),
+        *(word for name, words in lists.items() for each in words for word in (f"--{name}", each)),
+    ]
 
 
 def kill_tree(pid: int) -> None:

@@ -17,14 +17,18 @@ from shoal.node.api.schemas import (
     BenchResult,
     CreatedSwarm,
     CreateSwarm,
+    DoctorInfo,
     ErrorAnswer,
     Event,
     JoinedSwarm,
     JoinSwarm,
     MeshInfo,
     MetricsInfo,
+    NatInfo,
     NodeInfo,
     PeerInfo,
+    PingRequest,
+    PingResult,
     StateInfo,
     SwarmDetail,
     SwarmSummary,
@@ -92,6 +96,18 @@ class Client:
     def mesh(self) -> MeshInfo:
         """What it knows of the mesh."""
         return self._ask(MeshInfo, "GET", "/v1/mesh")
+
+    def nat(self) -> NatInfo:
+        """How it is reached."""
+        return self._ask(NatInfo, "GET", "/v1/nat")
+
+    def doctor(self) -> DoctorInfo:
+        """What stands between it and its peers, and what to do about it."""
+        return self._ask(DoctorInfo, "GET", "/v1/doctor")
+
+    def ping(self, peer: str) -> PingResult:
+        """Call a peer once, after connecting to it if need be."""
+        return self._ask(PingResult, "POST", "/v1/ping", PingRequest(peer=peer), timeout_s=WORK_TIMEOUT_S)
 
     def metrics(self) -> MetricsInfo:
         """What was called, how often and how fast."""

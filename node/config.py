@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import platformdirs
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from shoal.node.files import make_private_folder
+from shoal.node.relay_limits import RelayLimits
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 
-DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0",)
+LISTEN_IPV4: Final = "/ip4/0.0.0.0/tcp/0"
+LISTEN_IPV6: Final = "/ip6/::/tcp/0"
+RELAY_RULES: Final = ("auto", "on", "off")
 _PROFILE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -24,6 +29,16 @@ def default_home() -> Path:
     """``$SHOAL_HOME``, or the platform's folder for applications' data."""
     named = os.environ.get("SHOAL_HOME")
     return Path(named).expanduser().absolute() if named else Path(platformdirs.user_data_dir("shoal", appauthor=False))
+
+
+def default_listen() -> tuple[str, ...]:
+    """Any port on every interface, by each IP that this machine has."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return (LISTEN_IPV4,)
+    return (LISTEN_IPV4, LISTEN_IPV6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +96,46 @@ class ProfilePaths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReachConfig:
+    """What a node does to be reached, and to reach others better.
+
+    Raises:
+        UsageError: if a word or an address makes no sense.
+    """
+
+    relay: str = "auto"
+    """Whether it relays for others: ``on``, ``off``, or ``auto``: when everybody can dial it."""
+
+    relay_limits: RelayLimits = field(default_factory=RelayLimits)
+    """How much it relays."""
+
+    port_mapping: bool = True
+    """Whether to ask the router to forward the port (PCP, NAT-PMP, UPnP)."""
+
+    punch: bool = True
+    """Whether to punch holes by TCP."""
+
+    webrtc: bool = True
+    """Whether to try UDP by WebRTC."""
+
+    announce: tuple[str, ...] = ()
+    """Further multiaddrs at which others reach this node, for example a port that was forwarded by hand."""
+
+    stun_servers: tuple[str, ...] = ()
+    """``HOST:PORT`` of third parties to ask too how WebRTC's socket is seen; peers are asked anyway."""
+
+    def __post_init__(self) -> None:
+        if self.relay not in RELAY_RULES:
+            raise UsageError(f"{self.relay!r} is no rule for relaying; write one of {', '.join(RELAY_RULES)}")
+        for address in self.announce:
+            _check_listen(address)
+        for server in self.stun_servers:
+            host, _, port = server.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise UsageError(f"{server[:80]!r} is no STUN server; write HOST:PORT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
     """How one node is set up.
 
@@ -94,7 +149,7 @@ class NodeConfig:
     profile: str = "default"
     """Which identity and data to use: letters, digits, ``_``, ``.`` and ``-``."""
 
-    listen: tuple[str, ...] = DEFAULT_LISTEN
+    listen: tuple[str, ...] = field(default_factory=default_listen)
     """TCP multiaddrs to listen on; port 0 lets the system choose."""
 
     bootstrap: tuple[str, ...] = ()
@@ -109,10 +164,18 @@ class NodeConfig:
     serve_bench: bool = False
     """Whether peers may measure the wire against this node (``shoal bench``)."""
 
+    reach: ReachConfig = field(default_factory=ReachConfig)
+    """What it does to be reached."""
+
+    max_peers: int = 256
+    """How many peers stay connected, unless its swarms and relays need more."""
+
     def __post_init__(self) -> None:
         check_profile(self.profile)
+        if self.max_peers < 4:
+            raise UsageError(f"a node cannot do with {self.max_peers} peers; allow at least 4")
         if not self.listen:
-            raise UsageError(f"a node listens on at least one address, for example {DEFAULT_LISTEN[0]}")
+            raise UsageError(f"a node listens on at least one address, for example {LISTEN_IPV4}")
         for address in self.listen:
             _check_listen(address)
         for address in self.bootstrap:
@@ -124,6 +187,37 @@ class NodeConfig:
     def paths(self) -> ProfilePaths:
         """Where this profile keeps what."""
         return ProfilePaths(self.home / "profiles" / self.profile)
+
+
+def parse_relay_limits(texts: Sequence[str]) -> RelayLimits:
+    """Read ``NAME=NUMBER`` limits, on top of the usual ones.
+
+    Raises:
+        UsageError: if there is no such limit, or the number makes no sense.
+    """
+    names = [each.name for each in fields(RelayLimits)]
+    limits = RelayLimits()
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if name not in names or not 1 <= number < 2**50:
+            raise UsageError(f"{text[:80]!r} is no limit; write NAME=NUMBER with one of {', '.join(names)}")
+        values: dict[str, Any] = {name: number if name == "bytes_per_s" else int(number)}
+        limits = replace(limits, **values)
+    return limits
+
+
+def relay_limit_words(limits: RelayLimits) -> list[str]:
+    """What `parse_relay_limits` makes these limits of."""
+    usual = RelayLimits()
+    return [
+        f"{each.name}={getattr(limits, each.name)}"
+        for each in fields(RelayLimits)
+        if getattr(limits, each.name) != getattr(usual, each.name)
+    ]
 
 
 def check_profile(name: str) -> str:

@@ -21,7 +21,9 @@ from shoal.node.api.schemas import (
     CreatedSwarm,
     CreateSwarm,
     CurvePoint,
+    DoctorInfo,
     Event,
+    FamilyInfo,
     JoinedSwarm,
     JoinSwarm,
     MemberInfo,
@@ -30,34 +32,43 @@ from shoal.node.api.schemas import (
     MeshNode,
     MethodInfo,
     MetricsInfo,
+    NatInfo,
     NodeInfo,
     PeerInfo,
+    PingRequest,
+    PingResult,
     StateInfo,
     SwarmDetail,
     SwarmSummary,
+    TriedInfo,
 )
 from shoal.node.api.server import serve_api
 from shoal.node.bench import Bench, BenchServer
-from shoal.node.config import NodeConfig
+from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.content import ContentStore
-from shoal.node.host import Host, open_host
+from shoal.node.doctor import examine
+from shoal.node.host import Connected, Host, open_host
 from shoal.node.identity import load_or_create_identity
 from shoal.node.lock import hold_profile
 from shoal.node.metrics import MethodMetrics
+from shoal.node.paths import PathKind
+from shoal.node.reach import Reach, open_reach
+from shoal.node.relay import parse_circuit
 from shoal.node.rpc import Router
+from shoal.node.services import NodeService
 from shoal.node.storage import Storage
 from shoal.node.swarms import Membership, Swarms
 from shoal.node.workers import can_train
-from shoal.protocol.errors import NoPeersError, ShoalError, unwrap
+from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.services import Empty, client
 from shoal.training.facts import Facts, Phase
 from shoal.training.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
 EVENT_INTERVAL_S: Final = 0.1
-DIRECT: Final = "direct"
-"""How peers are reached: by TCP to an address of theirs, or of this node's."""
+PING_TIMEOUT_S: Final = 10.0
 
 
 def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None]) -> None:
@@ -96,7 +107,10 @@ async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None
                 bootstrap=config.bootstrap,
                 mdns=config.mdns,
                 router=router,
+                relay_limits=config.reach.relay_limits,
+                max_peers=config.max_peers,
             ) as host,
+            open_reach(host, router, config.reach) as reach,
         ):
             content = ContentStore(storage, host)
             swarms = Swarms(
@@ -105,7 +119,7 @@ async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None
             for service in swarms.services():
                 router.add(service)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
-            node = Node(config, host, swarms, nursery.cancel_scope)
+            node = Node(config, host, reach, swarms, nursery.cancel_scope)
             nursery.start_soon(_stop_on_signal, node)
             nursery.start_soon(_follow_host, host, swarms)
             await swarms.take_up()
@@ -143,10 +157,11 @@ async def _follow_host(host: Host, swarms: Swarms) -> None:
 class Node:
     """What the local API sees; see `shoal.node.api.app.NodeView`."""
 
-    def __init__(self, config: NodeConfig, host: Host, swarms: Swarms, scope: trio.CancelScope) -> None:
+    def __init__(self, config: NodeConfig, host: Host, reach: Reach, swarms: Swarms, scope: trio.CancelScope) -> None:
         self.api_url = ""
         self._config = config
         self._host = host
+        self._reach = reach
         self._swarms = swarms
         self._scope = scope
         self._started = time.monotonic()
@@ -170,19 +185,24 @@ class Node:
 
     def peers(self) -> list[PeerInfo]:
         """Whom it is connected to."""
-        now = trio.current_time()
-        return [
-            PeerInfo(
-                peer_id=peer,
-                path=DIRECT,
-                address=state.address,
-                rtt_ms=None if state.rtt_ms is None else round(state.rtt_ms, 3),
-                connected_s=round(now - state.since, 3),
-                direction="outbound" if state.outbound else "inbound",
-                swarms=[swarm for swarm, joined in self._swarms.joined.items() if peer in joined.replica.neighbours],
-            )
-            for peer, state in self._host.connected.items()
-        ]
+        return [self._peer(peer, state) for peer, state in self._host.connected.items()]
+
+    def _peer(self, peer: PeerId, state: Connected) -> PeerInfo:
+        said = self._reach.introduction(peer)
+        return PeerInfo(
+            peer_id=peer,
+            path=str(state.kind),
+            address=state.address,
+            rtt_ms=None if state.rtt_ms is None else round(state.rtt_ms, 3),
+            connected_s=round(trio.current_time() - state.since, 3),
+            direction="outbound" if state.outbound else "inbound",
+            swarms=[swarm for swarm, joined in self._swarms.joined.items() if peer in joined.replica.neighbours],
+            relayed_by=_relay_of(state),
+            reachability="" if said is None else said.reachability,
+            nat="" if said is None else said.udp,
+            relays=said is not None and said.relays,
+            tried=_tried(state),
+        )
 
     def mesh(self) -> MeshInfo:
         """What it knows of the mesh: itself, its peers, and members of its swarms that it heard of."""
@@ -197,9 +217,83 @@ class Node:
             in_swarms = [s for s, joined in self._swarms.joined.items() if peer == me or peer in joined.replica.live]
             nodes[peer] = node.model_copy(update={"swarms": in_swarms})
         links = [
-            MeshLink(a=me, b=peer, path=DIRECT, rtt_ms=state.rtt_ms) for peer, state in self._host.connected.items()
+            MeshLink(
+                a=me,
+                b=peer,
+                path=str(state.kind),
+                rtt_ms=state.rtt_ms,
+                relayed_by=_relay_of(state),
+                tried=_tried(state),
+            )
+            for peer, state in self._host.connected.items()
         ]
-        return MeshInfo(nodes=list(nodes.values()), links=links)
+        return MeshInfo(nodes=list(nodes.values()), links=links, nat=self.nat())
+
+    def nat(self) -> NatInfo:
+        """How it is reached, and how it knows."""
+        report = self._reach.report()
+        families = [
+            FamilyInfo(
+                family=name,
+                reachability=str(each.reachability),
+                udp=str(each.udp),
+                tcp_mapping=str(each.tcp_mapping),
+                public_addresses=[str(endpoint) for endpoint in each.public_addresses],
+                evidence=list(each.evidence),
+            )
+            for name, each in (("IPv4", report.nat.ipv4), ("IPv6", report.nat.ipv6))
+        ]
+        mapped = report.mapping
+        return NatInfo(
+            reachability=str(report.nat.reachability),
+            udp=str(report.nat.udp),
+            families=families,
+            addresses=list(self._host.addresses()),
+            held_relays=report.held_relays,
+            relaying=report.is_relaying,
+            num_reservations=report.num_reservations,
+            num_circuits=report.num_circuits,
+            relayed_bytes=report.relayed_bytes,
+            port_mapping=None
+            if mapped is None
+            else f"{mapped.external_ip} port {mapped.external_port} to port {mapped.internal_port} ({mapped.method})",
+            port_mapping_attempts=[f"{attempt.method}: {attempt.outcome}" for attempt in report.map_attempts],
+        )
+
+    def doctor(self) -> DoctorInfo:
+        """What stands between it and its peers, and what to do about it."""
+        nat, peers = self.nat(), self.peers()
+        return DoctorInfo(findings=examine(nat, peers, listens=self._config.listen), nat=nat, peers=peers)
+
+    async def ping(self, request: PingRequest) -> PingResult:
+        """Call a peer once, after connecting to it if need be."""
+        began = trio.current_time()
+        if "/" in request.peer:
+            check_peer_address(request.peer)
+            peer = await self._host.connect([request.peer])
+        else:
+            part = request.peer.strip("…")
+            known = [peer for peer in self._host.connected if peer.startswith(part) or peer.endswith(part)]
+            peer = known[0] if len(known) == 1 else await self._host.find(PeerId.parse(request.peer))
+        if peer == self._host.peer_id:
+            raise UsageError(f"{peer} is this node itself; name another one")
+        called = trio.current_time()
+        try:
+            await client(NodeService, self._host.at(peer), timeout_s=PING_TIMEOUT_S).ping(Empty())
+        except RemoteError as error:
+            if error.status is not Status.UNIMPLEMENTED:
+                raise NoPeersError(f"{peer} does not answer: {error}") from error
+        now = trio.current_time()
+        state = self._host.connected.get(peer)
+        if state is None:
+            raise NoPeersError(f"{peer} answered and was gone")
+        return PingResult(
+            peer=peer,
+            path=str(state.kind),
+            address=state.address,
+            rtt_ms=round(1000 * (now - called), 3),
+            first_byte_s=round(now - began, 4),
+        )
 
     def metrics(self) -> MetricsInfo:
         """What was called, how often and how fast."""
@@ -221,7 +315,13 @@ class Node:
                 figures = await bench.stream(size=request.size, seconds=request.seconds)
             case "load":
                 figures = await bench.load(size=request.size, seconds=request.seconds)
-        return BenchResult(kind=request.kind, size=request.size, path=DIRECT, secure=True, **figures)
+        return BenchResult(
+            kind=request.kind,
+            size=request.size,
+            path=str(self._host.connected[request.peer].kind),
+            secure=True,
+            **figures,
+        )
 
     def swarms(self) -> list[SwarmSummary]:
         """The swarms that it is in."""
@@ -347,6 +447,18 @@ class Node:
                 )
             )
         return found
+
+
+def _relay_of(state: Connected) -> PeerId | None:
+    return parse_circuit(state.address)[0] if state.kind is PathKind.RELAYED else None
+
+
+def _tried(state: Connected) -> list[TriedInfo]:
+    now = trio.current_time()
+    return [
+        TriedInfo(rung=str(rung), failure=attempt.failure, ago_s=round(now - attempt.at, 1))
+        for rung, attempt in state.ladder.tried.items()
+    ]
 
 
 def _method_info(counted: MethodMetrics) -> MethodInfo:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,31 +23,31 @@ from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import TProtocol
-from libp2p.discovery.events.peerDiscovery import peerDiscovery
-from libp2p.discovery.mdns.mdns import MDNSDiscovery
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
-from libp2p.protocol_muxer.exceptions import MultiselectError
+from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.protocol_muxer.exceptions import MultiselectError, ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
+from shoal.node.addresses import CIRCUIT, full_address, ip_of, ip_port, is_loopback
 from shoal.node.door import Door
 from shoal.node.libp2p_repairs import announce_as_told, apply_repairs
+from shoal.node.libp2p_stream import Libp2pByteStream
 from shoal.node.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
+from shoal.node.mdns import run_mdns
 from shoal.node.paths import Candidate, Ladder, PathKind, kind_of, surplus
-from shoal.node.relay import BROKEN, CIRCUIT, Relay, parse_circuit
+from shoal.node.relay import BROKEN, Relay, closed_on_failure, parse_circuit
 from shoal.node.relay_limits import RelayLimits
-from shoal.node.rpc import ByteStream, Router, StreamClosedError
+from shoal.node.rpc import ByteStream, Router, StreamClosedError, UnknownProtocolError
 from shoal.node.services import NodeService
-from shoal.protocol.codec import Buffer
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Caller, Empty, client
@@ -65,6 +65,8 @@ RETIRE_S: Final = 10.0
 """How long a path stays at least after a better one has come."""
 RETIRE_MAX_S: Final = 600.0
 MAX_EVENTS: Final = 1024
+MAX_PROVIDERS: Final = 100
+"""That a look-up in the DHT gives, the same ones named by several nodes among them."""
 MAX_KNOWN_PEERS: Final = 1024
 MAX_KNOWN_ADDRESSES: Final = 16
 """Addresses kept of a peer, to reach it again."""
@@ -174,7 +176,7 @@ class Host:
         """Peers that must not be let go to make room, and by whom they are wanted."""
         self.on_path: Callable[[PeerId], None] = lambda peer: None
         """Told when a peer's best path is another one."""
-        self._host = host
+        self.libp2p = host
         self._nursery = nursery
         self._max_peers = max_peers
         self._dht: KadDHT | None = None
@@ -182,10 +184,13 @@ class Host:
         self._came_or_went = trio.Event()
         self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
 
+    def listened(self) -> list[str]:
+        """The multiaddrs that this node listens on."""
+        return [str(address) for listener in self._network.listeners.values() for address in listener.get_addrs()]
+
     def own_addresses(self) -> tuple[str, ...]:
         """The full multiaddrs of this node's own interfaces, at which it listens."""
-        listened = [str(a) for listener in self._network.listeners.values() for a in listener.get_addrs()]
-        return tuple(f"{found}/p2p/{self.peer_id}" for address in listened for found in _reachable(address))
+        return tuple(f"{found}/p2p/{self.peer_id}" for address in self.listened() for found in _reachable(address))
 
     def addresses(self) -> tuple[str, ...]:
         """The full multiaddrs under which others can reach this node: its own, forwarded ones, circuits."""
@@ -193,7 +198,7 @@ class Host:
 
     @property
     def _network(self) -> Any:
-        return self._host.get_network()
+        return self.libp2p.get_network()
 
     async def connect(self, addresses: Sequence[str]) -> PeerId:
         """Connect to the one peer that these full multiaddrs name, by one of them or through a relay.
@@ -227,7 +232,7 @@ class Host:
             return peer
         if self._dht is not None:
             info = await self._dht.find_peer(ID.from_base58(str(peer)))
-            found = [] if info is None else [f"{_without_peer(str(a))}/p2p/{peer}" for a in info.addrs]
+            found = [] if info is None else [full_address(str(address), peer) for address in info.addrs]
             if found and await self._reach(peer, found):
                 return peer
         raise NoPeersError(f"cannot find {peer}: neither the DHT nor a relay leads to it now")
@@ -268,12 +273,12 @@ class Host:
                 await self.connect([address.partition(CIRCUIT)[0]])
             await self.relay.dial(address)
             return
-        match _without_peer(address).split("/")[1:]:
-            case ["ip4" | "ip6", ip, "tcp", port]:
-                stream = await self.door.dial(ip, int(port))
-                await self.upgrade(RawConnection(TrioTCPStream(stream), initiator=True), peer)
-            case _:
-                await self._network.dial_addr(Multiaddr(address), ID.from_base58(str(peer)))
+        target = ip_port(address)
+        if target is not None and address.count("/") == 6:
+            stream = await self.door.dial(*target)
+            await self.upgrade(RawConnection(TrioTCPStream(stream), initiator=True), peer)
+        else:  # a name, or another transport
+            await self._network.dial_addr(Multiaddr(address), ID.from_base58(str(peer)))
 
     async def upgrade(self, raw: RawConnection, peer: PeerId) -> None:
         """Make a byte pipe a connection to a peer, who proves that it is that.
@@ -282,7 +287,8 @@ class Host:
             BaseLibp2pError: if it is not, or the pipe broke; the pipe is closed then.
         """
         if raw.is_initiator:
-            await self._network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(peer)))
+            async with closed_on_failure(raw):
+                await self._network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(peer)))
             return
         muxed = await self._network.upgrade_inbound_raw_conn(raw, Multiaddr(f"/p2p/{peer}"))
         if str(muxed.peer_id) != peer:
@@ -328,7 +334,7 @@ class Host:
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to a peer."""
-        await self._host.disconnect(ID.from_base58(str(peer)))
+        await self.libp2p.disconnect(ID.from_base58(str(peer)))
 
     async def provide(self, cid: Cid) -> bool:
         """Announce in the DHT that this node holds a CID; False if no other node took the record."""
@@ -338,33 +344,30 @@ class Host:
         """The full multiaddrs of each peer that the DHT names as holder of a CID."""
         if self._dht is None:
             return []
-        found = await self._dht.find_providers(str(cid))
-        return [
-            tuple(f"{_without_peer(str(address))}/p2p/{info.peer_id}" for address in info.addrs)
-            for info in found
-            if info.addrs and str(info.peer_id) != self.peer_id
-        ]
+        found: dict[PeerId, dict[str, None]] = {}  # each is named once by every node that knows of it
+        for info in await self._dht.find_providers(str(cid), count=MAX_PROVIDERS):
+            peer = PeerId(str(info.peer_id))
+            if peer != self.peer_id and info.addrs:
+                found.setdefault(peer, {}).update((full_address(str(each), peer), None) for each in info.addrs)
+        return [tuple(addresses) for addresses in found.values()]
 
     # What the links ask.
 
     def is_connected(self, peer: PeerId) -> bool:
         """Whether any connection stands; a peer's first stream may be here before the news of its connection."""
-        return peer in self.connected or bool(self._host.get_network().get_connections(ID.from_base58(str(peer))))
+        return peer in self.connected or bool(self.libp2p.get_network().get_connections(ID.from_base58(str(peer))))
 
     def dialed_address(self, peer: PeerId) -> tuple[str, int] | None:
         """IP and TCP port that this node dialed to reach a peer; None if the peer dialed."""
         state = self.connected.get(peer)
         if state is None or not state.outbound or state.kind is not PathKind.DIRECT:
             return None
-        match state.address.split("/")[1:5]:
-            case ["ip4" | "ip6", ip, "tcp", port]:
-                return ip, int(port)
-        return None
+        return ip_port(state.address)
 
     def is_local(self, peer: PeerId) -> bool:
         """Whether the peer is on this machine."""
         state = self.connected.get(peer)
-        return state is not None and state.address.startswith(("/ip4/127.", "/ip6/::1/"))
+        return state is not None and is_loopback(ip_of(state.address))
 
     def rtt_s(self, peer: PeerId) -> float | None:
         """The last measured round trip."""
@@ -386,23 +389,25 @@ class Host:
             raise StreamClosedError(str(error)) from error
         negotiated = False
         try:
-            multiselect: Any = self._host
+            multiselect: Any = self.libp2p
             chosen = await multiselect.multiselect_client.select_one_of(
                 [TProtocol(protocol)], MultiselectCommunicator(stream), NEGOTIATE_S
             )
             stream.set_protocol(chosen)
             negotiated = True
+        except ProtocolNotSupportedError as error:
+            raise UnknownProtocolError(f"{peer} does not know {protocol}") from error
         except (MultiselectError, *BROKEN) as error:
             raise StreamClosedError(str(error)) from error
         finally:
             if not negotiated:
                 with trio.CancelScope(shield=True):
                     await stream.reset()
-        return _Libp2pByteStream(stream)
+        return Libp2pByteStream(stream)
 
     async def _serve_stream(self, protocol: str, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
-        await self.links.serve_stream(peer, protocol, _Libp2pByteStream(stream))
+        await self.links.serve_stream(peer, protocol, Libp2pByteStream(stream))
 
     # What libp2p tells.
 
@@ -418,16 +423,24 @@ class Host:
             state.paths = sorted([*state.paths, path], key=lambda each: each.kind.rank)
             if state.best is not before:
                 self._path_changed(peer, state)
+            self._wake_waiters()
             return
         self.connected[peer] = Connected(since=now, paths=[path], used_at=now)
         self.links.peer_up(peer)
         self._tell(PeerUp(peer))
         self._nursery.start_soon(self._keep_alive, peer)
         if self._dht is not None:
-            self._nursery.start_soon(self._dht.add_peer, connection.muxed_conn.peer_id)
+            self._nursery.start_soon(self._add_to_dht, connection.muxed_conn.peer_id)
         self._wake_waiters()
         self.on_path(peer)
         self._make_room(peer)
+
+    async def _add_to_dht(self, peer: ID) -> None:
+        """Kademlia takes a peer only once identify has told that it speaks Kademlia, which may take a round trip yet."""
+        for wait_s in (0.0, 0.5, 2.0):
+            await trio.sleep(wait_s)
+            if self._dht is None or await self._dht.add_peer(peer):
+                return
 
     def _connection_down(self, connection: INetConn) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))
@@ -485,8 +498,12 @@ class Host:
         self._came_or_went = trio.Event()
 
     async def wait_for_change(self) -> None:
-        """Until a peer comes or goes."""
+        """Until a peer comes or goes, or a better path to one comes."""
         await self._came_or_went.wait()
+
+    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run something for as long as the host stands."""
+        self._nursery.start_soon(function, *arguments)
 
     def is_coming_back(self, peer: PeerId) -> bool:
         """Whether a peer that is not connected is being dialed, again and again, because it is wanted."""
@@ -549,21 +566,11 @@ class Host:
                     await self.wait_connected(peer)
                 wait_s = min(wait_s * 2, BOOTSTRAP_RETRY_MAX_S)
 
-    async def _found_on_lan(self, info: PeerInfo) -> None:
-        try:
-            peer = PeerId.parse(str(info.peer_id))
-            if peer in self.connected or peer == self.peer_id:
-                return
-            await self.connect([f"{address}/p2p/{peer}" for address in info.addrs])
-            log.info("found %s on the local network", peer)
-        except (NoPeersError, UsageError) as error:  # anything may call itself libp2p there
-            log.info("mDNS: %s", error)
-
 
 def _far_end(connection: INetConn) -> tuple[str, bool]:
     """The full multiaddr of a connection's far end, empty if it has none, and whether this node dialed it."""
     addresses = connection.get_transport_addresses()
-    address = f"{addresses[0]}/p2p/{connection.muxed_conn.peer_id}" if addresses else ""
+    address = full_address(str(addresses[0]), PeerId(str(connection.muxed_conn.peer_id))) if addresses else ""
     return address, bool(connection.muxed_conn.is_initiator)
 
 
@@ -637,7 +644,7 @@ async def open_host(
                 for address in bootstrap:
                     nursery.start_soon(host.stay_connected, [address])
                 if mdns:
-                    nursery.start_soon(_run_mdns, host, libp2p_host)
+                    nursery.start_soon(run_mdns, host)
                 try:
                     yield host
                 except Exception as error:  # raised again below: libp2p's service contexts lose it
@@ -667,43 +674,6 @@ def _reachable(address: str) -> list[str]:
                 found.append(ipaddress.ip_address(known.ip[0]))
     found.sort(key=lambda known: (known.is_loopback, known.is_private))
     return [f"/{family}/{known}/{rest}" for known in found if not known.is_link_local]
-
-
-def _without_peer(address: str) -> str:
-    """A full multiaddr without the name of the peer that it leads to."""
-    transport, name, _ = address.rpartition("/p2p/")
-    return transport if name else address
-
-
-async def _run_mdns(host: Host, libp2p_host: IHost) -> None:
-    token = trio.lowlevel.current_trio_token()
-    # Its own choice would be the listen addresses as they are, and nobody can dial 0.0.0.0.
-    addresses = [address for address in host.addresses() if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
-    if not addresses:
-        log.info("mDNS is off: this node listens on loopback alone")
-        return
-    port = int(addresses[0].split("/")[4])
-    nursery = host._nursery
-
-    def discovered(info: PeerInfo) -> None:
-        token.run_sync_soon(nursery.start_soon, host._found_on_lan, info)
-
-    try:
-        # Zeroconf probes the network for a second, blocking, when it starts.
-        discovery = await trio.to_thread.run_sync(
-            lambda: MDNSDiscovery(libp2p_host.get_network(), port=port, listen_addrs=addresses)
-        )
-    except OSError as error:
-        log.warning("mDNS is off: %s", error)
-        return
-    peerDiscovery.register_peer_discovered_handler(discovered)
-    try:
-        await trio.to_thread.run_sync(discovery.broadcaster.register)
-        await trio.sleep_forever()
-    finally:
-        peerDiscovery.unregister_peer_discovered_handler(discovered)
-        with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
-            await trio.to_thread.run_sync(discovery.zeroconf.close)
 
 
 class _NodeCalls(NodeService):
@@ -736,37 +706,3 @@ class _Notifee(INotifee):
 
     async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
         pass
-
-
-class _Libp2pByteStream:
-    """A `ByteStream` on a libp2p stream."""
-
-    def __init__(self, stream: INetStream) -> None:
-        self._stream = stream
-
-    async def read(self) -> bytes:
-        try:
-            data = await self._stream.read(256 * 1024)
-        except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise StreamClosedError(f"the path is gone ({type(error).__name__})") from error
-        if not data:
-            raise StreamClosedError("the far side closed the stream")
-        return data
-
-    async def write(self, data: Buffer) -> None:
-        # A view stands in for the bytes that libp2p asks for: it only slices them and puts them after a header.
-        view: Any = memoryview(data).cast("B")
-        try:
-            for start in range(0, len(view), WRITE_BYTES):
-                await self._stream.write(view[start : start + WRITE_BYTES])
-        except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise StreamClosedError(f"the path is gone ({type(error).__name__})") from error
-
-    def try_write(self, data: Buffer) -> bool:
-        return False
-
-    async def close(self) -> None:
-        try:
-            await self._stream.reset()
-        except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            log.debug("closing a dead stream: %s", error)

@@ -5,17 +5,38 @@ They are made for one version of the package and refuse to touch another, so tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import libp2p.network.swarm
+import libp2p.peer.peerstore
 import trio
 from libp2p.abc import IHost
+from libp2p.custom_types import TProtocol
+from libp2p.io.exceptions import IOException
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.auto_connector import AutoConnector
-from libp2p.stream_muxer.yamux.yamux import YamuxStream
+from libp2p.peer.envelope import Envelope
+from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer.exceptions import (
+    MultiselectClientError,
+    MultiselectCommunicatorError,
+    ProtocolNotSupportedError,
+)
+from libp2p.protocol_muxer.multiselect_client import (
+    DEFAULT_NEGOTIATE_TIMEOUT,
+    MULTISELECT_PROTOCOL_ID,
+    PROTOCOL_NOT_FOUND_MSG,
+    MultiselectClient,
+)
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+from libp2p.utils import encode_delim
 from multiaddr import Multiaddr
 
 log = logging.getLogger(__name__)
@@ -33,6 +54,9 @@ def apply_repairs() -> None:
     _hold_peers_to_their_windows()
     _see_ipv6_addresses()
     _dial_nobody_unasked()
+    _finish_frames_once_begun()
+    _propose_with_the_greeting()
+    _take_no_offence_at_old_records()
 
 
 def _dial_without_waiting_for_the_race() -> None:
@@ -71,6 +95,102 @@ def _dial_nobody_unasked() -> None:
         pass
 
     AutoConnector.maybe_connect = maybe_connect  # type: ignore[method-assign,assignment]
+
+
+@dataclass(slots=True)
+class _Written:
+    """How the writing of one frame ended."""
+
+    ended: trio.Event = field(default_factory=trio.Event)
+    error: Exception | None = None
+
+
+def _finish_frames_once_begun() -> None:
+    # Symptom: a write that is cancelled ends the whole connection some moments later, with every stream on it. Noise
+    # has counted the message by then, and part of it may be on the wire, so the far side can decrypt nothing more. So a
+    # frame whose turn has come is written by a task of the connection's own, for which its caller only waits.
+    async def write(muxed: Yamux, data: bytes, turn: trio.Semaphore, written: _Written) -> None:
+        written.error = MuxedStreamError("the connection ended")
+        try:
+            await muxed.secured_conn.write(data)
+            written.error = None
+        except Exception as error:  # raised again where the write was asked for
+            written.error = error
+        finally:
+            turn.release()
+            written.ended.set()
+
+    async def write_frame(muxed: Yamux, data: bytes) -> None:
+        turn: trio.Semaphore = vars(muxed).setdefault("_shoal_turn", trio.Semaphore(1))
+        await turn.acquire()
+        written = _Written()
+        nursery = muxed._nursery
+        if nursery is None or nursery.cancel_scope.cancel_called:
+            await write(muxed, data, turn, written)
+        else:
+            try:
+                nursery.start_soon(write, muxed, data, turn, written)
+            except RuntimeError as error:  # the nursery has closed
+                turn.release()
+                raise MuxedStreamError("the connection ended") from error
+            await written.ended.wait()
+        if written.error is not None:
+            raise written.error
+
+    Yamux._write_frame = write_frame  # type: ignore[method-assign,assignment]
+
+
+def _take_no_offence_at_old_records() -> None:
+    # Symptom: "Received an invalid-signed-record, skipping peer": a look-up leaves out a peer, and a provider, that
+    # another node names by an older signed record than this node has. A record that is only old changes nothing.
+    consume = PeerStore.consume_peer_record
+    if consume.__name__ == "consume_newer":
+        return  # repaired already
+
+    def consume_newer(store: PeerStore, envelope: Envelope, ttl: int) -> bool:
+        record = envelope.record()
+        known = store.peer_record_map.get(record.peer_id)
+        is_own = libp2p.peer.peerstore._peer_record_signer_matches(envelope)
+        if known is not None and known.seq > record.seq and is_own:
+            return True
+        return consume(store, envelope, ttl)
+
+    PeerStore.consume_peer_record = consume_newer  # type: ignore[method-assign,assignment]
+
+
+def _propose_with_the_greeting() -> None:
+    # Symptom: agreeing on a protocol takes two round trips, since the proposal waits for the answer to the greeting; a
+    # connection takes three such agreements and every stream one. Multistream-select allows to send both at once.
+    async def select_one_of(
+        multiselect: MultiselectClient,
+        protocols: Sequence[TProtocol],
+        communicator: MultiselectCommunicator,
+        negotiate_timeout: float = DEFAULT_NEGOTIATE_TIMEOUT,
+    ) -> TProtocol:
+        first, *others = protocols
+        with trio.move_on_after(negotiate_timeout):
+            try:
+                greeting = encode_delim(MULTISELECT_PROTOCOL_ID.encode()) + encode_delim(first.encode())
+                await communicator.read_writer.write(greeting)
+            except (IOException, ValueError) as error:
+                raise MultiselectClientError(f"the proposal of {first} could not be written: {error}") from error
+            try:
+                answers = await communicator.read(), await communicator.read()
+                if answers[0] != MULTISELECT_PROTOCOL_ID:
+                    raise MultiselectClientError(f"not multistream-select, but {answers[0][:60]!r}")
+                if answers[1] == first:
+                    return first
+                if answers[1] != PROTOCOL_NOT_FOUND_MSG:
+                    raise MultiselectClientError(f"{answers[1][:60]!r} is no answer to the proposal of {first}")
+                for protocol in others:
+                    with contextlib.suppress(ProtocolNotSupportedError):
+                        return await multiselect.try_select(communicator, protocol)
+            except (MultiselectCommunicatorError, UnicodeDecodeError) as error:
+                raise MultiselectClientError(f"no answer to the proposal of {first}: {error}") from error
+            raise ProtocolNotSupportedError(f"none of {', '.join(protocols)} is supported")
+        raise MultiselectClientError(f"no answer to the proposal of {first} within {negotiate_timeout} s")
+
+    MultiselectClient.select_one_of = select_one_of  # type: ignore[method-assign,assignment]
 
 
 class _WindowExceededError(trio.TooSlowError):

@@ -23,7 +23,7 @@ import trio
 from shoal.node.bulk import Bulk
 from shoal.node.lanes import LaneDoor, LaneError, LaneKind, LaneTicket, Socket, TlsByteStream, dial_lane
 from shoal.node.metrics import Metrics
-from shoal.node.rpc import Account, ByteStream, Channel, Router, StreamClosedError
+from shoal.node.rpc import Account, ByteStream, Channel, Router, StreamClosedError, UnknownProtocolError
 from shoal.node.services import LaneInvitation, LaneRequest, LaneService
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import PeerId
@@ -244,6 +244,8 @@ class Links:
     async def _dial_stream(self, peer: PeerId, link: _Link, protocol: str) -> Channel:
         try:
             stream = await self._paths.open_stream(peer, protocol)
+        except UnknownProtocolError as error:
+            raise RemoteError(Status.UNIMPLEMENTED, str(error)) from error
         except StreamClosedError as error:
             raise RemoteError(Status.UNAVAILABLE, f"no stream to {peer}: {error}") from error
         channel = self._new_channel(peer, link, stream)

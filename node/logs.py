@@ -44,4 +44,5 @@ def set_up_logging(path: Path, *, foreground: bool) -> None:
     logging.getLogger("shoal").setLevel(level)
     for name, quiet in _QUIETER.items():
         logging.getLogger(name).setLevel(quiet)
+        logging.getLogger(name).propagate = True  # libp2p turns that off, and its errors end in stderr
     logging.captureWarnings(capture=True)

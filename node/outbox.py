@@ -32,6 +32,10 @@ class StreamClosedError(Exception):
     """Raised by a `ByteStream` when the far side or the path is gone."""
 
 
+class UnknownProtocolError(StreamClosedError):
+    """The far side is there, and does not speak the protocol that a stream was opened for."""
+
+
 class ByteStream(Protocol):
     """What a channel needs of a transport."""
 

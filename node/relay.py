@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -35,6 +37,7 @@ from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
+from shoal.node.addresses import CIRCUIT
 from shoal.node.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
@@ -43,7 +46,6 @@ log = logging.getLogger(__name__)
 
 HOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/hop")
 STOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/stop")
-CIRCUIT: Final = "/p2p-circuit"
 
 MAX_MESSAGE_BYTES: Final = 4096
 MESSAGE_TIMEOUT_S: Final = 10.0
@@ -165,7 +167,8 @@ class Relay:
                 stream, _ = await self._exchange(relay, request)
                 raw = _raw_connection(stream, address, is_initiator=True)
                 network = self._host.get_network()
-                return await network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(target)))
+                async with closed_on_failure(raw):
+                    return await network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(target)))
         except trio.TooSlowError as error:
             raise RelayError(f"no circuit to {target} through {relay} within {DIAL_TIMEOUT_S:.0f} s") from error
         except BROKEN as error:
@@ -175,7 +178,7 @@ class Relay:
         try:
             with trio.fail_after(MESSAGE_TIMEOUT_S):
                 stream, answer = await self._exchange(relay, request)
-                await _reset(stream)
+                await end_stream(stream)
                 return answer
         except trio.TooSlowError as error:
             raise RelayError(f"{relay} does not answer as a relay") from error
@@ -189,15 +192,15 @@ class Relay:
         stream = await self._host.new_stream(peer, [HOP_PROTOCOL])
         is_welcome = False
         try:
-            await _write(stream, request)
-            answer = await _read(stream, pb.HopMessage)
+            await write_message(stream, request)
+            answer = await read_message(stream, pb.HopMessage)
             if answer.type != pb.HopMessage.STATUS or answer.status != pb.OK:
                 raise RelayError(f"the relay {relay} says {_status_name(answer.status)}")
             is_welcome = True
             return stream, answer
         finally:
             if not is_welcome:
-                await _reset(stream)
+                await end_stream(stream)
 
     # --- stop ---
 
@@ -205,13 +208,15 @@ class Relay:
         relay = PeerId(str(stream.muxed_conn.peer_id))
         try:
             with trio.fail_after(MESSAGE_TIMEOUT_S):
-                request = await _read(stream, pb.StopMessage)
+                request = await read_message(stream, pb.StopMessage)
                 if request.type != pb.StopMessage.CONNECT:
-                    await _write(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.UNEXPECTED_MESSAGE))
-                    await _reset(stream)
+                    await write_message(
+                        stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.UNEXPECTED_MESSAGE)
+                    )
+                    await end_stream(stream)
                     return
                 source = PeerId.parse(str(ID(request.peer.id)))
-                await _write(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.OK))
+                await write_message(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.OK))
             seen = [str(a) for c in self._connections(relay) for a in c.get_transport_addresses()]
             via = next((address for address in seen if CIRCUIT not in address), "")
             address = f"{via}/p2p/{relay}{CIRCUIT}/p2p/{source}"
@@ -220,7 +225,7 @@ class Relay:
             muxed = await network.upgrade_inbound_raw_conn(raw, Multiaddr(address))
         except (trio.TooSlowError, ShoalError, DecodeError, *BROKEN) as error:
             log.debug("a circuit through %s did not come to be: %s", relay, error)
-            await _reset(stream)
+            await end_stream(stream)
             return
         for connection in self._connections(PeerId(str(muxed.peer_id))):
             if connection.muxed_conn is muxed:
@@ -235,7 +240,7 @@ class Relay:
         source = PeerId(str(stream.muxed_conn.peer_id))
         try:
             with trio.fail_after(MESSAGE_TIMEOUT_S):
-                request = await _read(stream, pb.HopMessage)
+                request = await read_message(stream, pb.HopMessage)
             ip = (stream.get_remote_address() or ("", 0))[0]
             is_relayed = any(CIRCUIT in str(address) for address in _addresses_of(stream))
             if is_relayed:
@@ -248,7 +253,7 @@ class Relay:
                 await _refuse(stream, pb.UNEXPECTED_MESSAGE)
         except (trio.TooSlowError, ShoalError, DecodeError, *BROKEN) as error:
             log.debug("a hop request of %s failed: %s", source, error)
-            await _reset(stream)
+            await end_stream(stream)
 
     async def _grant_reservation(self, stream: INetStream, source: PeerId, ip: str) -> None:
         limits = self.ledger.limits
@@ -265,7 +270,7 @@ class Relay:
         )
         limit = pb.Limit(duration=limits.circuit_s, data=limits.circuit_bytes)
         status = pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK, reservation=reservation, limit=limit)
-        await _write(stream, status)
+        await write_message(stream, status)
         await _close(stream)
 
     async def _connect(self, stream: INetStream, source: PeerId, ip: str, target: PeerId) -> None:
@@ -288,14 +293,14 @@ class Relay:
                 await _refuse(stream, pb.CONNECTION_FAILED)
                 return
             try:
-                await _write(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK, limit=limit))
+                await write_message(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK, limit=limit))
                 far_ip = (far.get_remote_address() or ("", 0))[0]
                 with trio.move_on_after(limits.circuit_s):
                     await _Circuit(self, limits.circuit_bytes).run((stream, ip), (far, far_ip))
             finally:
                 with trio.CancelScope(shield=True):
-                    await _reset(far)
-                    await _reset(stream)
+                    await end_stream(far)
+                    await end_stream(stream)
         finally:
             self.ledger.close_circuit(number)
 
@@ -305,14 +310,14 @@ class Relay:
             is_welcome = False
             try:
                 peer = pb.PeerId(id=ID.from_base58(str(source)).to_bytes())
-                await _write(far, pb.StopMessage(type=pb.StopMessage.CONNECT, peer=peer, limit=limit))
-                answer = await _read(far, pb.StopMessage)
+                await write_message(far, pb.StopMessage(type=pb.StopMessage.CONNECT, peer=peer, limit=limit))
+                answer = await read_message(far, pb.StopMessage)
                 if answer.status != pb.OK:
                     raise RelayError(f"it says {_status_name(answer.status)}")
                 is_welcome = True
             finally:
                 if not is_welcome:
-                    await _reset(far)
+                    await end_stream(far)
             return far
 
     async def passage(self, user: str, num_bytes: int) -> None:
@@ -405,7 +410,7 @@ class CircuitStream(ReadWriteCloser):
 
     async def close(self) -> None:
         """End both directions; never raises."""
-        await _reset(self._stream)
+        await end_stream(self._stream)
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """None: the far end's address is not to be seen, and the relay's would be taken for it."""
@@ -426,6 +431,23 @@ def parse_circuit(address: str) -> tuple[PeerId, PeerId]:
         raise RelayError(f"{address[:200]} is not a circuit's address") from error
 
 
+@asynccontextmanager
+async def closed_on_failure(raw: RawConnection) -> AsyncIterator[None]:
+    """Close a pipe if what happens to it inside fails or is cancelled.
+
+    libp2p leaves a pipe open when it is cancelled, or told nonsense, while both sides agree on security.
+    """
+    try:
+        yield
+    except BaseException:
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
+            try:
+                await raw.close()
+            except BROKEN as error:
+                log.debug("closing a dead pipe: %s", error)
+        raise
+
+
 def _raw_connection(stream: INetStream, address: str, *, is_initiator: bool) -> RawConnection:
     return RawConnection(CircuitStream(stream), is_initiator, ConnectionType.RELAYED, [Multiaddr(address)])
 
@@ -444,17 +466,24 @@ def _status_name(status: int) -> str:
 
 
 async def _refuse(stream: INetStream, status: pb.Status.ValueType) -> None:
-    await _write(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=status))
+    await write_message(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=status))
     await _close(stream)
 
 
-async def _read(stream: INetStream, kind: type[M]) -> M:
+async def read_message(stream: INetStream, kind: type[M]) -> M:
+    """Read a protobuf message, length first.
+
+    Raises:
+        DecodeError: if it is none.
+        BaseLibp2pError: if it is too long, or the stream ended.
+    """
     message = kind()
     message.ParseFromString(await read_varint_prefixed_bytes_limited(stream, MAX_MESSAGE_BYTES))
     return message
 
 
-async def _write(stream: INetStream, message: Message) -> None:
+async def write_message(stream: INetStream, message: Message) -> None:
+    """Write a protobuf message, length first."""
     await stream.write(encode_varint_prefixed(message.SerializeToString()))
 
 
@@ -467,7 +496,8 @@ async def _close(stream: INetStream) -> None:
             log.debug("closing a dead stream: %s", error)
 
 
-async def _reset(stream: INetStream) -> None:
+async def end_stream(stream: INetStream) -> None:
+    """Reset a stream; never raises."""
     with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
         try:
             await stream.reset()

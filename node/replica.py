@@ -26,6 +26,7 @@ from shoal.node.services import (
     SyncRequest,
     typed_version,
 )
+from shoal.node.signals import Signal
 from shoal.node.storage import Storage, StorageError
 from shoal.protocol.codec import to_plain
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status
@@ -46,22 +47,6 @@ DIAL_INTERVAL_S: Final = 1.0
 CALL_TIMEOUT_S: Final = 5.0
 SYNC_BYTES: Final = 200 * 1024
 MAX_QUEUED_OPS: Final = 1024
-
-
-class Signal:
-    """Wakes everybody who waits for a change."""
-
-    def __init__(self) -> None:
-        self._event = trio.Event()
-
-    def set(self) -> None:
-        """Something changed."""
-        self._event.set()
-        self._event = trio.Event()
-
-    async def wait(self) -> None:
-        """Until the next change."""
-        await self._event.wait()
 
 
 class _Neighbour:

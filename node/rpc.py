@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar, cast
 import trio
 
 from shoal.node.metrics import Metrics
-from shoal.node.outbox import ByteStream, Outbox, StreamClosedError, total_bytes
+from shoal.node.outbox import ByteStream, Outbox, StreamClosedError, UnknownProtocolError, total_bytes
 from shoal.node.serving import Account, Incoming, Router, Server
 from shoal.protocol.codec import Buffer, decode_message, encode_message
 from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status
@@ -35,7 +35,15 @@ from shoal.protocol.rpc import (
 )
 from shoal.protocol.services import Method
 
-__all__ = ["Account", "ByteStream", "Channel", "Router", "SocketByteStream", "StreamClosedError"]
+__all__ = [
+    "Account",
+    "ByteStream",
+    "Channel",
+    "Router",
+    "SocketByteStream",
+    "StreamClosedError",
+    "UnknownProtocolError",
+]
 
 log = logging.getLogger(__name__)
 

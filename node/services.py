@@ -135,3 +135,85 @@ class LaneService(Service, name="lane"):
     async def dial(self, request: LaneInvitation) -> Empty:
         """Dial a lane to the caller, because this node once dialed it and it may not be able to dial back."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a node tells a peer of how it is reached; told anew when it changes.
+
+    Attributes:
+        addresses: full multiaddrs, circuits among them.
+        relays: whether it relays for others.
+        load: how full it is as a relay, between 0 and 1.
+        stun_port: the UDP port at which it answers STUN; 0 if it does not.
+        reachability: as of `shoal.node.nat.Reachability`.
+        udp: as of `shoal.node.nat.NatType`.
+        tcp_mapping: as of `shoal.node.nat.Mapping`.
+    """
+
+    addresses: tuple[str, ...]
+    relays: bool
+    load: float
+    stun_port: int
+    reachability: str
+    udp: str
+    tcp_mapping: str
+
+
+@dataclass(frozen=True, slots=True)
+class DialBack:
+    """Asks for a TCP connection to the address that the caller is seen at, and to show a nonce there."""
+
+    port: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SeenAt:
+    """The IP address that the caller is seen at."""
+
+    ip: str
+
+
+@dataclass(frozen=True, slots=True)
+class Poke:
+    """Asks for a UDP packet to the address that the caller is seen at, with a token in it.
+
+    Attributes:
+        other_port: from another port than the one that answers STUN.
+    """
+
+    port: int
+    token: bytes
+    other_port: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDescription:
+    """A session description of WebRTC (SDP, RFC 8866)."""
+
+    sdp: str
+
+
+class ReachService(Service, name="reach"):
+    """How nodes help each other to be reached; `shoal.node.reach` has the how and why."""
+
+    @unary(idempotent=True, max_calls_per_s=20)
+    async def hello(self, request: Introduction) -> Introduction:
+        """Tell each other how to be reached."""
+        raise NotImplementedError
+
+    @unary(max_calls_per_s=4)
+    async def dial_back(self, request: DialBack) -> SeenAt:
+        """Dial the caller; FAILED_PRECONDITION if it is not connected directly."""
+        raise NotImplementedError
+
+    @unary(max_calls_per_s=4)
+    async def poke(self, request: Poke) -> Empty:
+        """Send a packet to the caller; FAILED_PRECONDITION if it is not connected directly."""
+        raise NotImplementedError
+
+    @unary(max_calls_per_s=4)
+    async def webrtc(self, request: SessionDescription) -> SessionDescription:
+        """Answer an offer of WebRTC; UNIMPLEMENTED if this node has none."""
+        raise NotImplementedError

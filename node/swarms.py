@@ -21,7 +21,7 @@ from shoal.node.config import ProfilePaths
 from shoal.node.content import ContentStore, UnavailableError
 from shoal.node.host import Host, HostEvent, PeerDown, PeerUp
 from shoal.node.learner import Run
-from shoal.node.replica import Replica, Signal
+from shoal.node.replica import Replica
 from shoal.node.services import (
     OpsPush,
     PresencePush,
@@ -29,6 +29,7 @@ from shoal.node.services import (
     SyncAnswer,
     SyncRequest,
 )
+from shoal.node.signals import Signal
 from shoal.node.storage import Storage, StoredSwarm
 from shoal.node.workers import can_train, require_training
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap

@@ -4,8 +4,8 @@ See `shoal.node.webrtc` for the picture; that module alone imports this one, whe
 
 aiortc is made for far sides that one trusts as much as oneself. Here the far side is anybody, so each session
 description is checked before aiortc reads it, and each SCTP chunk before aiortc handles it (`_breach_of_sctp`). And
-aioice's gathering asks one STUN server and waits 5 s for it; `_gather_by_own_rules` asks several, for a given time.
-Both reach for inner names of aiortc 1.16 and aioice 0.13, and the tests fail with a version that has others.
+aioice asks one STUN server, waits 5 s for it, and leaves things behind (`_repair_ice`). All this reaches for inner
+names of aiortc 1.16 and aioice 0.13, and the tests fail with a version that has others.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ from shoal.node.webrtc import (
 
 log = logging.getLogger(__name__)
 
-MAX_CHUNKS: Final = 8192
-"""SCTP chunks on their way in one direction; an honest end has WINDOW_BYTES of them, in at most 4096 messages."""
+MAX_CHUNKS: Final = 2048
+"""SCTP chunks on their way in one direction; the credit lets an honest end have less than 1100."""
+MIN_FRAGMENT_BYTES: Final = 512
+"""No path makes shorter pieces of a message necessary, but for its last one: IPv6 carries 1280 bytes everywhere."""
 MAX_DATAGRAMS: Final = 4096
 MAX_SDP_BYTES: Final = 16 * 1024
 MAX_CANDIDATES: Final = 32
@@ -56,6 +58,12 @@ MAX_PENDING_S: Final = 60.0
 """From an offer or answer until somebody takes its pipe."""
 LINGER_S: Final = 2.0
 """For what was written before a close to arrive."""
+FIRST_RTO_S: Final = 1.0
+"""Until a round trip is measured, as in TCP (RFC 6298); aiortc would wait 3 s to repeat a lost greeting."""
+# SCTP's own minimum of 1 s (RFC 9260) allows for receivers that delay acknowledgements. aiortc does not delay them,
+# and each second is one in which a loss at the end of a burst holds up everything.
+wire.SCTP_RTO_MIN = 0.2  # type: ignore[assignment]  # made of an integer there
+
 _CHANNEL: Final = 0
 _CREDIT: Final = re.compile(r"[0-9]{1,20}", re.ASCII)
 _ICE_NAME: Final = re.compile(r"[A-Za-z0-9+/]{4,256}", re.ASCII)
@@ -92,6 +100,7 @@ class End:
         self._connection: RTCPeerConnection | None = None
         self._channel: RTCDataChannel
         self._sctp: RTCSctpTransport
+        self._ice: IceConnection
 
     # Called in trio.
 
@@ -105,15 +114,19 @@ class End:
     async def offer(self, stun: Sequence[StunServer], gather_s: float) -> str:
         """The SDP of an offer."""
         connection = self._open(stun, gather_s)
-        await connection.setLocalDescription()
-        return connection.localDescription.sdp
+        return await self._describe(connection)
 
     async def answer(self, sdp: str, stun: Sequence[StunServer], gather_s: float) -> str:
         """The SDP of the answer to an offer."""
         _check_description(sdp)
         connection = self._open(stun, gather_s)
         await connection.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
+        return await self._describe(connection)
+
+    async def _describe(self, connection: RTCPeerConnection) -> str:
         await connection.setLocalDescription()
+        if not self._ice.local_candidates:
+            raise WebRtcError("this machine has no IP address on which a peer could reach it")
         return connection.localDescription.sdp
 
     async def accept(self, sdp: str) -> None:
@@ -135,7 +148,9 @@ class End:
         self._connection = connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._channel = channel = connection.createDataChannel("shoal", negotiated=True, id=_CHANNEL)
         self._sctp = channel.transport
-        _gather_by_own_rules(_ice(self._sctp), self._addresses(), stun, gather_s)
+        self._ice = self._sctp.transport.transport.iceGatherer._connection
+        _repair_ice(self._ice, self._addresses(), stun, gather_s)
+        self._sctp._rto = FIRST_RTO_S
         self._watch_sctp(self._sctp)
         channel.on("open", self._channel_opened)
         channel.on("message", self._message)
@@ -157,12 +172,12 @@ class End:
         sctp._receive_chunk = receive_unless_hostile  # type: ignore[method-assign]  # aiortc has no hook for it
 
     def _channel_opened(self) -> None:
-        pair = _ice(self._sctp)._nominated.get(1)
+        pair = self._ice._nominated.get(1)
         self._tell(Opened(pair.remote_addr if pair else None))
 
     def _channel_closed(self) -> None:
         self._is_channel_closed.set()
-        self.finish("the far end closed", linger_s=0)
+        self.finish("the far end closed, or no longer answers", linger_s=0)
 
     def _state_changed(self, connection: RTCPeerConnection) -> None:
         if connection.connectionState == "failed":
@@ -231,12 +246,11 @@ class End:
         finally:
             if self._connection is not None:
                 self._patience.cancel()
-                await self._connection.close()
+                try:
+                    await self._connection.close()
+                finally:
+                    await self._ice.close()  # the sockets, whatever aiortc stumbled over
             self._ends.discard(self)
-
-
-def _ice(sctp: RTCSctpTransport) -> IceConnection:
-    return sctp.transport.transport.iceGatherer._connection
 
 
 def _breach_of_sctp(sctp: RTCSctpTransport, chunk: wire.Chunk) -> str:
@@ -250,9 +264,10 @@ def _breach_of_sctp(sctp: RTCSctpTransport, chunk: wire.Chunk) -> str:
                 return "to a channel that was not agreed on"
             if chunk.flags & wire.SCTP_DATA_UNORDERED or not chunk.user_data:
                 return "chunks that are empty or out of order"
-            waiting = sctp._inbound_streams.get(_CHANNEL)
+            if len(chunk.user_data) < MIN_FRAGMENT_BYTES and not chunk.flags & wire.SCTP_DATA_LAST_FRAG:
+                return "crumbs of a message"
             # aiortc tells the far side this window, yet does not hold it to that.
-            if sctp._advertised_rwnd < 0 or (waiting is not None and len(waiting.reassembly) > MAX_CHUNKS):
+            if sctp._advertised_rwnd < 0 or max(len(sctp._sack_misordered), _num_waiting(sctp)) > MAX_CHUNKS:
                 return "more than its window"
         case wire.ForwardTsnChunk():
             return "a skip on a reliable channel"
@@ -261,6 +276,11 @@ def _breach_of_sctp(sctp: RTCSctpTransport, chunk: wire.Chunk) -> str:
             if num_acknowledged > MAX_CHUNKS or len(sctp._sent_queue) > MAX_CHUNKS:
                 return "acknowledgements that cannot be"
     return ""
+
+
+def _num_waiting(sctp: RTCSctpTransport) -> int:
+    stream = sctp._inbound_streams.get(_CHANNEL)
+    return len(stream.reassembly) if stream else 0
 
 
 def _check_description(sdp: str) -> None:
@@ -282,14 +302,9 @@ def _check_description(sdp: str) -> None:
             and not media.ice.iceLite
             and _ICE_NAME.fullmatch(media.ice.usernameFragment or "")
             and _ICE_PASSWORD.fullmatch(media.ice.password or "")
+            and all(group.items == [media.rtp.muxId] for group in description.group)
             and len(candidates) <= MAX_CANDIDATES
-            and all(
-                0 < known.port < 1 << 16
-                and known.component == 1
-                and not address.is_multicast
-                and not address.is_unspecified
-                for address, known in candidates
-            )
+            and all(known.component == 1 and _can_be_reached(address, known.port) for address, known in candidates)
         )
     except Exception as error:  # the parser raises whatever a malformed line leads it to
         raise WebRtcError(f"the session description is malformed: {type(error).__name__}") from error
@@ -297,14 +312,16 @@ def _check_description(sdp: str) -> None:
         raise WebRtcError("the session description is not that of one data channel by ICE")
 
 
-def _gather_by_own_rules(
-    ice: IceConnection, addresses: Sequence[str], stun: Sequence[StunServer], gather_s: float
-) -> None:
-    """Gather on these addresses, and from several STUN servers at once, for this long; aioice asks one, for 5 s."""
+def _can_be_reached(address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int) -> bool:
+    return 0 < port < 1 << 16 and not address.is_multicast and not address.is_unspecified
+
+
+def _repair_ice(ice: IceConnection, addresses: Sequence[str], stun: Sequence[StunServer], gather_s: float) -> None:
+    """Gather on these addresses, from several STUN servers at once, for this long; and end what aioice forgets."""
     bind = ice.get_component_candidates
 
-    async def gather(component: int, addresses: Sequence[str] = tuple(addresses), **_: Any) -> list[Any]:
-        binding = asyncio.ensure_future(bind(component, list(chosen)))
+    async def gather(component: int, **_: Any) -> list[Candidate]:
+        binding = asyncio.ensure_future(bind(component, list(addresses[:MAX_ADDRESSES])))
         try:
             hosts = await asyncio.shield(binding)
         except asyncio.CancelledError:
@@ -317,14 +334,20 @@ def _gather_by_own_rules(
         if data and ice._queue.qsize() < MAX_DATAGRAMS:
             ice._queue.put_nowait((data, component))
 
-    chosen = addresses[:MAX_ADDRESSES]
+    async def query_consent_while_open() -> None:
+        # A connection closed while its checks succeed would else ask for consent for ever, of nobody.
+        if not ice._closing:
+            await query_consent()
+
+    query_consent = ice.query_consent
     ice.get_component_candidates = gather  # type: ignore[method-assign, assignment]  # aioice has no option for it
+    ice.query_consent = query_consent_while_open  # type: ignore[method-assign]  # as above
     ice.data_received = take_datagram  # type: ignore[method-assign]  # as above
 
 
 async def _reflexive_candidates(
     protocols: Sequence[StunProtocol], stun: Sequence[StunServer], gather_s: float
-) -> list[Any]:
+) -> list[Candidate]:
     """Under which addresses the outside sees these sockets (RFC 8445, section 5.1.1.2); the first answer for each.
 
     IPv4 alone: where there is IPv6 there is no translation, and the sockets' own addresses are candidates already.
@@ -334,13 +357,15 @@ async def _reflexive_candidates(
         question = stun_wire.Message(message_method=stun_wire.Method.BINDING, message_class=stun_wire.Class.REQUEST)
         answer, _ = await protocol.request(question, server)
         host, port = answer.attributes["XOR-MAPPED-ADDRESS"]
+        if not _can_be_reached(ipaddress.IPv4Address(host), port):
+            raise ValueError("an answer that the far side would refuse")
         base = protocol.local_candidate
         return Candidate(
             foundation=candidate_foundation("srflx", "udp", base.host),
             component=base.component,
             transport="udp",
             priority=candidate_priority(base.component, "srflx"),
-            host=str(ipaddress.IPv4Address(host)),
+            host=host,
             port=port,
             type="srflx",
             related_address=base.host,

@@ -23,6 +23,7 @@ from shoal.node.api.schemas import (
     BenchResult,
     CreatedSwarm,
     CreateSwarm,
+    DoctorInfo,
     ErrorAnswer,
     ErrorBody,
     Event,
@@ -30,8 +31,11 @@ from shoal.node.api.schemas import (
     JoinSwarm,
     MeshInfo,
     MetricsInfo,
+    NatInfo,
     NodeInfo,
     PeerInfo,
+    PingRequest,
+    PingResult,
     StateInfo,
     SwarmDetail,
     SwarmSummary,
@@ -66,6 +70,15 @@ class NodeView(Protocol):
 
     def mesh(self) -> MeshInfo:
         """What it knows of the mesh."""
+
+    def nat(self) -> NatInfo:
+        """How it is reached."""
+
+    def doctor(self) -> DoctorInfo:
+        """What stands in the way, and what to do about it."""
+
+    async def ping(self, request: PingRequest) -> PingResult:
+        """Call a peer; `NoPeersError` if it cannot be reached."""
 
     def swarms(self) -> list[SwarmSummary]:
         """The swarms that it is in, or was in since it started."""
@@ -156,6 +169,21 @@ def _add_node_routes(app: FastAPI, node: NodeView) -> None:
     async def get_mesh() -> MeshInfo:
         """The nodes and connections that this node knows of."""
         return node.mesh()
+
+    @app.get("/v1/nat")
+    async def get_nat() -> NatInfo:
+        """How this node is reached, and how it knows."""
+        return node.nat()
+
+    @app.get("/v1/doctor")
+    async def get_doctor() -> DoctorInfo:
+        """What stands between this node and its peers, and what to do about it."""
+        return node.doctor()
+
+    @app.post("/v1/ping")
+    async def ping(request: PingRequest) -> PingResult:
+        """Call a peer once, after connecting to it if need be."""
+        return await node.ping(request)
 
     @app.get("/v1/metrics")
     async def get_metrics() -> MetricsInfo:

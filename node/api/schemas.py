@@ -159,6 +159,16 @@ class NodeInfo(Model):
     """The multiaddrs that it was told to listen on."""
 
 
+class TriedInfo(Model):
+    """What came of trying to reach a peer by a better path."""
+
+    rung: str
+    """``direct``, ``hole punching (TCP)`` or ``WebRTC (UDP)``."""
+    failure: str | None = None
+    """Why it failed, in one line; none if it led to a path."""
+    ago_s: float = 0.0
+
+
 class PeerInfo(Model):
     """Another node that this one is connected to."""
 
@@ -172,6 +182,16 @@ class PeerInfo(Model):
     """``inbound`` or ``outbound``: who dialled."""
     swarms: list[SwarmName] = []
     """The swarms that both are in."""
+    relayed_by: PeerName | None = None
+    """The relay, if the path leads through one."""
+    reachability: str = ""
+    """What the peer says of itself: ``public``, ``private`` or ``unknown``; empty if it says nothing."""
+    nat: str = ""
+    """What the peer says that it is behind, for UDP."""
+    relays: bool = False
+    """Whether the peer relays for others."""
+    tried: list[TriedInfo] = []
+    """What was tried to reach it better."""
 
 
 class MeshNode(Model):
@@ -190,6 +210,46 @@ class MeshLink(Model):
     b: PeerName
     path: str
     rtt_ms: float | None = None
+    relayed_by: PeerName | None = None
+    tried: list[TriedInfo] = []
+
+
+class FamilyInfo(Model):
+    """What a node is behind for one IP family."""
+
+    family: str
+    """``IPv4`` or ``IPv6``."""
+    reachability: str
+    """``public``, ``private`` or ``unknown``: whether those who never heard from this node can dial it."""
+    udp: str
+    """The NAT type for UDP, ``none``, ``UDP blocked`` or ``unknown``."""
+    tcp_mapping: str
+    """How TCP ports are mapped: ``none``, ``endpoint-independent``, ``endpoint-dependent`` or ``unknown``."""
+    public_addresses: list[str] = []
+    """External TCP endpoints, best attested first."""
+    evidence: list[str] = []
+    """How it is known: sentences for people."""
+
+
+class NatInfo(Model):
+    """How this node is reached, and how it knows."""
+
+    reachability: str
+    udp: str
+    families: list[FamilyInfo] = []
+    addresses: list[str] = []
+    """Full multiaddrs at which others reach it, circuits among them."""
+    held_relays: list[PeerName] = []
+    """Relays that it is reached through."""
+    relaying: bool = False
+    """Whether it relays for others."""
+    num_reservations: int = 0
+    """Nodes that are reached through it."""
+    num_circuits: int = 0
+    relayed_bytes: int = 0
+    port_mapping: str | None = None
+    """What the router forwards, and by which protocol it was asked."""
+    port_mapping_attempts: list[str] = []
 
 
 class MeshInfo(Model):
@@ -197,6 +257,45 @@ class MeshInfo(Model):
 
     nodes: list[MeshNode]
     links: list[MeshLink]
+    nat: NatInfo | None = None
+    """How this node is reached."""
+
+
+class FindingInfo(Model):
+    """Something that stands between this node and its peers, or does not."""
+
+    level: str
+    """``good``, ``note`` or ``problem``."""
+    what: str
+    advice: str = ""
+    """What the person can do about it; empty if there is nothing to do."""
+
+
+class DoctorInfo(Model):
+    """What this node is behind, how each peer is reached and why not better, and what to do about it."""
+
+    findings: list[FindingInfo]
+    nat: NatInfo
+    peers: list[PeerInfo] = []
+
+
+class PingRequest(Model):
+    """Call a peer once, after connecting to it if need be."""
+
+    peer: str
+    """Its name, the beginning of a connected peer's, or a full multiaddr."""
+
+
+class PingResult(Model):
+    """How a peer answered."""
+
+    peer: PeerName
+    path: str
+    address: str
+    rtt_ms: float
+    """From the call to its answer."""
+    first_byte_s: float
+    """From the request to the answer, with connecting."""
 
 
 class SwarmSummary(Model):

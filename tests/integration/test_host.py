@@ -25,6 +25,7 @@ from shoal.node import door, libp2p_repairs
 from shoal.node import host as host_module
 from shoal.node.door import ListenError
 from shoal.node.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.mdns import found_on_lan
 from shoal.node.metrics import MethodMetrics
 from shoal.node.rpc import Router
 from shoal.node.services import NodeService
@@ -144,13 +145,13 @@ async def test_a_block_of_a_megabyte_arrives_whole() -> None:
 async def test_calls_made_at_once_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     async with two_connected() as (one, other):
         opened = []
-        new_stream = one._host.new_stream
+        new_stream = one.libp2p.new_stream
 
         async def counted(*args: Any) -> Any:
             opened.append(args)
             return await new_stream(*args)
 
-        monkeypatch.setattr(one._host, "new_stream", counted)
+        monkeypatch.setattr(one.libp2p, "new_stream", counted)
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(post(one, other.peer_id).who, Parcel())
@@ -220,7 +221,7 @@ RSA_PEER = "QmNnooDu7bfjPFoTZYxMNLWUQJyrVwtbZg5gBMjTezGAJN"
 )
 async def test_what_is_on_the_local_network_and_no_node_is_left_alone(peer: str, address: str) -> None:
     async with host(1) as one:
-        await one._found_on_lan(PeerInfo(ID.from_base58(peer), [Multiaddr(address)]))
+        await found_on_lan(one, PeerInfo(ID.from_base58(peer), [Multiaddr(address)]))
         with pytest.raises((NoPeersError, UsageError)):
             await one.connect([f"{address}/p2p/{peer}"])
         assert one.connected == {}
@@ -423,7 +424,7 @@ async def dial_s(one: Host, other: Host) -> float:
     """How long libp2p's own dial takes, afresh; Kademlia and streams use it."""
     info = info_from_p2p_addr(Multiaddr(other.addresses()[0]))
     began = trio.current_time()
-    await one._host.connect(info)
+    await one.libp2p.connect(info)
     took = trio.current_time() - began
     await one.events.receive()
     await other.events.receive()

@@ -127,7 +127,7 @@ class Attack:
     async def stream(self, protocol: str) -> Any:
         """A raw libp2p stream to the node."""
         peer = ID.from_base58(self.peer)
-        return await self.host._host.new_stream(peer, [TProtocol(protocol)])
+        return await self.host.libp2p.new_stream(peer, [TProtocol(protocol)])
 
     async def socket(self) -> trio.SocketStream:
         """A raw connection to the node's port."""

@@ -1,0 +1,106 @@
+"""What can be told of a multiaddr without asking anybody. Pure, but for `local_ips`."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+from typing import Final
+
+import ifaddr
+
+from shoal.node.nat import Endpoint
+from shoal.protocol.errors import UsageError
+from shoal.protocol.ids import PeerId
+
+CIRCUIT: Final = "/p2p-circuit"
+
+
+def ip_port(address: str) -> tuple[str, int] | None:
+    """IP and TCP port that a multiaddr begins with, ready to dial; None if it begins otherwise or makes no sense."""
+    match address.split("/")[:5]:
+        case ["", "ip4" | "ip6" as family, ip, "tcp", port] if _is_ip(family, ip) and _is_port(port):
+            return ip, int(port)
+    return None
+
+
+def full_address(address: str, peer: PeerId) -> str:
+    """A multiaddr that ends in the name of the peer that it leads to."""
+    return address.removesuffix(f"/p2p/{peer}") + f"/p2p/{peer}"
+
+
+def ip_of(address: str) -> str:
+    """The IP that a multiaddr begins with; empty if it begins otherwise."""
+    found = ip_port(address)
+    return found[0] if found else ""
+
+
+def tcp_address(ip: str, port: int) -> str:
+    """The multiaddr of a TCP endpoint."""
+    return f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{port}"
+
+
+def endpoint(ip: str, port: int) -> Endpoint | None:
+    """A checked endpoint; None if it is none."""
+    try:
+        return Endpoint.parse(ip, port)
+    except UsageError:
+        return None
+
+
+def is_global(ip: str) -> bool:
+    """Whether an IP is one of the internet's."""
+    try:
+        return ipaddress.ip_address(ip).is_global
+    except ValueError:
+        return False
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether an IP is this machine's alone."""
+    try:
+        return ipaddress.ip_address(ip).is_loopback
+    except ValueError:
+        return False
+
+
+def network_of(ip: str) -> str:
+    """What an IP stands and falls with: its /16, or /32 of IPv6."""
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return ip
+    return str(ipaddress.ip_network((address, 16 if address.version == 4 else 32), strict=False))
+
+
+def dialable(addresses: Iterable[str]) -> list[str]:
+    """The best address of each IP family that is no circuit: one of the internet's if there is one."""
+    found: dict[str, str] = {}
+    for address in sorted(addresses, key=lambda address: not is_global(ip_of(address))):
+        family = address.split("/", 2)[1] if ip_of(address) else ""
+        if family and CIRCUIT not in address:
+            found.setdefault(family, address)
+    return list(found.values())
+
+
+def local_ips() -> frozenset[str]:
+    """The addresses of this machine's interfaces, but for link-local ones."""
+    found = set()
+    for adapter in ifaddr.get_adapters():
+        for known in adapter.ips:
+            ip = known.ip if isinstance(known.ip, str) else known.ip[0]
+            if not ipaddress.ip_address(ip).is_link_local:
+                found.add(ip)
+    return frozenset(found)
+
+
+def _is_ip(family: str, text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6 if family == "ip6" else socket.AF_INET, text)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65536

@@ -1,0 +1,251 @@
+"""The climb: from a relayed path to a peer to the best one that the NATs of both allow. See `shoal.node.paths`.
+
+Both sides try the addresses of the other. Then one of them begins the hole punching, and the side that was dialed
+offers WebRTC a little later, unless it is known that neither can work; what failed is noted with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+from libp2p.network.connection.raw_connection import RawConnection
+from multiaddr import Multiaddr
+
+from shoal.node.addresses import CIRCUIT, ip_of, is_loopback, tcp_address
+from shoal.node.nat import Mapping, NatSummary, NatType, can_punch
+from shoal.node.paths import PathKind, Rung
+from shoal.node.probing import Probe
+from shoal.node.punch import Puncher, PunchError
+from shoal.node.relay import BROKEN
+from shoal.node.services import Introduction, ReachService, SessionDescription
+from shoal.node.signals import Signal
+from shoal.node.webrtc import PendingPipe, WebRtc, WebRtcError
+from shoal.protocol.errors import RemoteError, ShoalError, Status
+from shoal.protocol.ids import PeerId
+from shoal.protocol.services import client
+
+if TYPE_CHECKING:
+    from shoal.node.host import Connected, Host
+
+log = logging.getLogger(__name__)
+
+MEET_S: Final = 3.0
+"""How long a peer may take to introduce itself."""
+DIRECT_S: Final = 1.0
+MAX_DIALS: Final = 16
+LET_BEGIN_S: Final = 4.0
+"""How long the side that should not begin a punch waits for the other before it tries itself."""
+PUNCH_HEAD_START_S: Final = 1.0
+"""How long hole punching, which gives a faster path, is let alone before WebRTC is tried beside it."""
+WEBRTC_S: Final = 10.0
+
+
+class Climber:
+    """Climbs, to every peer that is worth it.
+
+    Args:
+        news: set when an introduction came or the network changed.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        probe: Probe,
+        puncher: Puncher | None,
+        webrtc: WebRtc | None,
+        stun_servers: Sequence[tuple[str, int]],
+        introduced: dict[PeerId, Introduction],
+        news: Signal,
+    ) -> None:
+        self._host = host
+        self._probe = probe
+        self._puncher = puncher
+        self._webrtc = webrtc
+        self._further_servers = stun_servers
+        self._introduced = introduced
+        self._news = news
+        self._climbing: set[PeerId] = set()
+
+    def path_changed(self, peer: PeerId, state: Connected) -> None:
+        """A peer is connected, by another path than before."""
+        if state.kind is not PathKind.DIRECT and peer not in self._climbing:
+            self._climbing.add(peer)
+            self._host.spawn(self._keep_climbing, peer, state)
+
+    async def _keep_climbing(self, peer: PeerId, state: Connected) -> None:
+        try:
+            while self._host.connected.get(peer) is state:
+                wait_s = state.ladder.wait_s(state.kind, trio.current_time())
+                if wait_s is None:
+                    return
+                if wait_s:
+                    with trio.move_on_after(wait_s):
+                        await self._news.wait()
+                    continue
+                before = state.kind.rank
+                await self._climb(peer, state)
+                is_better = state.kind.rank < before
+                state.ladder.climbed(is_better=is_better, now=trio.current_time())
+                if state.kind is PathKind.PUNCHED:
+                    return  # as good as direct, until something changes
+        finally:
+            self._climbing.discard(peer)
+
+    async def _climb(self, peer: PeerId, state: Connected) -> None:
+        introduction = await self._introduction_of(peer)
+        if introduction is None:
+            return
+        if state.kind.rank > PathKind.PUNCHED.rank:
+            await self._try_direct(peer, state, introduction)
+        is_better = state.kind.rank <= PathKind.PUNCHED.rank
+        if is_better or self._host.connected.get(peer) is not state:
+            return
+        ours, theirs = self._probe.report().summary, _summary(introduction)
+        with trio.CancelScope() as others:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._try_webrtc, peer, state, ours, theirs)
+                await self._try_punch(peer, state, ours, theirs)
+                if state.kind.rank <= PathKind.PUNCHED.rank:
+                    others.cancel()
+
+    async def _introduction_of(self, peer: PeerId) -> Introduction | None:
+        with trio.move_on_after(MEET_S):
+            while peer not in self._introduced:
+                await self._news.wait()
+        return self._introduced.get(peer)
+
+    async def _try_direct(self, peer: PeerId, state: Connected, introduction: Introduction) -> None:
+        known = dict.fromkeys((*introduction.addresses, *self._host.known_addresses(peer)))
+        addresses = [address for address in known if CIRCUIT not in address and self._can_try(address, state)]
+        if not addresses:
+            state.ladder.note(Rung.DIRECT, "the peer has no address that this node could dial", trio.current_time())
+            return
+        reasons: set[str] = set()
+
+        async def dial(address: str) -> None:
+            try:
+                await self._host.dial(peer, address)
+            except (ShoalError, *BROKEN) as error:
+                reasons.add(_reason(error))
+            else:
+                nursery.cancel_scope.cancel()
+
+        with trio.move_on_after(DIRECT_S) as scope:
+            async with trio.open_nursery() as nursery:
+                for address in addresses[:MAX_DIALS]:
+                    nursery.start_soon(dial, address)
+        if state.kind.rank <= PathKind.PUNCHED.rank:
+            state.ladder.note(Rung.DIRECT, None, trio.current_time())
+            return
+        if scope.cancelled_caught:
+            reasons.add(f"no answer within {DIRECT_S:.0f} s")
+        tried = ", ".join(sorted({address.partition("/p2p/")[0] for address in addresses}))
+        state.ladder.note(Rung.DIRECT, f"{'; '.join(sorted(reasons))} ({tried})", trio.current_time())
+
+    def _can_try(self, address: str, state: Connected) -> bool:
+        ip = ip_of(address)
+        if not ip:
+            return True  # a name
+        has_family = self._host.door.port(ip) is not None
+        return has_family and (is_loopback(ip_of(state.address)) or not is_loopback(ip))
+
+    async def _try_punch(self, peer: PeerId, state: Connected, ours: NatSummary, theirs: NatSummary) -> None:
+        reason = can_punch(ours, theirs, "tcp")
+        if self._puncher is None:
+            reason = "switched off here (--no-punch)"
+        if reason is not None:
+            state.ladder.note(Rung.PUNCH, reason, trio.current_time())
+            return
+        if not _should_begin(ours, theirs, is_inbound=not state.outbound):
+            with trio.move_on_after(LET_BEGIN_S):
+                while self._host.connected.get(peer) is state and state.kind.rank > PathKind.PUNCHED.rank:
+                    await self._host.wait_for_change()
+        if state.kind.rank > PathKind.PUNCHED.rank and self._puncher is not None:
+            try:
+                await self._puncher.punch(peer)
+            except PunchError as error:
+                state.ladder.note(Rung.PUNCH, str(error), trio.current_time())
+                return
+        state.ladder.note(Rung.PUNCH, None, trio.current_time())
+
+    async def _try_webrtc(self, peer: PeerId, state: Connected, ours: NatSummary, theirs: NatSummary) -> None:
+        reason = can_punch(ours, theirs, "udp")
+        if self._webrtc is None:
+            reason = "switched off here (--no-webrtc)"
+        if reason is not None or self._webrtc is None:
+            state.ladder.note(Rung.WEBRTC, reason, trio.current_time())
+            return
+        if can_punch(ours, theirs, "tcp") is None:
+            await trio.sleep(PUNCH_HEAD_START_S)
+        if state.outbound or state.kind.rank <= PathKind.WEBRTC.rank:
+            return  # the other side offers
+        try:
+            pending = await self._webrtc.offer(self._stun_servers())
+            try:
+                with trio.fail_after(WEBRTC_S):
+                    reach = client(ReachService, self._host.links.at(peer), timeout_s=WEBRTC_S)
+                    answer = await reach.webrtc(SessionDescription(pending.sdp))
+                    await pending.accept(answer.sdp)
+                    await self._connect_webrtc(peer, pending, is_initiator=True)
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                    await pending.aclose()
+        except (WebRtcError, RemoteError, trio.TooSlowError, *BROKEN) as error:
+            state.ladder.note(Rung.WEBRTC, _reason(error), trio.current_time())
+        else:
+            state.ladder.note(Rung.WEBRTC, None, trio.current_time())
+
+    def _stun_servers(self) -> list[tuple[str, int]]:
+        return [(each.ip, each.stun_port) for each in self._probe.observers()] + list(self._further_servers)
+
+    async def answer_webrtc(self, peer: PeerId, sdp: str) -> str:
+        """Answer a peer's offer.
+
+        Raises:
+            RemoteError: if there is no WebRTC here, or the offer makes no sense.
+        """
+        if self._webrtc is None:
+            raise RemoteError(Status.UNIMPLEMENTED, "this node has no WebRTC")
+        try:
+            pending = await self._webrtc.answer(sdp, self._stun_servers())
+        except WebRtcError as error:
+            raise RemoteError(Status.INVALID_ARGUMENT, str(error)) from error
+        self._host.spawn(self._await_webrtc, peer, pending)
+        return pending.sdp
+
+    async def _await_webrtc(self, peer: PeerId, pending: PendingPipe) -> None:
+        try:
+            with trio.fail_after(WEBRTC_S):
+                await self._connect_webrtc(peer, pending, is_initiator=False)
+        except (WebRtcError, trio.TooSlowError, *BROKEN) as error:
+            log.debug("WebRTC with %s did not come to be: %s", peer, error)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await pending.aclose()
+
+    async def _connect_webrtc(self, peer: PeerId, pending: PendingPipe, *, is_initiator: bool) -> None:
+        pipe = await pending.connected(WEBRTC_S)
+        ip, port = pipe.get_remote_address() or ("0.0.0.0", 0)  # noqa: S104  not bound to
+        address = Multiaddr(tcp_address(ip, port).replace("/tcp/", "/udp/") + "/webrtc-direct")
+        await self._host.upgrade(RawConnection(pipe, is_initiator, addresses=[address]), peer)
+
+
+def _should_begin(ours: NatSummary, theirs: NatSummary, *, is_inbound: bool) -> bool:
+    """Whether this side begins a punch: not the one whose port nobody can know, since who begins must be dialed."""
+    moving = ours.tcp_mapping is Mapping.DEPENDENT, theirs.tcp_mapping is Mapping.DEPENDENT
+    return moving[1] if moving[0] != moving[1] else is_inbound
+
+
+def _summary(introduction: Introduction) -> NatSummary:
+    """What a peer says of its NAT."""
+    return NatSummary(NatType(introduction.udp), Mapping(introduction.tcp_mapping))
+
+
+def _reason(error: BaseException) -> str:
+    """Why something failed, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return (str(error) or type(error).__name__).splitlines()[0][:120]

@@ -1,0 +1,63 @@
+"""Finding nodes on the local network, and being found there, by libp2p's mDNS discovery."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+from libp2p.discovery.events.peerDiscovery import peerDiscovery
+from libp2p.discovery.mdns.mdns import MDNSDiscovery
+from libp2p.peer.peerinfo import PeerInfo
+
+from shoal.node.addresses import ip_of, ip_port, is_loopback
+from shoal.protocol.errors import NoPeersError, UsageError
+from shoal.protocol.ids import PeerId
+
+if TYPE_CHECKING:
+    from shoal.node.host import Host
+
+log = logging.getLogger(__name__)
+
+
+async def run_mdns(host: Host) -> None:
+    """Until cancelled."""
+    token = trio.lowlevel.current_trio_token()
+    # Its own choice would be the listen addresses as they are, and nobody can dial 0.0.0.0.
+    addresses = [address for address in host.own_addresses() if not is_loopback(ip_of(address))]
+    ends = [end for end in map(ip_port, addresses) if end is not None]
+    if not ends:
+        log.info("mDNS is off: this node listens on loopback alone")
+        return
+
+    def discovered(info: PeerInfo) -> None:
+        token.run_sync_soon(host.spawn, found_on_lan, host, info)
+
+    try:
+        # Zeroconf probes the network for a second, blocking, when it starts.
+        discovery = await trio.to_thread.run_sync(
+            lambda: MDNSDiscovery(host.libp2p.get_network(), port=ends[0][1], listen_addrs=addresses)
+        )
+    except OSError as error:
+        log.warning("mDNS is off: %s", error)
+        return
+    peerDiscovery.register_peer_discovered_handler(discovered)
+    try:
+        await trio.to_thread.run_sync(discovery.broadcaster.register)
+        await trio.sleep_forever()
+    finally:
+        peerDiscovery.unregister_peer_discovered_handler(discovered)
+        with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
+            await trio.to_thread.run_sync(discovery.zeroconf.close)
+
+
+async def found_on_lan(host: Host, info: PeerInfo) -> None:
+    """Connect to what announces itself; anything may call itself libp2p there."""
+    try:
+        peer = PeerId.parse(str(info.peer_id))
+        if peer in host.connected or peer == host.peer_id:
+            return
+        await host.connect([f"{address}/p2p/{peer}" for address in info.addrs])
+        log.info("found %s on the local network", peer)
+    except (NoPeersError, UsageError) as error:
+        log.info("mDNS: %s", error)

@@ -1,0 +1,552 @@
+"""How this node is reached, and how it comes to better paths: NAT knowledge, relays, and the climb up the ladder.
+
+Nodes help each other with `ReachService`; there is no server in it that is not a node:
+
+- Peers introduce themselves: addresses, circuits, what NAT they are behind, whether they relay.
+- A node finds out what it is behind by asking peers: to dial back, how they see its ports, to poke (`shoal.node.nat`
+  judges the answers).
+- A node that nobody can dial holds reservations on two relays in different networks, found among its peers and in the
+  DHT, the near and the idle first, and renews and replaces them. One that everybody can dial relays.
+- To a peer that is reached worse than directly it climbs: the peer's addresses, hole punching, WebRTC
+  (`shoal.node.climb`).
+- When the network changes or the machine wakes up, paths are checked at once and all of this is found out anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from shoal.node.addresses import (
+    CIRCUIT,
+    dialable,
+    endpoint,
+    full_address,
+    ip_of,
+    is_global,
+    is_loopback,
+    local_ips,
+    network_of,
+    tcp_address,
+)
+from shoal.node.climb import Climber
+from shoal.node.config import ReachConfig
+from shoal.node.door import NONCE_BYTES, knock
+from shoal.node.nat import AddressesChanged, Mapping, NatReport, NatType, Reachability
+from shoal.node.paths import PathKind
+from shoal.node.portmap import MapAttempt, PortMapping, keep_port_mapped
+from shoal.node.probing import MAX_OBSERVERS, Probe
+from shoal.node.punch import Puncher
+from shoal.node.relay import RelayError
+from shoal.node.rpc import Router
+from shoal.node.services import DialBack, Introduction, NodeService, Poke, ReachService, SeenAt, SessionDescription
+from shoal.node.signals import Signal
+from shoal.node.stun import TOKEN_BYTES, Stun, StunError, open_stun
+from shoal.node.webrtc import WebRtc, open_webrtc
+from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
+from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.services import Empty, client, current_call
+
+if TYPE_CHECKING:
+    from shoal.node.host import Connected, Host
+
+log = logging.getLogger(__name__)
+
+CALL_S: Final = 5.0
+SETTLE_S: Final = 0.2
+"""Several things often change at the same moment."""
+MAX_INTRODUCED_ADDRESSES: Final = 16
+MAX_ADDRESS_CHARS: Final = 300
+
+NUM_RELAYS: Final = 2
+RELAY_CID: Final = Cid.of_block(b"shoal: nodes that relay, 1")
+"""What relays announce in the DHT that they provide."""
+FIND_RELAYS_S: Final = 15.0
+PROVIDE_S: Final = 600.0
+REFUSED_S: Final = 60.0
+"""How long a relay that refused is not asked again."""
+
+PROBE_AGAIN_S: Final = 600.0
+KNOCK_S: Final = 2.0
+
+WATCH_S: Final = 1.0
+ASLEEP_S: Final = 4.0
+"""A pause of this process that long means that others may have given up on it."""
+CHECK_S: Final = 2.0
+
+
+@dataclass(slots=True)
+class _Held:
+    """A relay that this node is reached through; ``renew_at`` in trio time."""
+
+    addresses: tuple[str, ...]
+    renew_at: float
+
+
+@dataclass(slots=True)
+class ReachReport:
+    """What this node knows of how it is reached, for people.
+
+    Attributes:
+        mapping: what the router forwards; None if nothing.
+        map_attempts: what came of asking the router.
+        held_relays: those that this node is reached through.
+    """
+
+    nat: NatReport
+    is_relaying: bool
+    num_reservations: int
+    num_circuits: int
+    relayed_bytes: int
+    held_relays: list[PeerId] = field(default_factory=list)
+    mapping: PortMapping | None = None
+    map_attempts: list[MapAttempt] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def open_reach(host: Host, router: Router, config: ReachConfig) -> AsyncIterator[Reach]:
+    """Be reached, and reach others better, inside the block."""
+    ports = [host.door.port(family) for family in ("0.0.0.0", "::")]  # noqa: S104  names of families
+    async with AsyncExitStack() as stack:
+        bound = {family: ip for _, family, ip, *_ in (address.split("/") for address in host.listened())}
+        stun: Stun | None = None
+        try:
+            stun = await stack.enter_async_context(
+                open_stun(
+                    *ports,
+                    answers=True,
+                    ip_v4=bound.get("ip4", "0.0.0.0"),  # noqa: S104  as for TCP
+                    ip_v6=bound.get("ip6", "::"),
+                )
+            )
+        except StunError as error:
+            log.warning("no UDP: %s", error)
+        webrtc = await stack.enter_async_context(open_webrtc()) if config.webrtc else None
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        reach = Reach(host, config, stun=stun, webrtc=webrtc)
+        router.add(_ReachCalls(host, reach))
+        nursery.start_soon(reach.run)
+        try:
+            yield reach
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+class Reach:
+    """Made by `open_reach`."""
+
+    def __init__(self, host: Host, config: ReachConfig, *, stun: Stun | None, webrtc: WebRtc | None) -> None:
+        self._host = host
+        self._config = config
+        self._stun = stun
+        self._introduced: dict[PeerId, Introduction] = {}
+        self._news = Signal()  # for the tasks below: something that they decide by has changed
+        self.probe = Probe(host, stun, self._introduced)
+        puncher = Puncher(host) if config.punch else None
+        self._climber = Climber(host, self.probe, puncher, webrtc, _servers(config), self._introduced, self._news)
+        self.answer_webrtc = self._climber.answer_webrtc
+        self._held: dict[PeerId, _Held] = {}
+        self._refused: dict[PeerId, float] = {}
+        self._mapping: PortMapping | None = None
+        self._map_attempts: list[MapAttempt] = []
+        self._told: Introduction | None = None
+        self._local_ips = local_ips()
+        self._must_probe = False
+        host.on_path = self._on_path
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        if self._config.relay == "on":
+            self._host.relay.open()
+        self.probe.handle(AddressesChanged(self._local_ips))
+        self._announce_addresses()
+        for peer in list(self._host.connected):
+            self._on_path(peer)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_probing)
+            nursery.start_soon(self._keep_relays)
+            nursery.start_soon(self._keep_telling)
+            nursery.start_soon(self._keep_provided)
+            nursery.start_soon(self._watch)
+            port = self._host.door.port("0.0.0.0")  # noqa: S104  names a family
+            if self._config.port_mapping and port is not None and not all(map(_is_loopback, self._host.listened())):
+                nursery.start_soon(keep_port_mapped, "tcp", port, self._port_mapped)
+
+    def report(self) -> ReachReport:
+        """What is known now."""
+        relay = self._host.relay
+        return ReachReport(
+            nat=self.nat(),
+            is_relaying=relay.is_open,
+            num_reservations=relay.ledger.num_reservations,
+            num_circuits=relay.ledger.num_circuits,
+            relayed_bytes=relay.num_bytes,
+            held_relays=list(self._held),
+            mapping=self._mapping,
+            map_attempts=list(self._map_attempts),
+        )
+
+    def nat(self) -> NatReport:
+        """What this node is behind."""
+        return self.probe.report()
+
+    def introduction(self, peer: PeerId) -> Introduction | None:
+        """What a peer said of itself."""
+        return self._introduced.get(peer)
+
+    async def _wait_for_news(self, at_most_s: float) -> None:
+        with trio.move_on_after(at_most_s):
+            await self._news.wait()
+
+    # --- who is there ---
+
+    def _on_path(self, peer: PeerId) -> None:
+        state = self._host.connected.get(peer)
+        if state is None:
+            self._introduced.pop(peer, None)
+            if self._held.pop(peer, None) is not None:
+                self._announce_addresses()
+            self._news.set()
+            return
+        if peer not in self._introduced:
+            if state.outbound:
+                self._host.spawn(self._meet, peer)
+        else:
+            self._note_relay(peer)
+        self._climber.path_changed(peer, state)
+        self._news.set()
+
+    async def _meet(self, peer: PeerId) -> None:
+        try:
+            introduction = await client(ReachService, self._host.links.at(peer), timeout_s=CALL_S).hello(self.me())
+        except RemoteError as error:  # it may be a libp2p node of another kind
+            log.debug("%s does not introduce itself: %s", peer, error)
+        else:
+            self.take_introduction(peer, introduction)
+
+    def take_introduction(self, peer: PeerId, introduction: Introduction) -> None:
+        """A peer said how it is reached."""
+        state = self._host.connected.get(peer)
+        if state is None:
+            return
+        introduction = replace(
+            introduction,
+            addresses=tuple(_checked(introduction.addresses, peer)),
+            load=min(1.0, max(0.0, introduction.load)),
+            reachability=_word(Reachability, introduction.reachability),
+            udp=_word(NatType, introduction.udp),
+            tcp_mapping=_word(Mapping, introduction.tcp_mapping),
+            stun_port=introduction.stun_port if 0 < introduction.stun_port < 65536 else 0,
+        )
+        before = self._introduced.get(peer)
+        self._introduced[peer] = introduction
+        self._host.remember(peer, reversed(introduction.addresses))
+        self._note_relay(peer)
+        if before is not None and (before.addresses, before.udp) != (introduction.addresses, introduction.udp):
+            state.ladder.something_changed()
+        self._news.set()
+
+    def _note_relay(self, peer: PeerId) -> None:
+        state, introduction = self._host.connected.get(peer), self._introduced.get(peer)
+        if introduction is None or state is None:
+            return
+        if introduction.relays and state.kind is not PathKind.RELAYED:
+            self._host.relays[peer] = _relay_addresses(peer, introduction, state)[0]
+        else:
+            self._host.relays.pop(peer, None)
+
+    def me(self) -> Introduction:
+        """What this node says of itself."""
+        report = self.nat()
+        relay = self._host.relay
+        return Introduction(
+            addresses=self._host.addresses()[:MAX_INTRODUCED_ADDRESSES],
+            relays=relay.is_open,
+            load=round(relay.ledger.load(), 1),
+            stun_port=0 if self._stun is None else self._stun.port,
+            reachability=str(report.reachability),
+            udp=str(report.udp),
+            tcp_mapping=str(report.tcp_mapping),
+        )
+
+    async def _keep_telling(self) -> None:
+        """Tell the peers whenever what this node says of itself has changed."""
+        while True:
+            await self._wait_for_news(10.0)
+            await trio.sleep(SETTLE_S)
+            now = self.me()
+            if now == self._told:
+                continue
+            self._told = now
+            async with trio.open_nursery() as nursery:
+                for peer in list(self._introduced):
+                    nursery.start_soon(self._meet, peer)
+
+    def _announce_addresses(self) -> None:
+        """Work out the addresses beside those of this node's interfaces."""
+        found = list(self._config.announce)
+        if self._mapping is not None and is_global(self._mapping.external_ip):
+            found.append(tcp_address(self._mapping.external_ip, self._mapping.external_port))
+        for report in (self.nat().ipv4, self.nat().ipv6):
+            if report.reachability is Reachability.PUBLIC:
+                found += [tcp_address(each.ip, each.port) for each in report.public_addresses]
+        full = [f"{address}/p2p/{self._host.peer_id}" for address in found]
+        for held in self._held.values():
+            full += [f"{address}{CIRCUIT}/p2p/{self._host.peer_id}" for address in held.addresses]
+        self._host.announced = tuple(dict.fromkeys(full))
+
+    # --- what this node is behind ---
+
+    async def _keep_probing(self) -> None:
+        probed: frozenset[PeerId] = frozenset()
+        probed_at = -PROBE_AGAIN_S
+        while True:
+            names = frozenset(observer.peer for observer in self.probe.observers()) or frozenset(self._introduced)
+            is_due = trio.current_time() - probed_at > PROBE_AGAIN_S
+            if names and (is_due or self._must_probe or (not names <= probed and len(probed) < MAX_OBSERVERS)):
+                self._must_probe = False
+                await trio.sleep(SETTLE_S)  # others may come at the same moment
+                probed, probed_at = probed | names, trio.current_time()
+                await self.probe.round()
+                self._announce_addresses()
+                self._open_or_close_relay()
+                self._news.set()
+                log.info("reachability: %s, UDP: %s", self.nat().reachability, self.nat().udp)
+            else:
+                await self._wait_for_news(PROBE_AGAIN_S)
+
+    def _port_mapped(self, mapping: PortMapping | None, attempts: list[MapAttempt]) -> None:
+        if mapping != self._mapping:
+            log.info("the router forwards %s", "nothing" if mapping is None else mapping)
+        self._mapping, self._map_attempts = mapping, attempts
+        self._announce_addresses()
+        self._open_or_close_relay()
+        self._news.set()
+
+    # --- relays ---
+
+    def _is_public(self) -> bool:
+        """Whether whoever wants to reach this node can dial it, and not only because a NAT happens to let it."""
+        if self._mapping is not None and is_global(self._mapping.external_ip):
+            return True
+        families = (self.nat().ipv4, self.nat().ipv6)
+        return any(each.reachability is Reachability.PUBLIC and each.tcp_mapping is Mapping.NONE for each in families)
+
+    def _open_or_close_relay(self) -> None:
+        if self._config.relay != "auto" or self._is_public() == self._host.relay.is_open:
+            return
+        if self._is_public():
+            log.info("everybody can reach this node, so it relays for others")
+            self._host.relay.open()
+        else:
+            log.info("this node cannot be reached by everybody any more, so it stops relaying")
+            self._host.relay.close()
+
+    async def _keep_relays(self) -> None:
+        """Hold reservations on relays for as long as they are needed."""
+        looked_at = -FIND_RELAYS_S
+        while True:
+            now = trio.current_time()
+            needs = not self._is_public_everywhere()
+            if needs:
+                for peer in [peer for peer, held in self._held.items() if held.renew_at <= now]:
+                    await self._reserve(peer)
+                while len(self._held) < NUM_RELAYS and (best := self._best_relay()) is not None:
+                    await self._reserve(best)
+                if len(self._held) < NUM_RELAYS and self._host.connected and now - looked_at > FIND_RELAYS_S:
+                    looked_at = now
+                    self._host.spawn(self._find_relays)
+            renew_s = min((held.renew_at - now for held in self._held.values()), default=FIND_RELAYS_S)
+            await self._wait_for_news(max(0.1, min(renew_s, FIND_RELAYS_S)))
+
+    def _is_public_everywhere(self) -> bool:
+        """Whether no relay is needed: over every IP that this node has, everybody can dial it."""
+        return self._host.relay.is_open and self._is_public()
+
+    def _best_relay(self) -> PeerId | None:
+        """The relay to ask next: the nearest and most idle, in another network than those held.
+
+        One of those held should listen on port 443, the one way out of the strictest networks.
+        """
+        now = trio.current_time()
+        held = [address for each in self._held.values() for address in each.addresses]
+        must_be_open = len(self._held) == NUM_RELAYS - 1 and not any(map(_is_at_443, held))
+        networks = {network_of(ip_of(address)) for address in held}
+        scored = []
+        for peer in self._host.relays:
+            state, introduction = self._host.connected.get(peer), self._introduced.get(peer)
+            if state is None or introduction is None or peer in self._held or self._refused.get(peer, 0) > now:
+                continue
+            addresses = _relay_addresses(peer, introduction, state)
+            is_near = any(network_of(ip_of(address)) in networks for address in addresses)
+            lacks_port = must_be_open and not any(map(_is_at_443, introduction.addresses))
+            rtt_ms = 1000.0 if state.rtt_ms is None else state.rtt_ms
+            scored.append((is_near, lacks_port, rtt_ms * (1 + 4 * introduction.load), peer))
+        return min(scored)[3] if scored else None
+
+    async def _reserve(self, peer: PeerId) -> None:
+        try:
+            reservation = await self._host.relay.reserve(peer)
+        except RelayError as error:
+            log.info("no reservation: %s", error)
+            self._refused = {each: at for each, at in self._refused.items() if at > trio.current_time()}
+            self._refused[peer] = trio.current_time() + REFUSED_S
+            if self._held.pop(peer, None) is not None:
+                self._host.unwant(peer, "relay")
+                self._announce_addresses()
+                self._news.set()
+            return
+        state, introduction = self._host.connected.get(peer), self._introduced.get(peer)
+        if state is None or introduction is None:
+            return
+        is_new = peer not in self._held
+        addresses = _relay_addresses(peer, introduction, state)
+        self._held[peer] = _Held(addresses, trio.current_time() + max(5.0, reservation.expires_s * 2 / 3))
+        self._host.want(peer, "relay")
+        if is_new:
+            log.info("others reach this node through %s", peer)
+            self._announce_addresses()
+            self._news.set()
+
+    async def _find_relays(self) -> None:
+        for addresses in await self._host.find_providers(RELAY_CID):
+            peer = PeerId(addresses[0].rpartition("/p2p/")[2])
+            if peer in self._host.connected or len(self._host.relays) >= 2 * NUM_RELAYS:
+                continue
+            try:
+                await self._host.connect([address for address in addresses if CIRCUIT not in address])
+            except (NoPeersError, UsageError, IndexError) as error:
+                log.debug("a relay of the DHT: %s", error)
+
+    async def _keep_provided(self) -> None:
+        """Announce in the DHT that this node relays, as long as it does."""
+        while True:
+            is_done = False
+            if self._host.relay.is_open and self._host.connected:
+                is_done = await self._host.provide(RELAY_CID)
+            if is_done:
+                await trio.sleep(PROVIDE_S)
+            else:
+                await self._wait_for_news(30.0)
+                await trio.sleep(1)
+
+    async def poke(self, ip: str, request: Poke) -> None:
+        """Send a packet to a peer who asks for it.
+
+        Raises:
+            RemoteError: if this node has no UDP, or the request makes no sense.
+        """
+        target = endpoint(ip, request.port)
+        if target is None or len(request.token) != TOKEN_BYTES:
+            raise RemoteError(Status.INVALID_ARGUMENT, "not a port and a token")
+        if self._stun is None:
+            raise RemoteError(Status.UNIMPLEMENTED, "this node has no UDP")
+        try:
+            await self._stun.poke(target, request.token, other_port=request.other_port)
+        except StunError as error:
+            raise RemoteError(Status.UNAVAILABLE, str(error)) from error
+
+    # --- changes ---
+
+    async def _watch(self) -> None:
+        """Notice that the network is another one, or that this process did not run for a while."""
+        while True:
+            before = trio.current_time()
+            await trio.sleep(WATCH_S)
+            ips = local_ips()
+            slept = trio.current_time() - before > ASLEEP_S
+            if slept or ips != self._local_ips:
+                log.info("%s; checking all paths", "this node was asleep" if slept else "this node's addresses changed")
+                self._local_ips = ips
+                self.probe.handle(AddressesChanged(ips))
+                self._must_probe = True
+                self._announce_addresses()
+                for state in self._host.connected.values():
+                    state.ladder.something_changed()
+                self._news.set()
+                self._host.spawn(self._check_paths)
+
+    async def _check_paths(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for peer, state in list(self._host.connected.items()):
+                nursery.start_soon(self._check_path, peer, state)
+
+    async def _check_path(self, peer: PeerId, state: Connected) -> None:
+        path = state.best
+        try:
+            await client(NodeService, self._host.links.at(peer), timeout_s=CHECK_S).ping(Empty())
+        except RemoteError as error:
+            if error.status in (Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE):
+                log.info("%s does not answer any more by its path (%s)", peer, path.kind)
+                await path.connection.close()
+
+
+class _ReachCalls(ReachService):
+    """What peers ask."""
+
+    def __init__(self, host: Host, reach: Reach) -> None:
+        self._host = host
+        self._reach = reach
+
+    async def hello(self, request: Introduction) -> Introduction:
+        self._reach.take_introduction(current_call().peer, request)
+        return self._reach.me()
+
+    async def dial_back(self, request: DialBack) -> SeenAt:
+        ip = self._far_ip()
+        if len(request.nonce) != NONCE_BYTES or not 0 < request.port < 65536:
+            raise RemoteError(Status.INVALID_ARGUMENT, "not a port and a nonce")
+        await knock(ip, request.port, request.nonce, timeout_s=KNOCK_S)
+        return SeenAt(ip)
+
+    async def poke(self, request: Poke) -> Empty:
+        await self._reach.poke(self._far_ip(), request)
+        return Empty()
+
+    async def webrtc(self, request: SessionDescription) -> SessionDescription:
+        return SessionDescription(await self._reach.answer_webrtc(current_call().peer, request.sdp))
+
+    def _far_ip(self) -> str:
+        state = self._host.connected.get(current_call().peer)
+        ip = ip_of(state.address) if state is not None and state.kind is PathKind.DIRECT else ""
+        if ip:
+            return ip
+        raise RemoteError(Status.FAILED_PRECONDITION, "you are not connected directly")
+
+
+def _word(known: type[StrEnum], word: str) -> str:
+    """A word of a peer's; "unknown" if this version does not know it."""
+    return word if any(word == each for each in known) else "unknown"
+
+
+def _servers(config: ReachConfig) -> list[tuple[str, int]]:
+    return [(host, int(port)) for host, _, port in (server.rpartition(":") for server in config.stun_servers)]
+
+
+def _checked(addresses: Iterable[str], peer: PeerId) -> list[str]:
+    """Those of a peer's addresses that could be its own."""
+    return [
+        address
+        for address in list(addresses)[:MAX_INTRODUCED_ADDRESSES]
+        if len(address) <= MAX_ADDRESS_CHARS and address.isprintable() and address.endswith(f"/p2p/{peer}")
+    ]
+
+
+def _is_loopback(address: str) -> bool:
+    return is_loopback(ip_of(address))
+
+
+def _is_at_443(address: str) -> bool:
+    return "/tcp/443/" in address
+
+
+def _relay_addresses(peer: PeerId, introduction: Introduction, state: Connected) -> tuple[str, ...]:
+    """By which addresses others should dial a relay: one of each IP family, and one on port 443."""
+    found = [*dialable(introduction.addresses), *dialable(filter(_is_at_443, introduction.addresses))]
+    return tuple(dict.fromkeys(found)) or (full_address(state.address, peer),)
