@@ -209,6 +209,9 @@ class Climber:
         """
         if self._webrtc is None:
             raise RemoteError(Status.UNIMPLEMENTED, "this node has no WebRTC")
+        state = self._host.connected.get(peer)
+        if state is None or state.kind is not PathKind.RELAYED:
+            raise RemoteError(Status.FAILED_PRECONDITION, "there is a path that is as good")
         try:
             pending = await self._webrtc.answer(sdp, self._stun_servers())
         except WebRtcError as error:

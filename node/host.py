@@ -65,6 +65,11 @@ RETIRE_S: Final = 10.0
 """How long a path stays at least after a better one has come."""
 RETIRE_MAX_S: Final = 600.0
 MAX_EVENTS: Final = 1024
+COME_BACK_S: Final = 10.0
+"""How long calls wait for a peer whose relay is gone to be reached by another."""
+COME_BACK_AGAIN_S: Final = 0.2
+MAX_CIRCUITS_TRIED: Final = 4
+"""Relays of this node's that are asked for a circuit to a peer that did not name them."""
 MAX_PROVIDERS: Final = 100
 """That a look-up in the DHT gives, the same ones named by several nodes among them."""
 MAX_KNOWN_PEERS: Final = 1024
@@ -147,6 +152,15 @@ class Connected:
         return self.best.outbound
 
 
+@dataclass(slots=True)
+class _Lost:
+    """A peer that is gone since a circuit through a relay ended, in trio time."""
+
+    relay: PeerId
+    at: float
+    is_dialing: trio.Lock = field(default_factory=trio.Lock)
+
+
 class Host:
     """Connections and calls. Made by `open_host`."""
 
@@ -181,6 +195,7 @@ class Host:
         self._max_peers = max_peers
         self._dht: KadDHT | None = None
         self._known: dict[PeerId, dict[str, None]] = {}  # addresses, newest last; the peer last learned of last
+        self._lost: dict[PeerId, _Lost] = {}
         self._came_or_went = trio.Event()
         self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
 
@@ -242,7 +257,8 @@ class Host:
         direct = [address for address in addresses if CIRCUIT not in address]
         circuits = [address for address in addresses if CIRCUIT in address]
         # Whoever relays for this node may relay for the peer too.
-        circuits += [f"{address}{CIRCUIT}/p2p/{peer}" for relay, address in self.relays.items() if relay != peer]
+        relays = [address for relay, address in self.relays.items() if relay != peer][:MAX_CIRCUITS_TRIED]
+        circuits += [f"{address}{CIRCUIT}/p2p/{peer}" for address in relays]
         with trio.move_on_after(DIAL_TIMEOUT_S):
             async with trio.open_nursery() as nursery:
                 for number, address in enumerate(dict.fromkeys(direct + circuits)):
@@ -425,6 +441,7 @@ class Host:
                 self._path_changed(peer, state)
             self._wake_waiters()
             return
+        self._lost.pop(peer, None)
         self.connected[peer] = Connected(since=now, paths=[path], used_at=now)
         self.links.peer_up(peer)
         self._tell(PeerUp(peer))
@@ -436,7 +453,7 @@ class Host:
         self._make_room(peer)
 
     async def _add_to_dht(self, peer: ID) -> None:
-        """Kademlia takes a peer only once identify has told that it speaks Kademlia, which may take a round trip yet."""
+        """Kademlia takes a peer once identify has told that it speaks Kademlia, which may take a round trip yet."""
         for wait_s in (0.0, 0.5, 2.0):
             await trio.sleep(wait_s)
             if self._dht is None or await self._dht.add_peer(peer):
@@ -454,6 +471,7 @@ class Host:
             if state.best is not before:
                 self._path_changed(peer, state)
             return
+        self._note_loss(peer, before)
         del self.connected[peer]
         self.relays.pop(peer, None)
         self.relay.peer_down(peer)
@@ -505,9 +523,34 @@ class Host:
         """Run something for as long as the host stands."""
         self._nursery.start_soon(function, *arguments)
 
-    def is_coming_back(self, peer: PeerId) -> bool:
-        """Whether a peer that is not connected is being dialed, again and again, because it is wanted."""
-        return peer in self.wanted
+    def lost_by_its_relay(self, peer: PeerId) -> bool:
+        """Whether a peer is gone only because the relay in between is, so that it is worth waiting for."""
+        state = self.connected.get(peer)
+        if state is not None:  # the news of the end may still be on its way
+            if any(not path.connection.is_closed for path in state.paths):
+                return False
+            self._note_loss(peer, state.best)
+        lost = self._lost.get(peer)
+        return lost is not None and not self._is_alive(lost.relay) and trio.current_time() - lost.at < COME_BACK_S
+
+    async def come_back(self, peer: PeerId, deadline: float) -> bool:
+        """Reach a peer again whose relay is gone, in any way that there is; whether it is back."""
+        lost = self._lost.get(peer)
+        if lost is not None:
+            with trio.move_on_at(min(deadline, lost.at + COME_BACK_S)):
+                async with lost.is_dialing:
+                    while not self._is_alive(peer) and not await self._reach(peer, self.known_addresses(peer)):  # noqa: ASYNC110  it dials
+                        await trio.sleep(COME_BACK_AGAIN_S)
+        return self._is_alive(peer)
+
+    def _is_alive(self, peer: PeerId) -> bool:
+        return any(not each.is_closed for each in self._network.get_connections(ID.from_base58(str(peer))))
+
+    def _note_loss(self, peer: PeerId, path: Path) -> None:
+        if path.kind is PathKind.RELAYED and peer not in self._lost:
+            self._lost[peer] = _Lost(parse_circuit(path.address)[0], trio.current_time())
+            while len(self._lost) > MAX_KNOWN_PEERS:
+                del self._lost[next(iter(self._lost))]
 
     async def wait_connected(self, peer: PeerId) -> None:
         """Until a peer is connected."""

@@ -71,11 +71,11 @@ class Paths(Protocol):
     async def open_stream(self, peer: PeerId, protocol: str) -> ByteStream:
         """A new libp2p stream, or `StreamClosedError`."""
 
-    def is_coming_back(self, peer: PeerId) -> bool:
-        """Whether a peer that is not connected is being dialed, again and again."""
+    def lost_by_its_relay(self, peer: PeerId) -> bool:
+        """Whether a peer is gone only because the relay in between is."""
 
-    async def wait_connected(self, peer: PeerId) -> None:
-        """Until a peer is connected."""
+    async def come_back(self, peer: PeerId, deadline: float) -> bool:
+        """Reach such a peer again; whether it is back."""
 
 
 @dataclass(slots=True)
@@ -124,12 +124,8 @@ class Links:
         return peer in self._links
 
     async def comes_back(self, peer: PeerId, deadline: float) -> bool:
-        """Wait for a peer that is gone and is being dialed again; False if it is not gone, or not back in time."""
-        if self._paths.is_connected(peer) or not self._paths.is_coming_back(peer):
-            return False
-        with trio.move_on_at(deadline) as scope:
-            await self._paths.wait_connected(peer)
-        return not scope.cancelled_caught
+        """Wait for a peer that is gone with its relay; False if that is not why, or it is not back in time."""
+        return self._paths.lost_by_its_relay(peer) and await self._paths.come_back(peer, deadline)
 
     def is_moving(self, peer: PeerId, since: float) -> bool:
         """Whether calls brought anything from a peer since then, or it still takes what waited then."""

@@ -139,8 +139,8 @@ async def map_port(
 ) -> tuple[PortMapping | None, list[MapAttempt]]:
     """Ask the default gateway to forward a port, the same outside as inside if it is free there.
 
-    Nothing that a router says or does not say makes this raise. When it is cancelled, a mapping that was asked for at
-    that moment may stay at the router for its lifetime.
+    Nothing that a router says or does not say makes this raise. When it is cancelled, or a router's answer is
+    lost, what was asked for at that moment may stay mapped for the lifetime.
 
     Args:
         protocol: ``tcp`` or ``udp``.
@@ -599,8 +599,8 @@ async def _http(method: str, url: str, body: bytes = b"", headers: dict[str, str
     status, text = 0, b""
     try:
         async with await trio.open_tcp_stream(parts.hostname or "", parts.port or 80) as stream:
-            for part in (request, h11.Data(body), h11.EndOfMessage()):
-                await stream.send_all(http.send(part) or b"")
+            sent = [http.send(part) or b"" for part in (request, h11.Data(body), h11.EndOfMessage())]
+            await stream.send_all(b"".join(sent))  # at once: there are routers that read but one packet
             while True:
                 match http.next_event():
                     case h11.NEED_DATA:

@@ -35,6 +35,7 @@ KNOCK_S: Final = 0.2
 POKE_S: Final = 0.7
 MAX_OBSERVERS: Final = 4
 MAX_OBSERVERS_PER_NETWORK: Final = 2
+MAX_DIALING_BACK: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class Probe:
             for observer in observers:
                 nursery.start_soon(self._ask_tcp, observer)
             nursery.start_soon(self._ask_udp, observers)
-            for peer, state in direct.items():
+            for peer, state in list(direct.items())[:MAX_DIALING_BACK]:
                 ip = ip_of(state.address)
                 nursery.start_soon(self._ask_dial_back, peer, ip, ip not in dialed)
 

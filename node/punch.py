@@ -47,13 +47,15 @@ DCUTR_PROTOCOL: Final = TProtocol("/libp2p/dcutr")
 EXCHANGE_S: Final = 5.0
 PUNCH_S: Final = 3.0
 """How long both sides dial."""
-AGAIN_S: Final = 0.1
+AGAIN_S: Final = 0.2
 """Between two tries to dial the same address."""
+MAX_PUNCHING: Final = 32
+"""Peers with which holes are punched at a time, since whoever asks names the addresses to dial."""
 LABEL_S: Final = 1.0
 """How much longer a connection of the peer's counts as punched, since both sides do not end at the same moment."""
 ASK_S: Final = 1.0
 MAX_OBSERVERS: Final = 2
-MAX_ADDRESSES: Final = 8
+MAX_ADDRESSES: Final = 4
 
 Endpoint = tuple[str, int]
 
@@ -102,6 +104,9 @@ class Puncher:
 
     async def _serve(self, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
+        if self._is_direct(peer) or peer in self._host.punching or len(self._host.punching) >= MAX_PUNCHING:
+            await end_stream(stream)
+            return
         try:
             async with self._own_endpoints() as own:
                 with trio.fail_after(EXCHANGE_S):
@@ -186,5 +191,7 @@ def _endpoints(message: HolePunch) -> list[Endpoint]:
     for raw in message.ObsAddrs[:MAX_ADDRESSES]:
         match str(Multiaddr(raw)).split("/")[1:]:
             case ["ip4" | "ip6", ip, "tcp", port, *rest] if "p2p-circuit" not in rest:
-                found[ip, int(port)] = None
+                address = ipaddress.ip_address(ip)
+                if not (address.is_loopback or address.is_multicast or address.is_unspecified):
+                    found[ip, int(port)] = None
     return list(found)

@@ -155,6 +155,7 @@ class Reach:
         self._refused: dict[PeerId, float] = {}
         self._mapping: PortMapping | None = None
         self._map_attempts: list[MapAttempt] = []
+        self._mapping_scope = trio.CancelScope()
         self._told: Introduction | None = None
         self._local_ips = local_ips()
         self._must_probe = False
@@ -176,7 +177,7 @@ class Reach:
             nursery.start_soon(self._watch)
             port = self._host.door.port("0.0.0.0")  # noqa: S104  names a family
             if self._config.port_mapping and port is not None and not all(map(_is_loopback, self._host.listened())):
-                nursery.start_soon(keep_port_mapped, "tcp", port, self._port_mapped)
+                nursery.start_soon(self._keep_mapped, port)
 
     def report(self) -> ReachReport:
         """What is known now."""
@@ -211,6 +212,7 @@ class Reach:
         if state is None:
             self._introduced.pop(peer, None)
             if self._held.pop(peer, None) is not None:
+                self._host.unwant(peer, "relay")
                 self._announce_addresses()
             self._news.set()
             return
@@ -250,6 +252,7 @@ class Reach:
         self._note_relay(peer)
         if before is not None and (before.addresses, before.udp) != (introduction.addresses, introduction.udp):
             state.ladder.something_changed()
+        self._climber.path_changed(peer, state)
         self._news.set()
 
     def _note_relay(self, peer: PeerId) -> None:
@@ -312,7 +315,8 @@ class Reach:
             if names and (is_due or self._must_probe or (not names <= probed and len(probed) < MAX_OBSERVERS)):
                 self._must_probe = False
                 await trio.sleep(SETTLE_S)  # others may come at the same moment
-                probed, probed_at = probed | names, trio.current_time()
+                probed = names if is_due else probed | names
+                probed_at = trio.current_time()
                 await self.probe.round()
                 self._announce_addresses()
                 self._open_or_close_relay()
@@ -320,6 +324,13 @@ class Reach:
                 log.info("reachability: %s, UDP: %s", self.nat().reachability, self.nat().udp)
             else:
                 await self._wait_for_news(PROBE_AGAIN_S)
+
+    async def _keep_mapped(self, port: int) -> None:
+        """Have the port forwarded, by the router of the network that this node is in now."""
+        while True:
+            with trio.CancelScope() as self._mapping_scope:
+                await keep_port_mapped("tcp", port, self._port_mapped)
+            self._port_mapped(None, [])
 
     def _port_mapped(self, mapping: PortMapping | None, attempts: list[MapAttempt]) -> None:
         if mapping != self._mapping:
@@ -466,9 +477,11 @@ class Reach:
                 self._local_ips = ips
                 self.probe.handle(AddressesChanged(ips))
                 self._must_probe = True
+                self._mapping_scope.cancel()
                 self._announce_addresses()
-                for state in self._host.connected.values():
+                for peer, state in self._host.connected.items():
                     state.ladder.something_changed()
+                    self._climber.path_changed(peer, state)
                 self._news.set()
                 self._host.spawn(self._check_paths)
 

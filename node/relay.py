@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import trio
 from google.protobuf.message import DecodeError, Message
-from libp2p.abc import IHost, INetConn, INetStream
+from libp2p.abc import IHost, IMuxedConn, INetConn, INetStream
 from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
@@ -37,7 +38,7 @@ from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
-from shoal.node.addresses import CIRCUIT
+from shoal.node.addresses import CIRCUIT, full_address
 from shoal.node.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
@@ -49,6 +50,7 @@ STOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/stop")
 
 MAX_MESSAGE_BYTES: Final = 4096
 MESSAGE_TIMEOUT_S: Final = 10.0
+MAX_HANDSHAKES_PER_PEER: Final = 16
 DIAL_TIMEOUT_S: Final = 10.0
 CLOSE_TIMEOUT_S: Final = 1.0
 BROKEN: Final = (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError)
@@ -96,6 +98,7 @@ class Relay:
         self._share = FairShare(limits.bytes_per_s)
         self._asked = trio.Event()
         self._is_open = False
+        self._handshakes: Counter[PeerId] = Counter()
         host.set_stream_handler(STOP_PROTOCOL, self._serve_stop)
 
     @property
@@ -206,30 +209,50 @@ class Relay:
 
     async def _serve_stop(self, stream: INetStream) -> None:
         relay = PeerId(str(stream.muxed_conn.peer_id))
-        try:
-            with trio.fail_after(MESSAGE_TIMEOUT_S):
-                request = await read_message(stream, pb.StopMessage)
-                if request.type != pb.StopMessage.CONNECT:
-                    await write_message(
-                        stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.UNEXPECTED_MESSAGE)
-                    )
-                    await end_stream(stream)
-                    return
-                source = PeerId.parse(str(ID(request.peer.id)))
-                await write_message(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.OK))
-            seen = [str(a) for c in self._connections(relay) for a in c.get_transport_addresses()]
-            via = next((address for address in seen if CIRCUIT not in address), "")
-            address = f"{via}/p2p/{relay}{CIRCUIT}/p2p/{source}"
-            raw = _raw_connection(stream, address, is_initiator=False)
-            network: Any = self._host.get_network()
-            muxed = await network.upgrade_inbound_raw_conn(raw, Multiaddr(address))
-        except (trio.TooSlowError, ShoalError, DecodeError, *BROKEN) as error:
-            log.debug("a circuit through %s did not come to be: %s", relay, error)
+        muxed = None
+        with self._handshake(relay) as is_allowed:
+            if is_allowed:
+                muxed = await self._accept_circuit(stream, relay)
+        if muxed is None:
             await end_stream(stream)
             return
         for connection in self._connections(PeerId(str(muxed.peer_id))):
             if connection.muxed_conn is muxed:
                 await connection.event_closed.wait()  # type: ignore[attr-defined]  # of SwarmConn
+
+    async def _accept_circuit(self, stream: INetStream, relay: PeerId) -> IMuxedConn | None:
+        try:
+            with trio.fail_after(MESSAGE_TIMEOUT_S):
+                request = await read_message(stream, pb.StopMessage)
+                if request.type != pb.StopMessage.CONNECT:
+                    status = pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.UNEXPECTED_MESSAGE)
+                    await write_message(stream, status)
+                    return None
+                source = PeerId.parse(str(ID(request.peer.id)))
+                await write_message(stream, pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.OK))
+            seen = [str(a) for c in self._connections(relay) for a in c.get_transport_addresses()]
+            via = next((address for address in seen if CIRCUIT not in address), "")
+            address = f"{full_address(via, relay)}{CIRCUIT}/p2p/{source}"
+            raw = _raw_connection(stream, address, is_initiator=False)
+            network: Any = self._host.get_network()
+            muxed: IMuxedConn = await network.upgrade_inbound_raw_conn(raw, Multiaddr(address))
+        except (trio.TooSlowError, ShoalError, DecodeError, *BROKEN) as error:
+            log.debug("a circuit through %s did not come to be: %s", relay, error)
+            return None
+        else:
+            return muxed
+
+    @contextmanager
+    def _handshake(self, peer: PeerId) -> Iterator[bool]:
+        """Whether a peer may begin one more exchange; they are bounded, since each may take its time."""
+        is_allowed = self._handshakes[peer] < MAX_HANDSHAKES_PER_PEER
+        self._handshakes[peer] += 1
+        try:
+            yield is_allowed
+        finally:
+            self._handshakes[peer] -= 1
+            if not self._handshakes[peer]:
+                del self._handshakes[peer]
 
     def _connections(self, peer: PeerId) -> list[INetConn]:
         return self._host.get_network().get_connections(ID.from_base58(str(peer)))
@@ -239,11 +262,14 @@ class Relay:
     async def _serve_hop(self, stream: INetStream) -> None:
         source = PeerId(str(stream.muxed_conn.peer_id))
         try:
-            with trio.fail_after(MESSAGE_TIMEOUT_S):
-                request = await read_message(stream, pb.HopMessage)
+            with self._handshake(source) as is_allowed:
+                if not is_allowed:
+                    await end_stream(stream)
+                    return
+                with trio.fail_after(MESSAGE_TIMEOUT_S):
+                    request = await read_message(stream, pb.HopMessage)
             ip = (stream.get_remote_address() or ("", 0))[0]
-            is_relayed = any(CIRCUIT in str(address) for address in _addresses_of(stream))
-            if is_relayed:
+            if any(CIRCUIT in str(address) for address in _addresses_of(stream)):
                 await _refuse(stream, pb.PERMISSION_DENIED)
             elif request.type == pb.HopMessage.RESERVE:
                 await self._grant_reservation(stream, source, ip)

@@ -37,10 +37,10 @@ class RelayLimits:
     """Circuits that one node may be an end of."""
 
     circuit_s: int = 6 * 3600
-    """How long a circuit may last; its ends open another one before that."""
+    """How long a circuit may last; then its ends have to open another one."""
 
     circuit_bytes: int = 4 * 1024**3
-    """How much a circuit may carry, both ways together; likewise."""
+    """How much a circuit may carry, both ways together."""
 
     bytes_per_s: float = 8e6
     """For all circuits together, both ways."""

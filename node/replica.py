@@ -8,15 +8,17 @@ intervals with a random member. An op is on disk before it is acknowledged, forw
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
+from shoal.crdt.views import members
 from shoal.node.host import Host
 from shoal.node.services import (
     OpsPush,
@@ -29,7 +31,7 @@ from shoal.node.services import (
 from shoal.node.signals import Signal
 from shoal.node.storage import Storage, StorageError
 from shoal.protocol.codec import to_plain
-from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status
+from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import client
 from shoal.protocol.signing import Signed, Signer
@@ -44,9 +46,21 @@ HEARTBEAT_S: Final = 1.0
 MIN_ANNOUNCE_GAP_S: Final = 0.02
 SYNC_INTERVAL_S: Final = 5.0
 DIAL_INTERVAL_S: Final = 1.0
+DIAL_AGAIN_MAX_S: Final = 5.0
+MISSED_S: Final = 600.0
+"""How long a member is dialed again and again after it was lost."""
 CALL_TIMEOUT_S: Final = 5.0
 SYNC_BYTES: Final = 200 * 1024
 MAX_QUEUED_OPS: Final = 1024
+
+
+@dataclass(slots=True)
+class _Missed:
+    """A member that is not connected; in trio time."""
+
+    since: float
+    next_at: float = 0.0
+    num_tries: int = 0
 
 
 class _Neighbour:
@@ -86,6 +100,7 @@ class Replica:
         self._storage = storage
         self._host = host
         self._neighbours: dict[PeerId, _Neighbour] = {}
+        self._missed: dict[PeerId, _Missed] = {}
         self._announce = trio.Event()
         self._store_lock = trio.Lock()
         self._nursery: trio.Nursery | None = None
@@ -134,13 +149,17 @@ class Replica:
 
     async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep in step with the others until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            nursery.start_soon(self._announce_loop)
-            nursery.start_soon(self._sync_loop)
-            nursery.start_soon(self._dial_loop)
-            nursery.start_soon(self._expire_loop)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._announce_loop)
+                nursery.start_soon(self._sync_loop)
+                nursery.start_soon(self._dial_loop)
+                nursery.start_soon(self._expire_loop)
+                task_status.started()
+        finally:
+            for peer in {*self._neighbours, *self._missed}:
+                self._forget(peer)
 
     # Peers come and go.
 
@@ -162,6 +181,7 @@ class Replica:
     def peer_down(self, peer: PeerId) -> None:
         """The last connection to a peer is gone."""
         if self._neighbours.pop(peer, None) is not None:
+            self._missed[peer] = _Missed(trio.current_time())
             self._presence.drop(peer)
             self._refresh_live()
 
@@ -191,6 +211,8 @@ class Replica:
         if peer in self._neighbours or self._nursery is None:
             return
         neighbour = self._neighbours[peer] = _Neighbour()
+        self._missed.pop(peer, None)
+        self._host.want(peer, self.swarm)
         self._nursery.start_soon(self._push_loop, peer, neighbour)
         self._queue(peer, presence=self._presence.newest())
         self._announce.set()
@@ -278,6 +300,7 @@ class Replica:
             except RemoteError as error:
                 if error.status is Status.NOT_FOUND:
                     self.peer_down(peer)  # it left the swarm
+                    self._forget(peer)
                     return
                 log.debug("a push to %s failed: %s", peer, error)
                 await trio.sleep(0.1)
@@ -306,19 +329,39 @@ class Replica:
             log.debug("sync with %s failed: %s", peer, error)
 
     async def _dial_loop(self) -> None:
-        """Be connected to every live member."""
+        """Be connected to every live member, and to those that were lost lately."""
         while True:
-            for peer, facts in list(self._live.items()):
-                if peer not in self._host.connected and facts.addresses:
-                    try:
-                        addresses = [a for a in facts.addresses if a.endswith(f"/p2p/{peer}")]
-                        if addresses:
-                            await self._host.connect(addresses)
-                    except (NoPeersError, ValueError) as error:
-                        log.debug("dialing a member failed: %s", error)
-                elif peer in self._host.connected and peer not in self._neighbours:
+            now = trio.current_time()
+            known = members(self.documents()) if self._missed else {}
+            for peer, missed in list(self._missed.items()):
+                if now - missed.since > MISSED_S or (peer in known and known[peer].left):
+                    self._forget(peer)
+            for peer in {*self._live, *self._missed}:
+                if peer not in self._host.connected:
+                    missed = self._missed.setdefault(peer, _Missed(now))
+                    if missed.next_at <= now:
+                        missed.next_at = math.inf  # until this try is over
+                        self._host.spawn(self._dial, peer, missed)
+                elif peer not in self._neighbours:
                     await self._sync_quietly(peer)
-            await trio.sleep(DIAL_INTERVAL_S)
+            with trio.move_on_after(DIAL_INTERVAL_S):
+                await self._host.wait_for_change()
+
+    async def _dial(self, peer: PeerId, missed: _Missed) -> None:
+        facts = self._live.get(peer)
+        told = [] if facts is None else [each for each in facts.addresses if each.endswith(f"/p2p/{peer}")]
+        addresses = [*told, *self._host.known_addresses(peer)]
+        try:
+            if addresses:
+                await self._host.connect(list(dict.fromkeys(addresses)))
+        except (NoPeersError, UsageError) as error:
+            log.debug("dialing a member failed: %s", error)
+        missed.num_tries += 1
+        missed.next_at = trio.current_time() + min(DIAL_INTERVAL_S * 2**missed.num_tries, DIAL_AGAIN_MAX_S)
+
+    def _forget(self, peer: PeerId) -> None:
+        self._missed.pop(peer, None)
+        self._host.unwant(peer, self.swarm)
 
     async def _expire_loop(self) -> None:
         while True:

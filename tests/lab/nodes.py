@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ SHOAL: Final = (sys.executable, "-m", "shoal.cli.main")
 PORT: Final = 4001
 RELAYS: Final = 3
 START_TIMEOUT_S: Final = 30.0
-CONNECT_TIMEOUT_S: Final = 10.0
+READY_TIMEOUT_S: Final = 15.0
 POLL_S: Final = 0.05
 
 
@@ -85,17 +85,33 @@ class LabNode:
         """Its local API; use it in a ``with`` block."""
         return Client(self._config.paths, self._config.profile)
 
-    def wait_until_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        """Returns when the node has a peer.
+    def wait_until_reachable(self) -> None:
+        """Returns when the node knows how others reach it, and has a peer; only then can it be called.
 
         Raises:
-            LabError: if it has none in time.
+            LabError: if it does not in time.
         """
-        deadline = time.monotonic() + timeout_s
+
+        def is_reachable(client: Client) -> bool:
+            nat = client.nat()
+            return client.node().num_peers > 0 and (nat.reachability == "public" or bool(nat.held_relays))
+
+        self._wait("is neither public nor held by a relay", is_reachable)
+
+    def wait_until_relaying(self) -> None:
+        """Returns when the node relays for others, which it does once it has found itself public.
+
+        Raises:
+            LabError: if it does not in time.
+        """
+        self._wait("does not relay", lambda client: client.nat().relaying)
+
+    def _wait(self, failing: str, holds: Callable[[Client], bool]) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
         with self.client() as client:
-            while not client.node().num_peers:
+            while not holds(client):
                 if time.monotonic() > deadline:
-                    raise LabError(f"a node found no peer in {timeout_s:.0f} s\n{self.log()}")
+                    raise LabError(f"a node {failing} after {READY_TIMEOUT_S:.0f} s\n{self.log()}")
                 time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -133,8 +149,8 @@ class Relays:
             listen = listen_addresses(site) + (["/ip4/0.0.0.0/tcp/443"] if number == 0 else [])
             node = LabNode(site.hosts[0], lab.folder, site.name)
             self.nodes.append(node.up(*options, listen=listen, bootstrap=self.addresses()))
-        for node in self.nodes[1:]:
-            node.wait_until_connected()
+        for node in self.nodes:
+            node.wait_until_relaying()
 
     def addresses(self) -> list[str]:
         """The full addresses of those that run."""

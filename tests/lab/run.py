@@ -6,7 +6,7 @@
     tests/lab/run.py --pairs symmetric:symmetric --keep         leaves it all standing until Ctrl-C, to look around in
 
 Three public nodes stand on the internet of the lab and relay. For each pair, two fresh nodes start with the ordinary
-command and know nothing but these; then ``shoal ping`` on one names the other, and its peers are watched until the path
+command and know nothing but these. Once both know how they are reached, ``shoal ping`` on one names the other, and its peers are watched until the path
 is as good as `expected` says, or `SETTLE_S` have passed. Exit status: 0 all pairs are as expected, 1 one is not,
 2 the lab cannot run here.
 """
@@ -74,7 +74,7 @@ class PairRunner:
             for future in started:
                 future.result()
             for node in nodes:
-                node.wait_until_connected()
+                node.wait_until_reachable()
             return measure(one, other, *nodes)
         except (LabError, ShoalError, subprocess.SubprocessError) as error:
             return Result(one, other, connected=False, problem=str(error))
