@@ -130,6 +130,10 @@ class Door:
             try:
                 await stream.send_all(QUESTION)
                 line = await _read_line(stream)
+                if line.startswith(QUESTION.decode()):
+                    # The far side asked at the same moment from the same port: both questions share one connection.
+                    await stream.send_all(_answer(stream.socket))
+                    line = line[1:] or await _read_line(stream)
             except trio.BrokenResourceError as error:
                 raise OSError("it broke off") from error
             yield stream.socket.getsockname()[:2], _read_endpoint(line)
@@ -140,10 +144,9 @@ class Door:
         async def take(stream: Any) -> None:
             sock = stream.stream.socket
             try:
-                ip, port = sock.getpeername()[:2]
-                ip = ip.removeprefix("::ffff:")  # IPv4 that came in by a socket for both
+                ip = sock.getpeername()[0].removeprefix("::ffff:")  # IPv4 that came in by a socket for both
             except OSError:
-                ip, port = "", 0  # it is gone already
+                ip = ""  # it is gone already
             if not ip or self._silent[ip] >= MAX_SILENT_PER_IP or self._silent.total() >= MAX_SILENT:
                 await stream.close()
                 return
@@ -151,7 +154,7 @@ class Door:
             try:
                 first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
                 if first in (KNOCK, QUESTION):
-                    await self._answer(sock, ip, port)  # counts as silent: it says no more
+                    await self._answer(sock)  # counts as silent: it says no more
             finally:
                 self._silent[ip] -= 1
                 if not self._silent[ip]:
@@ -165,11 +168,11 @@ class Door:
 
         listener.handler = take
 
-    async def _answer(self, sock: trio.socket.SocketType, ip: str, port: int) -> None:
+    async def _answer(self, sock: trio.socket.SocketType) -> None:
         with trio.move_on_after(QUESTION_S), contextlib.suppress(OSError):
             data = await sock.recv(1 + NONCE_BYTES)
             if data[:1] == QUESTION:
-                await sock.send(f"{ip} {port}\n".encode())
+                await sock.send(_answer(sock))
                 await sock.recv(1)
             elif (came := self._knocks.get(data[1:])) is not None:
                 came.set()
@@ -190,14 +193,20 @@ async def knock(ip: str, port: int, nonce: bytes, *, timeout_s: float) -> bool:
     return False
 
 
+def _answer(sock: trio.socket.SocketType) -> bytes:
+    ip, port = sock.getpeername()[:2]
+    return f"{ip.removeprefix('::ffff:')} {port}\n".encode()
+
+
 async def _read_line(stream: trio.SocketStream) -> str:
+    """A line, or a question that came instead of it."""
     data = b""
-    while not data.endswith(b"\n"):
+    while not data.endswith((b"\n", QUESTION)):
         part = await stream.receive_some(MAX_ANSWER_BYTES - len(data)) if len(data) < MAX_ANSWER_BYTES else b""
         if not part:
             raise OSError("it does not answer")
         data += part
-    return data[:-1].decode("ascii", errors="replace")
+    return data.decode("ascii", errors="replace").removesuffix("\n")
 
 
 def _read_endpoint(line: str) -> tuple[str, int]:

@@ -346,8 +346,11 @@ class Reach:
         """Whether whoever wants to reach this node can dial it, and not only because a NAT happens to let it."""
         if self._mapping is not None and is_global(self._mapping.external_ip):
             return True
-        families = (self.nat().ipv4, self.nat().ipv6)
-        return any(each.reachability is Reachability.PUBLIC and each.tcp_mapping is Mapping.NONE for each in families)
+        return any(
+            report.reachability is Reachability.PUBLIC
+            and any(endpoint.ip in self._local_ips for endpoint in report.public_addresses)
+            for report in (self.nat().ipv4, self.nat().ipv6)
+        )
 
     def _open_or_close_relay(self) -> None:
         if self._config.relay != "auto" or self._is_public() == self._host.relay.is_open:
