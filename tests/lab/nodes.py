@@ -11,10 +11,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.node.api.schemas import NatInfo
 from shoal.node.client import Client
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import ShoalError
@@ -91,28 +92,20 @@ class LabNode:
         Raises:
             LabError: if it does not in time.
         """
-
-        def is_reachable(client: Client) -> bool:
-            nat = client.nat()
-            return client.node().num_peers > 0 and (nat.reachability == "public" or bool(nat.held_relays))
-
-        self._wait("is neither public nor held by a relay", is_reachable)
-
-    def wait_until_relaying(self) -> None:
-        """Returns when the node relays for others, which it does once it has found itself public.
-
-        Raises:
-            LabError: if it does not in time.
-        """
-        self._wait("does not relay", lambda client: client.nat().relaying)
-
-    def _wait(self, failing: str, holds: Callable[[Client], bool]) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         with self.client() as client:
-            while not holds(client):
+            while not (client.node().num_peers and _is_reachable(client.nat())):
                 if time.monotonic() > deadline:
-                    raise LabError(f"a node {failing} after {READY_TIMEOUT_S:.0f} s\n{self.log()}")
+                    late = (
+                        f"a node is neither public, nor forwarded to, nor held by a relay after {READY_TIMEOUT_S:.0f} s"
+                    )
+                    raise LabError(f"{late}\n{self.log()}")
                 time.sleep(POLL_S)
+
+    def is_relaying(self) -> bool:
+        """Whether it relays for others, which it does once it has found itself public."""
+        with self.client() as client:
+            return client.nat().relaying
 
     def stop(self) -> None:
         """Begin to end it, if it runs."""
@@ -125,6 +118,10 @@ class LabNode:
         if not path.exists():
             return ""
         return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
+
+
+def _is_reachable(nat: NatInfo) -> bool:
+    return nat.reachability == "public" or bool(nat.port_mapping or nat.held_relays)
 
 
 def listen_addresses(site: Site, host: int = 0) -> list[str]:
@@ -149,8 +146,15 @@ class Relays:
             listen = listen_addresses(site) + (["/ip4/0.0.0.0/tcp/443"] if number == 0 else [])
             node = LabNode(site.hosts[0], lab.folder, site.name)
             self.nodes.append(node.up(*options, listen=listen, bootstrap=self.addresses()))
-        for node in self.nodes:
-            node.wait_until_relaying()
+        self._wait_until_one_relays()
+
+    def _wait_until_one_relays(self) -> None:
+        """The others may learn only as more nodes come that they are public."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not any(node.is_relaying() for node in self.nodes):
+            if time.monotonic() > deadline:
+                raise LabError(f"no relay relays after {READY_TIMEOUT_S:.0f} s\n{self.nodes[-1].log()}")
+            time.sleep(POLL_S)
 
     def addresses(self) -> list[str]:
         """The full addresses of those that run."""

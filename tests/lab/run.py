@@ -6,9 +6,9 @@
     tests/lab/run.py --pairs symmetric:symmetric --keep         leaves it all standing until Ctrl-C, to look around in
 
 Three public nodes stand on the internet of the lab and relay. For each pair, two fresh nodes start with the ordinary
-command and know nothing but these. Once both know how they are reached, ``shoal ping`` on one names the other, and its peers are watched until the path
-is as good as `expected` says, or `SETTLE_S` have passed. Exit status: 0 all pairs are as expected, 1 one is not,
-2 the lab cannot run here.
+command and know nothing but these. Once both know how they are reached, ``shoal ping`` on one names the other, and its
+peers are watched until the path is as good as `expected` says, or `SETTLE_S` have passed. Exit status: 0 all pairs are
+as expected, 1 one is not, 2 the lab cannot run here.
 """
 
 from __future__ import annotations
