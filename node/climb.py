@@ -7,6 +7,7 @@ offers WebRTC a little later, unless it is known that neither can work; what fai
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -249,6 +250,6 @@ def _summary(introduction: Introduction) -> NatSummary:
 
 def _reason(error: BaseException) -> str:
     """Why something failed, in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
     return (str(error) or type(error).__name__).splitlines()[0][:120]

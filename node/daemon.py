@@ -273,7 +273,7 @@ class Node:
             peer = await self._host.connect([request.peer])
         else:
             part = request.peer.strip("…")
-            known = [peer for peer in self._host.connected if peer.startswith(part) or peer.endswith(part)]
+            known = [peer for peer in self._host.connected if part and (peer.startswith(part) or peer.endswith(part))]
             peer = known[0] if len(known) == 1 else await self._host.find(PeerId.parse(request.peer))
         if peer == self._host.peer_id:
             raise UsageError(f"{peer} is this node itself; name another one")

@@ -67,6 +67,8 @@ RETIRE_MAX_S: Final = 600.0
 MAX_EVENTS: Final = 1024
 COME_BACK_S: Final = 10.0
 """How long calls wait for a peer whose relay is gone to be reached by another."""
+RELAY_ENDS_S: Final = 1.0
+"""How long after its circuits a relay may end, as it does in good order, to count as the reason for their end."""
 COME_BACK_AGAIN_S: Final = 0.2
 MAX_CIRCUITS_TRIED: Final = 4
 """Relays of this node's that are asked for a circuit to a peer that did not name them."""
@@ -527,11 +529,15 @@ class Host:
         """Whether a peer is gone only because the relay in between is, so that it is worth waiting for."""
         state = self.connected.get(peer)
         if state is not None:  # the news of the end may still be on its way
-            if any(not path.connection.is_closed for path in state.paths):
+            if any(_is_open(path.connection) for path in state.paths):
                 return False
             self._note_loss(peer, state.best)
         lost = self._lost.get(peer)
-        return lost is not None and not self._is_alive(lost.relay) and trio.current_time() - lost.at < COME_BACK_S
+        return lost is not None and self._may_come_back(lost)
+
+    def _may_come_back(self, lost: _Lost) -> bool:
+        is_relay_there = self._is_alive(lost.relay)
+        return trio.current_time() - lost.at < (RELAY_ENDS_S if is_relay_there else COME_BACK_S)
 
     async def come_back(self, peer: PeerId, deadline: float) -> bool:
         """Reach a peer again whose relay is gone, in any way that there is; whether it is back."""
@@ -539,12 +545,14 @@ class Host:
         if lost is not None:
             with trio.move_on_at(min(deadline, lost.at + COME_BACK_S)):
                 async with lost.is_dialing:
-                    while not self._is_alive(peer) and not await self._reach(peer, self.known_addresses(peer)):  # noqa: ASYNC110  it dials
+                    while not self._is_alive(peer) and not await self._reach(peer, self.known_addresses(peer)):
+                        if not self._may_come_back(lost):
+                            break
                         await trio.sleep(COME_BACK_AGAIN_S)
         return self._is_alive(peer)
 
     def _is_alive(self, peer: PeerId) -> bool:
-        return any(not each.is_closed for each in self._network.get_connections(ID.from_base58(str(peer))))
+        return any(map(_is_open, self._network.get_connections(ID.from_base58(str(peer)))))
 
     def _note_loss(self, peer: PeerId, path: Path) -> None:
         if path.kind is PathKind.RELAYED and peer not in self._lost:
@@ -608,6 +616,12 @@ class Host:
                 with trio.move_on_after(wait_s * random.uniform(0.8, 1.2)):  # noqa: S311  jitter, not a secret
                     await self.wait_connected(peer)
                 wait_s = min(wait_s * 2, BOOTSTRAP_RETRY_MAX_S)
+
+
+def _is_open(connection: INetConn) -> bool:
+    """Whether streams can be opened on a connection; not so for some moments before it counts as closed."""
+    muxed: Any = connection.muxed_conn
+    return not (connection.is_closed or muxed.is_closed or muxed.event_shutting_down.is_set())
 
 
 def _far_end(connection: INetConn) -> tuple[str, bool]:

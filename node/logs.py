@@ -15,7 +15,12 @@ MAX_BYTES: Final = 4 * 1024 * 1024
 KEPT_FILES: Final = 3
 _FORMAT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 # They report every stream and every record at these levels.
-_QUIETER: Final = {"libp2p": logging.ERROR, "hypercorn": logging.WARNING, "zeroconf": logging.ERROR}
+_QUIETER: Final = {
+    "libp2p": logging.ERROR,
+    "libp2p.network.swarm": logging.CRITICAL,
+    "hypercorn": logging.WARNING,
+    "zeroconf": logging.ERROR,
+}
 
 
 def set_up_logging(path: Path, *, foreground: bool) -> None:

@@ -56,6 +56,8 @@ class Probe:
         self._stun = stun
         self._introduced = introduced
         self._knowledge = NatKnowledge()
+        self.forwarded: Endpoint | None = None
+        """What the router says that it forwards to this node's port."""
 
     def handle(self, event: Event) -> None:
         """Something was learned."""
@@ -109,6 +111,9 @@ class Probe:
         port = self._host.door.port(ip)
         if port is None:
             return
+        forwarded = self.forwarded
+        if forwarded is not None and (":" in forwarded.ip) == (":" in ip):
+            port, is_stranger = forwarded.port, True  # it comes in by a rule, not by what went out before
         with self._host.door.expect_knock() as (nonce, came):
             try:
                 reach = client(ReachService, self._host.links.at(peer), timeout_s=CALL_S)

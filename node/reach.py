@@ -38,7 +38,7 @@ from shoal.node.addresses import (
 from shoal.node.climb import Climber
 from shoal.node.config import ReachConfig
 from shoal.node.door import NONCE_BYTES, knock
-from shoal.node.nat import AddressesChanged, Mapping, NatReport, NatType, Reachability
+from shoal.node.nat import AddressesChanged, FamilyReport, Mapping, NatReport, NatType, Reachability
 from shoal.node.paths import PathKind
 from shoal.node.portmap import MapAttempt, PortMapping, keep_port_mapped
 from shoal.node.probing import MAX_OBSERVERS, Probe
@@ -335,7 +335,9 @@ class Reach:
     def _port_mapped(self, mapping: PortMapping | None, attempts: list[MapAttempt]) -> None:
         if mapping != self._mapping:
             log.info("the router forwards %s", "nothing" if mapping is None else mapping)
+            self._must_probe = True
         self._mapping, self._map_attempts = mapping, attempts
+        self.probe.forwarded = None if mapping is None else endpoint(mapping.external_ip, mapping.external_port)
         self._announce_addresses()
         self._open_or_close_relay()
         self._news.set()
@@ -343,13 +345,13 @@ class Reach:
     # --- relays ---
 
     def _is_public(self) -> bool:
-        """Whether whoever wants to reach this node can dial it, and not only because a NAT happens to let it."""
-        if self._mapping is not None and is_global(self._mapping.external_ip):
-            return True
-        return any(
-            report.reachability is Reachability.PUBLIC
-            and any(endpoint.ip in self._local_ips for endpoint in report.public_addresses)
-            for report in (self.nat().ipv4, self.nat().ipv6)
+        """Whether everybody can dial this node, by some IP."""
+        return any(map(self._is_public_by, (self.nat().ipv4, self.nat().ipv6)))
+
+    def _is_public_by(self, report: FamilyReport) -> bool:
+        """Whether whoever has this IP can dial this node, and not only because a NAT happens to let it."""
+        return report.reachability is Reachability.PUBLIC and any(
+            each.ip in self._local_ips or each == self.probe.forwarded for each in report.public_addresses
         )
 
     def _open_or_close_relay(self) -> None:
@@ -367,11 +369,12 @@ class Reach:
         looked_at = -FIND_RELAYS_S
         while True:
             now = trio.current_time()
-            needs = not self._is_public_everywhere()
-            if needs:
+            if all(map(self._is_public_by, (self.nat().ipv4, self.nat().ipv6))):
+                self._let_relays_go()
+            else:  # there is an IP by which this node cannot be dialed, and peers that have only that
                 for peer in [peer for peer, held in self._held.items() if held.renew_at <= now]:
                     await self._reserve(peer)
-                while len(self._held) < NUM_RELAYS and (best := self._best_relay()) is not None:
+                while (best := self._best_relay()) is not None:
                     await self._reserve(best)
                 if len(self._held) < NUM_RELAYS and self._host.connected and now - looked_at > FIND_RELAYS_S:
                     looked_at = now
@@ -379,18 +382,23 @@ class Reach:
             renew_s = min((held.renew_at - now for held in self._held.values()), default=FIND_RELAYS_S)
             await self._wait_for_news(max(0.1, min(renew_s, FIND_RELAYS_S)))
 
-    def _is_public_everywhere(self) -> bool:
-        """Whether no relay is needed: over every IP that this node has, everybody can dial it."""
-        return self._host.relay.is_open and self._is_public()
+    def _let_relays_go(self) -> None:
+        for peer in self._held:
+            self._host.unwant(peer, "relay")
+        if self._held:
+            self._held = {}
+            self._announce_addresses()
 
     def _best_relay(self) -> PeerId | None:
         """The relay to ask next: the nearest and most idle, in another network than those held.
 
-        One of those held should listen on port 443, the one way out of the strictest networks.
+        If none of those held listens on port 443, the one way out of the strictest networks, one that does is held too.
         """
         now = trio.current_time()
         held = [address for each in self._held.values() for address in each.addresses]
-        must_be_open = len(self._held) == NUM_RELAYS - 1 and not any(map(_is_at_443, held))
+        must_be_open = len(self._held) >= NUM_RELAYS
+        if must_be_open and any(map(_is_at_443, held)):
+            return None
         networks = {network_of(ip_of(address)) for address in held}
         scored = []
         for peer in self._host.relays:
@@ -399,10 +407,11 @@ class Reach:
                 continue
             addresses = _relay_addresses(peer, introduction, state)
             is_near = any(network_of(ip_of(address)) in networks for address in addresses)
-            lacks_port = must_be_open and not any(map(_is_at_443, introduction.addresses))
+            if must_be_open and not any(map(_is_at_443, addresses)):
+                continue
             rtt_ms = 1000.0 if state.rtt_ms is None else state.rtt_ms
-            scored.append((is_near, lacks_port, rtt_ms * (1 + 4 * introduction.load), peer))
-        return min(scored)[3] if scored else None
+            scored.append((is_near, rtt_ms * (1 + 4 * introduction.load), peer))
+        return min(scored)[2] if scored else None
 
     async def _reserve(self, peer: PeerId) -> None:
         try:
