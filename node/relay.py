@@ -454,7 +454,7 @@ def parse_circuit(address: str) -> tuple[PeerId, PeerId]:
     try:
         return PeerId.parse(relay), PeerId.parse(target)
     except ShoalError as error:
-        raise RelayError(f"{address[:200]} is not a circuit's address") from error
+        raise RelayError(f"{address[:200]!r} is not a circuit's address") from error
 
 
 @asynccontextmanager
