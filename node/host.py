@@ -163,6 +163,15 @@ class _Lost:
     is_dialing: trio.Lock = field(default_factory=trio.Lock)
 
 
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """Addresses of a peer that are being dialed now; ``was_cut_short`` if whoever began it gave up."""
+
+    addresses: frozenset[str]
+    is_over: trio.Event = field(default_factory=trio.Event)
+    was_cut_short: bool = True
+
+
 class Host:
     """Connections and calls. Made by `open_host`."""
 
@@ -198,6 +207,7 @@ class Host:
         self._dht: KadDHT | None = None
         self._known: dict[PeerId, dict[str, None]] = {}  # addresses, newest last; the peer last learned of last
         self._lost: dict[PeerId, _Lost] = {}
+        self._attempts: dict[PeerId, _Attempt] = {}
         self._came_or_went = trio.Event()
         self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
 
@@ -254,7 +264,28 @@ class Host:
                 return peer
         raise NoPeersError(f"cannot find {peer}: neither the DHT nor a relay leads to it now")
 
-    async def _reach(self, peer: PeerId, addresses: Iterable[str]) -> bool:
+    async def _reach(self, peer: PeerId, addresses: Sequence[str]) -> bool:
+        """Dial a peer, unless others do so just now; whether a connection stands.
+
+        A peer that is gone may have many callers; what comes of one attempt holds for all whose addresses are in it.
+        """
+        wanted = frozenset(addresses)
+        while (running := self._attempts.get(peer)) is not None:
+            await running.is_over.wait()
+            if self.is_connected(peer):
+                return True
+            if wanted <= running.addresses and not running.was_cut_short:
+                return False
+        attempt = self._attempts[peer] = _Attempt(wanted)
+        try:
+            is_there = await self._dial_all(peer, addresses)
+            attempt.was_cut_short = False
+        finally:
+            del self._attempts[peer]
+            attempt.is_over.set()
+        return is_there
+
+    async def _dial_all(self, peer: PeerId, addresses: Sequence[str]) -> bool:
         """Dial all of it side by side, circuits a little later; whether a connection stands."""
         direct = [address for address in addresses if CIRCUIT not in address]
         circuits = [address for address in addresses if CIRCUIT in address]
@@ -545,9 +576,11 @@ class Host:
         if lost is not None:
             with trio.move_on_at(min(deadline, lost.at + COME_BACK_S)):
                 async with lost.is_dialing:
-                    while not self._is_alive(peer) and not await self._reach(peer, self.known_addresses(peer)):
+                    while self._is_alive(lost.relay):  # it may be about to end
                         if not self._may_come_back(lost):
-                            break
+                            return self._is_alive(peer)
+                        await trio.sleep(COME_BACK_AGAIN_S)
+                    while not self._is_alive(peer) and not await self._reach(peer, self.known_addresses(peer)):  # noqa: ASYNC110  it dials
                         await trio.sleep(COME_BACK_AGAIN_S)
         return self._is_alive(peer)
 

@@ -117,7 +117,7 @@ class Probe:
         with self._host.door.expect_knock() as (nonce, came):
             try:
                 reach = client(ReachService, self._host.links.at(peer), timeout_s=CALL_S)
-                seen = await reach.dial_back(DialBack(port, nonce))
+                seen = await reach.dial_back(DialBack(port, nonce, is_ipv6=":" in ip))
             except RemoteError as error:
                 log.debug("%s does not dial back: %s", peer, error)
                 return
@@ -168,7 +168,7 @@ class Probe:
         token = secrets.token_bytes(TOKEN_BYTES)
         with stun.expect(token, observer.ip) as arrival:
             try:
-                request = Poke(target.port, token, source is PokeSource.OTHER_PORT)
+                request = Poke(target.port, token, source is PokeSource.OTHER_PORT, is_ipv6=":" in target.ip)
                 await client(ReachService, self._host.links.at(observer.peer), timeout_s=CALL_S).poke(request)
             except RemoteError as error:
                 log.debug("%s does not poke: %s", observer.peer, error)

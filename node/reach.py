@@ -524,25 +524,27 @@ class _ReachCalls(ReachService):
         return self._reach.me()
 
     async def dial_back(self, request: DialBack) -> SeenAt:
-        ip = self._far_ip()
+        ip = self._far_ip(is_ipv6=request.is_ipv6)
         if len(request.nonce) != NONCE_BYTES or not 0 < request.port < 65536:
             raise RemoteError(Status.INVALID_ARGUMENT, "not a port and a nonce")
         await knock(ip, request.port, request.nonce, timeout_s=KNOCK_S)
         return SeenAt(ip)
 
     async def poke(self, request: Poke) -> Empty:
-        await self._reach.poke(self._far_ip(), request)
+        await self._reach.poke(self._far_ip(is_ipv6=request.is_ipv6), request)
         return Empty()
 
     async def webrtc(self, request: SessionDescription) -> SessionDescription:
         return SessionDescription(await self._reach.answer_webrtc(current_call().peer, request.sdp))
 
-    def _far_ip(self) -> str:
+    def _far_ip(self, *, is_ipv6: bool) -> str:
+        """Where the caller is connected from: nothing is sent anywhere else for it."""
         state = self._host.connected.get(current_call().peer)
-        ip = ip_of(state.address) if state is not None and state.kind is PathKind.DIRECT else ""
+        direct = [] if state is None else [path for path in state.paths if path.kind is PathKind.DIRECT]
+        ip = next((ip for path in direct if (ip := ip_of(path.address)) and (":" in ip) == is_ipv6), "")
         if ip:
             return ip
-        raise RemoteError(Status.FAILED_PRECONDITION, "you are not connected directly")
+        raise RemoteError(Status.FAILED_PRECONDITION, "you are not connected directly by that IP")
 
 
 def _word(known: type[StrEnum], word: str) -> str:

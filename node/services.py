@@ -162,10 +162,15 @@ class Introduction:
 
 @dataclass(frozen=True, slots=True)
 class DialBack:
-    """Asks for a TCP connection to the address that the caller is seen at, and to show a nonce there."""
+    """Asks for a TCP connection to the address that the caller is seen at, and to show a nonce there.
+
+    Attributes:
+        is_ipv6: which of its addresses, if it is connected by both IPs.
+    """
 
     port: int
     nonce: bytes
+    is_ipv6: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +186,13 @@ class Poke:
 
     Attributes:
         other_port: from another port than the one that answers STUN.
+        is_ipv6: which of its addresses, if it is connected by both IPs.
     """
 
     port: int
     token: bytes
     other_port: bool
+    is_ipv6: bool
 
 
 @dataclass(frozen=True, slots=True)
