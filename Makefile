@@ -45,8 +45,9 @@ types: $(READY)        ## mypy, strict
 fuzz: .venv/.with-fuzz  ## every decoder against made-up bytes, SECONDS each
 	@$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(ARGS)
 
-lab: $(READY)          ## every pair of NAT kinds, real nodes (root)
+lab: $(READY)          ## real nodes: every pair of NAT kinds, and what heals (root)
 	@$(BIN)/python tests/lab/run.py $(ARGS)
+	@$(BIN)/python tests/lab/scenarios.py
 
 bench: .venv/.with-peers  ## every benchmark, one after the other
 	@set -e; for file in $(or $(sort $(wildcard benchmarks/*.py)),none); do \

@@ -1,6 +1,8 @@
 """The table of what theory allows, and the list that programs read."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,16 @@ def test_programs_read_what_is_promised_of_every_pair(tmp_path):
             "best_path_s": 0.2,
         }
     ]
+
+
+def test_the_documentation_says_what_is_expected_here():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reachability.md").read_text(encoding="utf-8")
+    table = page.partition("| pair |")[2].splitlines()
+    rows = [line for line in table if re.fullmatch(r"\| [a-z0-9 ]+, [a-z0-9 ]+ \|.*\|", line)]
+    told = [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in rows]
+    meant = []
+    for pair in pairs():
+        expectation = expected(*pair)
+        names = ", ".join(kind.replace("_", " ") for kind in pair)
+        meant.append((names, " or ".join(expectation.paths), expectation.why))
+    assert told == meant
