@@ -466,6 +466,7 @@ class Host:
         now = trio.current_time()
         kind = kind_of(address, is_punching=peer in self.punching)
         path = Path(connection, kind, address, outbound, since=now)
+        self._lost.pop(peer, None)
         state = self.connected.get(peer)
         if state is not None:
             before = state.best
@@ -474,7 +475,6 @@ class Host:
                 self._path_changed(peer, state)
             self._wake_waiters()
             return
-        self._lost.pop(peer, None)
         self.connected[peer] = Connected(since=now, paths=[path], used_at=now)
         self.links.peer_up(peer)
         self._tell(PeerUp(peer))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,6 +51,8 @@ MISSED_S: Final = 600.0
 """How long a member is dialed again and again after it was lost."""
 CALL_TIMEOUT_S: Final = 5.0
 SYNC_BYTES: Final = 200 * 1024
+SEAL_BYTES: Final = 160
+"""What an author's name, a signature and MessagePack add to a payload, rounded up."""
 MAX_QUEUED_OPS: Final = 1024
 
 
@@ -76,6 +78,21 @@ class _Neighbour:
         presence, ops = tuple(self.presence.values()), tuple(self.ops)
         self.presence, self.ops, self.wake = {}, [], trio.Event()
         return presence, ops
+
+
+def in_parts(records: Sequence[Signed]) -> Iterator[tuple[Signed, ...]]:
+    """Records as many as go into one call, in order."""
+    part: list[Signed] = []
+    num_bytes = 0
+    for record in records:
+        size = len(record.payload) + SEAL_BYTES
+        if part and num_bytes + size > SYNC_BYTES:
+            yield tuple(part)
+            part, num_bytes = [], 0
+        part.append(record)
+        num_bytes += size
+    if part:
+        yield tuple(part)
 
 
 class Replica:
@@ -293,10 +310,10 @@ class Replica:
             await neighbour.wake.wait()
             presence, ops = neighbour.clear()
             try:
-                if presence:
-                    await self._service_of(peer).push_presence(PresencePush(self.swarm, presence))
-                if ops:
-                    await self._service_of(peer).push_ops(OpsPush(self.swarm, ops))
+                for records in in_parts(presence):
+                    await self._service_of(peer).push_presence(PresencePush(self.swarm, records))
+                for part in in_parts(ops):
+                    await self._service_of(peer).push_ops(OpsPush(self.swarm, part))
             except RemoteError as error:
                 if error.status is Status.NOT_FOUND:
                     self.peer_down(peer)  # it left the swarm
