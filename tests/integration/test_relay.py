@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import trio
 
+from shoal.node.bulk_tensors import offer_tensor, pull_tensor_into
 from shoal.node.host import Host, open_host
 from shoal.node.paths import PathKind
 from shoal.node.relay import RelayError
@@ -17,8 +19,17 @@ from shoal.node.relay_limits import RelayLimits
 from shoal.node.rpc import Router
 from shoal.protocol.codec import Attachment
 from shoal.protocol.errors import NoPeersError, RemoteError, Status
-from shoal.protocol.services import Empty, Service, client, current_call, unary
+from shoal.protocol.services import (
+    Service,
+    bidirectional,
+    client,
+    client_streaming,
+    current_call,
+    server_streaming,
+    unary,
+)
 from shoal.protocol.signing import Signer
+from shoal.protocol.tensors import encode_tensor
 
 pytestmark = pytest.mark.trio
 
@@ -37,10 +48,19 @@ class Post(Service, name="test"):
     async def who(self, request: Parcel) -> Parcel:
         return Parcel(request.data, current_call().peer)
 
-    @unary()
-    async def wait(self, request: Empty) -> Empty:
-        await trio.sleep_forever()
-        return request
+    @server_streaming()
+    async def count(self, request: Parcel) -> AsyncIterator[Parcel]:
+        for number in range(int(request.sender)):
+            yield Parcel((bytes(10_000),), str(number))
+
+    @client_streaming()
+    async def gather(self, requests: AsyncIterator[Parcel]) -> Parcel:
+        return Parcel(sender="".join([request.sender async for request in requests]))
+
+    @bidirectional()
+    async def echo(self, requests: AsyncIterator[Parcel]) -> AsyncIterator[Parcel]:
+        async for request in requests:
+            yield request
 
 
 @asynccontextmanager
@@ -86,6 +106,25 @@ async def test_a_circuit_is_a_connection_like_any_other_and_says_that_it_is_rela
             assert f"/p2p/{relay.peer_id}/p2p-circuit/p2p/{far.peer_id}" in near.connected[far.peer_id].address
         assert relay.relay.num_bytes > 2_000_000
         assert relay.relay.ledger.num_circuits == 1
+
+
+async def test_streams_and_tensors_go_over_a_circuit_too() -> None:
+    async def letters() -> AsyncIterator[Parcel]:
+        for letter in "abc":
+            yield Parcel(sender=letter)
+
+    tensor = np.random.default_rng(1).random(300_000, dtype=np.float32)
+    async with three() as (one, relay, other):
+        await one.connect([circuit(relay, other)])
+        post = client(Post, one.at(other.peer_id))
+        assert [each.sender async for each in post.count(Parcel(sender="200"))] == [str(n) for n in range(200)]
+        assert (await post.gather(letters())).sender == "abc"
+        assert [each.sender async for each in post.echo(letters())] == ["a", "b", "c"]
+        async with offer_tensor(one.links.bulk, other.peer_id, encode_tensor(tensor)) as offered:
+            taken = np.zeros_like(tensor)
+            await pull_tensor_into(other.links.bulk, one.peer_id, offered, taken, timeout_s=GENEROUS_S)
+        assert np.array_equal(taken, tensor)
+        assert one.connected[other.peer_id].kind is PathKind.RELAYED
 
 
 async def test_a_peer_is_found_by_its_name_alone_through_a_relay_that_both_know() -> None:
