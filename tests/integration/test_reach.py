@@ -22,7 +22,7 @@ from shoal.node.daemon import Node
 from shoal.node.door import NONCE_BYTES
 from shoal.node.host import MAX_KNOWN_ADDRESSES, MAX_KNOWN_PEERS, Host, open_host
 from shoal.node.paths import PathKind, Rung
-from shoal.node.reach import MAX_INTRODUCED_ADDRESSES, NUM_RELAYS, Reach, open_reach
+from shoal.node.reach import MAX_INTRODUCED_ADDRESSES, NUM_RELAYS, RELAY_CID, Reach, open_reach
 from shoal.node.relay import BROKEN, STOP_PROTOCOL, end_stream, read_message, write_message
 from shoal.node.rpc import Router
 from shoal.node.services import DialBack, Introduction, NodeService, Poke, ReachService, SessionDescription
@@ -210,6 +210,16 @@ async def test_a_node_that_nobody_is_known_to_reach_holds_two_relays_and_announc
         expected = {f"{relays[name].host.addresses()[0]}/p2p-circuit/p2p/{one.name}" for name in held}
         assert set(one.circuits()) == expected
         assert all("relay" in one.host.wanted[name] for name in held), "they are not let go to make room"
+
+
+async def test_a_relay_that_no_peer_names_is_found_in_the_dht() -> None:
+    async with peer(7, RELAYING) as relay, peer(2) as between:
+        await between.host.connect(relay.host.addresses())
+        while not await between.host.find_providers(RELAY_CID):  # noqa: ASYNC110  it takes a moment to tell there
+            await trio.sleep(0.1)
+        async with peer(1) as one:
+            await one.host.connect(between.host.addresses())
+            await until(lambda: one.reach.report().held_relays == [relay.name])
 
 
 async def test_a_dead_relay_is_replaced_and_a_third_node_comes_by_the_other_meanwhile() -> None:
