@@ -106,6 +106,8 @@ def peers(found: Sequence[PeerInfo]) -> RenderableType:
         rtt = "" if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms"
         common = " ".join(short_swarm(swarm) for swarm in peer.swarms)
         address = peer.address.partition("/p2p/")[0]
+        if peer.relayed_by is not None:
+            address = f"through {short_peer(peer.relayed_by)}"
         table.add_row(short_peer(peer.peer_id), peer.path, escape(address), rtt, duration(peer.connected_s), common)
     return table
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
 from multiaddr import Multiaddr
 
 from shoal.node.addresses import CIRCUIT, ip_of, is_loopback, tcp_address
@@ -252,4 +253,6 @@ def _reason(error: BaseException) -> str:
     """Why something failed, in a few words."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
+    if isinstance(error, SwarmException):
+        return "somebody else answers there, or the handshake broke off"
     return (str(error) or type(error).__name__).splitlines()[0][:120]

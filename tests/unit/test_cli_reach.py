@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import trio
+from rich.console import Console
 
 from shoal.cli import main, render
 from shoal.node.api.app import NodeView
@@ -173,6 +174,16 @@ def test_doctor_shows_each_finding_with_its_advice_and_what_was_tried(
     assert [line[0] for line in out.splitlines() if line.startswith(("✗", "!", "✓"))] == ["✗", "!", "✓"]
     for word in ("→ forward a [bold]port[/x]", f"hole punching (TCP): {FAILURE}", "direct: no answer within 1 s"):
         assert word in out
+
+
+def test_a_relayed_peer_is_shown_with_its_relay_and_not_with_that_ones_address(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peer = PeerInfo(peer_id=ME, path="relayed", address=CIRCUIT, relayed_by=RELAY)
+    Console(width=120).print(render.peers([peer]))
+    shown = capsys.readouterr().out
+    assert f"through …{RELAY[-8:]}" in shown
+    assert "192.0.2.7" not in shown
 
 
 def test_ping_tells_the_path_and_the_time_as_often_as_asked(
