@@ -553,7 +553,7 @@ def _word(known: type[StrEnum], word: str) -> str:
 
 
 def _servers(config: ReachConfig) -> list[tuple[str, int]]:
-    return [(host, int(port)) for host, _, port in (server.rpartition(":") for server in config.stun_servers)]
+    return [(host.strip("[]"), int(port)) for host, _, port in (each.rpartition(":") for each in config.stun_servers)]
 
 
 def _checked(addresses: Iterable[str], peer: PeerId) -> list[str]:
