@@ -36,8 +36,20 @@ NOWHERE: Final = "5.250.0.1"
 def only_a_relay(stage: Stage) -> None:
     """Calls, tensors, look-ups in the DHT, shared state and training work between nodes that have only a relay."""
     _, a, _, b = stage.pair("symmetric", "--serve-bench")
+    _do_everything(stage, a, b, "relayed")
+
+
+def webrtc(stage: Stage) -> None:
+    """All of that works by UDP too, between nodes that punch no holes by TCP."""
+    _, a, _, b = stage.pair("port_restricted", "--serve-bench", "--no-punch")
+    _do_everything(stage, a, b, "webrtc")
+
+
+def _do_everything(stage: Stage, a: LabNode, b: LabNode, path: str) -> None:
     with a.client() as at_a, b.client() as at_b:
         at_a.ping(b.peer_id)
+        wait_for_path(at_a, b.peer_id, path)
+        wait_for_path(at_b, a.peer_id, path)
         with _paths_between(a, b) as paths:
             calls = _bench(a, b, "rpc", "--size", "128")
             stage.at_least("unary calls of 128 B", calls["calls_per_s"], 100, "calls/s")
@@ -58,7 +70,7 @@ def only_a_relay(stage: Stage) -> None:
             stage.at_least("smaller share of the steps", round(min(shares), 3), 0.05)
             took_s = wait_until("the same state on both", lambda: _same_state(at_a, at_b, swarm))
             stage.within("the same shared state on both", took_s, 10)
-    stage.equal("paths in use all the time", ", ".join(sorted(paths)), "relayed")
+    stage.equal("paths in use all the time", ", ".join(sorted(paths)), path)
 
 
 def start(stage: Stage) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 from shoal.node.client import Client
 
 from . import netns
-from .calls import Call, Calls, healed_after_s, longest_gap_s
+from .calls import Call, Calls, answers_by_second, failures, healed_after_s, longest_gap_s
 from .net import Site
 from .nodes import LabNode
 from .stage import Stage, path_to, peer_of, wait_for_path, wait_until
@@ -54,8 +54,8 @@ def relay_killed(stage: Stage) -> None:
             RELAY_LIMIT_S,
         )
         stage.equal("calls that failed", sum(bool(call.failure) for call in one + other), 0)
-        for call in [call for call in one + other if call.failure][:3]:
-            stage.say(f"  {call.began - killed_at:+.2f} s, {call.ended - call.began:.2f} s: {call.failure}")
+        if any(call.failure for call in one + other):
+            stage.say(f"  those: {failures(one + other, killed_at)}")
         stage.equal("path afterwards", path_to(at_a, b.peer_id), "relayed")
         stage.equal("through another relay", now_by is not None and now_by.relayed_by != known.relayed_by, True)
         wait_until(
@@ -113,6 +113,10 @@ def _heals(stage: Stage, a: LabNode, b: LabNode, paths: tuple[str, ...], happens
         failed = sum(bool(call.failure) for call in one + other)
         now = path_to(client, b.peer_id)
         stage.say(f"  {len(one + other)} calls, {failed} of which failed; the path is {now or 'none'}")
+        if healed_s > HEAL_LIMIT_S:
+            for name, calls in (("a", one), ("b", other)):
+                stage.say(f"  answers to {name} in each second afterwards: {answers_by_second(calls, since, until)}")
+                stage.say(f"  calls of {name} that failed: {failures(calls, since)}")
         stage.within(f"talking again ({before} before)", healed_s, HEAL_LIMIT_S)
 
 

@@ -44,6 +44,7 @@ SCENARIOS: Final[dict[str, Callable[[Stage], None]]] = {
     "black-out": healing.black_out,
     "suspended": healing.suspended,
     "only-a-relay": features.only_a_relay,
+    "webrtc": features.webrtc,
     "start": features.start,
     "compose": features.compose,
     "upnp": features.upnp,
