@@ -1,4 +1,4 @@
-"""What can be told of a multiaddr without asking anybody. Pure, but for `local_ips`."""
+"""What can be told of a multiaddr without asking anybody. Pure, but for those of this machine."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def dialable(addresses: Iterable[str]) -> list[str]:
     return list(found.values())
 
 
+def interface_ips() -> list[str]:
+    """The addresses of this machine's interfaces, in their order, but for link-local ones."""
+    known = [each.ip if isinstance(each.ip, str) else each.ip[0] for a in ifaddr.get_adapters() for each in a.ips]
+    return [ip for ip in known if not ipaddress.ip_address(ip).is_link_local]
+
+
 def local_ips() -> frozenset[str]:
-    """The addresses of this machine's interfaces, but for link-local ones."""
-    found = set()
-    for adapter in ifaddr.get_adapters():
-        for known in adapter.ips:
-            ip = known.ip if isinstance(known.ip, str) else known.ip[0]
-            if not ipaddress.ip_address(ip).is_link_local:
-                found.add(ip)
-    return frozenset(found)
+    """The same, to compare."""
+    return frozenset(interface_ips())
 
 
 def _is_ip(family: str, text: str) -> bool:

@@ -100,17 +100,16 @@ class Climber:
         introduction = await self._introduction_of(peer)
         if introduction is None:
             return
-        if state.kind.rank > PathKind.PUNCHED.rank:
+        if not _is_at_top(state):
             await self._try_direct(peer, state, introduction)
-        is_better = state.kind.rank <= PathKind.PUNCHED.rank
-        if is_better or self._host.connected.get(peer) is not state:
+        if _is_at_top(state) or self._host.connected.get(peer) is not state:
             return
         ours, theirs = self._probe.report().summary, _summary(introduction)
         with trio.CancelScope() as others:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._try_webrtc, peer, state, ours, theirs)
                 await self._try_punch(peer, state, ours, theirs)
-                if state.kind.rank <= PathKind.PUNCHED.rank:
+                if _is_at_top(state):
                     others.cancel()
 
     async def _introduction_of(self, peer: PeerId) -> Introduction | None:
@@ -123,7 +122,7 @@ class Climber:
         known = dict.fromkeys((*introduction.addresses, *self._host.known_addresses(peer)))
         addresses = [address for address in known if CIRCUIT not in address and self._can_try(address, state)]
         if not addresses:
-            state.ladder.note(Rung.DIRECT, "the peer has no address that this node could dial", trio.current_time())
+            _note(state, Rung.DIRECT, "the peer has no address that this node could dial")
             return
         reasons: set[str] = set()
 
@@ -139,13 +138,13 @@ class Climber:
             async with trio.open_nursery() as nursery:
                 for address in addresses[:MAX_DIALS]:
                     nursery.start_soon(dial, address)
-        if state.kind.rank <= PathKind.PUNCHED.rank:
-            state.ladder.note(Rung.DIRECT, None, trio.current_time())
+        if _is_at_top(state):
+            _note(state, Rung.DIRECT, None)
             return
         if scope.cancelled_caught:
             reasons.add(f"no answer within {DIRECT_S:.0f} s")
         tried = ", ".join(sorted({address.partition("/p2p/")[0] for address in addresses}))
-        state.ladder.note(Rung.DIRECT, f"{'; '.join(sorted(reasons))} ({tried})", trio.current_time())
+        _note(state, Rung.DIRECT, f"{'; '.join(sorted(reasons))} ({tried})")
 
     def _can_try(self, address: str, state: Connected) -> bool:
         ip = ip_of(address)
@@ -159,26 +158,26 @@ class Climber:
         if self._puncher is None:
             reason = "switched off here (--no-punch)"
         if reason is not None:
-            state.ladder.note(Rung.PUNCH, reason, trio.current_time())
+            _note(state, Rung.PUNCH, reason)
             return
         if not _should_begin(ours, theirs, is_inbound=not state.outbound):
             with trio.move_on_after(LET_BEGIN_S):
-                while self._host.connected.get(peer) is state and state.kind.rank > PathKind.PUNCHED.rank:
+                while self._host.connected.get(peer) is state and not _is_at_top(state):
                     await self._host.wait_for_change()
-        if state.kind.rank > PathKind.PUNCHED.rank and self._puncher is not None:
+        if not _is_at_top(state) and self._puncher is not None:
             try:
                 await self._puncher.punch(peer)
             except PunchError as error:
-                state.ladder.note(Rung.PUNCH, str(error), trio.current_time())
+                _note(state, Rung.PUNCH, str(error))
                 return
-        state.ladder.note(Rung.PUNCH, None, trio.current_time())
+        _note(state, Rung.PUNCH, None)
 
     async def _try_webrtc(self, peer: PeerId, state: Connected, ours: NatSummary, theirs: NatSummary) -> None:
         reason = can_punch(ours, theirs, "udp")
         if self._webrtc is None:
             reason = "switched off here (--no-webrtc)"
         if reason is not None or self._webrtc is None:
-            state.ladder.note(Rung.WEBRTC, reason, trio.current_time())
+            _note(state, Rung.WEBRTC, reason)
             return
         if can_punch(ours, theirs, "tcp") is None:
             await trio.sleep(PUNCH_HEAD_START_S)
@@ -196,9 +195,9 @@ class Climber:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await pending.aclose()
         except (WebRtcError, RemoteError, trio.TooSlowError, *BROKEN) as error:
-            state.ladder.note(Rung.WEBRTC, _reason(error), trio.current_time())
+            _note(state, Rung.WEBRTC, _reason(error))
         else:
-            state.ladder.note(Rung.WEBRTC, None, trio.current_time())
+            _note(state, Rung.WEBRTC, None)
 
     def _stun_servers(self) -> list[tuple[str, int]]:
         return [(each.ip, each.stun_port) for each in self._probe.observers()] + list(self._further_servers)
@@ -242,6 +241,14 @@ def _should_begin(ours: NatSummary, theirs: NatSummary, *, is_inbound: bool) -> 
     """Whether this side begins a punch: not the one whose port nobody can know, since who begins must be dialed."""
     moving = ours.tcp_mapping is Mapping.DEPENDENT, theirs.tcp_mapping is Mapping.DEPENDENT
     return moving[1] if moving[0] != moving[1] else is_inbound
+
+
+def _is_at_top(state: Connected) -> bool:
+    return state.kind.is_tcp_between_both
+
+
+def _note(state: Connected, rung: Rung, failure: str | None) -> None:
+    state.ladder.note(rung, failure, trio.current_time())
 
 
 def _summary(introduction: Introduction) -> NatSummary:

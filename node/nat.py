@@ -226,6 +226,11 @@ class NatReport:
     ipv6: FamilyReport
 
     @property
+    def families(self) -> tuple[FamilyReport, FamilyReport]:
+        """Both, IPv4 first."""
+        return self.ipv4, self.ipv6
+
+    @property
     def reachability(self) -> Reachability:
         """Public if by any family."""
         both = (self.ipv4.reachability, self.ipv6.reachability)

@@ -35,6 +35,11 @@ class PathKind(StrEnum):
         """0 is best."""
         return _RANKS[self]
 
+    @property
+    def is_tcp_between_both(self) -> bool:
+        """Whether bytes go by TCP from one to the other: there is nothing better that a climb could lead to."""
+        return self in (PathKind.DIRECT, PathKind.PUNCHED)
+
 
 _RANKS: Final = {kind: rank for rank, kind in enumerate(PathKind)}
 
@@ -59,7 +64,6 @@ class Rung(StrEnum):
     DIRECT = "direct"
     PUNCH = "hole punching (TCP)"
     WEBRTC = "WebRTC (UDP)"
-    RELAY = "relay"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,6 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
-from shoal.node.paths import PathKind
 from shoal.node.relay import BROKEN, end_stream, read_message, write_message
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
@@ -175,7 +174,7 @@ class Puncher:
 
     def _is_direct(self, peer: PeerId) -> bool:
         state = self._host.connected.get(peer)
-        return state is not None and state.kind in (PathKind.DIRECT, PathKind.PUNCHED)
+        return state is not None and state.kind.is_tcp_between_both
 
 
 def _connect(endpoints: list[Endpoint]) -> HolePunch:

@@ -296,7 +296,7 @@ class Reach:
         found = list(self._config.announce)
         if self._mapping is not None and is_global(self._mapping.external_ip):
             found.append(tcp_address(self._mapping.external_ip, self._mapping.external_port))
-        for report in (self.nat().ipv4, self.nat().ipv6):
+        for report in self.nat().families:
             if report.reachability is Reachability.PUBLIC:
                 found += [tcp_address(each.ip, each.port) for each in report.public_addresses]
         full = [f"{address}/p2p/{self._host.peer_id}" for address in found]
@@ -346,7 +346,7 @@ class Reach:
 
     def _is_public(self) -> bool:
         """Whether everybody can dial this node, by some IP."""
-        return any(map(self._is_public_by, (self.nat().ipv4, self.nat().ipv6)))
+        return any(map(self._is_public_by, self.nat().families))
 
     def _is_public_by(self, report: FamilyReport) -> bool:
         """Whether whoever has this IP can dial this node, and not only because a NAT happens to let it."""
@@ -355,9 +355,10 @@ class Reach:
         )
 
     def _open_or_close_relay(self) -> None:
-        if self._config.relay != "auto" or self._is_public() == self._host.relay.is_open:
+        is_public = self._is_public()
+        if self._config.relay != "auto" or is_public == self._host.relay.is_open:
             return
-        if self._is_public():
+        if is_public:
             log.info("everybody can reach this node, so it relays for others")
             self._host.relay.open()
         else:
@@ -369,7 +370,7 @@ class Reach:
         looked_at = -FIND_RELAYS_S
         while True:
             now = trio.current_time()
-            if all(map(self._is_public_by, (self.nat().ipv4, self.nat().ipv6))):
+            if all(map(self._is_public_by, self.nat().families)):
                 self._let_relays_go()
             else:  # there is an IP by which this node cannot be dialed, and peers that have only that
                 for peer in [peer for peer, held in self._held.items() if held.renew_at <= now]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import threading
 from collections import deque
@@ -31,11 +30,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-import ifaddr
 import trio
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
 
+from shoal.node.addresses import interface_ips, is_loopback
 from shoal.protocol.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -349,12 +348,7 @@ async def open_webrtc(addresses: Callable[[], Sequence[str]] | None = None) -> A
 
 def local_addresses() -> list[str]:
     """The IP addresses of this machine by which another one could reach it."""
-    found = [
-        ipaddress.ip_address(known.ip if isinstance(known.ip, str) else known.ip[0])
-        for adapter in ifaddr.get_adapters()
-        for known in adapter.ips
-    ]
-    return [str(address) for address in found if not address.is_loopback and not address.is_link_local]
+    return [ip for ip in interface_ips() if not is_loopback(ip)]
 
 
 class _Thread:
