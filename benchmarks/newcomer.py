@@ -19,7 +19,7 @@ from pathlib import Path
 
 from learning import shoal
 
-from shoal.node.client import Client
+from shoal.node.api.client import Client
 from shoal.node.config import NodeConfig
 
 RESULT = Path(__file__).parent / "results" / "newcomer.md"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from pydantic import BaseModel
 
-from shoal.node.client import Client
+from shoal.node.api.client import Client
 from shoal.node.config import ProfilePaths, check_profile, default_home
 from shoal.protocol.errors import UsageError
 

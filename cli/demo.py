@@ -26,10 +26,10 @@ from rich.live import Live
 from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, print_json
 from shoal.cli.spawn import BackgroundNode, descendants, kill_tree, wait_gone
+from shoal.node.api.client import Client
 from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
-from shoal.node.client import Client
 from shoal.node.config import NodeConfig
-from shoal.node.files import make_private_folder, storage_error
+from shoal.node.store.files import make_private_folder, storage_error
 from shoal.protocol.errors import RefusedError, ShoalError, UsageError
 
 MAX_PEERS: Final = 32

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.node.config import NodeConfig, relay_limit_words
-from shoal.node.files import storage_error
+from shoal.node.store.files import storage_error
 from shoal.protocol.errors import NoPeersError, RefusedError, ShoalError, UsageError
 
 READY_TIMEOUT_S: Final = 60.0

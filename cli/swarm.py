@@ -21,8 +21,8 @@ from shoal.cli.common import (
     print_json,
 )
 from shoal.cli.spawn import BackgroundNode
+from shoal.node.api.client import Client
 from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
-from shoal.node.client import Client
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoDaemonError, NoPeersError, ShoalError, UsageError
 from shoal.training.manifest import Mode

@@ -14,8 +14,8 @@ import platformdirs
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from shoal.node.files import make_private_folder
-from shoal.node.relay_limits import RelayLimits
+from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.store.files import make_private_folder
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 

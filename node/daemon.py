@@ -43,22 +43,22 @@ from shoal.node.api.schemas import (
     TriedInfo,
 )
 from shoal.node.api.server import serve_api
-from shoal.node.bench import Bench, BenchServer
 from shoal.node.config import NodeConfig, check_peer_address
-from shoal.node.content import ContentStore
 from shoal.node.doctor import examine
-from shoal.node.host import Connected, Host, open_host
 from shoal.node.identity import load_or_create_identity
 from shoal.node.lock import hold_profile
+from shoal.node.mesh.host import Connected, Host, open_host
+from shoal.node.mesh.paths import PathKind
 from shoal.node.metrics import MethodMetrics
-from shoal.node.paths import PathKind
-from shoal.node.reach import Reach, open_reach
-from shoal.node.relay import parse_circuit
-from shoal.node.rpc import Router
-from shoal.node.services import NodeService
-from shoal.node.storage import Storage
-from shoal.node.swarms import Membership, Swarms
-from shoal.node.workers import can_train
+from shoal.node.reach.reach import Reach, open_reach
+from shoal.node.reach.relay import parse_circuit
+from shoal.node.store.database import Storage
+from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.swarms import Membership, Swarms
+from shoal.node.swarm.workers import can_train
+from shoal.node.wire.bench import Bench, BenchServer
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import NodeService
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, client

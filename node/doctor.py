@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.node.api.schemas import FindingInfo, NatInfo, PeerInfo
-from shoal.node.nat import NatType, Reachability
-from shoal.node.paths import PathKind
+from shoal.node.mesh.paths import PathKind
+from shoal.node.reach.nat import NatType, Reachability
 
 
 def examine(nat: NatInfo, peers: Sequence[PeerInfo], *, listens: Sequence[str]) -> list[FindingInfo]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from shoal.node.files import make_private_folder, write_private
+from shoal.node.store.files import make_private_folder, write_private
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.signing import Signer
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shoal.node.files import make_private_folder, storage_error
+from shoal.node.store.files import make_private_folder, storage_error
 from shoal.protocol.errors import RefusedError
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from shoal.node.files import make_private_folder, storage_error
+from shoal.node.store.files import make_private_folder, storage_error
 
 MAX_BYTES: Final = 4 * 1024 * 1024
 KEPT_FILES: Final = 3

@@ -33,7 +33,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState, LifespanState
 
 from shoal.node.api.app import create_app, error_response
-from shoal.node.files import storage_error, write_private
+from shoal.node.store.files import storage_error, write_private
 from shoal.protocol.errors import RefusedError, ShoalError
 
 if TYPE_CHECKING:

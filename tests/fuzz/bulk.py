@@ -15,9 +15,9 @@ from typing import Any, Final, cast
 
 import trio
 
-from shoal.node import bulk
-from shoal.node.bulk import Bulk
-from shoal.node.rpc import StreamClosedError
+from shoal.node.wire import bulk
+from shoal.node.wire.bulk import Bulk
+from shoal.node.wire.channel import StreamClosedError
 from shoal.protocol.codec import Buffer
 from shoal.protocol.errors import RemoteError, Status
 

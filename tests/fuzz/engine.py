@@ -19,7 +19,7 @@ _INSTRUMENTED: Final = [
     "shoal.protocol",
     "shoal.dht",
     "shoal.crdt",
-    "shoal.node.bulk",
+    "shoal.node.wire.bulk",
     "shoal.training.exchange.averager",
     "shoal.training.exchange.rounds",
     "shoal.training.facts",

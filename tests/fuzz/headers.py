@@ -12,14 +12,14 @@ import typing
 from random import Random
 from typing import Any, Final
 
-import shoal.node.bench
-import shoal.node.services
+import shoal.node.wire.bench
+import shoal.node.wire.contracts
 import shoal.protocol.rpc
 import shoal.training.worker_calls
 from shoal.crdt.oplog import Op
 from shoal.crdt.presence import Presence
 from shoal.dht.manifests import ContentManifest
-from shoal.node.bulk_tensors import OfferedTensor
+from shoal.node.wire.bulk_tensors import OfferedTensor
 from shoal.protocol.codec import decode_message, encode_message, from_plain, to_plain
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
@@ -35,7 +35,7 @@ from .harness import FindingError, MutateBytes, Target, refusing, require
 from .mutators import mutate_packed
 from .samples import sample
 
-_MODULES: Final = (shoal.node.bench, shoal.node.services, shoal.protocol.rpc, shoal.training.worker_calls)
+_MODULES: Final = (shoal.node.wire.bench, shoal.node.wire.contracts, shoal.protocol.rpc, shoal.training.worker_calls)
 """Where services, methods and what stands in the headers of frames are defined."""
 
 

@@ -15,9 +15,9 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from shoal.node.door import _read_endpoint
-from shoal.node.nat import Endpoint
-from shoal.node.portmap import (
+from shoal.node.mesh.door import _read_endpoint
+from shoal.node.reach.nat import Endpoint
+from shoal.node.reach.portmap import (
     MAX_SERVICES,
     Wanted,
     decode_description,
@@ -27,9 +27,9 @@ from shoal.node.portmap import (
     encode_nat_pmp,
     encode_pcp,
 )
-from shoal.node.punch import MAX_ADDRESSES, _connect, _endpoints
-from shoal.node.relay import RelayError, parse_circuit
-from shoal.node.stun import StunAnswer, StunRequest, decode_stun, encode_stun
+from shoal.node.reach.punch import MAX_ADDRESSES, _connect, _endpoints
+from shoal.node.reach.relay import RelayError, parse_circuit
+from shoal.node.reach.stun import StunAnswer, StunRequest, decode_stun, encode_stun
 
 from .harness import MutateBytes, Target, refusing, require
 from .identities import ALICE, BOB

@@ -244,7 +244,7 @@ class _Shell:
 
 
 def _held_bytes(call: Called) -> int:
-    """What a call is accounted for, as in `shoal.node.serving`."""
+    """What a call is accounted for, as in `shoal.node.wire.serving`."""
     return call.num_bytes + (MAX_STREAM_HELD_BYTES if call.kind.streams_requests else 0)
 
 

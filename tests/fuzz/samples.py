@@ -11,7 +11,7 @@ from typing import Any
 from shoal.crdt.oplog import Op
 from shoal.crdt.presence import Presence
 from shoal.dht.manifests import ContentManifest
-from shoal.node.bulk import ID_BYTES, BulkRef
+from shoal.node.wire.bulk import ID_BYTES, BulkRef
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.training.exchange.rounds import Offer, Proposal

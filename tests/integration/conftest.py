@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from shoal.node.api.client import Client
 from shoal.node.api.schemas import MetricsInfo
-from shoal.node.client import Client
 from shoal.node.config import NodeConfig
 
 SHOAL = [sys.executable, "-m", "shoal.cli.main"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import trio
 
-from shoal.node.bulk import Transport
-from shoal.node.bulk_tensors import OfferedTensor, offer_tensor, pull_tensor_into
-from shoal.node.host import Host, open_host
-from shoal.node.rpc import Router
+from shoal.node.mesh.host import Host, open_host
+from shoal.node.wire.bulk import Transport
+from shoal.node.wire.bulk_tensors import OfferedTensor, offer_tensor, pull_tensor_into
+from shoal.node.wire.channel import Router
 from shoal.protocol.errors import RemoteError, Status, UsageError
 from shoal.protocol.services import Empty, Service, client, current_call, unary
 from shoal.protocol.tensors import Array, TensorCodec, decode_tensor, encode_tensor

@@ -3,10 +3,10 @@
 import pytest
 import trio
 
-from shoal.node.content import ContentStore, UnavailableError
-from shoal.node.host import open_host
-from shoal.node.rpc import Router
-from shoal.node.storage import Storage
+from shoal.node.mesh.host import open_host
+from shoal.node.store.database import Storage
+from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.wire.channel import Router
 from shoal.protocol.ids import Cid
 
 LISTEN = ["/ip4/127.0.0.1/tcp/0"]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import trio
 
-from shoal.node import door as door_module
-from shoal.node.door import KNOCK, MAX_SILENT_PER_IP, NONCE_BYTES, QUESTION, knock
-from shoal.node.host import Host, open_host
-from shoal.node.rpc import Router
+from shoal.node.mesh import door as door_module
+from shoal.node.mesh.door import KNOCK, MAX_SILENT_PER_IP, NONCE_BYTES, QUESTION, knock
+from shoal.node.mesh.host import Host, open_host
+from shoal.node.wire.channel import Router
 
 pytestmark = pytest.mark.trio
 

@@ -21,14 +21,14 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
 
-from shoal.node import door, libp2p_repairs
-from shoal.node import host as host_module
-from shoal.node.door import ListenError
-from shoal.node.host import Host, PeerDown, PeerUp, open_host
-from shoal.node.mdns import found_on_lan
+from shoal.node.mesh import door, libp2p_repairs
+from shoal.node.mesh import host as host_module
+from shoal.node.mesh.door import ListenError
+from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.mesh.mdns import found_on_lan
 from shoal.node.metrics import MethodMetrics
-from shoal.node.rpc import Router
-from shoal.node.services import NodeService
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import NodeService
 from shoal.protocol.codec import Attachment
 from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId

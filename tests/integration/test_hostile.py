@@ -27,12 +27,12 @@ from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 
-from shoal.node.bulk import MAX_STREAMS as MAX_BULK_STREAMS
-from shoal.node.host import Host, open_host
-from shoal.node.lanes import LaneKind, LaneTicket, dial_lane
-from shoal.node.links import BULK_PROTOCOL, RPC_PROTOCOL, STREAM_PROTOCOL
-from shoal.node.rpc import Router
-from shoal.node.services import LaneRequest, LaneService, NodeService
+from shoal.node.mesh.host import Host, open_host
+from shoal.node.wire.bulk import MAX_STREAMS as MAX_BULK_STREAMS
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import LaneRequest, LaneService, NodeService
+from shoal.node.wire.lanes import LaneKind, LaneTicket, dial_lane
+from shoal.node.wire.links import BULK_PROTOCOL, RPC_PROTOCOL, STREAM_PROTOCOL
 from shoal.protocol.codec import encode
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.frames import FROM_CALLER, Frame, FrameDecoder, FrameType, encode_frame

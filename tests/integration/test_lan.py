@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from shoal.node.client import Client
+from shoal.node.api.client import Client
 from shoal.node.config import NodeConfig
 
 SHOAL = [sys.executable, "-m", "shoal.cli.main"]

@@ -38,9 +38,9 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.utils import encode_delim
 from multiaddr import Multiaddr
 
-from shoal.node.host import Host, PeerDown, PeerUp, open_host
-from shoal.node.libp2p_repairs import apply_repairs
-from shoal.node.rpc import Router
+from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.mesh.libp2p_repairs import apply_repairs
+from shoal.node.wire.channel import Router
 from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid
 from shoal.protocol.signing import Signer

@@ -23,14 +23,14 @@ from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTr
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from shoal.node import host as host_module
-from shoal.node import links as links_module
-from shoal.node.bulk import BulkRef, Transport
-from shoal.node.host import Host, PeerDown, PeerUp, open_host
-from shoal.node.lanes import LaneError, LaneKind, LaneTicket, dial_lane
-from shoal.node.links import Links
-from shoal.node.rpc import Router
-from shoal.node.services import LaneRequest, LaneService, NodeService
+from shoal.node.mesh import host as host_module
+from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.wire import links as links_module
+from shoal.node.wire.bulk import BulkRef, Transport
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import LaneRequest, LaneService, NodeService
+from shoal.node.wire.lanes import LaneError, LaneKind, LaneTicket, dial_lane
+from shoal.node.wire.links import Links
 from shoal.protocol.codec import Attachment
 from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
 from shoal.protocol.ids import PeerId

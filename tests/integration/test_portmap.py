@@ -21,8 +21,8 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shoal.node import portmap
-from shoal.node.portmap import (
+from shoal.node.reach import portmap
+from shoal.node.reach.portmap import (
     MAX_HTTP_BYTES,
     MapAttempt,
     NatPmpAnswer,

@@ -14,21 +14,21 @@ import trio
 from libp2p.abc import INetStream
 from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 
-from shoal.node import reach as reach_module
 from shoal.node.api.schemas import PingRequest
 from shoal.node.config import NodeConfig, ReachConfig
-from shoal.node.content import ContentStore
 from shoal.node.daemon import Node
-from shoal.node.door import NONCE_BYTES
-from shoal.node.host import MAX_KNOWN_ADDRESSES, MAX_KNOWN_PEERS, Host, open_host
-from shoal.node.paths import PathKind, Rung
-from shoal.node.reach import MAX_INTRODUCED_ADDRESSES, NUM_RELAYS, RELAY_CID, Reach, open_reach
-from shoal.node.relay import BROKEN, STOP_PROTOCOL, end_stream, read_message, write_message
-from shoal.node.rpc import Router
-from shoal.node.services import DialBack, Introduction, NodeService, Poke, ReachService, SessionDescription
-from shoal.node.storage import Storage
-from shoal.node.stun import TOKEN_BYTES
-from shoal.node.swarms import Swarms
+from shoal.node.mesh.door import NONCE_BYTES
+from shoal.node.mesh.host import MAX_KNOWN_ADDRESSES, MAX_KNOWN_PEERS, Host, open_host
+from shoal.node.mesh.paths import PathKind, Rung
+from shoal.node.reach import reach as reach_module
+from shoal.node.reach.reach import MAX_INTRODUCED_ADDRESSES, NUM_RELAYS, RELAY_CID, Reach, open_reach
+from shoal.node.reach.relay import BROKEN, STOP_PROTOCOL, end_stream, read_message, write_message
+from shoal.node.reach.stun import TOKEN_BYTES
+from shoal.node.store.database import Storage
+from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.swarms import Swarms
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import DialBack, Introduction, NodeService, Poke, ReachService, SessionDescription
 from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import Empty, Service, client, unary

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import trio
 
-from shoal.node.bulk_tensors import offer_tensor, pull_tensor_into
-from shoal.node.host import Host, open_host
-from shoal.node.paths import PathKind
-from shoal.node.relay import RelayError
-from shoal.node.relay_limits import RelayLimits
-from shoal.node.rpc import Router
+from shoal.node.mesh.host import Host, open_host
+from shoal.node.mesh.paths import PathKind
+from shoal.node.reach.relay import RelayError
+from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.wire.bulk_tensors import offer_tensor, pull_tensor_into
+from shoal.node.wire.channel import Router
 from shoal.protocol.codec import Attachment
 from shoal.protocol.errors import NoPeersError, RemoteError, Status
 from shoal.protocol.services import (

@@ -14,7 +14,7 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shoal.node.nat import (
+from shoal.node.reach.nat import (
     AddressesChanged,
     Endpoint,
     Family,
@@ -25,7 +25,7 @@ from shoal.node.nat import (
     Seen,
     Silent,
 )
-from shoal.node.stun import (
+from shoal.node.reach.stun import (
     ANSWERS_BURST,
     ANSWERS_PER_S,
     MAX_EXPECTED,

@@ -28,7 +28,7 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from shoal.node.webrtc import (
+from shoal.node.reach.webrtc import (
     MESSAGE_BYTES,
     MESSAGE_COST,
     WINDOW_BYTES,
@@ -194,7 +194,7 @@ async def test_the_end_of_webrtc_ends_its_pipes_on_both_sides() -> None:
 async def test_an_idle_node_has_no_thread_and_does_not_import_aiortc() -> None:
     async with open_webrtc():
         assert not webrtc_threads()
-    code = "import sys, shoal.node.webrtc; print({'aiortc', 'aioice', 'av', 'uvloop'} & set(sys.modules))"
+    code = "import sys, shoal.node.reach.webrtc; print({'aiortc', 'aioice', 'av', 'uvloop'} & set(sys.modules))"
     done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True)
     assert done.stdout == b"set()\n"
 
@@ -534,7 +534,7 @@ async def test_stray_datagrams_do_not_end_a_pipe() -> None:
 async def test_there_is_a_limit_to_connections_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_webrtc(loopback) as one:
         first = await one.offer([])
-        from shoal.node import webrtc_end
+        from shoal.node.reach import webrtc_end
 
         monkeypatch.setattr(webrtc_end, "MAX_ENDS", 1)
         with pytest.raises(WebRtcError, match="more than 1"):
@@ -546,7 +546,7 @@ async def test_there_is_a_limit_to_connections_at_once(monkeypatch: pytest.Monke
 
 
 async def test_a_pipe_that_nobody_takes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.node import webrtc_end
+    from shoal.node.reach import webrtc_end
 
     monkeypatch.setattr(webrtc_end, "MAX_PENDING_S", 0.05)
     with trio.fail_after(GENEROUS_S):

@@ -20,9 +20,9 @@ from libp2p.host.ping import PingService
 from libp2p.peer.id import ID
 from libp2p.records.validator import Validator
 
-from shoal.node.host import Host, PeerDown, PeerUp, open_host
-from shoal.node.links import RPC_PROTOCOL
-from shoal.node.rpc import Router
+from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.wire.channel import Router
+from shoal.node.wire.links import RPC_PROTOCOL
 from shoal.protocol.ids import Cid, PeerId
 
 from .js import Js, js_node

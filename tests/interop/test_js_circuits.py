@@ -16,11 +16,11 @@ from libp2p.host.ping import PingService
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 
-from shoal.node.host import Host, open_host
-from shoal.node.links import RPC_PROTOCOL
-from shoal.node.paths import PathKind
-from shoal.node.rpc import Router
-from shoal.node.services import NodeService
+from shoal.node.mesh.host import Host, open_host
+from shoal.node.mesh.paths import PathKind
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import NodeService
+from shoal.node.wire.links import RPC_PROTOCOL
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import Empty, client
 

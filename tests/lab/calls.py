@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Self
 
-from shoal.node.client import Client
+from shoal.node.api.client import Client
 from shoal.protocol.errors import ShoalError
 
 from .nodes import LabNode

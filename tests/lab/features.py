@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from shoal.node.client import Client
+from shoal.node.api.client import Client
 from shoal.protocol.errors import NoDaemonError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.signing import Signer

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from shoal.node.client import Client
+from shoal.node.api.client import Client
 
 from . import netns
 from .calls import Call, Calls, answers_by_second, failures, healed_after_s, longest_gap_s

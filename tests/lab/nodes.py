@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.node.api.client import Client
 from shoal.node.api.schemas import NatInfo
-from shoal.node.client import Client
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import ShoalError
 

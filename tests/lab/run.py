@@ -37,7 +37,7 @@ from lab.netns import LabError
 from lab.nodes import POLL_S, LabNode, Relays, listen_addresses
 from lab.report import Result, line, show, write
 from lab.rules import KINDS, PAIRED
-from shoal.node.client import Client
+from shoal.node.api.client import Client
 from shoal.protocol.errors import ShoalError
 
 ROOT: Final = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+from shoal.node.api.client import Client
 from shoal.node.api.schemas import PeerInfo, SwarmDetail
-from shoal.node.client import Client
 
 from .net import Lab, Site
 from .netns import LabError

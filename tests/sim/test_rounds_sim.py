@@ -18,7 +18,7 @@ from shoal.training.exchange.rounds import Decide, Fetch, LearnerView, Offer, Pr
 
 SWARM = SwarmId.of_manifest(b"simulated")
 KEY = RoundKey(0, 0)
-HEARTBEAT_S = 1.0  # as in node/replica.py
+HEARTBEAT_S = 1.0  # as in node/swarm/replica.py
 TTL_S = 3.0  # as in crdt/presence.py
 PATIENCE_S = 1.0
 END_S = 60.0
@@ -56,7 +56,7 @@ class Heard:
 
 
 class Learner:
-    """A stand-in for node/learner.py and node/replica.py."""
+    """A stand-in for node/swarm/learner.py and node/swarm/replica.py."""
 
     def __init__(self, sim: Simulation, peer: PeerId) -> None:
         self.sim = sim

@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from shoal.node.metrics import Metrics
-from shoal.node.rpc import Account, Channel, Router, SocketByteStream
+from shoal.node.wire.channel import Account, Channel, Router, SocketByteStream
 from shoal.protocol.codec import Attachment, Buffer, encode
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.frames import Frame, FrameDecoder, FrameType, encode_frame

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.node.addresses import (
+from shoal.node.mesh.addresses import (
     dialable,
     endpoint,
     full_address,
@@ -18,7 +18,7 @@ from shoal.node.addresses import (
     network_of,
     tcp_address,
 )
-from shoal.node.nat import Endpoint
+from shoal.node.reach.nat import Endpoint
 from shoal.protocol.signing import Signer
 
 ANN, BOB = (Signer(bytes([seed]) * 32).peer_id for seed in (1, 2))

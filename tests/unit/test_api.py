@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from shoal.node.api.app import NodeView
+from shoal.node.api.client import Client
 from shoal.node.api.schemas import (
     BenchRequest,
     BenchResult,
@@ -38,7 +39,6 @@ from shoal.node.api.schemas import (
     SwarmSummary,
 )
 from shoal.node.api.server import ApiAddress, serve_api
-from shoal.node.client import Client
 from shoal.node.config import ProfilePaths
 from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, ShoalError, UsageError
 from shoal.protocol.ids import SwarmId

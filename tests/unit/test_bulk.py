@@ -17,10 +17,10 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node import bulk
-from shoal.node.bulk import Bulk, BulkRef
-from shoal.node.lanes import LaneDoor, LaneError, LaneKind, TlsByteStream, dial_lane
-from shoal.node.rpc import ByteStream, SocketByteStream, StreamClosedError
+from shoal.node.wire import bulk
+from shoal.node.wire.bulk import Bulk, BulkRef
+from shoal.node.wire.channel import ByteStream, SocketByteStream, StreamClosedError
+from shoal.node.wire.lanes import LaneDoor, LaneError, LaneKind, TlsByteStream, dial_lane
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId
 

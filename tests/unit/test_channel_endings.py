@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node.rpc import TICK_S, Account, Channel, Router
+from shoal.node.wire.channel import TICK_S, Account, Channel, Router
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import Status
 from shoal.protocol.frames import Frame, FrameType

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node.rpc import Account, Channel
+from shoal.node.wire.channel import Account, Channel
 from shoal.protocol.codec import encode, encode_message
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.frames import FROM_CALLER, Frame, FrameType

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from shoal.node.config import NodeConfig, check_peer_address, default_home
-from shoal.node.files import write_private
 from shoal.node.lock import hold_profile, lock_holder
+from shoal.node.store.files import write_private
 from shoal.protocol.errors import RefusedError, ShoalError, UsageError
 from shoal.protocol.signing import Signer
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_written_is_said_in_one_line_and_leaves_nothing(tmp_path:
 def test_a_full_disk_is_said_as_such() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    from shoal.node.files import storage_error
+    from shoal.node.store.files import storage_error
 
     with pytest.raises(OSError, match="space") as caught, Path("/dev/full").open("wb", buffering=0) as full:
         full.write(b"x")

@@ -8,8 +8,8 @@ import pytest
 
 from shoal.node.api.schemas import FindingInfo, NatInfo, PeerInfo, TriedInfo
 from shoal.node.doctor import examine
-from shoal.node.nat import NatType, Reachability
-from shoal.node.paths import PathKind
+from shoal.node.mesh.paths import PathKind
+from shoal.node.reach.nat import NatType, Reachability
 from shoal.protocol.signing import Signer
 
 ANN, BOB, RELAY, OTHER_RELAY = (Signer(bytes([seed]) * 32).peer_id for seed in (1, 2, 3, 4))

@@ -16,8 +16,9 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node import lanes
-from shoal.node.lanes import (
+from shoal.node.wire import lanes
+from shoal.node.wire.channel import StreamClosedError
+from shoal.node.wire.lanes import (
     LaneDoor,
     LaneError,
     LaneKind,
@@ -26,7 +27,6 @@ from shoal.node.lanes import (
     dial_lane,
     peek_first_byte,
 )
-from shoal.node.rpc import StreamClosedError
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import PeerId
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.node.nat import (
+from shoal.node.reach.nat import (
     EXPIRY_S,
     MAX_ADDRESSES,
     MAX_EVIDENCE,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shoal.node.paths import CLIMB_AGAIN_S, Candidate, Ladder, PathKind, Rung, kind_of, surplus
+from shoal.node.mesh.paths import CLIMB_AGAIN_S, Candidate, Ladder, PathKind, Rung, kind_of, surplus
 from shoal.protocol.signing import Signer
 
 PEERS = [Signer(bytes([number]) * 32).peer_id for number in range(1, 9)]

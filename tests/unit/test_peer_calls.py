@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node.links import RPC_PROTOCOL, STREAM_PROTOCOL, Links
-from shoal.node.rpc import ByteStream, Channel, Router, SocketByteStream
+from shoal.node.wire.channel import ByteStream, Channel, Router, SocketByteStream
+from shoal.node.wire.links import RPC_PROTOCOL, STREAM_PROTOCOL, Links
 from shoal.protocol.codec import Attachment, Buffer
 from shoal.protocol.errors import Status
 from shoal.protocol.frames import FrameType

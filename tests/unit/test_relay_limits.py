@@ -5,7 +5,14 @@ from collections import Counter
 
 import pytest
 
-from shoal.node.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError, user_of
+from shoal.node.reach.relay_limits import (
+    MAX_PIECE_BYTES,
+    FairShare,
+    RelayLedger,
+    RelayLimits,
+    RelayRefusedError,
+    user_of,
+)
 from shoal.protocol.signing import Signer
 
 PEERS = [Signer(bytes([number]) * 32).peer_id for number in range(1, 8)]

@@ -1,7 +1,7 @@
 """What is pushed to a member in one call has room in it."""
 
-from shoal.node.replica import SYNC_BYTES, in_parts
-from shoal.node.services import OpsPush
+from shoal.node.swarm.replica import SYNC_BYTES, in_parts
+from shoal.node.wire.contracts import OpsPush
 from shoal.protocol.codec import encode
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES

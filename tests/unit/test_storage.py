@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shoal.crdt.sync import SwarmDocs
-from shoal.node.storage import SCHEMA_VERSION, Storage, StorageError, StoredSwarm
+from shoal.node.store.database import SCHEMA_VERSION, Storage, StorageError, StoredSwarm
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
@@ -250,7 +250,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from shoal.crdt.sync import SwarmDocs
-from shoal.node.storage import Storage
+from shoal.node.store.database import Storage
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.signing import Signer
 

@@ -189,7 +189,7 @@ def test_imports_point_down_only() -> None:
         ("shoal.crdt.planted", "from shoal import dht"),
         ("shoal.crdt.planted", "from ..dht import blocks"),
         ("shoal.training.tasks.planted", "from ...node.daemon import Daemon"),
-        ("shoal.training.planted", "import shoal.node.rpc as rpc"),
+        ("shoal.training.planted", "import shoal.node.wire.channel as rpc"),
         ("shoal.node.planted", "def late():\n    from shoal.cli import main"),
         ("shoal.node.planted", "import importlib\nimportlib.import_module('shoal.cli.main')"),
         ("shoal.protocol.planted", "import shoal\nshoal.training.manifest"),
@@ -202,7 +202,7 @@ def test_an_upward_import_is_caught(name: str, source: str) -> None:
 
 def test_a_downward_import_is_let_through() -> None:
     modules = [
-        planted("shoal.cli.planted", "from shoal.node.client import Client"),
+        planted("shoal.cli.planted", "from shoal.node.api.client import Client"),
         planted("shoal.training.exchange.planted", "from ...crdt import views\nfrom . import rounds"),
         planted("shoal.dht.planted", "from shoal.protocol.ids import Cid"),
     ]

@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import trio
 
-from shoal.node.bulk import BulkRef, Transport
-from shoal.node.links import Links
+from shoal.node.wire.bulk import BulkRef, Transport
+from shoal.node.wire.links import Links
 from shoal.protocol.codec import Attachment
 from shoal.protocol.errors import NoPeersError, RefusedError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId

@@ -19,8 +19,10 @@ import trio
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.crdt.views import members
-from shoal.node.host import Host
-from shoal.node.services import (
+from shoal.node.mesh.host import Host
+from shoal.node.signals import Signal
+from shoal.node.store.database import Storage, StorageError
+from shoal.node.wire.contracts import (
     OpsPush,
     PresencePush,
     SwarmService,
@@ -28,8 +30,6 @@ from shoal.node.services import (
     SyncRequest,
     typed_version,
 )
-from shoal.node.signals import Signal
-from shoal.node.storage import Storage, StorageError
 from shoal.protocol.codec import to_plain
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId

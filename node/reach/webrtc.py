@@ -6,8 +6,8 @@ not proven here: the pipe takes the place of a TCP connection, and libp2p's own 
 
 aiortc needs asyncio, all else here is trio. `WebRtc` runs aiortc on uvloop in one thread of its own, started by the
 first offer or answer, so that a node without such pipes does not even import it. What runs in that thread is
-`shoal.node.webrtc_end`. The loops hand each other what they have by `_Crossing`: a deque, and one wake-up for whatever
-has gathered in it.
+`shoal.node.reach.webrtc_end`. The loops hand each other what they have by `_Crossing`: a deque, and one wake-up for
+whatever has gathered in it.
 
 Neither data channels nor aiortc have back-pressure for a reader: what arrives is delivered. So the ends grant each
 other credit, as in QUIC (RFC 9000, section 4.1). A binary message carries bytes, and costs `MESSAGE_COST` more than it
@@ -34,11 +34,11 @@ import trio
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
 
-from shoal.node.addresses import interface_ips, is_loopback
+from shoal.node.mesh.addresses import interface_ips, is_loopback
 from shoal.protocol.errors import ShoalError
 
 if TYPE_CHECKING:
-    from shoal.node.webrtc_end import End
+    from shoal.node.reach.webrtc_end import End
 
 log = logging.getLogger(__name__)
 
@@ -389,7 +389,7 @@ class _Thread:
             # 25 MB and 0.1 s, which only a node that uses them should pay.
             import uvloop
 
-            from shoal.node.webrtc_end import End
+            from shoal.node.reach.webrtc_end import End
 
             with contextlib.closing(uvloop.new_event_loop()) as self.loop:
                 self.new_end = partial(End, self.loop, self._ends, self._addresses)

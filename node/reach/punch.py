@@ -33,12 +33,12 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
-from shoal.node.relay import BROKEN, end_stream, read_message, write_message
+from shoal.node.reach.relay import BROKEN, end_stream, read_message, write_message
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 
 if TYPE_CHECKING:
-    from shoal.node.host import Host
+    from shoal.node.mesh.host import Host
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from shoal.node.rpc import StreamClosedError
+from shoal.node.wire.channel import StreamClosedError
 from shoal.protocol.codec import Buffer
 from shoal.protocol.errors import RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId

@@ -18,20 +18,20 @@ from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
 from shoal.node.config import ProfilePaths
-from shoal.node.content import ContentStore, UnavailableError
-from shoal.node.host import Host, HostEvent, PeerDown, PeerUp
-from shoal.node.learner import Run
-from shoal.node.replica import Replica
-from shoal.node.services import (
+from shoal.node.mesh.host import Host, HostEvent, PeerDown, PeerUp
+from shoal.node.signals import Signal
+from shoal.node.store.database import Storage, StoredSwarm
+from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.learner import Run
+from shoal.node.swarm.replica import Replica
+from shoal.node.swarm.workers import can_train, require_training
+from shoal.node.wire.contracts import (
     OpsPush,
     PresencePush,
     SwarmService,
     SyncAnswer,
     SyncRequest,
 )
-from shoal.node.signals import Signal
-from shoal.node.storage import Storage, StoredSwarm
-from shoal.node.workers import can_train, require_training
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, Service, current_call

@@ -1,4 +1,4 @@
-"""Asking peers how they see this node, so that it knows what it is behind. Judged by `shoal.node.nat`.
+"""Asking peers how they see this node, so that it knows what it is behind. Judged by `shoal.node.reach.nat`.
 
 A round asks, side by side: every peer to dial back on a fresh connection; several peers in different networks how they
 see the TCP port that this node listens on (`Door.seen_by`); and, one after the other, how they see its UDP socket
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from shoal.node.addresses import endpoint, ip_of, ip_port, is_global, network_of
-from shoal.node.nat import DialedBack, Endpoint, Event, NatKnowledge, NatReport, Poked, PokeSource, Seen, Silent
-from shoal.node.paths import PathKind
-from shoal.node.services import DialBack, Introduction, Poke, ReachService
-from shoal.node.stun import TOKEN_BYTES, Stun, StunError
+from shoal.node.mesh.addresses import endpoint, ip_of, ip_port, is_global, network_of
+from shoal.node.mesh.paths import PathKind
+from shoal.node.reach.nat import DialedBack, Endpoint, Event, NatKnowledge, NatReport, Poked, PokeSource, Seen, Silent
+from shoal.node.reach.stun import TOKEN_BYTES, Stun, StunError
+from shoal.node.wire.contracts import DialBack, Introduction, Poke, ReachService
 from shoal.protocol.errors import RemoteError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import client
 
 if TYPE_CHECKING:
-    from shoal.node.host import Host
+    from shoal.node.mesh.host import Host
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import trio
 
-from shoal.node.bulk import Bulk, BulkRef, Transport
+from shoal.node.wire.bulk import Bulk, BulkRef, Transport
 from shoal.protocol.ids import PeerId
 from shoal.protocol.tensors import Array, Tensor, TensorCodec, check_parts, check_target, decode_tensor_into
 

@@ -3,7 +3,7 @@
 STUN's Binding request and its success response (RFC 8489), nothing else of it: no third party's server is asked, any
 public node answers at the UDP port whose number is that of its TCP port. Beside that, **pokes**: datagrams that are
 nothing but a token of 16 bytes, sent at somebody's request to see whether its NAT lets them in (as RFC 5780 does with
-servers of two addresses). `shoal.node.nat` draws the conclusions.
+servers of two addresses). `shoal.node.reach.nat` draws the conclusions.
 
 Nobody gains from a false source address: an answer is longer than its request by one attribute only (on the wire 25 %
 with IPv4, 36 % with IPv6), is sent once, and no more than a few a second to each user. Deviation from RFC 8489, 6.3.1:
@@ -26,8 +26,8 @@ from typing import Final
 
 import trio
 
-from shoal.node.nat import Endpoint, Family
-from shoal.node.relay_limits import user_of
+from shoal.node.reach.nat import Endpoint, Family
+from shoal.node.reach.relay_limits import user_of
 from shoal.protocol.errors import UsageError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Final
 
 import ifaddr
 
-from shoal.node.nat import Endpoint
+from shoal.node.reach.nat import Endpoint
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
 

@@ -86,7 +86,7 @@ class PokeSource(StrEnum):
     """Who sent a datagram that nobody had asked for."""
 
     STRANGER = "stranger"
-    """A peer to which nothing had gone over UDP, see `shoal.node.stun.Stun.is_stranger`."""
+    """A peer to which nothing had gone over UDP, see `shoal.node.reach.stun.Stun.is_stranger`."""
     OTHER_PORT = "other port"
     """A peer that this node had asked, from a port that it had not."""
 
@@ -129,7 +129,7 @@ class Seen:
     Attributes:
         observer_ip: the address at which this node asked the peer (not one that the peer told).
         local: the port, at the address that packets to the peer leave from, or at the unspecified address if that is
-            not known; for TCP always the port that this node listens on, for UDP that of `shoal.node.stun`.
+            not known; for TCP always the port that this node listens on, for UDP that of `shoal.node.reach.stun`.
     """
 
     protocol: Transport

@@ -2,7 +2,8 @@
 
 The owner of bytes opens an offer and puts its `BulkRef` into an ordinary request or answer; the far side pulls what it
 wants of it. So a receiver decides when and where to, as in the rendezvous protocols of MPI and UCX. Bytes come by up
-to `MAX_LANES` lanes (`shoal.node.lanes`), and what no lane could bring comes by a libp2p stream. Both speak the same:
+to `MAX_LANES` lanes (`shoal.node.wire.lanes`), and what no lane could bring comes by a libp2p stream. Both speak
+the same:
 
     puller: id 16 | offset u64 | length u64     owner: status u8 (0, or gRPC's number), then exactly length bytes
 
@@ -35,8 +36,8 @@ from typing import Final, Literal, Protocol
 import outcome
 import trio
 
-from shoal.node.lanes import TlsByteStream
-from shoal.node.rpc import ByteStream, StreamClosedError
+from shoal.node.wire.channel import ByteStream, StreamClosedError
+from shoal.node.wire.lanes import TlsByteStream
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from shoal.crdt.views import Evaluation, Policy, best_policy, evaluations, first_solved
-from shoal.node.content import ContentStore, UnavailableError
-from shoal.node.replica import Replica
-from shoal.node.rpc import Channel
-from shoal.node.storage import StorageError
-from shoal.node.workers import open_worker
+from shoal.node.store.database import StorageError
+from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.replica import Replica
+from shoal.node.swarm.workers import open_worker
+from shoal.node.wire.channel import Channel
 from shoal.protocol.errors import RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import Empty

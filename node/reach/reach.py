@@ -3,12 +3,12 @@
 Nodes help each other with `ReachService`; there is no server in it that is not a node:
 
 - Peers introduce themselves: addresses, circuits, what NAT they are behind, whether they relay.
-- A node finds out what it is behind by asking peers: to dial back, how they see its ports, to poke (`shoal.node.nat`
-  judges the answers).
+- A node finds out what it is behind by asking peers: to dial back, how they see its ports, to poke
+  (`shoal.node.reach.nat` judges the answers).
 - A node that nobody can dial holds reservations on two relays in different networks, found among its peers and in the
   DHT, the near and the idle first, and renews and replaces them. One that everybody can dial relays.
 - To a peer that is reached worse than directly it climbs: the peer's addresses, hole punching, WebRTC
-  (`shoal.node.climb`).
+  (`shoal.node.reach.climb`).
 - When the network changes or the machine wakes up, paths are checked at once and all of this is found out anew.
 """
 
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from shoal.node.addresses import (
+from shoal.node.config import ReachConfig
+from shoal.node.mesh.addresses import (
     CIRCUIT,
     dialable,
     endpoint,
@@ -35,26 +36,33 @@ from shoal.node.addresses import (
     network_of,
     tcp_address,
 )
-from shoal.node.climb import Climber
-from shoal.node.config import ReachConfig
-from shoal.node.door import NONCE_BYTES, knock
-from shoal.node.nat import AddressesChanged, FamilyReport, Mapping, NatReport, NatType, Reachability
-from shoal.node.paths import PathKind
-from shoal.node.portmap import MapAttempt, PortMapping, keep_port_mapped
-from shoal.node.probing import MAX_OBSERVERS, Probe
-from shoal.node.punch import Puncher
-from shoal.node.relay import RelayError
-from shoal.node.rpc import Router
-from shoal.node.services import DialBack, Introduction, NodeService, Poke, ReachService, SeenAt, SessionDescription
+from shoal.node.mesh.door import NONCE_BYTES, knock
+from shoal.node.mesh.paths import PathKind
+from shoal.node.reach.climb import Climber
+from shoal.node.reach.nat import AddressesChanged, FamilyReport, Mapping, NatReport, NatType, Reachability
+from shoal.node.reach.portmap import MapAttempt, PortMapping, keep_port_mapped
+from shoal.node.reach.probing import MAX_OBSERVERS, Probe
+from shoal.node.reach.punch import Puncher
+from shoal.node.reach.relay import RelayError
+from shoal.node.reach.stun import TOKEN_BYTES, Stun, StunError, open_stun
+from shoal.node.reach.webrtc import WebRtc, open_webrtc
 from shoal.node.signals import Signal
-from shoal.node.stun import TOKEN_BYTES, Stun, StunError, open_stun
-from shoal.node.webrtc import WebRtc, open_webrtc
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import (
+    DialBack,
+    Introduction,
+    NodeService,
+    Poke,
+    ReachService,
+    SeenAt,
+    SessionDescription,
+)
 from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, client, current_call
 
 if TYPE_CHECKING:
-    from shoal.node.host import Connected, Host
+    from shoal.node.mesh.host import Connected, Host
 
 log = logging.getLogger(__name__)
 

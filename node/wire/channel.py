@@ -15,8 +15,8 @@ from typing import Any, Final, TypeVar, cast
 import trio
 
 from shoal.node.metrics import Metrics
-from shoal.node.outbox import ByteStream, Outbox, StreamClosedError, UnknownProtocolError, total_bytes
-from shoal.node.serving import Account, Incoming, Router, Server
+from shoal.node.wire.outbox import ByteStream, Outbox, StreamClosedError, UnknownProtocolError, total_bytes
+from shoal.node.wire.serving import Account, Incoming, Router, Server
 from shoal.protocol.codec import Buffer, decode_message, encode_message
 from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId

@@ -2,7 +2,7 @@
 
 Unary calls of a pair share one stream: the calls lane where it stands, else a libp2p stream. Each streaming call has a
 libp2p stream of its own, so that it never blocks a small call. Large transfers go by bulk lanes or, without a direct
-path, by a libp2p stream (`shoal.node.bulk`). Whoever uses this sees none of that: the same calls work either way.
+path, by a libp2p stream (`shoal.node.wire.bulk`). Whoever uses this sees none of that: the same calls work either way.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
-from shoal.node.bulk import Bulk
-from shoal.node.lanes import LaneDoor, LaneError, LaneKind, LaneTicket, Socket, TlsByteStream, dial_lane
 from shoal.node.metrics import Metrics
-from shoal.node.rpc import Account, ByteStream, Channel, Router, StreamClosedError, UnknownProtocolError
-from shoal.node.services import LaneInvitation, LaneRequest, LaneService
+from shoal.node.wire.bulk import Bulk
+from shoal.node.wire.channel import Account, ByteStream, Channel, Router, StreamClosedError, UnknownProtocolError
+from shoal.node.wire.contracts import LaneInvitation, LaneRequest, LaneService
+from shoal.node.wire.lanes import LaneDoor, LaneError, LaneKind, LaneTicket, Socket, TlsByteStream, dial_lane
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_STREAMS

@@ -1,6 +1,6 @@
 """What a WebRTC connection does in the asyncio thread: negotiate, send, deliver, and hold the far side to its bounds.
 
-See `shoal.node.webrtc` for the picture; that module alone imports this one, when the first connection is made.
+See `shoal.node.reach.webrtc` for the picture; that module alone imports this one, when the first connection is made.
 
 aiortc is made for far sides that one trusts as much as oneself. Here the far side is anybody, so each session
 description is checked before aiortc reads it, and each SCTP chunk before aiortc handles it (`_breach_of_sctp`). And
@@ -27,7 +27,7 @@ from aiortc import RTCConfiguration, RTCDataChannel, RTCPeerConnection, RTCSctpT
 from aiortc import rtcsctptransport as wire
 from aiortc.sdp import SessionDescription
 
-from shoal.node.webrtc import (
+from shoal.node.reach.webrtc import (
     GRANT_BYTES,
     MESSAGE_BYTES,
     MESSAGE_COST,

@@ -4,7 +4,7 @@ Source: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md (voucher
 out; they are optional there). The three parts:
 
 - **hop**: this node relays. A peer reserves, and others may then be connected to it through this node, which passes
-  bytes on that it cannot read, within `RelayLimits` and with fair turns (`shoal.node.relay_limits`).
+  bytes on that it cannot read, within `RelayLimits` and with fair turns (`shoal.node.reach.relay_limits`).
 - **stop**: this node is the far end of a circuit that another one opened.
 - **client**: `reserve` and `dial`.
 
@@ -38,8 +38,8 @@ from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
-from shoal.node.addresses import CIRCUIT, full_address
-from shoal.node.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
+from shoal.node.mesh.addresses import CIRCUIT, full_address
+from shoal.node.reach.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 

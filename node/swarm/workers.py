@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from shoal.node.rpc import Channel, Router, SocketByteStream
+from shoal.node.wire.channel import Channel, Router, SocketByteStream
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES

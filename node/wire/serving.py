@@ -17,7 +17,7 @@ from typing import Any, Final
 import trio
 
 from shoal.node.metrics import Metrics
-from shoal.node.outbox import ENOUGH_BYTES, Outbox, total_bytes
+from shoal.node.wire.outbox import ENOUGH_BYTES, Outbox, total_bytes
 from shoal.protocol.budget import Budget
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import (

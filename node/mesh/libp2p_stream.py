@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from libp2p.abc import INetStream
 
-from shoal.node.relay import BROKEN
-from shoal.node.rpc import StreamClosedError
+from shoal.node.reach.relay import BROKEN
+from shoal.node.wire.channel import StreamClosedError
 from shoal.protocol.codec import Buffer
 
 log = logging.getLogger(__name__)

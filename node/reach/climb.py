@@ -1,4 +1,4 @@
-"""The climb: from a relayed path to a peer to the best one that the NATs of both allow. See `shoal.node.paths`.
+"""The climb: from a relayed path to a peer to the best one that the NATs of both allow. See `shoal.node.mesh.paths`.
 
 Both sides try the addresses of the other. Then one of them begins the hole punching, and the side that was dialed
 offers WebRTC a little later, unless it is known that neither can work; what failed is noted with its reason.
@@ -16,21 +16,21 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
 from multiaddr import Multiaddr
 
-from shoal.node.addresses import CIRCUIT, ip_of, is_loopback, tcp_address
-from shoal.node.nat import Mapping, NatSummary, NatType, can_punch
-from shoal.node.paths import PathKind, Rung
-from shoal.node.probing import Probe
-from shoal.node.punch import Puncher, PunchError
-from shoal.node.relay import BROKEN
-from shoal.node.services import Introduction, ReachService, SessionDescription
+from shoal.node.mesh.addresses import CIRCUIT, ip_of, is_loopback, tcp_address
+from shoal.node.mesh.paths import PathKind, Rung
+from shoal.node.reach.nat import Mapping, NatSummary, NatType, can_punch
+from shoal.node.reach.probing import Probe
+from shoal.node.reach.punch import Puncher, PunchError
+from shoal.node.reach.relay import BROKEN
+from shoal.node.reach.webrtc import PendingPipe, WebRtc, WebRtcError
 from shoal.node.signals import Signal
-from shoal.node.webrtc import PendingPipe, WebRtc, WebRtcError
+from shoal.node.wire.contracts import Introduction, ReachService, SessionDescription
 from shoal.protocol.errors import RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import client
 
 if TYPE_CHECKING:
-    from shoal.node.host import Connected, Host
+    from shoal.node.mesh.host import Connected, Host
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shoal.node.lanes import LaneKind, LaneTicket
+from shoal.node.wire.lanes import LaneKind, LaneTicket
 from shoal.protocol.codec import Attachment
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
@@ -124,7 +124,7 @@ class LaneInvitation:
 
 
 class LaneService(Service, name="lane"):
-    """Extra connections between two peers; `shoal.node.lanes` has the how and why."""
+    """Extra connections between two peers; `shoal.node.wire.lanes` has the how and why."""
 
     @unary(max_calls_per_s=20)
     async def ticket(self, request: LaneRequest) -> LaneTicket:
@@ -146,9 +146,9 @@ class Introduction:
         relays: whether it relays for others.
         load: how full it is as a relay, between 0 and 1.
         stun_port: the UDP port at which it answers STUN; 0 if it does not.
-        reachability: as of `shoal.node.nat.Reachability`.
-        udp: as of `shoal.node.nat.NatType`.
-        tcp_mapping: as of `shoal.node.nat.Mapping`.
+        reachability: as of `shoal.node.reach.nat.Reachability`.
+        udp: as of `shoal.node.reach.nat.NatType`.
+        tcp_mapping: as of `shoal.node.reach.nat.Mapping`.
     """
 
     addresses: tuple[str, ...]
@@ -203,7 +203,7 @@ class SessionDescription:
 
 
 class ReachService(Service, name="reach"):
-    """How nodes help each other to be reached; `shoal.node.reach` has the how and why."""
+    """How nodes help each other to be reached; `shoal.node.reach.reach` has the how and why."""
 
     @unary(idempotent=True, max_calls_per_s=20)
     async def hello(self, request: Introduction) -> Introduction:

@@ -1,8 +1,8 @@
 """The libp2p host of a node: who it is connected to, by which paths, and calls to them.
 
 Owns the swarm (TCP, noise, yamux, identify), Kademlia, bootstrap with retry and mDNS. Everything above it speaks in
-`PeerId`, text multiaddrs and typed methods. How a better path is come by is `shoal.node.reach`'s business; here is what
-every path has in common: it is a libp2p connection, and the best one carries what begins now.
+`PeerId`, text multiaddrs and typed methods. How a better path is come by is `shoal.node.reach.reach`'s business; here
+is what every path has in common: it is a libp2p connection, and the best one carries what begins now.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from shoal.node.addresses import CIRCUIT, full_address, ip_of, ip_port, is_loopback
-from shoal.node.door import Door
-from shoal.node.libp2p_repairs import announce_as_told, apply_repairs
-from shoal.node.libp2p_stream import Libp2pByteStream
-from shoal.node.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
-from shoal.node.mdns import run_mdns
-from shoal.node.paths import Candidate, Ladder, PathKind, kind_of, surplus
-from shoal.node.relay import BROKEN, Relay, closed_on_failure, parse_circuit
-from shoal.node.relay_limits import RelayLimits
-from shoal.node.rpc import ByteStream, Router, StreamClosedError, UnknownProtocolError
-from shoal.node.services import NodeService
+from shoal.node.mesh.addresses import CIRCUIT, full_address, ip_of, ip_port, is_loopback
+from shoal.node.mesh.door import Door
+from shoal.node.mesh.libp2p_repairs import announce_as_told, apply_repairs
+from shoal.node.mesh.libp2p_stream import Libp2pByteStream
+from shoal.node.mesh.mdns import run_mdns
+from shoal.node.mesh.paths import Candidate, Ladder, PathKind, kind_of, surplus
+from shoal.node.reach.relay import BROKEN, Relay, closed_on_failure, parse_circuit
+from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.wire.channel import ByteStream, Router, StreamClosedError, UnknownProtocolError
+from shoal.node.wire.contracts import NodeService
+from shoal.node.wire.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Caller, Empty, client

@@ -1,7 +1,7 @@
 """The node's TCP port: everything that comes in by it, told apart by its first byte, and dialing out from it.
 
     0x13  libp2p (the length of its multistream greeting)
-    0x16  a lane (a TLS ClientHello), see `shoal.node.lanes`
+    0x16  a lane (a TLS ClientHello), see `shoal.node.wire.lanes`
     0x02  a knock: 16 bytes that this node gave to a peer which it asked to dial back; whoever shows them proves that
           this node can be reached by those who did not hear from it before (as in libp2p's AutoNAT v2)
     0x03  a question: from which address do you see me? Answered with one line, ``IP PORT``; the connection stays open
@@ -26,7 +26,7 @@ import trio
 from libp2p.abc import INetworkService
 from multiaddr import Multiaddr
 
-from shoal.node.lanes import TLS_HANDSHAKE, peek_first_byte
+from shoal.node.wire.lanes import TLS_HANDSHAKE, peek_first_byte
 from shoal.protocol.errors import ShoalError
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from libp2p.discovery.events.peerDiscovery import peerDiscovery
 from libp2p.discovery.mdns.mdns import MDNSDiscovery
 from libp2p.peer.peerinfo import PeerInfo
 
-from shoal.node.addresses import ip_of, ip_port, is_loopback
+from shoal.node.mesh.addresses import ip_of, ip_port, is_loopback
 from shoal.protocol.errors import NoPeersError, UsageError
 from shoal.protocol.ids import PeerId
 
 if TYPE_CHECKING:
-    from shoal.node.host import Host
+    from shoal.node.mesh.host import Host
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import trio
 
 from shoal.dht.blocks import split
 from shoal.dht.fetch import BlockArrived, BlockFailed, Done, Drop, Failed, Fetch, Request, Store, Tick, Wake
-from shoal.node.host import Host
-from shoal.node.services import Block, BlockRequest, ContentService
-from shoal.node.storage import Storage
+from shoal.node.mesh.host import Host
+from shoal.node.store.database import Storage
+from shoal.node.wire.contracts import Block, BlockRequest, ContentService
 from shoal.protocol.errors import RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import client

@@ -1,0 +1,1 @@
+"""Connections: libp2p, the port, paths, names of peers to addresses."""

@@ -1,0 +1,1 @@
+"""Being reached: NATs, relays, holes, WebRTC, port mapping."""

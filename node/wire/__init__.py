@@ -1,0 +1,1 @@
+"""Calls, lanes and bulk on real connections."""
