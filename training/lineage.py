@@ -1,0 +1,206 @@
+"""Which policy a node holds: its own, or one that others have signed for.
+
+A policy is never taken because somebody says that it is newer. Every member signs which policy it holds, made from
+which parent by which ballot (`Result`), and a signature for a policy is one for its parent too. Another policy is taken
+
+* at once, if those with half of the stake of the own policy's electorate hold it: they went on without this node;
+* after `FORK_S`, if it is of another line, which more members that are live hold than the own one; between equal ones,
+  the line with more environment steps, then the lower CID. So two parts of a swarm that trained apart end on one
+  policy;
+* by a node that has trained nothing itself, if nothing that is live is held by more members.
+
+A few invented names can so mislead a newcomer or a swarm that they outnumber, never one in which they have no stake.
+
+What cannot be taken is told apart (`Refusal`): *false* (it is not what its signers said: they are not heard again),
+*unreachable* (nobody gave it; asked for again later, with back-off), *unfit* (this node cannot load it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from shoal.protocol.ids import Cid, PeerId
+from shoal.training.electorate import Electorate
+from shoal.training.statements import Result
+
+FORK_S: Final = 2.0
+RETRY_S: Final = 2.0
+MAX_RETRY_S: Final = 60.0
+MAX_REFUSED: Final = 4096
+_EPSILON: Final = 1e-9
+
+
+class Refusal(Enum):
+    """Why a policy is not taken."""
+
+    FALSE = auto()
+    UNREACHABLE = auto()
+    UNFIT = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A policy that should be held instead of the own one.
+
+    Attributes:
+        result: what its holders signed.
+        holders: who hold it, in order.
+        is_other_line: whether it was made apart from the own policy.
+    """
+
+    result: Result
+    holders: tuple[PeerId, ...]
+    is_other_line: bool = False
+
+
+@dataclass(slots=True)
+class _Refused:
+    until: float
+    num_times: int
+
+
+class Lineage:
+    """What each member says that it holds."""
+
+    __slots__ = ("_electorate", "_fork_since", "_me", "_refused", "_results", "_support", "_total", "liars", "own")
+
+    def __init__(self, me: PeerId) -> None:
+        self.own: Result | None = None
+        self.liars: set[PeerId] = set()
+        """Members whose word on a policy turned out false."""
+        self._me = me
+        self._electorate = Electorate()
+        self._results: dict[PeerId, Result] = {}
+        self._support: dict[Cid, float] = {}
+        self._total = 0.0
+        self._refused: dict[Cid, _Refused] = {}
+        self._fork_since: float | None = None
+
+    @property
+    def results(self) -> Mapping[PeerId, Result]:
+        """The newest word of each member that is there."""
+        return self._results
+
+    def hold(self, own: Result, electorate: Electorate) -> None:
+        """This node holds a policy now."""
+        self.own = own
+        self._electorate = electorate
+        self._recount()
+
+    def heard(self, author: PeerId, result: Result) -> bool:
+        """A member says what it holds; whether those who count may be ahead of this node now."""
+        if author in self.liars or author == self._me:
+            return False
+        before = self._results.get(author)
+        self._results[author] = result
+        stake = self._stake(author)
+        if before is None:
+            self._total += stake
+        else:
+            self._add(before, -stake)
+        self._add(result, stake)
+        own = self.own
+        if own is None:
+            return True
+        return result.epoch > own.epoch and self._support[result.cid] >= self._total / 2 - _EPSILON
+
+    def gone(self, author: PeerId) -> None:
+        """A member is no longer there."""
+        if self._results.pop(author, None) is not None:
+            self._recount()
+
+    def refuse(self, cid: Cid, why: Refusal, now: float) -> None:
+        """A candidate could not be taken."""
+        before = self._refused.get(cid)
+        number = 1 if before is None else before.num_times + 1
+        if why is Refusal.UNREACHABLE:
+            until = now + min(RETRY_S * 2 ** min(number - 1, 10), MAX_RETRY_S)
+        else:
+            until = float("inf")
+        if why is Refusal.FALSE:
+            for author in [author for author, result in self._results.items() if result.cid == cid]:
+                self.liars.add(author)
+                del self._results[author]
+            self._recount()
+        self._refused[cid] = _Refused(until, number)
+        while len(self._refused) > MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
+
+    def overtaken(self, now: float) -> Candidate | None:
+        """The newest policy that half of the own policy's electorate holds, if it is newer than the own one.
+
+        Without an electorate (a node that only stores, or has only begun) all who are there count alike.
+        """
+        own = self.own
+        best: Result | None = None
+        for result in {each.cid: each for each in self._results.values()}.values():
+            if (own is not None and result.epoch <= own.epoch) or self._is_refused(result.cid, now):
+                continue
+            if self._support.get(result.cid, 0.0) < self._total / 2 - _EPSILON:
+                continue
+            if best is None or (result.epoch, result.env_steps, result.cid) > (best.epoch, best.env_steps, best.cid):
+                best = result
+        return None if best is None else self._candidate(best)
+
+    def other_line(self, now: float) -> Candidate | None:
+        """A policy of another line that more live members hold than the own one, since `FORK_S`.
+
+        For a node without a policy of its own making, whatever most members hold.
+        """
+        own = self.own
+        is_new = own is None or own.epoch == 0
+        ours = 0 if own is None or is_new else 1 + sum(_same_line(own, each) for each in self._results.values())
+        found: list[tuple[int, int, int, Cid]] = []
+        for cid, result in {each.cid: each for each in self._results.values() if each.epoch > 0}.items():
+            if self._is_refused(cid, now) or (own is not None and _same_line(own, result)):
+                continue
+            number = sum(_same_line(result, each) for each in self._results.values())
+            is_better = own is None or is_new or (result.env_steps, own.cid) > (own.env_steps, cid)
+            if number > ours or (number == ours and is_better):
+                found.append((number, result.env_steps, result.epoch, cid))
+        if not found:
+            self._fork_since = None
+            return None
+        self._fork_since = now if self._fork_since is None else self._fork_since
+        if not is_new and now < self._fork_since + FORK_S:
+            return None
+        cid = max(found)[-1]
+        result = next(each for each in self._results.values() if each.cid == cid)
+        return Candidate(result, self.holders(cid), is_other_line=not is_new)
+
+    def holders(self, cid: Cid) -> tuple[PeerId, ...]:
+        """Who say that they hold a policy, or one made from it."""
+        return tuple(sorted(author for author, each in self._results.items() if cid in (each.cid, each.parent)))
+
+    def _candidate(self, result: Result) -> Candidate:
+        return Candidate(result, self.holders(result.cid))
+
+    def _is_refused(self, cid: Cid, now: float) -> bool:
+        refused = self._refused.get(cid)
+        return refused is not None and now < refused.until
+
+    def _add(self, result: Result, stake: float) -> None:
+        self._support[result.cid] = self._support.get(result.cid, 0.0) + stake
+        if result.parent is not None:
+            self._support[result.parent] = self._support.get(result.parent, 0.0) + stake
+
+    def _stake(self, author: PeerId) -> float:
+        if not self._electorate:
+            return 1.0
+        standing = self._electorate.get(author)
+        return 0.0 if standing is None else standing.stake
+
+    def _recount(self) -> None:
+        self._support = {}
+        self._total = self._stake(self._me) if self.own is not None else 0.0
+        for author, result in self._results.items():
+            stake = self._stake(author)
+            self._total += stake
+            self._add(result, stake)
+
+
+def _same_line(one: Result, other: Result) -> bool:
+    return other.cid == one.cid or one.cid == other.parent or other.cid == one.parent

@@ -1,0 +1,841 @@
+"""A swarm's run on one node, as a core: `Run.handle(event, now)` says what to do next, and decides all that is decided.
+
+A learner's epoch: *collect* its share of the batch (`electorate`), *update*, and average in one or more *rounds* what
+the update yields (`exchange.rounds`). The others hear of it by signed statements (`statements`). Nobody is waited for
+longer than what it is expected to bring is worth; who is late keeps what it collected for the next epoch. Which policy
+is held says `lineage`; when a claim that the task is solved is believed, `claims`.
+
+The worker does one job at a time; every job ends in an event. Whatever is waited for has an end that depends on nobody:
+
+* collecting ends with the own share, or when those with most of the stake are ready;
+* a round ends by turns and silences, until this learner alone is left;
+* bytes that nobody gives stop nothing: the run goes on beside them.
+
+The shell (`shoal.node.swarm.runner`) calls the worker, fetches, signs, writes; the simulator (`shoal.training.sim`) is
+another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Final
+
+from shoal.crdt.views import Evaluation
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training.claims import Claims
+from shoal.training.electorate import Electorate
+from shoal.training.exchange.rounds import (
+    Ballot,
+    Begin,
+    Busy,
+    CannotBeHad,
+    Cast,
+    Decide,
+    Held,
+    Joined,
+    Left,
+    Limits,
+    Obtain,
+    OfferHeard,
+    ProposalHeard,
+    Propose,
+    Round,
+    RoundEvent,
+    SignedOffer,
+    VoteHeard,
+)
+from shoal.training.exchange.rounds import Tick as RoundTick
+from shoal.training.exchange.waits import Waits
+from shoal.training.lineage import Candidate, Lineage, Refusal
+from shoal.training.manifest import Manifest, Mode, Role
+from shoal.training.progress import BUSY, Progress
+from shoal.training.run_events import (
+    Abandon,
+    Collect,
+    Collected,
+    Documents,
+    Evaluate,
+    Evaluated,
+    Event,
+    Fetch,
+    Fetched,
+    Finish,
+    Finished,
+    Gone,
+    Heard,
+    Job,
+    Keep,
+    Load,
+    Loaded,
+    LoadRefused,
+    Merge,
+    MergeFailed,
+    Note,
+    NotFetched,
+    Opened,
+    Output,
+    Policy,
+    Said,
+    Say,
+    Tick,
+    Update,
+    Updated,
+    Wake,
+    WorkerGone,
+    Write,
+    WriteEvaluation,
+    Yielded,
+)
+from shoal.training.statements import (
+    NO_BALLOT,
+    Addresses,
+    Facts,
+    Offer,
+    Phase,
+    Proposal,
+    Result,
+    RoundKey,
+    Statement,
+    Vote,
+    first_after,
+    turn_rank,
+)
+
+CHUNK_S: Final = 0.25
+"""How long the worker collects before the run looks up."""
+WRITE_GAP_S: Final = 5.0
+"""Between two writes of the policy into the document; what is newer, members tell each other."""
+KEEP_GAP_S: Final = 1.0
+"""Between two writes of the policy to disk."""
+LOOK_S: Final = 1.0
+"""How often other lines of the run are looked for."""
+ALONE_S: Final = 2.0
+RETRY_END_S: Final = 5.0
+MAX_EARLY: Final = 4096
+"""Statements kept for rounds that this node is not in yet."""
+MAX_FAILED_MERGES: Final = 3
+FOLLOW_PART: Final = 1 / 10
+"""In mode ``gradient``, a learner below this part of the mean rate would cost the others more than it brings."""
+HURRY_PART: Final = 1 / 2
+_NOT_LEARNING: Final = (Phase.DONE, Phase.FAILED, Phase.STARTING)
+_NEVER: Final = float("inf")
+
+
+class Run:
+    """One node's part in one run."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        swarm: SwarmId,
+        me: PeerId,
+        role: Role,
+        now: float,
+        *,
+        stored: Result | None = None,
+        liars: Iterable[PeerId] = (),
+        own_env_steps: int = 0,
+        rounds: int = 0,
+    ) -> None:
+        """Begin.
+
+        Args:
+            manifest: of the run.
+            swarm: its name.
+            me: this node.
+            role: what it does.
+            now: the time.
+            stored: the policy that an earlier life of this node kept.
+            liars: members that an earlier life found out.
+            own_env_steps: that an earlier life put in.
+            rounds: that an earlier life was part of.
+        """
+        self.progress = Progress(own_env_steps=own_env_steps, rounds=rounds)
+        self.policy: Policy | None = None
+        """What this node holds and goes on from."""
+        self.round: Round | None = None
+        self.claims = Claims(me, manifest.target_return, liars)
+        self.lineage = Lineage(me)
+        self._manifest = manifest
+        self._swarm = swarm
+        self._me = me
+        self._role = role
+        self._stored = stored
+        self._limits = Limits.of_batch(manifest.batch_size)
+        self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
+        self._live: dict[PeerId, Facts] = {}
+        self._heard_at: dict[PeerId, float] = {}
+        self._early: dict[bytes, list[Heard]] = {}
+        self._num_early = 0
+        self._evaluated: frozenset[Cid] = frozenset()
+        # The worker.
+        self._is_open = False
+        self._job: Job | None = None
+        self._job_at = now
+        self._in_worker: Policy | None = None
+        self._is_exchanging = False
+        self._collect_s = 0.0
+        self._work_s = 0.0  # collecting and optimising in this epoch
+        self._failed_merges = 0
+        self._weights: dict[PeerId, float] = {}  # of those who take part in this epoch's exchanges
+        self._is_shared = False
+        self._must_evaluate = False
+        self._checking: Evaluation | None = None
+        self._claim_here: Cid | None = None
+        self._retry_end_at = now
+        # Bytes from others.
+        self._fetching: set[Cid] = set()
+        self._taking: Candidate | None = None
+        self._taken: Candidate | None = None
+        self._overtaken_at: float | None = None
+        self._missed_at: float | None = None
+        # Time.
+        self._kept: Policy | None = None
+        self._kept_at = -_NEVER
+        self._written: Policy | None = None
+        self._written_at = -_NEVER
+        self._looked_at = now
+        self._alone_at: float | None = now
+        self._wake_at = now
+
+    # What others ask.
+
+    @property
+    def live(self) -> dict[PeerId, Facts]:
+        """The facts of the other members that are there."""
+        return self._live
+
+    @property
+    def learners(self) -> list[PeerId]:
+        """Other live members that still learn."""
+        return [
+            peer
+            for peer, facts in self._live.items()
+            if facts.role is Role.LEARNER and facts.phase not in _NOT_LEARNING
+        ]
+
+    @property
+    def learned_wait_s(self) -> float:
+        """How long a round waits for those who have not come, and then for one who says nothing."""
+        return self._waits[0].offers_s + self._waits[0].silence_s
+
+    @property
+    def trained_alone(self) -> bool:
+        """Whether there were rounds and nobody else was in any."""
+        return self.progress.rounds > 0 and self.progress.shared_rounds == 0
+
+    # The one entry.
+
+    def handle(self, event: Event, now: float) -> list[Output]:
+        """Take in what happened; what to do about it, in order."""
+        outputs: list[Output] = []
+        match event:
+            case Heard():
+                self._heard(event, now, outputs)
+            case Said(statement, name):
+                self._own_said(statement, name, now, outputs)
+            case Gone(author):
+                self._gone(author, now, outputs)
+            case Documents(found):
+                self.claims.heard(found)
+                self._evaluated = frozenset(each.cid for each in found)
+            case Fetched(cid):
+                self._fetched(cid, now, outputs)
+            case NotFetched(cid, reason):
+                self._not_fetched(cid, reason, now, outputs)
+            case Opened(policy):
+                self._opened(policy, now, outputs)
+            case WorkerGone(reason):
+                self._worker_gone(reason, outputs)
+            case Tick():
+                self._tick(now, outputs)
+            case _:
+                self._job_done(event, now, outputs)
+        self._next(now, outputs)
+        facts = self.progress.to_tell(self._role, 0 if self.policy is None else self.policy.epoch, len(self._live), now)
+        if facts is not None:
+            outputs.append(Say(facts))
+        self._set_wake(now, outputs)
+        return outputs
+
+    # Others.
+
+    def _heard(self, event: Heard, now: float, outputs: list[Output]) -> None:
+        author, statement = event.author, event.statement
+        if author == self._me:
+            return
+        self._heard_at[author] = now
+        match statement:
+            case Vote(key=key) | Offer(key=key) | Proposal(key=key):
+                current = self.round
+                if current is not None and key == current.key:
+                    self._to_round(event, now, outputs)
+                elif self.policy is None or key.epoch >= self.policy.epoch:
+                    self._keep_for_later(key, event)
+            case Result():
+                if self._is_plausible(statement) and self.lineage.heard(author, statement):
+                    self._look(now, outputs)
+            case Facts():
+                self._live[author] = statement
+                self._alone_at, self.progress.is_alone = None, False
+                if self.round is not None:
+                    if statement.phase in BUSY:
+                        self._in_round(Busy(author), now, outputs)
+                    elif self._counts_alike and statement.role is Role.LEARNER:
+                        self._in_round(Joined(author, self._equal_stake()), now, outputs)
+            case Addresses():
+                pass
+
+    def _is_plausible(self, result: Result) -> bool:
+        most = self._manifest.max_env_steps + self._limits.ballot
+        return result.env_steps <= most and result.epoch <= result.env_steps
+
+    def _keep_for_later(self, key: RoundKey, event: Heard) -> None:
+        self._early.setdefault(key.after, []).append(event)
+        self._num_early += 1
+        while self._num_early > MAX_EARLY:
+            self._num_early -= len(self._early.pop(next(iter(self._early))))
+
+    def _to_round(self, event: Heard, now: float, outputs: list[Output]) -> None:
+        match event.statement:
+            case Offer() as offer:
+                self._in_round(OfferHeard(SignedOffer(event.author, event.name, offer)), now, outputs)
+            case Proposal() as proposal:
+                self._in_round(ProposalHeard(event.author, proposal), now, outputs)
+            case Vote() as vote:
+                self._in_round(VoteHeard(event.author, vote), now, outputs)
+            case _:
+                pass
+
+    def _gone(self, author: PeerId, now: float, outputs: list[Output]) -> None:
+        self._live.pop(author, None)
+        self._heard_at.pop(author, None)
+        self.lineage.gone(author)
+        if not self._live and self._alone_at is None:
+            self._alone_at = now
+        if self.round is not None:
+            self._in_round(Left(author), now, outputs)
+
+    # Rounds.
+
+    @property
+    def _counts_alike(self) -> bool:
+        """Whether nobody has shown anything yet, or nobody who has is left: then all who learn count alike."""
+        policy = self.policy
+        return policy is not None and not any(peer == self._me or peer in self._live for peer in policy.electorate)
+
+    def _equal_stake(self) -> float:
+        return self._manifest.batch_size / (len(self.learners) + 1)
+
+    def _first_round(self, policy: Policy, after: bytes, now: float, outputs: list[Output]) -> None:
+        if self._counts_alike:
+            stakes = dict.fromkeys((self._me, *self.learners), self._equal_stake())
+        else:
+            stakes = {peer: standing.stake for peer, standing in policy.electorate.items()}
+        self._enter_round(RoundKey(policy.epoch, 0, after), stakes, now, outputs)
+
+    def _enter_round(self, key: RoundKey, stakes: dict[PeerId, float], now: float, outputs: list[Output]) -> Round:
+        others = [peer for peer in stakes if peer != self._me]
+        entered = self.round = Round(
+            self._swarm,
+            self._me,
+            key,
+            stakes,
+            self._limits,
+            self._waits[key.step > 0],
+            now,
+            heard_at=self._heard_at,
+            busy=[peer for peer in others if peer in self._live and self._live[peer].phase in BUSY],
+            gone=[peer for peer in others if peer not in self._live],
+        )
+        waiting = self._early.pop(key.after, [])
+        self._num_early -= len(waiting)
+        for event in waiting:
+            if isinstance(event.statement, Offer | Proposal | Vote) and event.statement.key == key:
+                self._to_round(event, now, outputs)
+        return entered
+
+    def _in_round(self, event: RoundEvent, now: float, outputs: list[Output]) -> None:
+        current = self.round
+        if current is None:
+            return
+        for output in current.handle(event, now):
+            match output:
+                case Obtain(cid, sources):
+                    self._fetching.add(cid)
+                    outputs.append(Fetch(cid, sources, keep=False))
+                case Propose(proposal):
+                    outputs.append(Say(proposal))
+                case Cast(vote):
+                    outputs.append(Say(vote))
+                case Decide(ballot):
+                    if current.has_begun:
+                        self._merge(ballot, now, outputs)
+
+    def _begin(self, now: float, outputs: list[Output]) -> None:
+        """Arrive at the round, with an offer or with nothing to give."""
+        current = self.round
+        if current is None or current.has_begun:
+            return
+        decided = current.decided
+        self._in_round(Begin(self._work_s), now, outputs)
+        if decided is None:
+            return
+        if current.key.step == 0 and decided.offers and self._me not in {each.author for each in decided.offers}:
+            self._give_up(outputs)  # the others went on; what was collected counts in the next epoch
+        else:
+            self._merge(decided, now, outputs)
+
+    def _merge(self, ballot: Ballot, now: float, outputs: list[Output]) -> None:
+        current = self.round
+        if current is not None and current.key.step == 0:
+            self._weights = {each.author: float(each.offer.weight) for each in ballot.offers}
+            self._is_shared = any(each.author != self._me for each in ballot.offers)
+        self._start(Merge(ballot), Phase.UPDATING, now, outputs)
+
+    def _give_up(self, outputs: list[Output]) -> None:
+        self._is_exchanging = False
+        outputs.append(Abandon(keep_samples=True))
+
+    # The worker's jobs.
+
+    def _start(self, job: Job, phase: Phase, now: float, outputs: list[Output]) -> None:
+        self._job, self._job_at = job, now
+        self.progress.phase = phase
+        outputs.append(job)
+
+    def _opened(self, policy: Policy, now: float, outputs: list[Output]) -> None:
+        self._is_open = True
+        self._job, self._in_worker = None, policy
+        if self.policy is not None:
+            return  # it goes on from what it held before the worker ended
+        if self._stored is not None and self._stored.epoch > 0:
+            self._take(Candidate(self._stored, ()), now, outputs)
+        else:
+            self._hold(policy, now, outputs)
+            self._look(now, outputs)
+
+    def _worker_gone(self, reason: str, outputs: list[Output]) -> None:
+        self._is_open = self._is_exchanging = False
+        self._job = self._in_worker = None
+        self._checking = None
+        self.progress.phase = Phase.STARTING
+        self.progress.samples = 0
+        outputs.append(Note(reason))
+
+    def _job_done(self, event: Event, now: float, outputs: list[Output]) -> None:
+        job, self._job = self._job, None
+        if job is None:
+            return  # of a worker that is gone
+        if isinstance(job, Collect | Update | Merge):
+            self._work_s += now - self._job_at
+        match event:
+            case Collected():
+                self._collect_s += event.seconds
+                self.progress.collected(event, now)
+            case Yielded(cid, weight, rejected):
+                self._reject(rejected, outputs)
+                self._exchange(cid, weight, job, now, outputs)
+            case Updated(policy, rejected):
+                self._reject(rejected, outputs)
+                self.progress.metrics = dict(event.metrics)
+                self._updated(policy, now, outputs)
+            case MergeFailed(reason):
+                self._merge_failed(reason, now, outputs)
+            case Loaded(policy, num_kept):
+                self._loaded(policy, num_kept, now, outputs)
+            case LoadRefused(reason):
+                self._load_refused(job, reason, now, outputs)
+            case Evaluated(mean_return):
+                self._was_evaluated(mean_return, now, outputs)
+            case Finished():
+                self.progress.phase = Phase.DONE
+                if self.policy is not None:
+                    self._write(self.policy, now, outputs, at_once=True)
+            case _:
+                pass
+
+    def _exchange(self, cid: Cid | None, weight: int, job: Job, now: float, outputs: list[Output]) -> None:
+        """The update under way wants something averaged."""
+        policy, current = self.policy, self.round
+        if policy is None or current is None:
+            self._give_up(outputs)
+            return
+        if isinstance(job, Merge):
+            key = RoundKey(policy.epoch, current.key.step + 1, job.ballot.name)
+            current = self._enter_round(key, self._weights or {self._me: 1.0}, now, outputs)
+        self._is_exchanging = True
+        self.progress.step = current.key.step
+        self.progress.phase = Phase.EXCHANGING
+        if cid is None or weight <= 0:
+            self._begin(now, outputs)
+        else:
+            seconds = round(self._collect_s, 4)
+            outputs.append(Say(Offer(key=current.key, cid=cid, weight=weight, seconds=seconds)))
+
+    def _own_said(self, statement: Statement, name: bytes, now: float, outputs: list[Output]) -> None:
+        if isinstance(statement, Offer) and self.round is not None and statement.key == self.round.key:
+            self._in_round(OfferHeard(SignedOffer(self._me, name, statement)), now, outputs)
+            self._begin(now, outputs)
+
+    def _updated(self, policy: Policy, now: float, outputs: list[Output]) -> None:
+        progress = self.progress
+        progress.rounds += 1
+        progress.shared_rounds += self._is_shared
+        progress.samples = 0
+        self._failed_merges = 0
+        self._in_worker = policy
+        self._hold(policy, now, outputs)
+        self._keep(policy, now, outputs)
+        self._write(policy, now, outputs)
+        self._must_evaluate = policy.epoch % self._manifest.eval_interval == 0 and self._evaluator(policy) == self._me
+
+    def _evaluator(self, policy: Policy) -> PeerId:
+        there = [peer for peer in policy.electorate if peer == self._me or peer in self._live] or [self._me]
+        key = RoundKey(policy.epoch, 0, first_after(policy.cid))
+        return min(there, key=lambda peer: turn_rank(self._swarm, "evaluate", key, 0, peer))
+
+    def _merge_failed(self, reason: str, now: float, outputs: list[Output]) -> None:
+        """All who decided on the same ballot fail alike; they settle on another one."""
+        outputs.append(Note(f"what was decided on cannot be averaged: {reason}"))
+        policy, current = self.policy, self.round
+        self._is_exchanging = False
+        self._failed_merges += 1
+        if self._failed_merges > MAX_FAILED_MERGES:
+            self._failed_merges = 0
+            self.progress.samples = 0
+            outputs.append(Abandon(keep_samples=False))
+        if policy is not None and current is not None and current.decided is not None:
+            self._first_round(policy, current.decided.name, now, outputs)
+
+    def _reject(self, rejected: tuple[PeerId, ...], outputs: list[Output]) -> None:
+        for author in rejected:
+            self.progress.rejected[author] = self.progress.rejected.get(author, 0) + 1
+            outputs.append(Note(f"the contribution of {author} is malformed or absurd and left out"))
+
+    # Which policy to hold.
+
+    def _hold(self, policy: Policy, now: float, outputs: list[Output]) -> None:
+        self.policy = policy
+        self._is_exchanging = False
+        self._collect_s = self._work_s = 0.0
+        self._overtaken_at = self._missed_at = None
+        self.progress.step = 0
+        self.lineage.hold(policy.result, policy.electorate)
+        self.claims.held(policy.epoch, policy.cid)
+        for waiting in (self._taking, self._taken):
+            if waiting is not None and waiting.result.epoch <= policy.epoch:
+                self._taking = self._taken = None
+        outputs.append(Say(policy.result))
+        if self._role is Role.LEARNER:
+            self._first_round(policy, first_after(policy.cid), now, outputs)
+
+    def _look(self, now: float, outputs: list[Output]) -> None:
+        """Whether another policy than the own one is to be held."""
+        if self._taken is not None or self.progress.phase is Phase.DONE:
+            return
+        if self._role is Role.LEARNER and self.policy is None:
+            return
+        candidate = self.lineage.overtaken(now)
+        if candidate is None:
+            self._overtaken_at = None
+            candidate = self.lineage.other_line(now) if self._taking is None else None
+        elif self._comes_by_itself(candidate, now):
+            return
+        taking = self._taking
+        if candidate is None or (taking is not None and taking.result.epoch >= candidate.result.epoch):
+            return
+        if taking is None or taking.result.cid not in self._fetching or now >= self._looked_at + LOOK_S:
+            self._take(candidate, now, outputs)
+
+    def _comes_by_itself(self, candidate: Candidate, now: float) -> bool:
+        """Whether this learner is about to make the same policy itself."""
+        policy, current = self.policy, self.round
+        if policy is None or current is None or candidate.result.parent != policy.cid:
+            return False
+        if self._overtaken_at is None:
+            self._overtaken_at = now
+        is_in_it = isinstance(self._job, Merge) or self._is_exchanging
+        return is_in_it and now < self._overtaken_at + self._waits[0].silence_s
+
+    def _take(self, candidate: Candidate, now: float, outputs: list[Output]) -> None:
+        self._taking = candidate
+        cid = candidate.result.cid
+        if cid not in self._fetching:
+            self._fetching.add(cid)
+            outputs.append(Fetch(cid, candidate.holders, keep=True))
+
+    def _fetched(self, cid: Cid, now: float, outputs: list[Output]) -> None:
+        self._fetching.discard(cid)
+        taking, claim = self._taking, self._checking
+        if claim is not None and claim.cid == cid:
+            self._claim_here = cid
+        if taking is not None and taking.result.cid == cid:
+            self._taken = taking
+            if self._role is Role.STORAGE:
+                self._store(taking.result, now, outputs)
+        self._in_round(Held(cid), now, outputs)
+
+    def _not_fetched(self, cid: Cid, reason: str, now: float, outputs: list[Output]) -> None:
+        self._fetching.discard(cid)
+        taking, claim = self._taking, self._checking
+        if claim is not None and claim.cid == cid:
+            self.claims.unreachable(claim, now)
+            self._checking = None
+        if taking is not None and taking.result.cid == cid:
+            outputs.append(Note(f"epoch {taking.result.epoch} cannot be had now: {reason}", is_warning=False))
+            self._not_taken(taking, Refusal.UNREACHABLE, now, outputs)
+        self._in_round(CannotBeHad(cid), now, outputs)
+
+    def _not_taken(self, candidate: Candidate, why: Refusal, now: float, outputs: list[Output]) -> None:
+        self._taking = self._taken = None
+        self.lineage.refuse(candidate.result.cid, why, now)
+        if self.policy is None and self._in_worker is not None:  # what an earlier life kept is gone
+            self._stored = None
+            self._hold(self._in_worker, now, outputs)
+        self._look(now, outputs)
+
+    def _loaded(self, policy: Policy, num_kept: int, now: float, outputs: list[Output]) -> None:
+        before, taken, claim = self.policy, self._taken, self._checking
+        self._in_worker = policy
+        self.progress.samples = num_kept
+        if claim is not None and policy.cid == claim.cid:
+            if policy.epoch != claim.epoch:
+                self.claims.is_false(claim)
+                self._checking = None
+            return
+        if before is not None and policy.cid == before.cid:
+            return
+        if taken is None or taken.result.cid != policy.cid:
+            return
+        if policy.result != taken.result:
+            outputs.append(Note(f"the state of epoch {taken.result.epoch} is not what its holders say"))
+            self._not_taken(taken, Refusal.FALSE, now, outputs)
+            return
+        self._taking = self._taken = None
+        if before is not None and before.epoch > 0 and before.cid != policy.parent and taken.is_other_line:
+            self.progress.lost_env_steps += before.env_steps
+            outputs.append(Note(f"taking the policy of another part of the swarm, of epoch {policy.epoch}"))
+        collected_s = self._collect_s
+        self._hold(policy, now, outputs)
+        self._collect_s = collected_s if num_kept else 0.0
+        self._keep(policy, now, outputs)
+        self._write(policy, now, outputs)
+
+    def _load_refused(self, job: Job, reason: str, now: float, outputs: list[Output]) -> None:
+        taken, claim = self._taken, self._checking
+        result = job.result if isinstance(job, Load) else None
+        outputs.append(Note(f"a state does not fit: {reason}"))
+        if claim is not None and result is not None and result.cid == claim.cid:
+            self.claims.unreachable(claim, now)
+            self._checking = None
+            self._retry_end_at = now + RETRY_END_S
+        elif taken is not None and result is not None and result.cid == taken.result.cid:
+            self._not_taken(taken, Refusal.UNFIT, now, outputs)
+        elif self.policy is not None and self._in_worker is not None:  # its own policy is lost
+            self._hold(self._in_worker, now, outputs)
+
+    def _store(self, result: Result, now: float, outputs: list[Output]) -> None:
+        """A node that only stores holds what it fetched."""
+        self._taking = self._taken = None
+        policy = Policy(result.epoch, result.cid, "", result.env_steps, result.parent, result.ballot, Electorate())
+        self._hold(policy, now, outputs)
+        self._keep(policy, now, outputs)
+        self.progress.phase = Phase.STORING
+
+    def _keep(self, policy: Policy, now: float, outputs: list[Output]) -> None:
+        if now >= self._kept_at + KEEP_GAP_S and self._kept is not policy:
+            self._kept, self._kept_at = policy, now
+            outputs.append(Keep(policy))
+
+    def _write(self, policy: Policy, now: float, outputs: list[Output], *, at_once: bool = False) -> None:
+        if not at_once and now < self._written_at + WRITE_GAP_S:
+            return
+        if self._kept is not policy:
+            self._kept, self._kept_at = policy, now
+            outputs.append(Keep(policy))
+        self._written, self._written_at = policy, now
+        outputs.append(Write(policy, self.progress.own_env_steps, self.progress.rounds))
+
+    # Evaluation and the end.
+
+    def _was_evaluated(self, mean_return: float, now: float, outputs: list[Output]) -> None:
+        policy, claim = self._in_worker, self._checking
+        if policy is None:
+            return
+        self.claims.measured(policy.cid, mean_return)
+        if claim is None or claim.cid != policy.cid:
+            self._must_evaluate = False
+            outputs.append(WriteEvaluation(policy, mean_return))
+            return
+        self._checking = None
+        if not self.claims.checked(claim):
+            text = f"{claim.author} claims a return of {claim.mean_return:.1f}, but it is {mean_return:.1f} here"
+            outputs.append(Note(f"{text}; it is not believed any more"))
+
+    def _check_claims(self, now: float, outputs: list[Output]) -> bool:
+        """Look into the next claim that the task is solved; whether the worker is busy with it now."""
+        claim = self._checking
+        if claim is None:
+            claim = self._checking = self.claims.to_check(now)
+            if claim is None:
+                return False
+        in_worker = self._in_worker
+        if in_worker is not None and claim.cid == in_worker.cid:
+            self._start(Evaluate(), Phase.EVALUATING, now, outputs)
+        elif claim.cid in self._fetching:
+            return False
+        elif claim.cid == self._claim_here:
+            self._start(Load(_claimed(claim), keep_samples=False), Phase.EVALUATING, now, outputs)
+        else:
+            self._fetching.add(claim.cid)
+            outputs.append(Fetch(claim.cid, (claim.author, *self.lineage.holders(claim.cid)), keep=True))
+            return False
+        return True
+
+    def _end(self, now: float, outputs: list[Output]) -> bool:
+        """Whether the run has ended, or ends now."""
+        progress, policy, in_worker = self.progress, self.policy, self._in_worker
+        final = self.claims.solved()
+        if policy is None or in_worker is None or now < self._retry_end_at:
+            return progress.phase is Phase.DONE
+        if progress.phase is Phase.DONE and (final is None or progress.final == final):
+            return True
+        if final is None and policy.env_steps < self._manifest.max_env_steps:
+            return False
+        if final is not None and in_worker.cid != final.cid:
+            self._checking = final
+            self._start(Load(_claimed(final), keep_samples=False), Phase.FETCHING, now, outputs)
+            return True
+        self._checking = None
+        if final is not None and policy.cid != final.cid:
+            self.policy = in_worker
+        progress.final, progress.solved = final, final is not None
+        self._start(Finish(final), Phase.EVALUATING, now, outputs)
+        return True
+
+    # What comes next.
+
+    def _next(self, now: float, outputs: list[Output]) -> None:
+        """Give the worker its next job, if it has none."""
+        policy, in_worker = self.policy, self._in_worker
+        if self._role is not Role.LEARNER or not self._is_open or self._job is not None or in_worker is None:
+            return
+        if self._taken is not None:
+            self._is_exchanging = False
+            keep = policy is not None and in_worker.cid == policy.cid and not self.progress.is_following
+            self._start(Load(self._taken.result, keep_samples=keep), Phase.FETCHING, now, outputs)
+        elif policy is None or self._is_exchanging or self._end(now, outputs) or self._check_claims(now, outputs):
+            return
+        elif in_worker.cid != policy.cid:
+            self._start(Load(policy.result, keep_samples=False), Phase.FETCHING, now, outputs)
+        elif self._must_evaluate and policy.cid not in self._evaluated:
+            self._start(Evaluate(), Phase.EVALUATING, now, outputs)
+        elif policy.epoch == 0 and len(self.learners) + 1 < self._manifest.min_learners:
+            self.progress.phase = Phase.WAITING
+        else:
+            self._collect_or_update(policy, now, outputs)
+
+    def _collect_or_update(self, policy: Policy, now: float, outputs: list[Output]) -> None:
+        samples, share = self.progress.samples, self._share(policy)
+        is_following = self._is_follower(policy)
+        if is_following and not self.progress.is_following:
+            text = "this node is too slow beside the others for mode gradient: it follows, and does not slow them"
+            outputs.append(Note(text))
+        self.progress.is_following = is_following
+        if not is_following and self._may_update(policy, samples, share, now):
+            self._start(Update(policy), Phase.UPDATING, now, outputs)
+        elif samples < share:
+            self._start(Collect(share - samples, CHUNK_S), Phase.COLLECTING, now, outputs)
+        else:
+            self.progress.phase = Phase.WAITING
+
+    def _share(self, policy: Policy) -> int:
+        if self._counts_alike:
+            return math.ceil(self._equal_stake())
+        return policy.electorate.share(self._me, self._manifest.batch_size, self.progress.speed)
+
+    def _is_follower(self, policy: Policy) -> bool:
+        """Whether this learner would slow the others down more than it helps them; only in mode ``gradient``."""
+        others = [standing.rate for peer, standing in policy.electorate.items() if peer != self._me]
+        if self._manifest.mode is not Mode.GRADIENT or not others or not self.progress.speed:
+            return False
+        return self.progress.speed < FOLLOW_PART * sum(others) / len(others)
+
+    def _may_update(self, policy: Policy, samples: int, share: int, now: float) -> bool:
+        current = self.round
+        if samples == 0 or current is None:
+            return False
+        if current.decided is not None:  # without this learner: their policy comes, unless they all end just now
+            return self._missed_for(now) > 2 * self._waits[0].silence_s
+        return samples >= share or self._others_are_ready(policy, current, samples, share)
+
+    def _missed_for(self, now: float) -> float:
+        self._missed_at = now if self._missed_at is None else self._missed_at
+        return now - self._missed_at
+
+    def _others_are_ready(self, policy: Policy, current: Round, samples: int, share: int) -> bool:
+        """Whether those with most of the stake go on now, so that what is here has to do."""
+        others = [peer for peer in policy.electorate if peer != self._me and peer in self._live]
+        total = sum(policy.electorate[peer].stake for peer in others)
+        if not total:
+            return False
+        offered = sum(policy.electorate[peer].stake for peer in others if peer in current.offers)
+        if offered > HURRY_PART * total:
+            return True
+        own = policy.electorate.get(self._me)
+        usual_s = own.stake / own.rate if own is not None else 0.0
+        if samples < share / 2 and self._collect_s < usual_s:
+            return False
+        is_updating = [peer for peer in others if self._is_updating(peer, policy.epoch) or peer in current.offers]
+        return sum(policy.electorate[peer].stake for peer in is_updating) > HURRY_PART * total
+
+    def _is_updating(self, peer: PeerId, epoch: int) -> bool:
+        facts = self._live[peer]
+        return facts.epoch == epoch and facts.phase in (Phase.UPDATING, Phase.EXCHANGING)
+
+    # Time.
+
+    def _tick(self, now: float, outputs: list[Output]) -> None:
+        current, policy = self.round, self.policy
+        if current is not None and now >= current.next_wake:
+            before = current.attempt
+            self._in_round(RoundTick(), now, outputs)
+            if current is self.round and current.attempt > before:
+                self._leave_behind(current, now, outputs)
+        if now >= self._looked_at + LOOK_S:
+            self._look(now, outputs)
+            self._looked_at = now
+        if self._alone_at is not None and not self.progress.is_alone and now >= self._alone_at + ALONE_S:
+            self.progress.is_alone = True
+            outputs.append(Note("ALONE: no other member can be heard; what is trained now, is trained alone"))
+        if policy is not None and policy.epoch > 0:
+            if self._kept is not policy:
+                self._keep(policy, now, outputs)
+            if self._written is not policy and self._role is Role.LEARNER:
+                self._write(policy, now, outputs)
+
+    def _leave_behind(self, current: Round, now: float, outputs: list[Output]) -> None:
+        """Nobody waits for the vote of one that says that it is at an earlier epoch."""
+        for author, result in list(self.lineage.results.items()):
+            if result.epoch < current.key.epoch:
+                self._in_round(Left(author), now, outputs)
+
+    def _set_wake(self, now: float, outputs: list[Output]) -> None:
+        at = self._looked_at + LOOK_S
+        current = self.round
+        if current is not None and current.decided is None:
+            at = min(at, current.next_wake)
+        if self._alone_at is not None and not self.progress.is_alone:
+            at = min(at, self._alone_at + ALONE_S)
+        if self._overtaken_at is not None:
+            at = min(at, max(self._overtaken_at + self._waits[0].silence_s, now + 0.01))
+        at = max(at, now + 0.001)
+        if at != self._wake_at:
+            self._wake_at = at
+            outputs.append(Wake(at))
+
+
+def _claimed(claim: Evaluation) -> Result:
+    return Result(epoch=claim.epoch, cid=claim.cid, parent=None, ballot=NO_BALLOT, env_steps=claim.env_steps)
