@@ -17,12 +17,12 @@ import msgpack
 from shoal.crdt import oplog, presence, views
 from shoal.crdt.document import MAX_REGISTERS, Document
 from shoal.crdt.oplog import NO_OP, Op, op_hash
-from shoal.crdt.presence import PresenceTable
+from shoal.crdt.presence import Excess, Fresh, PresenceTable, TopicRule
 from shoal.crdt.sync import SwarmDocs
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import LimitError, ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
-from shoal.protocol.limits import MAX_MEMBERS
+from shoal.protocol.limits import MAX_MEMBERS, MAX_PRESENCE_BYTES
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.facts import Facts, Phase, read_facts
 from shoal.training.manifest import Role
@@ -32,6 +32,10 @@ from .identities import ALICE, BOB, OTHER_SWARM, OWN, SWARM
 from .mutators import Step, mutate_packed, mutate_steps, pack_steps, read_steps
 
 _SIGNERS: Final = (ALICE, BOB, OWN)
+_TOPICS: Final = {
+    "facts": TopicRule(max_bytes=MAX_PRESENCE_BYTES, per_s=8, burst=8),
+    "vote": TopicRule(max_bytes=1024, keep=4, per_s=1, burst=4),
+}
 _MAX_STEPS: Final = 16  # each costs a signature or two
 
 # The first byte of a step's bytes says who speaks, and in what way it lies.
@@ -51,8 +55,8 @@ class _Scene:
         self.authors = {signer.peer_id: SwarmDocs(SWARM, signer.peer_id) for signer in _SIGNERS}
         self.heads = {signer.peer_id: NO_OP for signer in _SIGNERS}
         self.accepted: list[Signed] = []
-        self.table = PresenceTable(SWARM, OWN.peer_id, started_at=1_000)
-        self.announcers = {signer.peer_id: PresenceTable(SWARM, signer.peer_id, started_at=1) for signer in _SIGNERS}
+        self.table = PresenceTable(SWARM, OWN.peer_id, 1_000, _TOPICS)
+        self.announcers = {signer.peer_id: PresenceTable(SWARM, signer.peer_id, 1, _TOPICS) for signer in _SIGNERS}
         self.now = 0.0
 
     def receive(self, *ops: Signed) -> None:
@@ -135,7 +139,7 @@ def _step_sealed(scene: _Scene, _: Signer, __: int, data: bytes) -> None:
     with refusing(ProtocolError):
         sealed = decode(Signed, data)
         scene.receive(sealed)
-        scene.table.receive(sealed, scene.now)
+        _hear(scene, sealed)
 
 
 def _step_presence(scene: _Scene, signer: Signer, lies: int, data: bytes) -> None:
@@ -143,12 +147,13 @@ def _step_presence(scene: _Scene, signer: Signer, lies: int, data: bytes) -> Non
     _hear(scene, _seal(signer, presence.KIND, data, lies))
 
 
-def _step_announce(scene: _Scene, signer: Signer, _: int, data: bytes) -> None:
+def _step_announce(scene: _Scene, signer: Signer, lies: int, data: bytes) -> None:
     """Facts, in MessagePack, announced as a node announces them."""
     facts = _unpacked(data)
+    topic = "vote" if lies & _LIE_REWRITE else "facts"
     if isinstance(facts, dict):
-        with refusing(UsageError, LimitError):
-            _hear(scene, scene.announcers[signer.peer_id].announce(signer, facts))
+        with refusing(UsageError):
+            _hear(scene, scene.announcers[signer.peer_id].announce(signer, topic, facts, 1.0))
 
 
 def _step_version(scene: _Scene, _: Signer, __: int, data: bytes) -> None:
@@ -172,14 +177,22 @@ _STEPS: Final[tuple[Callable[[_Scene, Signer, int, bytes], None], ...]] = (
 def _hear(scene: _Scene, sealed: Signed) -> None:
     with refusing(ProtocolError):
         heard = scene.table.receive(sealed, scene.now)
-        if heard is not None:
-            require(scene.table.receive(sealed, scene.now) is None, "a record was news twice")
-            require(heard.author in scene.table.live(scene.now), "who was just heard is not there")
-            facts = read_facts(heard.facts)
+        again = scene.table.receive(sealed, scene.now)
+        require(not isinstance(again, Fresh), "a record was news twice")
+        if isinstance(heard, Fresh):
+            author, topic = heard.presence.author, heard.presence.topic
+            require(author in scene.table.live(scene.now), "who was just heard is not there")
+            held = scene.table.statements(author, topic)
+            require(len(held) <= _TOPICS[topic].keep, "more statements are held than are kept")
+            require(heard.record_hash in [name for _, name in held], "what is news is not held")
+            facts = read_facts(heard.presence.facts)
             if facts is not None:
-                facts.view(heard.author)
+                facts.view(author)
+        elif isinstance(heard, Excess):
+            require(isinstance(again, Excess), "what came too fast was taken a moment later")
     scene.table.expire(scene.now)
-    require(len(scene.table.newest()) <= MAX_MEMBERS, "the table of presence is over its limit")
+    bound = MAX_MEMBERS * sum(rule.keep for rule in _TOPICS.values())
+    require(len(scene.table.newest()) <= bound, "the table of presence is over its limit")
 
 
 def _check_documents(scene: _Scene) -> None:
@@ -250,7 +263,9 @@ def _seeds() -> list[bytes]:
     facts = Facts(role=Role.LEARNER, phase=Phase.COLLECTING, addresses=("/ip4/127.0.0.1",), speed=10.0)
     write = (0, b"\0" + encode(registers))
     update = Document().set(registers)
-    heard = PresenceTable(SWARM, BOB.peer_id, started_at=1).announce(BOB, decode(_FACTS, encode(facts)))
+    bob = PresenceTable(SWARM, BOB.peer_id, 1, _TOPICS)
+    heard = bob.announce(BOB, "facts", decode(_FACTS, encode(facts)), 1.0)
+    vote = bob.announce(BOB, "vote", {"for": b"hash"}, 1.0)
     first = SwarmDocs(SWARM, BOB.peer_id).write(BOB, **registers)
     version = encode({str(ALICE.peer_id): 0, str(BOB.peer_id): 7})
     announce = (6, b"\1" + encode(facts))
@@ -260,6 +275,7 @@ def _seeds() -> list[bytes]:
         [(2, b"\1" + encode(raw)), (2, b"\1" + encode({"member": b"\x80"}))],
         [(3, b"\1" + first.payload), (4, b"\0" + encode(first)), (5, b"\1" + heard.payload)],
         [announce, announce, (4, b"\0" + encode(heard))],
+        [(4, b"\0" + encode(vote)), (4, b"\0" + encode(heard)), *[(6, b"\x09" + encode(facts))] * 6],
         [write, *((2, bytes([lie]) + encode(raw)) for lie in (_LIE_PREV, _LIE_REWRITE, _LIE_LAMPORT, _LIE_SIGNATURE))],
     ]
     return [pack_steps(scene) for scene in scenes]
