@@ -16,9 +16,9 @@ import msgpack
 
 from shoal.crdt import oplog, presence, views
 from shoal.crdt.document import MAX_REGISTERS, Document
-from shoal.crdt.oplog import NO_OP, Op, op_hash
+from shoal.crdt.oplog import NO_OP, Fork, Op, op_hash, open_op
 from shoal.crdt.presence import Excess, Fresh, PresenceTable, TopicRule
-from shoal.crdt.sync import SwarmDocs
+from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import LimitError, ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
@@ -55,6 +55,7 @@ class _Scene:
         self.authors = {signer.peer_id: SwarmDocs(SWARM, signer.peer_id) for signer in _SIGNERS}
         self.heads = {signer.peer_id: NO_OP for signer in _SIGNERS}
         self.accepted: list[Signed] = []
+        self.forks: dict[PeerId, Fork] = {}
         self.table = PresenceTable(SWARM, OWN.peer_id, 1_000, _TOPICS)
         self.announcers = {signer.peer_id: PresenceTable(SWARM, signer.peer_id, 1, _TOPICS) for signer in _SIGNERS}
         self.now = 0.0
@@ -64,18 +65,25 @@ class _Scene:
         received = self.docs.receive(ops)
         for rejected in received.rejected:
             check_text(rejected.reason)
+        for fork in received.forks:
+            require(fork.author in self.authors, "a fork was shown of somebody who signed nothing")
+            self.forks[fork.author] = fork
+            self.accepted = [op for op in self.accepted if op.author != fork.author or open_op(op).seq < fork.seq]
+            self.authors[fork.author].receive([fork.stands, fork.other])
         for sealed in received.accepted:
             require(sealed.author in self.authors, "an op was taken that nobody here signed")
             self.accepted.append(sealed)
             self.heads[sealed.author] = op_hash(sealed)
             again = self.authors[sealed.author].receive([sealed])
-            require(sealed in again.accepted or not again.missing, "one node takes an op that another one refuses")
-        require(not self.docs.receive(received.accepted).accepted, "an op was taken twice")
+            is_astray = sealed.author in self.authors[sealed.author].frozen or sealed.author in self.forks
+            require(sealed in again.accepted or not again.missing or is_astray, "one takes an op that another refuses")
+        again = self.docs.receive([*received.accepted, *(op for f in received.forks for op in (f.stands, f.other))])
+        require(not again.accepted and not again.forks, "an op or a fork was taken twice")
 
     def next_op(self, signer: Signer, lies: int, update: bytes) -> Signed:
         """The author's next op with any update, and with lies beside it."""
         author = signer.peer_id
-        seq = self.docs.version().get(author, 0) + 1
+        seq = self.docs.seqs().get(author, 0) + 1
         seq += (1 if lies & _LIE_GAP else 0) - (1 if lies & _LIE_REWRITE and seq > 1 else 0)
         op = Op(
             swarm=OTHER_SWARM if lies & _LIE_SWARM else SWARM,
@@ -108,9 +116,9 @@ def _step_honest_write(scene: _Scene, signer: Signer, _: int, data: bytes) -> No
     if not isinstance(registers, dict) or not all(isinstance(name, str) for name in registers):
         return
     author = scene.authors[signer.peer_id]
-    if author.version().get(signer.peer_id, 0) != scene.docs.version().get(signer.peer_id, 0):
+    if author.version().heads.get(signer.peer_id) != scene.docs.version().heads.get(signer.peer_id):
         return  # it wrote something that the node did not take
-    with refusing(UsageError, LimitError):
+    with refusing(UsageError, LimitError):  # a `FrozenLogError` among them
         sealed = author.write(signer, **{name: value for name, value in registers.items() if name != "signer"})
         scene.receive(sealed)
         require(sealed in scene.accepted, "an honest op was refused")
@@ -156,17 +164,18 @@ def _step_announce(scene: _Scene, signer: Signer, lies: int, data: bytes) -> Non
             _hear(scene, scene.announcers[signer.peer_id].announce(signer, topic, facts, 1.0))
 
 
-def _step_version(scene: _Scene, _: Signer, __: int, data: bytes) -> None:
+def _step_version(scene: _Scene, _: Signer, lies: int, data: bytes) -> None:
     """Somebody's version vector."""
     with refusing(ProtocolError, UsageError):
-        version = {PeerId.parse(author): seq for author, seq in decode(_VERSION, data).items()}
+        heads = {PeerId.parse(author): head for author, head in decode(_VERSION, data).items()}
+        version = Version(heads, is_full=bool(lies & 1))
         missing = scene.docs.missing(version, max_bytes=1000)
-        require(len(missing) <= len(scene.accepted), "more is missing than there is")
+        require(len(missing) <= len(scene.accepted) + 2 * len(scene.forks), "more is missing than there is")
         require(bool(missing) == scene.docs.is_ahead(version), "is_ahead and missing disagree")
         scene.docs.is_behind(version)
 
 
-_VERSION: Final[Any] = dict[str, int]
+_VERSION: Final[Any] = dict[str, Head]
 
 _STEPS: Final[tuple[Callable[[_Scene, Signer, int, bytes], None], ...]] = (
     *(_step_honest_write, _step_update, _step_registers, _step_op),
@@ -200,7 +209,7 @@ def _check_documents(scene: _Scene) -> None:
     for registers in documents.values():
         require(len(registers) <= MAX_REGISTERS, "a document is over its limit")
     try:
-        rebuilt = SwarmDocs(SWARM, OWN.peer_id, reversed(scene.accepted))
+        rebuilt = SwarmDocs(SWARM, OWN.peer_id, reversed(scene.accepted), scene.forks.values())
     except ProtocolError as error:
         raise FindingError(f"what was accepted cannot be stored and read again: {error}") from error
     require(rebuilt.version() == scene.docs.version(), "what was accepted does not make the same version")
@@ -267,7 +276,7 @@ def _seeds() -> list[bytes]:
     heard = bob.announce(BOB, "facts", decode(_FACTS, encode(facts)), 1.0)
     vote = bob.announce(BOB, "vote", {"for": b"hash"}, 1.0)
     first = SwarmDocs(SWARM, BOB.peer_id).write(BOB, **registers)
-    version = encode({str(ALICE.peer_id): 0, str(BOB.peer_id): 7})
+    version = encode({str(ALICE.peer_id): Head(), str(BOB.peer_id): Head(7, bytes(32), 9, bytes(32))})
     announce = (6, b"\1" + encode(facts))
     scenes: list[list[Step]] = [
         [write, (0, b"\0" + encode({"member": {"left": True}})), (7, b"\0" + version)],
