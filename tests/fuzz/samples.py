@@ -28,7 +28,9 @@ _WHOLE: tuple[object, ...] = (
     Manifest(owner=ALICE.peer_id, task="gym:CartPole-v1", algorithm="ppo", hyperparameters={"gamma": 0.9}),
     ContentManifest(size=BLOCK_BYTES + 1, blocks=(Cid.of_block(b"a"), Cid.of_block(b"b"))),
     Op(swarm=SWARM, author=ALICE.peer_id, seq=1, prev=bytes(32), lamport=1, update=b"\0"),
-    Presence(swarm=SWARM, author=ALICE.peer_id, started_at=1, seq=1, facts={"role": "learner"}),
+    Presence(
+        swarm=SWARM, author=ALICE.peer_id, topic="facts", started_at=1, seq=1, every_s=1.0, facts={"role": "learner"}
+    ),
     _PROPOSAL,
     BulkRef(bytes(ID_BYTES), 7),
     Facts(role=Role.LEARNER, phase=Phase.EXCHANGING, addresses=("/ip4/127.0.0.1",), proposal=_PROPOSAL),
