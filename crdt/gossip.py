@@ -4,9 +4,9 @@ The overlay is HyParView (Leitão, Pereira, Rodrigues 2007, https://asc.di.fct.u
 a small symmetric *active view* of neighbours to which connections stand, and a *passive view* of members that could be
 dialed when a neighbour is lost. Over it runs Plumtree (the same authors, 2007,
 https://asc.di.fct.unl.pt/~jleitao/pdf/srds07-leitao.pdf): news is pushed at once to the *eager* neighbours, and the
-*lazy* ones are told only that it exists. Whoever gets a push that brought nothing new prunes that link to lazy; whoever
-is told of an item that does not come in time grafts the link back. So what a node spends per item does not grow with
-the swarm, and a swarm of up to seven is a full mesh with a tree in it.
+*lazy* ones are told only that it exists. Whoever is pushed what it holds already prunes that link to lazy; whoever is
+told of an item that does not come in time grafts the link back. So what a node spends per item does not grow with the
+swarm, and a swarm of up to seven is a full mesh with trees in it.
 
 `shoal.crdt.overlay` keeps the views; the tree is here; `shoal.crdt.gossip_messages` has what goes in and out, which can
 be imported from here too.
@@ -18,12 +18,16 @@ Where this deviates:
 
 - A member with whom a connection stands is taken as a neighbour at once while there is room, and told so; it refuses by
   ``disconnect``. In a small swarm nothing waits for a round trip.
+- There is a tree per source (an item names its own), as the paper proposes where many send: in one tree for all, news
+  takes long ways, and everybody's grafts and prunes undo each other's. An item's id stands for its source in prunes and
+  grafts.
 - A shuffle is exchanged with a neighbour and not walked, so that the answer needs no further connection. What is only
   heard of (shuffles, joins) never displaces what the shell vouches for, for a liar invents members.
 - Who makes room for a newcomer names it to whom it drops: that one has room for it now.
 - Now and then one neighbour is exchanged for a random other member, so that two halves that were parted, each with full
   views, find each other again, and nobody stays surrounded by liars.
-- When an eager neighbour is lost, all lazy links become eager at once; the next item prunes what was too much.
+- When a neighbour is lost, the others are asked at once for all that came through it; the next items prune what is too
+  much.
 - An announced item is asked of whoever broke the fewest promises first, so that a liar that announces what it does not
   have is asked last.
 """
@@ -31,12 +35,12 @@ Where this deviates:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
 from random import Random
-from typing import Final
+from typing import Final, TypeVar
 
 from shoal.crdt.gossip_messages import (
     ITEM_ID_BYTES,
@@ -98,6 +102,8 @@ __all__ = [
     "Walk",
 ]
 
+_Key = TypeVar("_Key")
+
 _MANY_BROKEN: Final = 64
 """Promises that a neighbour has to break, more than it kept, before hardly anything that it announces is waited for."""
 
@@ -113,7 +119,8 @@ class GossipStatistics:
 
     Attributes:
         neighbours: in the active view.
-        eager: of them, those in the tree.
+        sources: whose trees are known.
+        lazy: pairs of a neighbour and a source that are pruned, at this end.
         contacts: members connected.
         passive: members that could be dialed.
         seen: items remembered.
@@ -127,7 +134,8 @@ class GossipStatistics:
     """
 
     neighbours: int
-    eager: int
+    sources: int
+    lazy: int
     contacts: int
     passive: int
     seen: int
@@ -141,33 +149,20 @@ class GossipStatistics:
 
 
 class _Branch:
-    """The link to one neighbour, as the tree sees it."""
+    """The link to one neighbour, as the trees see it."""
 
-    __slots__ = (
-        "broken",
-        "gave",
-        "has",
-        "is_eager",
-        "next_at",
-        "num_missing",
-        "peer",
-        "pruned_at",
-        "waiting",
-        "wants",
-        "wants_at",
-    )
+    __slots__ = ("broken", "has", "lazy", "next_at", "num_missing", "peer", "pruned_at", "waiting", "wants", "wants_at")
 
-    def __init__(self, peer: PeerId, wants: float) -> None:
+    def __init__(self, peer: PeerId) -> None:
         self.peer = peer
-        self.is_eager = True
-        self.gave = False  # whether news ever came from it
+        self.lazy: set[str] = set()  # sources whose items it is not pushed
         self.next_at = -inf  # no push before
         self.waiting: dict[str, ItemId] | None = None  # for the next push, by key
         self.has: set[ItemId] = set()  # what needs not be announced to it any more
         self.num_missing = 0  # items that it announced and that are waited for
         self.broken = 0  # promises, less those that it kept since
         self.pruned_at = -inf
-        self.wants = wants  # items that it may ask for now
+        self.wants = float(MAX_WANT)  # items that it may ask for now
         self.wants_at = -inf
 
 
@@ -189,14 +184,13 @@ class Gossip:
         "_branches",
         "_config",
         "_counts",
-        "_eager",
         "_first",
         "_flush_at",
         "_have_at",
-        "_lazy",
         "_missing",
         "_next",
         "_overlay",
+        "_parent",
         "_rng",
         "_seen",
         "_unsaid",
@@ -215,12 +209,11 @@ class Gossip:
         self.me = me
         self._config = config or GossipConfig()
         self._rng = rng
-        self._overlay = Overlay(me, rng, self._config)
+        self._overlay = Overlay(me, rng, self._config, self._num_fed)
         self._branches: dict[PeerId, _Branch] = {}
-        self._eager: list[_Branch] = []
-        self._lazy: list[_Branch] = []
-        self._seen: dict[ItemId, None] = {}
-        self._unsaid: dict[str, ItemId] = {}  # to be announced to lazy neighbours, by key
+        self._seen: dict[ItemId, str] = {}  # and the source of each
+        self._parent: dict[str, _Branch | None] = {}  # by source: whom its newest came from
+        self._unsaid: dict[str, Item] = {}  # to be announced to lazy neighbours, by key
         self._missing: dict[ItemId, _Missing] = {}
         # Each wait is always as long, so what is due next stands in front.
         self._first: deque[tuple[float, Sequence[ItemId]]] = deque()
@@ -251,7 +244,7 @@ class Gossip:
             case Published(items):
                 new = tuple([item for item in items if item.id not in self._seen])
                 if new:
-                    self._pass_on(new, tuple([item.id for item in new]), None, now, outputs)
+                    self._publish(new, now, outputs)
             case ContactUp(peer):
                 self._overlay.up(peer, now, outputs)
                 self._regrow(now, outputs)
@@ -281,7 +274,8 @@ class Gossip:
         counts = self._counts
         return GossipStatistics(
             neighbours=len(self._branches),
-            eager=len(self._eager),
+            sources=len(self._parent),
+            lazy=sum(len(branch.lazy) for branch in self._branches.values()),
             contacts=len(self._overlay.contacts),
             passive=self._overlay.num_passive,
             seen=len(self._seen),
@@ -296,73 +290,100 @@ class Gossip:
 
     # --- news --------------------------------------------------------------------------------------------------------
 
+    def _publish(self, items: tuple[Item, ...], now: float, outputs: list[Output]) -> None:
+        branches = self._branches.values()
+        for item in items:
+            if all(item.source in branch.lazy for branch in branches):  # pruned by everybody: somebody lies
+                for branch in branches:
+                    branch.lazy.discard(item.source)
+        self._pass_on(items, None, now, outputs)
+
     def _pushed(
         self, peer: PeerId, fresh: tuple[Item, ...], known: tuple[ItemId, ...], now: float, outputs: list[Output]
     ) -> None:
         branch = self._branches.get(peer)
+        if fresh:
+            self._counts.fresh += len(fresh)
+            if self._missing:
+                self._came([item.id for item in fresh])
+            if branch is not None:
+                for item in fresh:
+                    branch.has.add(item.id)
+                    branch.lazy.discard(item.source)
+            self._pass_on(fresh, branch, now, outputs)
         if known:
             self._counts.duplicates += len(known)
             if self._missing:
                 self._came(known)
-            for item_id in known:
-                if item_id not in self._seen:
-                    self._saw((item_id,))
-        if fresh:
-            ids = tuple([item.id for item in fresh])
-            self._counts.fresh += len(ids)
-            if self._missing:
-                self._came(ids)
-            if branch is not None:
-                branch.gave = True
-                if self._lazy:
-                    branch.has.update(ids)
-                if not branch.is_eager:
-                    self._set_eager(branch)
-            self._pass_on(fresh, ids, branch, now, outputs)
-        elif known and branch is not None:
-            if branch.is_eager:
-                if len(self._eager) > 1:  # the last link into the tree stays
-                    self._set_lazy(branch)
-                    branch.pruned_at = now
-                    outputs.append(Tell(peer, Control(prune=True)))
-            elif now - branch.pruned_at > _PRUNE_AGAIN_S:  # it did not hear it the last time
-                branch.pruned_at = now
-                outputs.append(Tell(peer, Control(prune=True)))
+            self._prune(branch, known, now, outputs)
         if branch is None:
             self._overlay.strange(peer, now, outputs)
             self._regrow(now, outputs)
 
-    def _pass_on(
-        self,
-        items: tuple[Item, ...],
-        ids: tuple[ItemId, ...],
-        source: _Branch | None,
-        now: float,
-        outputs: list[Output],
-    ) -> None:
-        self._saw(ids)
-        if not self._eager and self._lazy:
-            self._graft_one(None, outputs)
-        gap_s = self._config.flush_gap_s
-        for branch in self._eager:
-            if branch is source:
+    def _prune(self, branch: _Branch | None, known: tuple[ItemId, ...], now: float, outputs: list[Output]) -> None:
+        """Take a neighbour out of the trees by which it sent what was held already."""
+        pruned = []
+        for item_id in known:
+            source = self._seen.get(item_id)
+            if source is None:
+                self._seen[item_id] = ""
                 continue
-            if branch.waiting is None and branch.next_at <= now:
-                branch.next_at = now + gap_s
-                outputs.append(Push(branch.peer, ids))
-            else:
-                self._wait(branch, items)
-        if self._lazy:
-            unsaid = self._unsaid
-            for item in items:
-                unsaid[item.key] = item.id
-            if self._have_at == inf:
-                self._have_at = now + self._config.have_gap_s
-            while len(unsaid) > self._config.max_waiting:
-                del unsaid[next(iter(unsaid))]
-                self._counts.dropped += 1
+            if branch is None:
+                continue
+            if source in branch.lazy:
+                if now - branch.pruned_at > _PRUNE_AGAIN_S:  # it did not hear it the last time
+                    pruned.append(item_id)
+            elif any(source not in other.lazy for other in self._branches.values() if other is not branch):
+                self._set_lazy(branch, source)  # but the last link into a tree stays
+                pruned.append(item_id)
+        if branch is not None and pruned:
+            branch.pruned_at = now
+            outputs += [
+                Tell(branch.peer, Control(prune=tuple(pruned[start : start + MAX_WANT])))
+                for start in range(0, len(pruned), MAX_WANT)
+            ]
 
-    def _wait(self, branch: _Branch, items: tuple[Item, ...]) -> None:
+    def _pass_on(self, items: tuple[Item, ...], origin: _Branch | None, now: float, outputs: list[Output]) -> None:
+        seen, parent, unsaid = self._seen, self._parent, self._unsaid
+        for item in items:
+            seen[item.id] = item.source
+            parent[item.source] = origin
+            unsaid[item.key] = item
+        if len(seen) > self._config.max_seen or len(parent) > self._config.max_sources:
+            self._forget()
+        ids: tuple[ItemId, ...] | None = None
+        for branch in self._branches.values():
+            if branch is origin:
+                continue
+            lazy = branch.lazy
+            mine = [item for item in items if item.source not in lazy] if lazy else items
+            if not mine:
+                continue
+            if branch.waiting is not None or branch.next_at > now:
+                self._wait(branch, mine)
+                continue
+            branch.next_at = now + self._config.flush_gap_s
+            if len(mine) < len(items):
+                outputs.append(Push(branch.peer, tuple([item.id for item in mine])))
+            else:
+                if ids is None:
+                    ids = tuple([item.id for item in items])
+                outputs.append(Push(branch.peer, ids))
+        if self._have_at == inf:
+            self._have_at = now + self._config.have_gap_s
+        while len(unsaid) > self._config.max_waiting:
+            del unsaid[next(iter(unsaid))]
+            self._counts.dropped += 1
+
+    def _forget(self) -> None:
+        """Forget the oldest, many at once: looking for the first of a dict passes over all that was deleted."""
+        config = self._config
+        for item_id in _oldest(self._seen, config.max_seen):
+            del self._seen[item_id]
+        for source in _oldest(self._parent, config.max_sources):
+            del self._parent[source]
+
+    def _wait(self, branch: _Branch, items: Sequence[Item]) -> None:
         waiting = branch.waiting
         if waiting is None:
             waiting = branch.waiting = {}
@@ -376,18 +397,9 @@ class Gossip:
             del waiting[next(iter(waiting))]
             self._counts.dropped += 1
 
-    def _saw(self, ids: Iterable[ItemId]) -> None:
-        seen = self._seen
-        for item_id in ids:
-            seen[item_id] = None
-        most = self._config.max_seen
-        if len(seen) > most:  # many at once: looking for the first of a dict passes over all that was deleted
-            for old in list(islice(seen, len(seen) - most + most // 8)):
-                del seen[old]
-
     def _flush(self, now: float, outputs: list[Output]) -> None:
         self._flush_at = inf
-        for branch in self._eager:
+        for branch in self._branches.values():
             if branch.waiting is None:
                 continue
             if branch.next_at <= now:
@@ -411,18 +423,17 @@ class Gossip:
 
     def _announce(self, outputs: list[Output]) -> None:
         self._have_at = inf
-        ids = tuple(self._unsaid.values())
+        unsaid = list(self._unsaid.values())
         self._unsaid.clear()
-        for branch in self._lazy:
-            has = branch.has
-            news = tuple([item_id for item_id in ids if item_id not in has]) if has else ids
-            outputs += [
-                Tell(branch.peer, Control(have=news[start : start + MAX_HAVE]))
-                for start in range(0, len(news), MAX_HAVE)
-            ]
         for branch in self._branches.values():
-            if branch.has:
-                branch.has.clear()
+            lazy, has = branch.lazy, branch.has
+            if lazy:
+                news = tuple([item.id for item in unsaid if item.source in lazy and item.id not in has])
+                outputs += [
+                    Tell(branch.peer, Control(have=news[start : start + MAX_HAVE]))
+                    for start in range(0, len(news), MAX_HAVE)
+                ]
+            has.clear()
 
     def _told(self, peer: PeerId, message: Control, now: float, outputs: list[Output]) -> None:
         if message.neighbour or message.disconnect or message.walks or message.shuffle or message.shuffle_reply:
@@ -439,14 +450,12 @@ class Gossip:
                 return
         if message.have:
             self._heard_of(branch, message.have, now)
-        if message.prune and branch.is_eager:
-            if len(self._eager) > 1:
-                self._set_lazy(branch)
-            elif self._lazy:  # its last link into the tree gone, a node is told of everything late: take another
-                self._set_lazy(branch)
-                self._graft_one(branch, outputs)
-        if message.graft or message.want:
-            self._set_eager(branch)
+        for item_id in message.prune:
+            source = self._seen.get(item_id)
+            if source is not None:
+                self._set_lazy(branch, source)
+        for item_id in (*message.graft, *message.want):
+            branch.lazy.discard(self._seen.get(item_id, ""))
         if message.want:
             self._give(branch, message.want, now, outputs)
 
@@ -476,7 +485,7 @@ class Gossip:
         if new:
             self._first.append((now + self._config.graft_wait_s, new))
 
-    def _came(self, ids: tuple[ItemId, ...]) -> None:
+    def _came(self, ids: Sequence[ItemId]) -> None:
         for item_id in ids:
             entry = self._missing.pop(item_id, None)
             if entry is None:
@@ -486,7 +495,9 @@ class Gossip:
                 if branch is not None:
                     branch.num_missing -= 1
                     branch.has.add(item_id)
-            asked = None if entry.asked is None else self._branches.get(entry.asked)
+            if entry.asked is None:
+                continue
+            asked = self._branches.get(entry.asked)
             if asked is not None:
                 asked.broken //= 2
 
@@ -511,7 +522,6 @@ class Gossip:
             again.append(item_id)
         for peer, ids in asked.items():
             self._counts.grafts += len(ids)
-            self._set_eager(self._branches[peer])
             outputs += [
                 Tell(peer, Control(want=tuple(ids[start : start + MAX_WANT]))) for start in range(0, len(ids), MAX_WANT)
             ]
@@ -551,62 +561,61 @@ class Gossip:
             branch.wants -= len(ids)
             outputs.append(Push(branch.peer, tuple(ids)))
 
-    # --- the tree ----------------------------------------------------------------------------------------------------
+    # --- the trees ---------------------------------------------------------------------------------------------------
 
-    def _set_eager(self, branch: _Branch) -> None:
-        if not branch.is_eager:
-            branch.is_eager = True
-            self._lazy.remove(branch)
-            self._eager.append(branch)
-            self._overlay.spare.discard(branch.peer)
+    def _num_fed(self, peer: PeerId) -> int:
+        """Of how many sources this neighbour is the way here."""
+        branch = self._branches.get(peer)
+        return sum(parent is branch for parent in self._parent.values())
 
-    def _set_lazy(self, branch: _Branch) -> None:
-        branch.is_eager = False
-        self._eager.remove(branch)
-        self._lazy.append(branch)
-        self._overlay.spare.add(branch.peer)
-        if branch.waiting is not None:
-            self._unsaid.update(branch.waiting)
-            branch.waiting = None
-            self._have_at = min(self._have_at, branch.next_at)
-
-    def _graft_one(self, but: _Branch | None, outputs: list[Output]) -> None:
-        branches = [branch for branch in self._lazy if branch is not but]
-        if branches:
-            branch = self._rng.choice(branches)
-            self._set_eager(branch)
-            outputs.append(Tell(branch.peer, Control(graft=True)))
+    def _set_lazy(self, branch: _Branch, source: str) -> None:
+        if len(branch.lazy) >= self._config.max_sources:
+            branch.lazy.clear()  # the next items prune what matters
+            self._counts.dropped += 1
+        branch.lazy.add(source)
 
     def _regrow(self, now: float, outputs: list[Output]) -> None:
-        """Follow the overlay: whom it gained is eager; whom it lost may have been the way into the tree."""
+        """Follow the overlay: whom it gained is eager; whom it lost may have been the way into some trees."""
         overlay = self._overlay
         if not overlay.gained and not overlay.lost:
             return
-        is_torn = False
-        for peer in overlay.lost:
-            branch = self._branches.pop(peer, None)
-            if branch is None:
-                continue
-            overlay.spare.discard(peer)
-            if branch.is_eager:
-                is_torn = is_torn or branch.gave
-                self._eager.remove(branch)
-            else:
-                self._lazy.remove(branch)
+        lost = [self._branches.pop(peer) for peer in overlay.lost if peer in self._branches]
         overlay.lost.clear()
+        for branch in lost:
+            torn = {source for source, parent in self._parent.items() if parent is branch}
+            if torn:
+                self._graft(torn, now, outputs)
         for peer in overlay.gained:
             if peer in overlay.neighbours and peer not in self._branches:
-                branch = self._branches[peer] = _Branch(peer, float(MAX_WANT))
-                self._eager.append(branch)
+                self._branches[peer] = _Branch(peer)
         overlay.gained.clear()
-        if is_torn:
-            for branch in list(self._lazy):
-                self._set_eager(branch)
-                outputs.append(Tell(branch.peer, Control(graft=True)))
-            if self._missing:
-                # Its messages may be what was waited for; an item stands in one of these queues at most.
-                self._first = deque((min(now, at), ids) for at, ids in self._first)
-                self._ask_for_missing(now, outputs)
+
+    def _graft(self, torn: set[str], now: float, outputs: list[Output]) -> None:
+        """Ask everybody for the items of these sources from now on, and at once for all that was waited for."""
+        newest: dict[str, ItemId] = {}
+        for item_id in reversed(self._seen):
+            source = self._seen[item_id]
+            if source in torn and source not in newest:
+                newest[source] = item_id
+                if len(newest) == len(torn):
+                    break
+        ids = tuple(newest.values())
+        for branch in self._branches.values():
+            branch.lazy -= torn
+            outputs += [
+                Tell(branch.peer, Control(graft=ids[start : start + MAX_WANT]))
+                for start in range(0, len(ids), MAX_WANT)
+            ]
+        for source in torn:
+            self._parent[source] = None
+        if self._first:
+            self._first = deque((min(now, at), missing) for at, missing in self._first)
+            self._ask_for_missing(now, outputs)
+
+
+def _oldest(memory: Mapping[_Key, object], most: int) -> list[_Key]:
+    """What is to be forgotten of a memory in the order of its age, so that it has room for a while."""
+    return list(islice(memory, len(memory) - most + most // 8)) if len(memory) > most else []
 
 
 class _Counts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from typing import Final
 
 from shoal.protocol.errors import LimitError, ProtocolError
@@ -20,7 +21,7 @@ ITEM_ID_BYTES: Final = 16
 MAX_HAVE: Final = 1024
 """Items that one control message may announce."""
 MAX_WANT: Final = 256
-"""Items that one control message may ask for."""
+"""Items that one control message may ask for, graft, or prune."""
 MAX_SAMPLE: Final = 8
 """Members that one control message may name in a shuffle."""
 MAX_WALKS: Final = 4
@@ -36,10 +37,12 @@ class Item:
     Attributes:
         id: its name, `ITEM_ID_BYTES` long.
         key: what it is the newest of; a newer item with this key makes an older one not worth sending.
+        source: whose it is, as the shell has verified: items of one source travel by one tree. Its author is best.
     """
 
     id: ItemId
     key: str
+    source: str = ""
 
 
 # --- control messages ------------------------------------------------------------------------------------------------
@@ -77,9 +80,9 @@ class Control:
 
     Attributes:
         have: items that the sender could push.
-        want: items that the sender asks for, and for which it puts the link back into the tree (GRAFT).
-        graft: the sender puts the link back into the tree.
-        prune: the sender takes the link out of the tree.
+        want: items that the sender asks for, and for whose sources it puts the link back into the tree (GRAFT).
+        graft: items for whose sources alone it does that.
+        prune: items for whose sources the sender takes the link out of the tree.
         neighbour: the sender takes the receiver as a neighbour, and asks for the same.
         disconnect: the sender does not (any longer) take the receiver as a neighbour.
         walks: newcomers (FORWARDJOIN).
@@ -89,8 +92,8 @@ class Control:
 
     have: tuple[bytes, ...] = ()
     want: tuple[bytes, ...] = ()
-    graft: bool = False
-    prune: bool = False
+    graft: tuple[bytes, ...] = ()
+    prune: tuple[bytes, ...] = ()
     neighbour: Ask = Ask.NONE
     disconnect: bool = False
     walks: tuple[Walk, ...] = ()
@@ -101,13 +104,15 @@ class Control:
         for name, part, most in (
             ("have", self.have, MAX_HAVE),
             ("want", self.want, MAX_WANT),
+            ("graft", self.graft, MAX_WANT),
+            ("prune", self.prune, MAX_WANT),
             ("walks", self.walks, MAX_WALKS),
             ("shuffle", self.shuffle, MAX_SAMPLE),
             ("shuffle_reply", self.shuffle_reply, MAX_SAMPLE),
         ):
             if len(part) > most:
                 raise LimitError(f"{name} names {len(part)}, more than {most}")
-        if not _ID_LENGTHS.issuperset(map(len, self.have)) or not _ID_LENGTHS.issuperset(map(len, self.want)):
+        if not _ID_LENGTHS.issuperset(map(len, chain(self.have, self.want, self.graft, self.prune))):
             raise ProtocolError(f"an item's id has {ITEM_ID_BYTES} bytes")
 
 
@@ -230,6 +235,7 @@ class GossipConfig:
         dial_s: how long a dial may take.
         wants_per_s: items that one peer may ask for, on the long run.
         max_seen: items remembered as seen.
+        max_sources: sources whose trees are remembered.
         max_waiting: items that may wait for one neighbour.
         max_missing: announced items of one neighbour that are waited for.
         max_contacts: connections that are looked at.
@@ -248,6 +254,7 @@ class GossipConfig:
     dial_s: float = 10.0
     wants_per_s: float = 200.0
     max_seen: int = 8192
+    max_sources: int = 512
     max_waiting: int = 4096
     max_missing: int = 512
     max_contacts: int = 1024

@@ -13,7 +13,7 @@ period of its own, and its inventions fill only the part of the passive view tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import inf
 from random import Random
 from typing import Final
@@ -52,7 +52,6 @@ class Overlay:
         neighbours: the active view, in the order of their coming.
         gained: new neighbours since the list was last emptied, which is for its reader to do.
         lost: neighbours lost likewise.
-        spare: neighbours that may be dropped first.
         due: when `upkeep` is to be called.
         num_dropped: what did not fit into a bound.
     """
@@ -69,24 +68,25 @@ class Overlay:
         "_shuffle_at",
         "_shunned",
         "_vouched",
+        "_worth",
         "contacts",
         "due",
         "gained",
         "lost",
         "neighbours",
         "num_dropped",
-        "spare",
     )
 
-    def __init__(self, me: PeerId, rng: Random, config: GossipConfig) -> None:
+    def __init__(self, me: PeerId, rng: Random, config: GossipConfig, worth: Callable[[PeerId], int]) -> None:
+        """Start with nobody; ``worth`` says of two neighbours which one to keep."""
         self._me = me
+        self._worth = worth
         self._rng = rng
         self._config = config
         self.contacts: dict[PeerId, _Contact] = {}
         self.neighbours: dict[PeerId, None] = {}
         self.gained: list[PeerId] = []
         self.lost: list[PeerId] = []
-        self.spare: set[PeerId] = set()
         self.num_dropped = 0
         self._vouched: dict[PeerId, None] = {}
         self._hearsay: dict[PeerId, None] = {}
@@ -220,7 +220,8 @@ class Overlay:
 
     def _evict(self, now: float, outputs: list[Output], instead: tuple[PeerId, ...]) -> None:
         """Make room, and tell who is dropped of those that have some."""
-        peer = self._rng.choice([peer for peer in self.neighbours if peer in self.spare] or list(self.neighbours))
+        peers = list(self.neighbours)
+        peer = min(self._rng.sample(peers, min(2, len(peers))), key=self._worth)
         self._lose(peer)
         self.contacts[peer].retry_at = now + self._config.retry_s * self._rng.uniform(1, 2)
         outputs.append(Tell(peer, Control(disconnect=True, shuffle_reply=instead)))
