@@ -36,7 +36,7 @@ class Standing:
 
     Attributes:
         stake: samples per round, the newest rounds counting most.
-        rate: samples per second while it collects.
+        rate: samples per second of work.
         missed: rounds in a row that were decided without it.
     """
 
@@ -91,7 +91,7 @@ class Electorate(dict[PeerId, Standing]):
             return batch_size
         equal = batch_size / number
         own = self.get(me)
-        rate = speed or (own.rate if own is not None else 0.0)
+        rate = own.rate if own is not None else speed
         least = LEAST_SHARE * equal
         if rate:
             others = [standing for peer, standing in self.items() if peer != me]

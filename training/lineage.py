@@ -145,6 +145,18 @@ class Lineage:
                 best = result
         return None if best is None else self._candidate(best)
 
+    def made_of(self, ballot: bytes, now: float) -> Candidate | None:
+        """What those say who merged a ballot that this node saw decided; of several answers, that of most stake."""
+        own = self.own
+        found: dict[Cid, Result] = {}
+        for result in self._results.values():
+            if own is not None and result.parent == own.cid and result.ballot == ballot:
+                if not self._is_refused(result.cid, now):
+                    found[result.cid] = result
+        if not found:
+            return None
+        return self._candidate(found[max(found, key=lambda cid: (self._support.get(cid, 0.0), cid))])
+
     def other_line(self, now: float) -> Candidate | None:
         """A policy of another line that more live members hold than the own one, since `FORK_S`.
 

@@ -88,6 +88,7 @@ from shoal.training.run_events import (
     Yielded,
 )
 from shoal.training.statements import (
+    MAX_SECONDS,
     NO_BALLOT,
     Addresses,
     Facts,
@@ -178,6 +179,7 @@ class Run:
         self._collect_s = 0.0
         self._work_s = 0.0  # collecting and optimising in this epoch
         self._failed_merges = 0
+        self._num_kept = 0
         self._weights: dict[PeerId, float] = {}  # of those who take part in this epoch's exchanges
         self._is_shared = False
         self._must_evaluate = False
@@ -382,7 +384,8 @@ class Run:
         self._in_round(Begin(self._work_s), now, outputs)
         if decided is None:
             return
-        if current.key.step == 0 and decided.offers and self._me not in {each.author for each in decided.offers}:
+        is_in_it = any(each.author == self._me for each in decided.offers)
+        if current.key.step == 0 and not is_in_it and not self._waited_for_result(now):
             self._give_up(outputs)  # the others went on; what was collected counts in the next epoch
         else:
             self._merge(decided, now, outputs)
@@ -414,7 +417,6 @@ class Run:
             self._take(Candidate(self._stored, ()), now, outputs)
         else:
             self._hold(policy, now, outputs)
-            self._look(now, outputs)
 
     def _worker_gone(self, reason: str, outputs: list[Output]) -> None:
         self._is_open = self._is_exchanging = False
@@ -471,7 +473,7 @@ class Run:
         if cid is None or weight <= 0:
             self._begin(now, outputs)
         else:
-            seconds = round(self._collect_s, 4)
+            seconds = round(min(self._work_s, MAX_SECONDS), 4)
             outputs.append(Say(Offer(key=current.key, cid=cid, weight=weight, seconds=seconds)))
 
     def _own_said(self, statement: Statement, name: bytes, now: float, outputs: list[Output]) -> None:
@@ -520,6 +522,7 @@ class Run:
         self.policy = policy
         self._is_exchanging = False
         self._collect_s = self._work_s = 0.0
+        self._num_kept = 0
         self._overtaken_at = self._missed_at = None
         self.progress.step = 0
         self.lineage.hold(policy.result, policy.electorate)
@@ -530,6 +533,7 @@ class Run:
         outputs.append(Say(policy.result))
         if self._role is Role.LEARNER:
             self._first_round(policy, first_after(policy.cid), now, outputs)
+        self._look(now, outputs)
 
     def _look(self, now: float, outputs: list[Output]) -> None:
         """Whether another policy than the own one is to be held."""
@@ -538,6 +542,8 @@ class Run:
         if self._role is Role.LEARNER and self.policy is None:
             return
         candidate = self.lineage.overtaken(now)
+        if candidate is None and self.round is not None and self.round.decided is not None:
+            candidate = self.lineage.made_of(self.round.decided.name, now)
         if candidate is None:
             self._overtaken_at = None
             candidate = self.lineage.other_line(now) if self._taking is None else None
@@ -594,7 +600,8 @@ class Run:
         if self.policy is None and self._in_worker is not None:  # what an earlier life kept is gone
             self._stored = None
             self._hold(self._in_worker, now, outputs)
-        self._look(now, outputs)
+        else:
+            self._look(now, outputs)
 
     def _loaded(self, policy: Policy, num_kept: int, now: float, outputs: list[Output]) -> None:
         before, taken, claim = self.policy, self._taken, self._checking
@@ -617,9 +624,10 @@ class Run:
         if before is not None and before.epoch > 0 and before.cid != policy.parent and taken.is_other_line:
             self.progress.lost_env_steps += before.env_steps
             outputs.append(Note(f"taking the policy of another part of the swarm, of epoch {policy.epoch}"))
-        collected_s = self._collect_s
         self._hold(policy, now, outputs)
-        self._collect_s = collected_s if num_kept else 0.0
+        self._num_kept = num_kept
+        if num_kept and self.progress.speed:
+            self._collect_s = self._work_s = num_kept / self.progress.speed
         self._keep(policy, now, outputs)
         self._write(policy, now, outputs)
 
@@ -768,12 +776,16 @@ class Run:
         if samples == 0 or current is None:
             return False
         if current.decided is not None:  # without this learner: their policy comes, unless they all end just now
-            return self._missed_for(now) > 2 * self._waits[0].silence_s
-        return samples >= share or self._others_are_ready(policy, current, samples, share)
+            return self._waited_for_result(now)
+        if samples >= share or self._others_are_ready(policy, current, samples, share):
+            return True
+        own = policy.electorate.get(self._me)
+        return self._num_kept > 0 and (own is None or own.missed > 0)  # late again, if it does not begin at once
 
-    def _missed_for(self, now: float) -> float:
+    def _waited_for_result(self, now: float) -> bool:
+        """Whether those who decided without this learner had time enough to say what they made."""
         self._missed_at = now if self._missed_at is None else self._missed_at
-        return now - self._missed_at
+        return now - self._missed_at > 2 * self._waits[0].silence_s
 
     def _others_are_ready(self, policy: Policy, current: Round, samples: int, share: int) -> bool:
         """Whether those with most of the stake go on now, so that what is here has to do."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
+from shoal.crdt.presence import TopicRule
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
@@ -129,7 +130,7 @@ class Offer:
         key: the round.
         cid: names the bytes.
         weight: in samples.
-        seconds: that it took to collect them; paces the shares of the epochs to come.
+        seconds: of work that it took, collecting and optimising; paces the shares of the epochs to come.
     """
 
     key: RoundKey
@@ -222,6 +223,16 @@ TOPICS: Final[Mapping[str, type[Any]]] = {
     "result": Result,
 }
 TOPIC_OF: Final = {kind: topic for topic, kind in TOPICS.items()}
+
+TOPIC_RULES: Final = {
+    "facts": TopicRule(max_bytes=768, per_s=4, burst=16),
+    "addresses": TopicRule(max_bytes=6144, per_s=0.2, burst=4),
+    "offer": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),
+    "proposal": TopicRule(max_bytes=6144, keep=4, per_s=200, burst=400),
+    "vote": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),
+    "result": TopicRule(max_bytes=768, keep=4, per_s=20, burst=40),
+}
+"""How much of each one member may say: in mode ``gradient`` a round takes some milliseconds, an epoch never does."""
 
 
 def read_statement(topic: str, facts: dict[str, Any]) -> Statement | None:
