@@ -39,8 +39,9 @@ from shoal.node.mesh.addresses import (
 from shoal.node.mesh.door import NONCE_BYTES, knock
 from shoal.node.mesh.paths import PathKind
 from shoal.node.reach.climb import Climber
+from shoal.node.reach.gateway import PortMapping
 from shoal.node.reach.nat import AddressesChanged, FamilyReport, Mapping, NatReport, NatType, Reachability
-from shoal.node.reach.portmap import MapAttempt, PortMapping, keep_port_mapped
+from shoal.node.reach.portmap import MapAttempt, keep_port_mapped
 from shoal.node.reach.probing import MAX_OBSERVERS, Probe
 from shoal.node.reach.punch import Puncher
 from shoal.node.reach.relay import RelayError
