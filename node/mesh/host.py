@@ -38,13 +38,14 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from shoal.node.mesh.addresses import CIRCUIT, full_address, ip_of, ip_port, is_loopback
+from shoal.node.mesh.circuits import BROKEN, closed_on_failure, parse_circuit
 from shoal.node.mesh.door import Door
 from shoal.node.mesh.libp2p_repairs import announce_as_told, apply_repairs
 from shoal.node.mesh.libp2p_stream import Libp2pByteStream
 from shoal.node.mesh.mdns import run_mdns
 from shoal.node.mesh.paths import Candidate, Ladder, PathKind, kind_of, surplus
-from shoal.node.reach.relay import BROKEN, Relay, closed_on_failure, parse_circuit
-from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.mesh.relay import Relay
+from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.wire.channel import ByteStream, Router, StreamClosedError, UnknownProtocolError
 from shoal.node.wire.contracts import NodeService
 from shoal.node.wire.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links

@@ -17,12 +17,13 @@ from libp2p.network.exceptions import SwarmException
 from multiaddr import Multiaddr
 
 from shoal.node.mesh.addresses import CIRCUIT, ip_of, is_loopback, tcp_address
+from shoal.node.mesh.circuits import BROKEN
 from shoal.node.mesh.paths import PathKind, Rung
 from shoal.node.reach.nat import Mapping, NatSummary, NatType, can_punch
 from shoal.node.reach.probing import Probe
 from shoal.node.reach.punch import Puncher, PunchError
-from shoal.node.reach.relay import BROKEN
-from shoal.node.reach.webrtc import PendingPipe, WebRtc, WebRtcError
+from shoal.node.reach.webrtc import PendingPipe, WebRtc
+from shoal.node.reach.webrtc_pipe import WebRtcError
 from shoal.node.signals import Signal
 from shoal.node.wire.contracts import Introduction, ReachService, SessionDescription
 from shoal.protocol.errors import RemoteError, ShoalError, Status

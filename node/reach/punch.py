@@ -33,7 +33,7 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
-from shoal.node.reach.relay import BROKEN, end_stream, read_message, write_message
+from shoal.node.mesh.circuits import BROKEN, end_stream, read_message, write_message
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 
@@ -56,7 +56,7 @@ ASK_S: Final = 1.0
 MAX_OBSERVERS: Final = 2
 MAX_ADDRESSES: Final = 4
 
-Endpoint = tuple[str, int]
+IpPort = tuple[str, int]
 
 
 class PunchError(ShoalError):
@@ -120,9 +120,9 @@ class Puncher:
             await end_stream(stream)
 
     @asynccontextmanager
-    async def _own_endpoints(self) -> AsyncIterator[list[Endpoint]]:
+    async def _own_endpoints(self) -> AsyncIterator[list[IpPort]]:
         """Where others have to dial this node: as relays see its port, and its own public addresses."""
-        found: dict[Endpoint, None] = {}
+        found: dict[IpPort, None] = {}
         async with AsyncExitStack() as stack:
             observers = [
                 endpoint for peer in self._host.relays if (endpoint := self._host.dialed_address(peer)) is not None
@@ -141,7 +141,7 @@ class Puncher:
                             found[ip, int(port)] = None
             yield list(found)[:MAX_ADDRESSES]
 
-    async def _dial_all(self, peer: PeerId, endpoints: list[Endpoint], *, is_initiator: bool) -> None:
+    async def _dial_all(self, peer: PeerId, endpoints: list[IpPort], *, is_initiator: bool) -> None:
         if not endpoints:
             raise PunchError("the peer does not know where its NAT puts its port")
         self._host.punching.add(peer)
@@ -177,16 +177,16 @@ class Puncher:
         return state is not None and state.kind.is_tcp_between_both
 
 
-def _connect(endpoints: list[Endpoint]) -> HolePunch:
+def _connect(endpoints: list[IpPort]) -> HolePunch:
     addresses = [Multiaddr(f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{port}").to_bytes() for ip, port in endpoints]
     return HolePunch(type=HolePunch.CONNECT, ObsAddrs=addresses)
 
 
-def _endpoints(message: HolePunch) -> list[Endpoint]:
+def _endpoints(message: HolePunch) -> list[IpPort]:
     """The addresses of a CONNECT that can be dialed."""
     if message.type != HolePunch.CONNECT:
         raise DecodeError("not a CONNECT")
-    found: dict[Endpoint, None] = {}
+    found: dict[IpPort, None] = {}
     for raw in message.ObsAddrs[:MAX_ADDRESSES]:
         match str(Multiaddr(raw)).split("/")[1:]:
             case ["ip4" | "ip6", ip, "tcp", port, *rest] if "p2p-circuit" not in rest:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from shoal.node.config import ReachConfig
 from shoal.node.mesh.addresses import (
     CIRCUIT,
     dialable,
@@ -36,6 +35,7 @@ from shoal.node.mesh.addresses import (
     network_of,
     tcp_address,
 )
+from shoal.node.mesh.circuits import RelayError
 from shoal.node.mesh.door import NONCE_BYTES, knock
 from shoal.node.mesh.paths import PathKind
 from shoal.node.reach.climb import Climber
@@ -44,7 +44,7 @@ from shoal.node.reach.nat import AddressesChanged, FamilyReport, Mapping, NatRep
 from shoal.node.reach.portmap import MapAttempt, keep_port_mapped
 from shoal.node.reach.probing import MAX_OBSERVERS, Probe
 from shoal.node.reach.punch import Puncher
-from shoal.node.reach.relay import RelayError
+from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES, Stun, StunError, open_stun
 from shoal.node.reach.webrtc import WebRtc, open_webrtc
 from shoal.node.signals import Signal

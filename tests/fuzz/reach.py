@@ -15,13 +15,13 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
+from shoal.node.mesh.circuits import RelayError, parse_circuit
 from shoal.node.mesh.door import _read_endpoint
+from shoal.node.mesh.endpoint import Endpoint
 from shoal.node.reach.gateway import MappingWish
-from shoal.node.reach.nat import Endpoint
 from shoal.node.reach.nat_pmp import decode_nat_pmp, encode_nat_pmp
 from shoal.node.reach.pcp import decode_pcp, encode_pcp
 from shoal.node.reach.punch import MAX_ADDRESSES, _connect, _endpoints
-from shoal.node.reach.relay import RelayError, parse_circuit
 from shoal.node.reach.stun import StunAnswer, StunRequest, decode_stun, encode_stun
 from shoal.node.reach.upnp import MAX_SERVICES, decode_description, decode_ssdp
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import trio
 
+from shoal.node.mesh.circuits import RelayError
 from shoal.node.mesh.host import Host, open_host
 from shoal.node.mesh.paths import PathKind
-from shoal.node.reach.relay import RelayError
-from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.wire.bulk_tensors import offer_tensor, pull_tensor_into
 from shoal.node.wire.channel import Router
 from shoal.protocol.codec import Attachment

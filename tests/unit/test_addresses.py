@@ -18,7 +18,7 @@ from shoal.node.mesh.addresses import (
     network_of,
     tcp_address,
 )
-from shoal.node.reach.nat import Endpoint
+from shoal.node.mesh.endpoint import Endpoint
 from shoal.protocol.signing import Signer
 
 ANN, BOB = (Signer(bytes([seed]) * 32).peer_id for seed in (1, 2))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.node.mesh.endpoint import Endpoint
 from shoal.node.reach.nat import (
     EXPIRY_S,
     MAX_ADDRESSES,
@@ -14,7 +15,6 @@ from shoal.node.reach.nat import (
     ROUND_S,
     AddressesChanged,
     DialedBack,
-    Endpoint,
     Event,
     Mapping,
     NatKnowledge,
