@@ -1,4 +1,4 @@
-"""What can be told of a multiaddr without asking anybody. Pure, but for those of this machine."""
+"""What can be told of a multiaddr without asking anybody. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterable
 from typing import Final
 
-import ifaddr
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
@@ -83,17 +82,6 @@ def dialable(addresses: Iterable[str]) -> list[str]:
         if family and CIRCUIT not in address:
             found.setdefault(family, address)
     return list(found.values())
-
-
-def interface_ips() -> list[str]:
-    """The addresses of this machine's interfaces, in their order, but for link-local ones."""
-    known = [each.ip if isinstance(each.ip, str) else each.ip[0] for a in ifaddr.get_adapters() for each in a.ips]
-    return [ip for ip in known if not ipaddress.ip_address(ip).is_link_local]
-
-
-def local_ips() -> frozenset[str]:
-    """The same, to compare."""
-    return frozenset(interface_ips())
 
 
 def check_listen(text: str) -> None:

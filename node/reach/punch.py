@@ -21,7 +21,7 @@ import ipaddress
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 from google.protobuf.message import DecodeError
@@ -34,11 +34,9 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
 from shoal.node.mesh.circuits import BROKEN, end_stream, read_message, write_message
+from shoal.node.mesh.host import Host
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Host
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +142,7 @@ class Puncher:
     async def _dial_all(self, peer: PeerId, endpoints: list[IpPort], *, is_initiator: bool) -> None:
         if not endpoints:
             raise PunchError("the peer does not know where its NAT puts its port")
-        self._host.punching.add(peer)
+        self._host.punch_began(peer)
         try:
             with trio.move_on_after(PUNCH_S):
                 async with trio.open_nursery() as nursery:
@@ -161,7 +159,7 @@ class Puncher:
 
     async def _stop_labelling(self, peer: PeerId) -> None:
         await trio.sleep(LABEL_S)
-        self._host.punching.discard(peer)
+        self._host.punch_over(peer)
 
     async def _dial(self, peer: PeerId, ip: str, port: int, is_initiator: bool) -> None:
         while True:

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
@@ -31,12 +31,13 @@ from shoal.node.mesh.addresses import (
     ip_of,
     is_global,
     is_loopback,
-    local_ips,
     network_of,
     tcp_address,
 )
 from shoal.node.mesh.circuits import RelayError
 from shoal.node.mesh.door import NONCE_BYTES, knock
+from shoal.node.mesh.host import Connected, Host
+from shoal.node.mesh.interfaces import local_ips
 from shoal.node.mesh.paths import PathKind
 from shoal.node.reach.climb import Climber
 from shoal.node.reach.gateway import PortMapping
@@ -61,9 +62,6 @@ from shoal.node.wire.contracts import (
 from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, client, current_call
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Connected, Host
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +166,7 @@ class Reach:
         self._told: Introduction | None = None
         self._local_ips = local_ips()
         self._must_probe = False
-        host.on_path = self._on_path
+        host.follow_paths(self._on_path)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -269,9 +267,9 @@ class Reach:
         if introduction is None or state is None:
             return
         if introduction.relays and state.kind is not PathKind.RELAYED:
-            self._host.relays[peer] = _relay_addresses(peer, introduction, state)[0]
+            self._host.note_relay(peer, _relay_addresses(peer, introduction, state)[0])
         else:
-            self._host.relays.pop(peer, None)
+            self._host.note_relay(peer, None)
 
     def me(self) -> Introduction:
         """What this node says of itself."""
@@ -311,7 +309,7 @@ class Reach:
         full = [f"{address}/p2p/{self._host.peer_id}" for address in found]
         for held in self._held.values():
             full += [f"{address}{CIRCUIT}/p2p/{self._host.peer_id}" for address in held.addresses]
-        self._host.announced = tuple(dict.fromkeys(full))
+        self._host.announce(full)
 
     # --- what this node is behind ---
 
@@ -519,7 +517,7 @@ class Reach:
         except RemoteError as error:
             if error.status in (Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE):
                 log.info("%s does not answer any more by its path (%s)", peer, path.kind)
-                await path.connection.close()
+                await self._host.close_path(path)
 
 
 class _ReachCalls(ReachService):

@@ -33,7 +33,8 @@ import trio
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
 
-from shoal.node.mesh.addresses import interface_ips, is_loopback
+from shoal.node.mesh.addresses import is_loopback
+from shoal.node.mesh.interfaces import interface_ips
 from shoal.node.reach.webrtc_pipe import (
     GRANT_BYTES,
     MESSAGE_BYTES,

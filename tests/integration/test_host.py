@@ -21,8 +21,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
 
-from shoal.node.mesh import door, libp2p_repairs
-from shoal.node.mesh import host as host_module
+from shoal.node.mesh import door, keepalive, libp2p_repairs
 from shoal.node.mesh.door import ListenError
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.mesh.mdns import found_on_lan
@@ -305,8 +304,8 @@ async def test_round_trips_are_measured() -> None:
 
 @pytest.fixture
 def _short_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "KEEPALIVE_INTERVAL_S", 0.25)
-    monkeypatch.setattr(host_module, "KEEPALIVE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(keepalive, "KEEPALIVE_INTERVAL_S", 0.25)
+    monkeypatch.setattr(keepalive, "KEEPALIVE_TIMEOUT_S", 0.5)
 
 
 async def until_called(method: MethodMetrics, times: int) -> None:

@@ -154,7 +154,7 @@ async def test_a_better_path_takes_over_without_a_failed_call_and_a_worse_one_wh
             assert one.connected[other.peer_id].kind is PathKind.DIRECT
             await trio.sleep(0.2)
             before = num_answered
-            await one.connected[other.peer_id].best.connection.close()
+            await one.close_path(one.connected[other.peer_id].best)
             assert one.connected[other.peer_id].kind is PathKind.RELAYED
             await trio.sleep(0.5)
             assert num_answered > before
