@@ -106,6 +106,7 @@ class Host:
         self._peer_came = Signal()
         self._has_waker = False
         self._wake_at = 0.0
+        self._num_lost_events = 0
         self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
 
     # --- what is there ---
@@ -155,7 +156,12 @@ class Host:
     def statistics(self) -> dict[str, int]:
         """Counters, and how much is held."""
         waiting = self._events_in.statistics().current_buffer_used
-        return {**self._connections.statistics(), "known_peers": len(self._book), "waiting_events": waiting}
+        return {
+            **self._connections.statistics(),
+            "known_peers": len(self._book),
+            "waiting_events": waiting,
+            "lost_events": self._num_lost_events,
+        }
 
     # --- what the rest of the node says ---
 
@@ -413,6 +419,7 @@ class Host:
         try:
             self._events_in.send_nowait(event)
         except trio.WouldBlock:
+            self._num_lost_events += 1
             log.error("more than %d host events wait; %s is lost", MAX_EVENTS, event)  # noqa: TRY400
 
 

@@ -41,7 +41,7 @@ MAX_EVIDENCE: Final = 16
 _NETWORK_BITS: Final = {4: 16, 6: 32}
 _NEIGHBOUR_BITS: Final = {4: 24, 6: 48}
 
-Transport = Literal["tcp", "udp"]
+TcpOrUdp = Literal["tcp", "udp"]
 
 
 class Reachability(StrEnum):
@@ -96,7 +96,7 @@ class Seen:
             not known; for TCP always the port that this node listens on, for UDP that of `shoal.node.reach.stun`.
     """
 
-    protocol: Transport
+    protocol: TcpOrUdp
     by: PeerId
     observer_ip: str
     local: Endpoint
@@ -227,7 +227,7 @@ class NatReport:
         return NatSummary(self.udp, self.tcp_mapping)
 
 
-def can_punch(ours: NatSummary, theirs: NatSummary, protocol: Transport) -> str | None:
+def can_punch(ours: NatSummary, theirs: NatSummary, protocol: TcpOrUdp) -> str | None:
     """Whether a hole can be punched between two nodes, in theory: None, or the reason why not, in one line.
 
     Whoever is behind an endpoint-dependent mapping sends from a port that nobody knows before, so the other side must

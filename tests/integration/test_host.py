@@ -17,6 +17,8 @@ from typing import Any
 import libp2p.network.swarm
 import pytest
 import trio
+import trio.testing
+from libp2p.bitswap.cid import parse_cid
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
@@ -287,6 +289,33 @@ async def test_the_dht_finds_who_said_that_it_holds_something() -> None:
         assert await one.provide(cid)
         assert await other.find_providers(cid) == [one.addresses()]
         assert await other.find_providers(Cid.of_block(b"something else")) == []
+
+
+async def test_a_provider_that_can_be_no_node_costs_a_lookup_nothing() -> None:
+    cid = Cid.of_block(b"weights")
+    secp256k1 = ID(bytes([0x00, 0x25, 0x08, 0x02, 0x12, 0x21, 0x02]) + bytes(32))
+    async with two_connected() as (one, other):
+        assert one.kademlia is not None
+        assert await one.provide(cid)
+        assert await other.provide(cid)
+        liar = PeerInfo(secp256k1, [Multiaddr("/ip4/127.0.0.1/tcp/1")])
+        one.kademlia.libp2p.provider_store.add_provider(parse_cid(str(cid)).multihash, liar)
+        while (found := await one.find_providers(cid)) == []:  # noqa: ASYNC110  it asks
+            await trio.sleep(0.05)
+        assert found == [other.addresses()]
+        assert secp256k1 in {info.peer_id for info in await one.kademlia.libp2p.find_providers(str(cid))}
+
+
+async def test_what_is_held_is_announced_as_soon_as_somebody_can_take_it() -> None:
+    cid = Cid.of_block(b"weights")
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one, host(2) as other, trio.open_nursery() as nursery:
+            nursery.start_soon(one.keep_provided, cid)
+            await trio.testing.wait_all_tasks_blocked()
+            await other.connect(one.addresses())
+            while not await other.find_providers(cid):  # noqa: ASYNC110  it asks
+                await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
 
 
 async def test_alone_there_is_nobody_to_tell_the_dht() -> None:
