@@ -53,12 +53,12 @@ class Path:
 
 @dataclass(slots=True)
 class Connected:
-    """What is known of a connected peer. Only `Connections` writes into it.
+    """What is known of a connected peer. Only `Connections` writes into it, but for the ladder.
 
     Attributes:
         since: when it came.
         paths: the best first; never empty.
-        ladder: what was tried to reach it better.
+        ladder: what was tried to reach it better, kept by whoever tries (`shoal.node.reach.climb`).
         rtt_ms: the last measured round trip of a small call; None before the first.
         used_at: when this node last wanted to call it.
     """

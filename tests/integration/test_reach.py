@@ -24,7 +24,8 @@ from shoal.node.mesh.host import Host, open_host
 from shoal.node.mesh.paths import PathKind, Rung
 from shoal.node.mesh.relay import STOP_PROTOCOL
 from shoal.node.reach import reach as reach_module
-from shoal.node.reach.reach import MAX_INTRODUCED_ADDRESSES, NUM_RELAYS, RELAY_CID, Reach, open_reach
+from shoal.node.reach.held_relays import NUM_RELAYS, RELAY_CID
+from shoal.node.reach.reach import MAX_INTRODUCED_ADDRESSES, Reach, open_reach
 from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES
 from shoal.node.store.database import Storage
