@@ -47,11 +47,11 @@ from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.doctor import examine
 from shoal.node.identity import load_or_create_identity
 from shoal.node.lock import hold_profile
+from shoal.node.mesh.circuits import parse_circuit
 from shoal.node.mesh.host import Connected, Host, open_host
 from shoal.node.mesh.paths import PathKind
 from shoal.node.metrics import MethodMetrics
 from shoal.node.reach.reach import Reach, open_reach
-from shoal.node.reach.relay import parse_circuit
 from shoal.node.store.database import Storage
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Membership, Swarms

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 from libp2p.network.connection.raw_connection import RawConnection
@@ -17,20 +17,19 @@ from libp2p.network.exceptions import SwarmException
 from multiaddr import Multiaddr
 
 from shoal.node.mesh.addresses import CIRCUIT, ip_of, is_loopback, tcp_address
+from shoal.node.mesh.circuits import BROKEN
+from shoal.node.mesh.host import Connected, Host
 from shoal.node.mesh.paths import PathKind, Rung
 from shoal.node.reach.nat import Mapping, NatSummary, NatType, can_punch
 from shoal.node.reach.probing import Probe
 from shoal.node.reach.punch import Puncher, PunchError
-from shoal.node.reach.relay import BROKEN
-from shoal.node.reach.webrtc import PendingPipe, WebRtc, WebRtcError
+from shoal.node.reach.webrtc import PendingPipe, WebRtc
+from shoal.node.reach.webrtc_pipe import WebRtcError
 from shoal.node.signals import Signal
 from shoal.node.wire.contracts import Introduction, ReachService, SessionDescription
 from shoal.protocol.errors import RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import client
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Connected, Host
 
 log = logging.getLogger(__name__)
 

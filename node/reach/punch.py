@@ -21,7 +21,7 @@ import ipaddress
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 from google.protobuf.message import DecodeError
@@ -33,12 +33,10 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
-from shoal.node.reach.relay import BROKEN, end_stream, read_message, write_message
+from shoal.node.mesh.circuits import BROKEN, end_stream, read_message, write_message
+from shoal.node.mesh.host import Host
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Host
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ ASK_S: Final = 1.0
 MAX_OBSERVERS: Final = 2
 MAX_ADDRESSES: Final = 4
 
-Endpoint = tuple[str, int]
+IpPort = tuple[str, int]
 
 
 class PunchError(ShoalError):
@@ -120,9 +118,9 @@ class Puncher:
             await end_stream(stream)
 
     @asynccontextmanager
-    async def _own_endpoints(self) -> AsyncIterator[list[Endpoint]]:
+    async def _own_endpoints(self) -> AsyncIterator[list[IpPort]]:
         """Where others have to dial this node: as relays see its port, and its own public addresses."""
-        found: dict[Endpoint, None] = {}
+        found: dict[IpPort, None] = {}
         async with AsyncExitStack() as stack:
             observers = [
                 endpoint for peer in self._host.relays if (endpoint := self._host.dialed_address(peer)) is not None
@@ -141,10 +139,10 @@ class Puncher:
                             found[ip, int(port)] = None
             yield list(found)[:MAX_ADDRESSES]
 
-    async def _dial_all(self, peer: PeerId, endpoints: list[Endpoint], *, is_initiator: bool) -> None:
+    async def _dial_all(self, peer: PeerId, endpoints: list[IpPort], *, is_initiator: bool) -> None:
         if not endpoints:
             raise PunchError("the peer does not know where its NAT puts its port")
-        self._host.punching.add(peer)
+        self._host.punch_began(peer)
         try:
             with trio.move_on_after(PUNCH_S):
                 async with trio.open_nursery() as nursery:
@@ -161,7 +159,7 @@ class Puncher:
 
     async def _stop_labelling(self, peer: PeerId) -> None:
         await trio.sleep(LABEL_S)
-        self._host.punching.discard(peer)
+        self._host.punch_over(peer)
 
     async def _dial(self, peer: PeerId, ip: str, port: int, is_initiator: bool) -> None:
         while True:
@@ -177,16 +175,16 @@ class Puncher:
         return state is not None and state.kind.is_tcp_between_both
 
 
-def _connect(endpoints: list[Endpoint]) -> HolePunch:
+def _connect(endpoints: list[IpPort]) -> HolePunch:
     addresses = [Multiaddr(f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{port}").to_bytes() for ip, port in endpoints]
     return HolePunch(type=HolePunch.CONNECT, ObsAddrs=addresses)
 
 
-def _endpoints(message: HolePunch) -> list[Endpoint]:
+def _endpoints(message: HolePunch) -> list[IpPort]:
     """The addresses of a CONNECT that can be dialed."""
     if message.type != HolePunch.CONNECT:
         raise DecodeError("not a CONNECT")
-    found: dict[Endpoint, None] = {}
+    found: dict[IpPort, None] = {}
     for raw in message.ObsAddrs[:MAX_ADDRESSES]:
         match str(Multiaddr(raw)).split("/")[1:]:
             case ["ip4" | "ip6", ip, "tcp", port, *rest] if "p2p-circuit" not in rest:

@@ -26,8 +26,8 @@ from typing import Final
 
 import trio
 
-from shoal.node.reach.nat import Endpoint, Family
-from shoal.node.reach.relay_limits import user_of
+from shoal.node.mesh.endpoint import Endpoint, Family
+from shoal.node.mesh.relay_limits import user_of
 from shoal.protocol.errors import UsageError
 
 log = logging.getLogger(__name__)

@@ -74,7 +74,7 @@ NICE: Final = 5
 _REQUEST: Final = struct.Struct("!16sQQ")
 _OK: Final = b"\x00"
 
-Buffer = bytes | bytearray | memoryview
+AnyBuffer = bytes | bytearray | memoryview
 Transport = Literal["auto", "libp2p"]
 Abort = Callable[[], None]
 
@@ -181,7 +181,7 @@ class Bulk:
     # --- owning ---
 
     @asynccontextmanager
-    async def offer(self, peer: PeerId, buffer: Buffer) -> AsyncIterator[BulkRef]:
+    async def offer(self, peer: PeerId, buffer: AnyBuffer) -> AsyncIterator[BulkRef]:
         """Let one peer pull these bytes, as often as it likes, until the context ends.
 
         The end breaks off what is still being sent, and waits, shielded, until no thread reads the buffer any more:
@@ -276,7 +276,7 @@ class Bulk:
         self,
         peer: PeerId,
         ref: BulkRef,
-        into: Buffer,
+        into: AnyBuffer,
         *,
         offset: int = 0,
         timeout_s: float,
@@ -615,6 +615,6 @@ async def _close(stream: ByteStream) -> None:
         await stream.close()
 
 
-def _as_bytes(buffer: Buffer) -> memoryview:
+def _as_bytes(buffer: AnyBuffer) -> memoryview:
     view = memoryview(buffer)
     return view.cast("B") if view.nbytes else memoryview(bytearray())
