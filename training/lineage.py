@@ -150,9 +150,9 @@ class Lineage:
         own = self.own
         found: dict[Cid, Result] = {}
         for result in self._results.values():
-            if own is not None and result.parent == own.cid and result.ballot == ballot:
-                if not self._is_refused(result.cid, now):
-                    found[result.cid] = result
+            is_next = own is not None and result.parent == own.cid and result.ballot == ballot
+            if is_next and not self._is_refused(result.cid, now):
+                found[result.cid] = result
         if not found:
             return None
         return self._candidate(found[max(found, key=lambda cid: (self._support.get(cid, 0.0), cid))])

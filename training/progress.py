@@ -14,7 +14,9 @@ from shoal.training.statements import Facts, Phase
 
 FACTS_GAP_S: Final = 0.5
 """Between two reports of progress, in a small swarm; as many reports reach a member of a large one."""
-FACTS_PEERS: Final = 32
+FACTS_PEERS: Final = 8
+FEW: Final = 32
+"""Live members up to which others are told at once of what they act by; of many, nobody waits for one."""
 MAX_RECENT: Final = 20
 RATE_WINDOW_S: Final = 6.0
 
@@ -57,6 +59,7 @@ class Progress:
     _rate_steps: int = 0
     _said: Facts | None = None
     _said_at: float = -float("inf")
+    _told: tuple[object, ...] = ()
 
     def collected(self, event: Collected, now: float) -> None:
         """The worker collected."""
@@ -77,6 +80,11 @@ class Progress:
 
     def to_tell(self, role: Role, epoch: int, num_live: int, now: float) -> Facts | None:
         """What the others are to be told now: at once what they act by, the rest now and then; None if nothing."""
+        told = (self.phase, epoch, self.step, self.samples, self.own_env_steps)
+        is_late = now >= self._said_at + FACTS_GAP_S * max(1.0, num_live / FACTS_PEERS)
+        said = self._said
+        if told == self._told or (not is_late and (num_live > FEW or (said is not None and self.phase is said.phase))):
+            return None
         facts = Facts(
             role=role,
             phase=self.phase,
@@ -87,14 +95,11 @@ class Progress:
             steps_per_s=0.0 if self.phase is Phase.DONE else round(self.steps_per_s, 1),
             speed=round(self.speed, 1),
         )
-        said = self._said
-        if facts == said:
-            return None
         is_urgent = said is None or (
             facts.phase is not said.phase
             and (facts.phase in BUSY or (facts.phase is Phase.UPDATING and facts.step == 0))
         )
-        if not is_urgent and now < self._said_at + FACTS_GAP_S * max(1.0, num_live / FACTS_PEERS):
+        if not is_urgent and not is_late:
             return None
-        self._said, self._said_at = facts, now
+        self._said, self._said_at, self._told = facts, now, told
         return facts

@@ -111,6 +111,8 @@ KEEP_GAP_S: Final = 1.0
 """Between two writes of the policy to disk."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
+RESULT_GAP_S: Final = 4.0
+"""After which a member of a large swarm says what it holds, if it was not among those who had to say so at once."""
 ALONE_S: Final = 2.0
 RETRY_END_S: Final = 5.0
 MAX_EARLY: Final = 4096
@@ -159,7 +161,6 @@ class Run:
         self.claims = Claims(me, manifest.target_return, liars)
         self.lineage = Lineage(me)
         self._manifest = manifest
-        self._swarm = swarm
         self._me = me
         self._role = role
         self._stored = stored
@@ -199,6 +200,7 @@ class Run:
         self._written_at = -_NEVER
         self._looked_at = now
         self._alone_at: float | None = now
+        self._result_due = _NEVER
         self._wake_at = now
 
     # What others ask.
@@ -340,7 +342,6 @@ class Run:
     def _enter_round(self, key: RoundKey, stakes: dict[PeerId, float], now: float, outputs: list[Output]) -> Round:
         others = [peer for peer in stakes if peer != self._me]
         entered = self.round = Round(
-            self._swarm,
             self._me,
             key,
             stakes,
@@ -496,7 +497,7 @@ class Run:
     def _evaluator(self, policy: Policy) -> PeerId:
         there = [peer for peer in policy.electorate if peer == self._me or peer in self._live] or [self._me]
         key = RoundKey(policy.epoch, 0, first_after(policy.cid))
-        return min(there, key=lambda peer: turn_rank(self._swarm, "evaluate", key, 0, peer))
+        return min(there, key=lambda peer: turn_rank("evaluate", key, 0, peer))
 
     def _merge_failed(self, reason: str, now: float, outputs: list[Output]) -> None:
         """All who decided on the same ballot fail alike; they settle on another one."""
@@ -525,14 +526,19 @@ class Run:
         self._num_kept = 0
         self._overtaken_at = self._missed_at = None
         self.progress.step = 0
-        self.lineage.hold(policy.result, policy.electorate)
         self.claims.held(policy.epoch, policy.cid)
         for waiting in (self._taking, self._taken):
             if waiting is not None and waiting.result.epoch <= policy.epoch:
                 self._taking = self._taken = None
-        outputs.append(Say(policy.result))
+        was_voter = self.round is None or self._me in self.round.voters or self.round.key.epoch + 1 != policy.epoch
+        if was_voter:
+            outputs.append(Say(policy.result))
+        self._result_due = _NEVER if was_voter else now + RESULT_GAP_S
         if self._role is Role.LEARNER:
             self._first_round(policy, first_after(policy.cid), now, outputs)
+        voters = policy.electorate if self.round is None else self.round.voters
+        shown = {peer: standing for peer, standing in policy.electorate.items() if peer in voters}
+        self.lineage.hold(policy.result, Electorate(shown))
         self._look(now, outputs)
 
     def _look(self, now: float, outputs: list[Output]) -> None:
@@ -822,6 +828,9 @@ class Run:
         if self._alone_at is not None and not self.progress.is_alone and now >= self._alone_at + ALONE_S:
             self.progress.is_alone = True
             outputs.append(Note("ALONE: no other member can be heard; what is trained now, is trained alone"))
+        if policy is not None and now >= self._result_due:
+            self._result_due = _NEVER
+            outputs.append(Say(policy.result))
         if policy is not None and policy.epoch > 0:
             if self._kept is not policy:
                 self._keep(policy, now, outputs)

@@ -4,7 +4,8 @@ Each member is `shoal.training.run` (rounds, shares, lineage, claims), `shoal.cr
 `shoal.crdt.sync`, driven as the node drives them. Three things are models: the worker (collecting, updating and
 evaluating take time by the machine's speed; what comes out is named by the hash of what went in, so that two policies
 are equal where and only where their bytes would be), the transfer of contents (a request, and an answer of their size),
-and the signatures of presence (a keyed hash in place of Ed25519, so that forging is as impossible and a run takes minutes, not hours).
+and the signatures of presence (a keyed hash in place of Ed25519, so that forging is as impossible and a run takes
+minutes, not hours).
 
 Messages travel as in streams: what the network loses comes later, and what follows waits for it.
 
@@ -173,6 +174,7 @@ class _Notary:
         self._keys: dict[PeerId, _SimSigner] = {}
         self._opened: dict[bytes, Opened] = {}
         self._heard: dict[bytes, events.Heard | None] = {}
+        self._items: dict[bytes, Item] = {}
 
     def add(self, signer: _SimSigner) -> None:
         self._keys[signer.peer_id] = signer
@@ -189,6 +191,14 @@ class _Notary:
                 self._opened.clear()
             opened = self._opened[sealed.signature] = open_record(sealed)
         return opened
+
+    def item(self, name: bytes, key: str, author: PeerId) -> Item:
+        item = self._items.get(name)
+        if item is None:
+            if len(self._items) > 100_000:
+                self._items.clear()
+            item = self._items[name] = Item(name[:16], key, author)
+        return item
 
     def heard(self, fresh: Fresh) -> events.Heard | None:
         name = fresh.record_hash
@@ -409,7 +419,8 @@ class Member:
                 continue
             kind = type(outcome)
             if kind is Fresh:
-                fresh.append(Item(outcome.record_hash[:16], self.table.key_of(outcome.presence), sealed.author))  # type: ignore[union-attr]
+                key = self.table.key_of(outcome.presence)  # type: ignore[union-attr]
+                fresh.append(self.swarm.notary.item(outcome.record_hash, key, sealed.author))
                 event = self.swarm.notary.heard(outcome)  # type: ignore[arg-type]
                 if event is not None:
                     heard.append(event)

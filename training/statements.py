@@ -26,7 +26,7 @@ from typing import Any, Final, TypeAlias
 from shoal.crdt.presence import TopicRule
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ProtocolError
-from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.protocol.ids import Cid, PeerId
 from shoal.training.manifest import Role
 
 HASH_BYTES: Final = 32
@@ -257,10 +257,9 @@ def ballot_name(key: RoundKey, offers: tuple[bytes, ...]) -> bytes:
     return hashlib.sha256(b"%d/%d/" % (key.epoch, key.step) + key.after + b"".join(offers)).digest()
 
 
-def turn_rank(swarm: SwarmId, purpose: str, key: RoundKey, attempt: int, peer: PeerId) -> bytes:
+def turn_rank(purpose: str, key: RoundKey, attempt: int, peer: PeerId) -> bytes:
     """The hash that orders peers for a purpose, lowest first (rendezvous hashing, Thaler and Ravishankar 1998)."""
-    text = f"{swarm}/{purpose}/{key.epoch}/{key.step}/{attempt}/{peer}"
-    return hashlib.sha256(text.encode() + key.after).digest()
+    return hashlib.sha256(f"{purpose}/{key.step}/{attempt}/{peer}".encode() + key.after).digest()
 
 
 def _check(value: float, limit: float, what: str) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.protocol.ids import Cid, PeerId
 from shoal.training.exchange.waits import Waits
 from shoal.training.statements import MAX_ATTEMPTS, MAX_OFFERS, Offer, Proposal, RoundKey, Vote, turn_rank
 
@@ -36,6 +36,9 @@ MAX_PROPOSALS_EACH: Final = 4
 """That are remembered of one author in one round."""
 SPARE_SAMPLES: Final = 1024
 """What the vector steps of a few environments may add to a share."""
+MAX_VOTERS: Final = 24
+"""Members that vote in one round, of more with stake those with the lowest hashes; with a tenth of liars, less than one
+round in a thousand has a third of them among its voters."""
 _EPSILON: Final = 1e-9
 
 
@@ -243,8 +246,8 @@ class Round:
         "_productive_s",
         "_proposals",
         "_stakes",
-        "_swarm",
         "_total",
+        "_turn_of",
         "_turns",
         "_voted",
         "_voted_attempt",
@@ -254,11 +257,11 @@ class Round:
         "_would_at",
         "decided",
         "key",
+        "voters",
     )
 
     def __init__(
         self,
-        swarm: SwarmId,
         me: PeerId,
         key: RoundKey,
         stakes: Mapping[PeerId, float],
@@ -273,7 +276,6 @@ class Round:
         """Take part from now on.
 
         Args:
-            swarm: of the run.
             me: this learner.
             key: which round.
             stakes: what each member has a say by, positive; this learner may be among them.
@@ -286,10 +288,11 @@ class Round:
         """
         self.key = key
         self.decided: Ballot | None = None
-        self._swarm = swarm
         self._me = me
         self._stakes = dict(stakes)
         self._total = sum(self._stakes.values())
+        self.voters = voters_of(key, self._stakes)
+        """Who votes, and with what stake."""
         self._limits = limits
         self._waits = waits
         self._heard_at = heard_at
@@ -314,6 +317,7 @@ class Round:
         self._voted: bytes | None = None
         self._voted_attempt = -1
         self._own_attempt = -1
+        self._turn_of: dict[int, PeerId | None] = {}
         self._attempt = 0
         self._attempt_at: float | None = None
         self._would_at: float | None = None
@@ -380,6 +384,7 @@ class Round:
         if len(self._offers) >= 2 * MAX_OFFERS and signed.author not in self._stakes:
             return False
         self._offers[signed.author] = signed
+        self._turn_of.clear()
         self._by_name[signed.name] = signed
         if offer.cid in self._held or signed.author == self._me:
             self._held.add(offer.cid)
@@ -467,7 +472,7 @@ class Round:
         return True
 
     def _stake(self, peer: PeerId) -> float:
-        return self._stakes.get(peer, 0.0)
+        return self.voters.get(peer, 0.0)
 
     def _join(self, author: PeerId, stake: float) -> None:
         self._gone.discard(author)
@@ -475,6 +480,8 @@ class Round:
             return
         self._stakes[author] = stake
         self._total += stake
+        self.voters = voters_of(self.key, self._stakes)
+        self._turn_of.clear()
         if author in self._offers and self._offers[author].offer.cid in self._held:
             self._held_stake += stake
         elif not self.has_begun:
@@ -484,6 +491,12 @@ class Round:
     def _leave(self, author: PeerId) -> None:
         self._gone.add(author)
         self._stop_waiting_for(author)
+        self._turn_of.clear()
+        if self._me not in self._stakes and self._gone.issuperset(self._stakes):
+            # Nobody who has shown anything is left: those who are there count alike.
+            self._stakes = dict.fromkeys([self._me, *(peer for peer in self._offers if peer not in self._gone)], 1.0)
+            self._total = float(len(self._stakes))
+            self.voters = voters_of(self.key, self._stakes)
 
     def _stop_waiting_for(self, author: PeerId) -> None:
         if author in self._awaited:
@@ -519,7 +532,7 @@ class Round:
         silence_s = self._waits.silence_s
         is_late = self._attempt > 0
         total = 0.0
-        for peer, stake in self._stakes.items():
+        for peer, stake in self.voters.items():
             is_silent = is_late and self._heard_at.get(peer, self._created_at) < now - 2 * silence_s
             if peer in self._votes or peer == self._me or not (is_silent or peer in self._gone):
                 total += stake
@@ -561,9 +574,11 @@ class Round:
         return with_stake or [peer for peer in self._offers if peer not in self._gone]
 
     def _turn(self, attempt: int) -> PeerId | None:
-        return min(
-            self._candidates(), key=lambda peer: turn_rank(self._swarm, "round", self.key, attempt, peer), default=None
-        )
+        if attempt not in self._turn_of:
+            self._turn_of[attempt] = min(
+                self._candidates(), key=lambda peer: turn_rank("round", self.key, attempt, peer), default=None
+            )
+        return self._turn_of[attempt]
 
     def _may_propose(self, author: PeerId, attempt: int) -> bool:
         return self._turn(attempt) == author
@@ -637,3 +652,11 @@ class Round:
         if others and self._began_at is not None and self._attempt == 0 and self._would_at is not None:
             reference = self._began_at if self._half_at is None else max(self._half_at, self._began_at)
             self._waits.learn(self._last_held_at - reference, now - self._would_at)
+
+
+def voters_of(key: RoundKey, stakes: Mapping[PeerId, float]) -> dict[PeerId, float]:
+    """Who votes in a round, and with what stake: everybody, or the `MAX_VOTERS` whose hashes are the lowest."""
+    if len(stakes) <= MAX_VOTERS:
+        return dict(stakes)
+    chosen = sorted(stakes, key=lambda peer: turn_rank("vote", key, 0, peer))[:MAX_VOTERS]
+    return {peer: stakes[peer] for peer in chosen}
