@@ -14,7 +14,7 @@ from typing import Final
 
 from shoal.crdt.document import Document
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed
@@ -181,10 +181,10 @@ class OpLog:
         """Check that one more op of any size fits.
 
         Raises:
-            LimitError: if it might not.
+            TooLargeError: if it might not.
         """
         if self._num_bytes + MAX_OP_BYTES > MAX_LOG_BYTES:
-            raise LimitError(f"the log of {self.author} is full: {MAX_LOG_BYTES} bytes per author and swarm")
+            raise TooLargeError(f"the log of {self.author} is full: {MAX_LOG_BYTES} bytes per author and swarm")
 
     def _belonging(self, op: Op) -> Op:
         if op.swarm != self.swarm or op.author != self.author:

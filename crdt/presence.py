@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS, MAX_PRESENCE_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -86,7 +86,7 @@ class PresenceTable:
 
         Raises:
             UsageError: if the signer is another, or the facts are not plain data.
-            LimitError: if they are too much.
+            TooLargeError: if they are too much.
         """
         if signer.peer_id != self.own:
             raise UsageError(f"only {self.own} announces here, not {signer.peer_id}")
@@ -96,8 +96,8 @@ class PresenceTable:
         try:
             sealed = signer.seal(KIND, encode(presence))
             presence = _open(sealed)
-        except LimitError:
-            raise
+        except LimitError as error:
+            raise TooLargeError(str(error)) from error
         except (TypeError, ValueError, OverflowError, RecursionError, ProtocolError) as error:
             raise UsageError(f"presence can hold only plain data: {error}") from error
         self.own_presence, self._own_sealed = presence, sealed

@@ -18,7 +18,7 @@ from shoal.dht.fetch import BlockArrived, BlockFailed, Done, Drop, Failed, Fetch
 from shoal.node.mesh.host import Host
 from shoal.node.store.database import Storage
 from shoal.node.wire.contracts import Block, BlockRequest, ContentService
-from shoal.protocol.errors import RemoteError, ShoalError, Status
+from shoal.protocol.errors import Fault, RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import client
 
@@ -32,6 +32,8 @@ EVICT_AFTER: Final = 1 / 16
 
 class UnavailableError(ShoalError):
     """Nobody who could be asked gave the content."""
+
+    fault = Fault.REMOTE
 
 
 class ContentStore(ContentService):

@@ -87,6 +87,8 @@ class LaneKind(IntEnum):
 class LaneError(ShoalError):
     """A lane could not be had; calls go on by libp2p."""
 
+    fault = Fault.REMOTE
+
 
 @dataclass(frozen=True, slots=True)
 class LaneTicket:

@@ -20,7 +20,7 @@ from shoal.crdt.oplog import NO_OP, Op, op_hash
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_MEMBERS
 from shoal.protocol.signing import Signed, Signer
@@ -106,7 +106,7 @@ def _step_honest_write(scene: _Scene, signer: Signer, _: int, data: bytes) -> No
     author = scene.authors[signer.peer_id]
     if author.version().get(signer.peer_id, 0) != scene.docs.version().get(signer.peer_id, 0):
         return  # it wrote something that the node did not take
-    with refusing(UsageError, LimitError):
+    with refusing(UsageError):
         sealed = author.write(signer, **{name: value for name, value in registers.items() if name != "signer"})
         scene.receive(sealed)
         require(sealed in scene.accepted, "an honest op was refused")
@@ -147,7 +147,7 @@ def _step_announce(scene: _Scene, signer: Signer, _: int, data: bytes) -> None:
     """Facts, in MessagePack, announced as a node announces them."""
     facts = _unpacked(data)
     if isinstance(facts, dict):
-        with refusing(UsageError, LimitError):
+        with refusing(UsageError):
             _hear(scene, scene.announcers[signer.peer_id].announce(signer, facts))
 
 

@@ -11,7 +11,7 @@ from shoal.crdt import document, oplog
 from shoal.crdt.document import Document
 from shoal.crdt.oplog import KIND, MAX_LAMPORT, NO_OP, Op, OpLog, Outcome, op_hash, open_op
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, SignatureError
+from shoal.protocol.errors import LimitError, ProtocolError, SignatureError, TooLargeError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -125,7 +125,7 @@ def test_a_log_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     log = a_log(ops[:2])
     with pytest.raises(LimitError):
         log.append(ops[2])
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         log.check_room()
     assert log.seq == 2
 

@@ -9,7 +9,7 @@ import pytest
 from shoal.crdt import presence as module
 from shoal.crdt.presence import KIND, Presence, PresenceTable
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, SignatureError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, SignatureError, TooLargeError, UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_PRESENCE_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -149,7 +149,7 @@ def test_only_the_own_key_announces_and_only_plain_data() -> None:
         ann.announce(ANN, {"x": object()})
     with pytest.raises(UsageError):
         ann.announce(ANN, {"x": 2**64})
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         ann.announce(ANN, {"x": "x" * MAX_PRESENCE_BYTES})
     assert ann.own_presence is None
     ann.announce(ANN, {"x": 1})
