@@ -18,11 +18,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from shoal.protocol.errors import Fault, RefusedError, ShoalError, fault_of, leaves, resource_error
+from shoal.protocol.errors import Fault, RefusedError, ShoalError, fault_of, leaves, resource_error, unwrap
 
 if TYPE_CHECKING:
     from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
@@ -151,6 +152,7 @@ class Domain:
         name: the kind and which of it.
         counted_as: its name among the counters: of peers, who are without number, only the kind.
         failure: what ended it, if a failure did.
+        supervisor: what it has in common with all other domains of this node.
     """
 
     def __init__(
@@ -160,10 +162,11 @@ class Domain:
         self.name = name
         self.counted_as = kind if kind == "peer" else name
         self.failure: Failure | None = None
-        self._supervisor = supervisor
+        self.supervisor = supervisor
         self._nursery = nursery
         self._outer = outer
         self._running: set[trio.CancelScope] = set()
+        self._gone = trio.Event()
         self._is_over = False
 
     @property
@@ -174,12 +177,12 @@ class Domain:
     @property
     def failures(self) -> dict[tuple[str, Fault], int]:
         """How often its tasks failed, by name and fault."""
-        counted = self._supervisor.failures.items()
+        counted = self.supervisor.failures.items()
         return {(task, fault): count for (name, task, fault), count in counted if name == self.counted_as}
 
     def inside(self, kind: str, name: str) -> Domain:
         """A smaller domain that ends with this one at the latest; `cancel` it when what it stands for is gone."""
-        return Domain(self._supervisor, kind, f"{kind} {name}", self._nursery, self)
+        return Domain(self.supervisor, kind, f"{kind} {name}", self._nursery, self)
 
     def cancel(self) -> None:
         """End it; its tasks, and whoever is inside the block that opened it, are cancelled."""
@@ -188,6 +191,11 @@ class Domain:
             self._nursery.cancel_scope.cancel()
         for scope in self._running:  # of a smaller domain; also whoever has not started yet is no task of the nursery
             scope.cancel()
+
+    async def wait_gone(self) -> None:
+        """After `cancel`, until all its tasks are gone."""
+        while self._running:
+            await self._gone.wait()
 
     def start_soon(
         self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any, policy: Policy
@@ -200,14 +208,17 @@ class Domain:
             *arguments: for it.
             policy: what its failure means.
         """
-        self._supervisor.tasks[self.kind, name] = policy
+        self.supervisor.tasks[self.kind, name] = policy
         if self.is_over:
             log.debug("%s: %s is not started, because it ends", self.name, name)
             return
+        scope = trio.CancelScope()
+        self._running.add(scope)  # before it runs, so that `cancel` meets it whenever that comes
         try:
-            self._nursery.start_soon(self._run, name, function, arguments, policy)
+            self._nursery.start_soon(self._run, scope, name, function, arguments, policy)
         except RuntimeError:  # the nursery has just closed, and the block's end has not been told yet
             log.debug("%s: %s is not started, because it has ended", self.name, name)
+            self._leave(scope)
 
     async def start(
         self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any, policy: Policy
@@ -221,28 +232,51 @@ class Domain:
             Exception: what the task raises before it has started. That is the caller's to handle: it is not counted.
             RefusedError: if the domain is over.
         """
-        self._supervisor.tasks[self.kind, name] = policy
+        self.supervisor.tasks[self.kind, name] = policy
         if self.is_over:
             raise RefusedError(f"{name} cannot be started, because {self.name} ends")
-        return await self._nursery.start(self._run, name, function, arguments, policy)
+        scope = trio.CancelScope()
+        self._running.add(scope)
+        try:
+            return await self._nursery.start(partial(self._run, scope, name, function, arguments, policy))
+        except BaseException:
+            self._leave(scope)
+            raise
+
+    def call(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
+        """Tell somebody something, at once. What goes wrong there is dropped, like the failure of a task."""
+        self.supervisor.tasks[self.kind, name] = Policy.DROP
+        if self.is_over:
+            return
+        try:
+            self.supervisor.begins(self.name, name)
+            function(*arguments)
+        except Exception as error:
+            self._judge(name, error, Policy.DROP, 0)
 
     async def _run(
         self,
+        scope: trio.CancelScope,
         name: str,
         function: Callable[..., Awaitable[object]],
         arguments: tuple[Any, ...],
         policy: Policy,
         task_status: TaskStatus[Any] | None = None,
     ) -> None:
-        start = None if task_status is None else _Start(task_status, lambda: self._supervisor.begins(self.name, name))
-        with trio.CancelScope() as scope:
-            self._running.add(scope)
-            try:
+        start = None if task_status is None else _Start(task_status, lambda: self.supervisor.begins(self.name, name))
+        try:
+            with scope:
                 await self._repeat(name, function, arguments, policy, start)
-            finally:
-                self._running.discard(scope)
+        finally:
+            self._leave(scope)
         if start is not None and not start.is_done and scope.cancelled_caught:
             raise RefusedError(f"{name} cannot be started, because {self.name} ends")
+
+    def _leave(self, scope: trio.CancelScope) -> None:
+        self._running.discard(scope)
+        if not self._running:
+            self._gone.set()
+            self._gone = trio.Event()
 
     async def _repeat(
         self,
@@ -258,7 +292,7 @@ class Domain:
             cancelled: BaseException | None = None
             try:
                 if start is None:
-                    self._supervisor.begins(self.name, name)
+                    self.supervisor.begins(self.name, name)
                     await function(*arguments)
                 else:
                     await function(*arguments, task_status=start)
@@ -284,15 +318,15 @@ class Domain:
 
     def _judge(self, name: str, error: Exception, policy: Policy, wait_s: float) -> None:
         if self.is_over:
-            self._supervisor.failed(self, name, error, "it was about to end")
+            self.supervisor.failed(self, name, error, "it was about to end")
             return
         match policy:
             case Policy.RESTART:
-                self._supervisor.failed(self, name, error, f"it begins again in {wait_s:g} s")
+                self.supervisor.failed(self, name, error, f"it begins again in {wait_s:g} s")
             case Policy.DROP:
-                self._supervisor.failed(self, name, error, "the rest goes on without it")
+                self.supervisor.failed(self, name, error, "the rest goes on without it")
             case Policy.END:
-                self.failure = self._supervisor.failed(self, name, error, f"that ends {self.name}")
+                self.failure = self.supervisor.failed(self, name, error, f"that ends {self.name}")
                 self.cancel()
 
 
@@ -325,3 +359,14 @@ def _words(error: BaseException) -> str:
     if isinstance(error, ShoalError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+@asynccontextmanager
+async def open_plain_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery for what one call does at once; its error comes without a group, Shoal's own before any other."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        errors = list(leaves(group))
+        raise errors[0] if len(errors) == 1 else unwrap(group) from None

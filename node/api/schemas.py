@@ -129,11 +129,34 @@ class MethodInfo(Model):
     p99_ms: float
 
 
+class FailureInfo(Model):
+    """How often a task failed in one way.
+
+    Attributes:
+        domain: what it belongs to: ``node``, ``swarm bafy…``, or ``peer``, which stands for all peers.
+        task: its name.
+        fault: whose fault it was: ``own`` (this program's), ``remote`` (a peer's) or ``resource`` (the machine's).
+        count: since the node started.
+    """
+
+    domain: str
+    task: str
+    fault: str
+    count: int
+
+
 class MetricsInfo(Model):
-    """Calls since the node started, by method: those that peers made here, and those that this node made."""
+    """What happened since the node started.
+
+    Attributes:
+        served: calls that peers made here, by method.
+        called: calls that this node made, by method.
+        failures: tasks that failed; the log has the reasons.
+    """
 
     served: dict[str, MethodInfo]
     called: dict[str, MethodInfo]
+    failures: list[FailureInfo] = []
 
 
 class NodeInfo(Model):

@@ -177,6 +177,8 @@ class Replica:
         finally:
             for peer in {*self._neighbours, *self._missed}:
                 self._forget(peer)
+            self._nursery = None
+            self._neighbours.clear()
 
     # Peers come and go.
 

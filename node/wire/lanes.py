@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from shoal.node.wire.channel import StreamClosedError
 from shoal.protocol.codec import Buffer
-from shoal.protocol.errors import RemoteError, ShoalError, Status
+from shoal.protocol.errors import Fault, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId
 
 log = logging.getLogger(__name__)
