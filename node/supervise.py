@@ -305,7 +305,7 @@ class Domain:
             except Exception as alone:
                 error = alone
             if start is not None and not start.is_done:
-                raise error
+                raise plain(error)
             if trio.current_time() - began >= PEACE_S:
                 wait_s = FIRST_WAIT_S
             self._judge(name, error, policy, wait_s)
@@ -368,5 +368,12 @@ async def open_plain_nursery() -> AsyncIterator[trio.Nursery]:
         async with trio.open_nursery() as nursery:
             yield nursery
     except BaseExceptionGroup as group:
-        errors = list(leaves(group))
-        raise errors[0] if len(errors) == 1 else unwrap(group) from None
+        raise plain(group) from None
+
+
+def plain(error: BaseException) -> BaseException:
+    """What a caller can act on: of a group, the only error in it, or Shoal's first, or else the group."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    errors = list(leaves(error))
+    return errors[0] if len(errors) == 1 else unwrap(error)

@@ -162,7 +162,8 @@ async def test_who_starts_a_task_gets_its_first_value_and_later_ones_are_nobodys
 @pytest.mark.trio
 async def test_an_error_before_a_task_has_started_is_the_callers(policy: Policy) -> None:
     async def serve(*, task_status: trio.TaskStatus[None]) -> None:
-        raise UsageError("no such port")
+        async with trio.open_nursery():
+            raise UsageError("no such port")
 
     async with Supervisor().open("node") as domain:
         with pytest.raises(UsageError, match="no such port"):
