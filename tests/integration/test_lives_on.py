@@ -24,14 +24,16 @@ from shoal.node.api.schemas import FailureInfo, SwarmDetail
 from shoal.node.config import NodeConfig, ReachConfig
 from shoal.node.daemon import Node, run_node
 from shoal.node.identity import load_or_create_identity
-from shoal.node.mesh.host import Host, open_host
-from shoal.node.store.database import Storage, StoredSwarm
+from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.store.database import Storage, StorageError, StoredSwarm
 from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
-from shoal.protocol.errors import UsageError
-from shoal.protocol.ids import SwarmId
+from shoal.node.wire.contracts import SyncRequest
+from shoal.protocol.errors import RemoteError, UsageError
+from shoal.protocol.ids import Cid, SwarmId
+from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest, sign_manifest
 from shoal.training.ticket import Ticket
 
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.trio
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 GENEROUS_S = 30.0
+STRANGER = Signer(b"s" * 32).peer_id
 ALIVE = ("storing", "starting")
 WHY = "it was made to fail"
 
@@ -210,7 +213,7 @@ async def swarms_of(scene: Scene) -> AsyncIterator[Swarms]:
     """The swarms of a scene, without the rest of the node."""
     router = Router()
     secret = load_or_create_identity(scene.config.paths.identity).secret
-    with scene.storage() as storage:
+    with scene.storage() as storage, trio.fail_after(GENEROUS_S):
         async with (
             Supervisor().open("node") as domain,
             open_host(secret=secret, listen=[LOOPBACK], bootstrap=[], mdns=False, router=router) as host,
@@ -223,6 +226,8 @@ async def swarms_of(scene: Scene) -> AsyncIterator[Swarms]:
                 paths=scene.config.paths,
                 domain=domain,
             )
+            for service in swarms.services():
+                router.add(service)
             await swarms.take_up()
             yield swarms
             domain.cancel()
@@ -272,6 +277,42 @@ async def test_a_swarm_that_failed_can_be_left(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             swarms.get(scene.first)
     assert scene.has_left() == [True, False]
+
+
+async def test_a_peer_that_calls_and_comes_and_goes_while_a_swarm_is_left_harms_nobody(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with swarms_of(scene) as swarms, trio.open_nursery() as nursery:
+        await until(lambda: len(swarms.joined) == 2 and all(each.domain for each in swarms.joined.values()))
+        membership = swarms.get(scene.first)
+        domain, replica = membership.domain, membership.replica
+        assert domain is not None
+        nursery.start_soon(swarms.leave, scene.first)
+        while scene.first in swarms.joined:
+            for event in (PeerUp(STRANGER), PeerDown(STRANGER), PeerUp(STRANGER)):
+                swarms.handle(event)
+            await replica.serve_sync(STRANGER, SyncRequest(scene.first, {str(scene.signer.peer_id): 99}))
+            await trio.sleep(0.01)
+        await replica.serve_sync(STRANGER, SyncRequest(scene.first, {str(scene.signer.peer_id): 99}))
+        with pytest.raises(RemoteError, match="not in"):
+            swarms.replica(scene.first)
+        assert not domain.supervisor.failures
+        assert str(swarms.get(scene.second).phase) == "storing"
+    assert scene.has_left() == [True, False]
+
+
+async def test_content_that_cannot_be_read_is_one_error_and_not_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path)
+    async with swarms_of(scene) as swarms:
+        content = next(each for each in swarms.services() if isinstance(each, ContentStore))
+
+        def get_block(*_: object) -> bytes:
+            raise StorageError("the disk failed")
+
+        monkeypatch.setattr(Storage, "get_block", get_block)
+        with pytest.raises(StorageError, match="the disk failed"):
+            await content.get(Cid.of_block(b"x"), (), keep=False)
 
 
 # --- what a machine lacks --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node.supervise import MAX_COUNTERS, OTHER, Policy, Supervisor, reason_of
+from shoal.node.supervise import MAX_COUNTERS, OTHER, Policy, Supervisor, open_plain_nursery, reason_of
 from shoal.protocol.errors import (
     Fault,
     LimitError,
@@ -310,6 +310,74 @@ async def test_a_peer_of_a_node_ends_without_the_node_and_with_it() -> None:
         assert not cat.is_over
         node.cancel()
     assert sorted(ended) == ["peer ann", "peer bob", "peer cat"]
+
+
+@pytest.mark.trio
+async def test_who_ends_a_domain_can_wait_until_its_tasks_are_gone(autojump_clock: trio.testing.MockClock) -> None:
+    async def slow_to_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(7)
+
+    async with Supervisor().open("node") as node:
+        swarm = node.inside("swarm", "bafy")
+        await swarm.wait_gone()
+        swarm.start_soon("run", slow_to_end, policy=Policy.RESTART)
+        swarm.start_soon("gossip", trio.sleep_forever, policy=Policy.RESTART)
+        await trio.testing.wait_all_tasks_blocked()
+        swarm.start_soon("not begun yet", trio.sleep_forever, policy=Policy.RESTART)
+        swarm.cancel()
+        began = trio.current_time()
+        await swarm.wait_gone()
+        assert trio.current_time() - began == pytest.approx(7)
+        assert not node.is_over
+        node.cancel()
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_who_is_told_something_and_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[int] = []
+
+    def hears(number: int) -> None:
+        told.append(number)
+        if number == 1:
+            raise KeyError("no such peer")
+
+    async with Supervisor().open("swarm", "bafy") as domain:
+        for number in range(3):
+            domain.call("hearing", hears, number)
+        domain.cancel()
+        domain.call("hearing", hears, 3)
+    assert told == [0, 1, 2]
+    assert domain.failures == {("hearing", Fault.OWN): 1}
+    assert "swarm bafy: hearing failed" in caplog.text
+
+
+@pytest.mark.trio
+async def test_what_one_call_does_at_once_fails_with_one_error_and_not_a_group() -> None:
+    async def raises(error: Exception) -> None:
+        raise error
+
+    async def calls(*errors: Exception) -> None:
+        async with open_plain_nursery() as nursery:
+            for error in errors:
+                nursery.start_soon(raises, error)
+
+    with pytest.raises(KeyError):
+        await calls(KeyError("x"))
+    with pytest.raises(ProtocolError):
+        await calls(KeyError("x"), ProtocolError("a lie"))
+    with pytest.raises(ExceptionGroup):
+        await calls(KeyError("x"), ValueError("y"))
+    with trio.move_on_after(0) as scope:
+        async with open_plain_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+    assert scope.cancelled_caught
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------
