@@ -341,6 +341,8 @@ class SwarmSummary(Model):
     num_members: int = 0
     alone: bool = False
     solved: bool = False
+    error: str | None = None
+    """What is wrong, while it is; of a run that has failed, why."""
 
 
 class MemberInfo(Model):
@@ -393,7 +395,6 @@ class SwarmDetail(SwarmSummary):
     curve: list[CurvePoint] = []
     results: str | None = None
     """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
-    error: str | None = None
     ticket: str = ""
     started_at: float | None = None
     """Unix seconds."""

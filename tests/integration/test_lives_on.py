@@ -329,7 +329,8 @@ async def test_a_start_without_the_train_extra_keeps_the_run_and_says_how_to_go_
         assert shown.error is not None
         assert "pip install 'shoal[train]'" in shown.error
         await until(lambda: node.swarm(scene.second).phase == "storing")
-        assert {summary.swarm: summary.phase for summary in node.swarms()}[scene.first] == "failed"
+        (listed,) = [summary for summary in node.swarms() if summary.swarm == scene.first]
+        assert (listed.phase, listed.error) == ("failed", shown.error)
     assert scene.has_left() == [False, False]
 
 
