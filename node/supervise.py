@@ -347,9 +347,13 @@ class _Start:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line; of a group, each error in it once, at most `MAX_REASON_CHARS` characters."""
+    """An error in one line, fit for a log and a terminal; of a group, each error in it once.
+
+    Returns:
+        At most `MAX_REASON_CHARS` characters.
+    """
     words = dict.fromkeys(_words(each) for each in leaves(error))
-    return "; ".join(words)[:MAX_REASON_CHARS]
+    return "".join(char if char.isprintable() else " " for char in "; ".join(words)[:MAX_REASON_CHARS])
 
 
 def _words(error: BaseException) -> str:

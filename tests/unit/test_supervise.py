@@ -11,7 +11,15 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node.supervise import MAX_COUNTERS, OTHER, Policy, Supervisor, open_plain_nursery, reason_of
+from shoal.node.supervise import (
+    MAX_COUNTERS,
+    MAX_REASON_CHARS,
+    OTHER,
+    Policy,
+    Supervisor,
+    open_plain_nursery,
+    reason_of,
+)
 from shoal.protocol.errors import (
     Fault,
     LimitError,
@@ -451,6 +459,13 @@ async def test_every_task_is_known_by_name_and_a_test_can_make_each_fail_once(
         assert sorted(asked) == [("node", "api")] * 2 + [("node", "follow")] * 2
         domain.cancel()
     assert supervisor.tasks == {("node", "api"): Policy.RESTART, ("node", "follow"): Policy.RESTART}
+
+
+def test_a_reason_is_one_short_line_whatever_a_peer_wrote() -> None:
+    reason = reason_of(ProtocolError("a lie\n12:00 ERROR another line\x1b[31m" + "x" * 10_000))
+    assert reason.isprintable()
+    assert reason.startswith("a lie ")
+    assert len(reason) == MAX_REASON_CHARS
 
 
 # --- whose fault -----------------------------------------------------------------------------------------------------
