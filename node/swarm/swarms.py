@@ -287,6 +287,7 @@ class Swarms:
         task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """One swarm from entering it until it is left, or until a failure ends it."""
+        has_begun = False
         # Shown from now on; nothing may be written before what is stored has been read.
         membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, ())
         try:
@@ -295,8 +296,11 @@ class Swarms:
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
                 membership.domain = domain
                 await self._begin(membership, domain, entry)
+                has_begun = True
                 task_status.started()
             if domain.failure is not None:
+                if not has_begun:
+                    raise ShoalError(str(domain.failure))  # noqa: TRY301  the caller waits for this to begin
                 membership.failure = f"{domain.failure}; restart the node, or join again, to go on"
         except Exception as error:
             membership.failure = reason_of(error)
