@@ -21,7 +21,7 @@ from typing import Final
 
 from shoal.crdt.document import Document
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed
@@ -287,7 +287,7 @@ class OpLog:
 
         Raises:
             FrozenLogError: if its author keeps two logs.
-            LimitError: if it might not fit.
+            TooLargeError: if it might not fit.
         """
         if self.fork is not None:
             raise FrozenLogError(
@@ -295,7 +295,7 @@ class OpLog:
                 "or restored from a backup. Nobody takes more of its ops; take part with a new profile"
             )
         if self._num_bytes + MAX_OP_BYTES > MAX_LOG_BYTES:
-            raise LimitError(f"the log of {self.author} is full: {MAX_LOG_BYTES} bytes per author and swarm")
+            raise TooLargeError(f"the log of {self.author} is full: {MAX_LOG_BYTES} bytes per author and swarm")
 
     def _belonging(self, op: Op) -> Op:
         if op.swarm != self.swarm or op.author != self.author:

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS, MAX_PRESENCE_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -295,10 +295,12 @@ class PresenceTable:
             )
             sealed = signer.seal(KIND, encode(presence))
             opened = open_record(sealed)
+        except LimitError as error:
+            raise TooLargeError(str(error)) from error
         except (TypeError, ValueError, OverflowError, RecursionError, ProtocolError) as error:
             raise UsageError(f"presence can hold only plain data: {error}") from error
         if opened.num_bytes > rule.max_bytes:
-            raise UsageError(f"{opened.num_bytes} bytes on {topic} exceed the {rule.max_bytes} allowed; say less")
+            raise TooLargeError(f"{opened.num_bytes} bytes on {topic} exceed the {rule.max_bytes} allowed; say less")
         self._seq += 1
         held = _Held(opened.presence, sealed, opened.record_hash)
         self._hold(self._own, held, rule)

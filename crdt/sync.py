@@ -242,7 +242,7 @@ class SwarmDocs:
         Raises:
             UsageError: if the signer is another, or a value is not plain data; as a `FrozenLogError`, if two logs were
                 signed with this key.
-            LimitError: if it is too much for one op, or the log is full. As with any error, nothing was changed.
+            TooLargeError: if it is too much for one op, or the log is full. As with any error, nothing was changed.
         """
         if signer.peer_id != self.own:
             raise UsageError(f"only {self.own} writes here, not {signer.peer_id}")

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, UsageError
+from shoal.protocol.errors import TooLargeError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -101,13 +101,15 @@ def sign_manifest(manifest: Manifest, signer: Signer) -> tuple[SwarmId, bytes]:
 
     Raises:
         UsageError: if the signer is not the owner.
-        LimitError: if nobody could open it because it is too big.
+        TooLargeError: if nobody could open it because it is too big.
     """
     if manifest.owner != signer.peer_id:
         raise UsageError("a manifest is signed by its owner")
     data = encode(signer.seal(KIND, encode(manifest)))
     if len(data) > MAX_HEADER_BYTES:
-        raise LimitError(f"a manifest of {len(data)} bytes exceeds the {MAX_HEADER_BYTES}; set fewer hyper-parameters")
+        raise TooLargeError(
+            f"a manifest of {len(data)} bytes exceeds the {MAX_HEADER_BYTES}; set fewer hyper-parameters"
+        )
     return SwarmId.of_manifest(data), data
 
 

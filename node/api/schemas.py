@@ -129,11 +129,34 @@ class MethodInfo(Model):
     p99_ms: float
 
 
+class FailureInfo(Model):
+    """How often a task failed in one way.
+
+    Attributes:
+        domain: what it belongs to: ``node``, ``swarm bafy…``, or ``peer``, which stands for all peers.
+        task: its name.
+        fault: whose fault it was: ``own`` (this program's), ``remote`` (a peer's) or ``resource`` (the machine's).
+        count: since the node started.
+    """
+
+    domain: str
+    task: str
+    fault: str
+    count: int
+
+
 class MetricsInfo(Model):
-    """Calls since the node started, by method: those that peers made here, and those that this node made."""
+    """What happened since the node started.
+
+    Attributes:
+        served: calls that peers made here, by method.
+        called: calls that this node made, by method.
+        failures: tasks that failed; the log has the reasons.
+    """
 
     served: dict[str, MethodInfo]
     called: dict[str, MethodInfo]
+    failures: list[FailureInfo] = []
 
 
 class NodeInfo(Model):
@@ -318,6 +341,8 @@ class SwarmSummary(Model):
     num_members: int = 0
     alone: bool = False
     solved: bool = False
+    error: str | None = None
+    """What is wrong, while it is; of a run that has failed, why."""
 
 
 class MemberInfo(Model):
@@ -370,7 +395,6 @@ class SwarmDetail(SwarmSummary):
     curve: list[CurvePoint] = []
     results: str | None = None
     """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
-    error: str | None = None
     ticket: str = ""
     started_at: float | None = None
     """Unix seconds."""

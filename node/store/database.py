@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 from shoal.crdt.oplog import Fork, open_op, prove
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, ShoalError
+from shoal.protocol.errors import LimitError, ProtocolError, ResourceError, ShoalError
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES, MAX_OP_BYTES
 from shoal.protocol.signing import Signed
@@ -53,6 +53,10 @@ CREATE TABLE forks (
 
 class StorageError(ShoalError):
     """The node's file cannot be read or written; what was written before is still there, unless it is damaged."""
+
+
+class StorageFullError(StorageError, ResourceError):
+    """There is no space to write into the node's file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,7 +357,8 @@ class Storage:
         try:
             yield
         except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: {_advice(error)}") from error
+            is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            raise (StorageFullError if is_full else StorageError)(f"{self.path}: {_advice(error)}") from error
         except ProtocolError as error:
             raise StorageError(f"{self.path} is damaged ({error}); move it away, and the node starts afresh") from error
 

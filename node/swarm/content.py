@@ -17,8 +17,9 @@ from shoal.dht.blocks import split
 from shoal.dht.fetch import BlockArrived, BlockFailed, Done, Drop, Failed, Fetch, Request, Store, Tick, Wake
 from shoal.node.mesh.host import Host
 from shoal.node.store.database import Storage
+from shoal.node.supervise import open_plain_nursery
 from shoal.node.wire.contracts import Block, BlockRequest, ContentService
-from shoal.protocol.errors import RemoteError, ShoalError, Status
+from shoal.protocol.errors import Fault, RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import client
 
@@ -32,6 +33,8 @@ EVICT_AFTER: Final = 1 / 16
 
 class UnavailableError(ShoalError):
     """Nobody who could be asked gave the content."""
+
+    fault = Fault.REMOTE
 
 
 class ContentStore(ContentService):
@@ -72,6 +75,7 @@ class ContentStore(ContentService):
 
         Raises:
             UnavailableError: if no source gave it in time.
+            StorageError: if the disk cannot be read or written.
         """
         deadline = trio.current_time() + timeout_s
         fetch = Fetch(cid, sources, deadline=deadline, have=_Here(self), is_plain=is_plain)
@@ -79,7 +83,7 @@ class ContentStore(ContentService):
         received: dict[Cid, bytes] = {}
         event: BlockArrived | BlockFailed | Tick = Tick()
         result: bytes | str | None = None
-        async with trio.open_nursery() as nursery:
+        async with open_plain_nursery() as nursery:
             while result is None:
                 wake_at = deadline
                 for output in fetch.handle(event, trio.current_time()):

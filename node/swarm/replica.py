@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -177,6 +178,8 @@ class Replica:
         finally:
             for peer in {*self._neighbours, *self._missed}:
                 self._forget(peer)
+            self._nursery = None
+            self._neighbours.clear()
 
     # Peers come and go.
 
@@ -230,7 +233,7 @@ class Replica:
         neighbour = self._neighbours[peer] = _Neighbour()
         self._missed.pop(peer, None)
         self._host.want(peer, self.swarm)
-        self._nursery.start_soon(self._push_loop, peer, neighbour)
+        self._spawn(self._push_loop, peer, neighbour)
         self._queue(peer, presence=self._presence.newest())
         self._announce.set()
 
@@ -245,8 +248,8 @@ class Replica:
             ours = self._docs.version()
             ops = self._docs.missing(theirs, SYNC_BYTES)
             is_behind = self._docs.is_behind(theirs)
-        if is_behind and self._nursery is not None:
-            self._nursery.start_soon(self._sync_quietly, peer)
+        if is_behind:
+            self._spawn(self._sync_quietly, peer)
         return SyncAnswer(tuple(ops), {str(author): seq for author, seq in ours.items()})
 
     async def serve_ops(self, peer: PeerId, push: OpsPush) -> None:
@@ -266,6 +269,11 @@ class Replica:
         return self._presence.receive(record, trio.current_time()) is not None
 
     # Inside.
+
+    def _spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        if self._nursery is not None:
+            with suppress(RuntimeError):  # the nursery closes an instant before `run` ends
+                self._nursery.start_soon(function, *arguments)
 
     async def _take_ops(self, ops: Sequence[Signed], source: PeerId) -> int:
         async with self._store_lock:

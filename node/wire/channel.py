@@ -182,7 +182,7 @@ class Channel:
         Raises:
             RemoteError: with the far side's status; DEADLINE_EXCEEDED when the time is over; UNAVAILABLE when the
                 stream is gone; INTERNAL if the answer is not of the method's type.
-            LimitError: if the request is too big.
+            TooLargeError: if the request is too big.
         """
         body, attachments = encode_message(request)
         return self._call(method, body, attachments, timeout_s)

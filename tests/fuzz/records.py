@@ -20,7 +20,7 @@ from shoal.crdt.oplog import NO_OP, Fork, Op, op_hash, open_op
 from shoal.crdt.presence import Excess, Fresh, PresenceTable, TopicRule
 from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_MEMBERS, MAX_PRESENCE_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -118,7 +118,7 @@ def _step_honest_write(scene: _Scene, signer: Signer, _: int, data: bytes) -> No
     author = scene.authors[signer.peer_id]
     if author.version().heads.get(signer.peer_id) != scene.docs.version().heads.get(signer.peer_id):
         return  # it wrote something that the node did not take
-    with refusing(UsageError, LimitError):  # a `FrozenLogError` among them
+    with refusing(UsageError):  # a `FrozenLogError` among them
         sealed = author.write(signer, **{name: value for name, value in registers.items() if name != "signer"})
         scene.receive(sealed)
         require(sealed in scene.accepted, "an honest op was refused")

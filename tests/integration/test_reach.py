@@ -29,6 +29,7 @@ from shoal.node.reach.reach import MAX_INTRODUCED_ADDRESSES, Reach, open_reach
 from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES
 from shoal.node.store.database import Storage
+from shoal.node.supervise import Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
@@ -804,17 +805,17 @@ async def shown(one: Peer, home: Path) -> AsyncIterator[Node]:
     config.paths.create()
     storage = Storage(config.paths.database)
     try:
-        async with trio.open_nursery() as nursery:
+        async with Supervisor().open("node") as domain:
             swarms = Swarms(
                 signer=Signer(bytes([1]) * 32),
                 host=one.host,
                 storage=storage,
                 content=ContentStore(storage, one.host),
                 paths=config.paths,
-                nursery=nursery,
+                domain=domain,
             )
-            yield Node(config, one.host, one.reach, swarms, nursery.cancel_scope)
-            nursery.cancel_scope.cancel()
+            yield Node(config, one.host, one.reach, swarms, domain)
+            domain.cancel()
     finally:
         storage.close()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.protocol.codec import encode, to_plain
-from shoal.protocol.errors import LimitError, ProtocolError, ShoalError, SignatureError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, ShoalError, SignatureError, TooLargeError, UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -120,7 +120,7 @@ def test_what_a_manifest_says_reaches_no_terminal_as_it_is() -> None:
 def test_a_manifest_is_bounded() -> None:
     with pytest.raises(LimitError):
         open_manifest(*named(bytes(MAX_HEADER_BYTES + 1)))
-    with pytest.raises(ShoalError):
+    with pytest.raises(TooLargeError):
         sign_manifest(a_manifest(hyperparameters={"x": "x" * MAX_HEADER_BYTES}), ANN)
 
 

@@ -23,7 +23,7 @@ from shoal.crdt.oplog import (
     prove,
 )
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, SignatureError
+from shoal.protocol.errors import LimitError, ProtocolError, SignatureError, TooLargeError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -198,7 +198,7 @@ def test_a_log_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     log = a_log(ops[:2])
     with pytest.raises(LimitError):
         log.append(ops[2])
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         log.check_room()
     assert log.seq == 2
 

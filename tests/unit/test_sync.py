@@ -14,7 +14,7 @@ from shoal.crdt.document import Document
 from shoal.crdt.oplog import KIND, MAX_LAMPORT, NO_OP, FrozenLogError, Op, op_hash, open_op
 from shoal.crdt.sync import Head, Received, SwarmDocs, Version
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import ProtocolError, TooLargeError, UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -313,7 +313,7 @@ def test_a_write_that_fails_changes_nothing() -> None:
     docs = docs_of(ANN)
     with pytest.raises(UsageError):
         docs.write(ANN, policy=b"bytes")
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         docs.write(ANN, policy="x" * MAX_OP_BYTES)
     docs.write(ANN, policy=1)
     assert docs_of(BOB, all_ops(docs)).documents() == docs.documents()

@@ -1,0 +1,359 @@
+"""Nothing that fails in a node ends it: each background task in turn is made to raise, and the rest goes on.
+
+The tasks are read from the source, so that one that is added is in this test from then on.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import gc
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+
+import shoal.node
+from shoal.node.api.client import Client
+from shoal.node.api.schemas import FailureInfo, SwarmDetail
+from shoal.node.config import NodeConfig, ReachConfig
+from shoal.node.daemon import Node, run_node
+from shoal.node.identity import load_or_create_identity
+from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.store.database import Storage, StorageError, StoredSwarm
+from shoal.node.supervise import Policy, Supervisor
+from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.swarms import Swarms
+from shoal.node.wire.channel import Router
+from shoal.node.wire.contracts import SyncRequest
+from shoal.protocol.errors import RemoteError, UsageError
+from shoal.protocol.ids import Cid, SwarmId
+from shoal.protocol.signing import Signer
+from shoal.training.manifest import Manifest, sign_manifest
+from shoal.training.ticket import Ticket
+
+pytestmark = pytest.mark.trio
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+GENEROUS_S = 30.0
+STRANGER = Signer(b"s" * 32).peer_id
+ALIVE = ("storing", "starting")
+WHY = "it was made to fail"
+
+
+def supervised(source: str) -> Iterator[tuple[str, Policy]]:
+    """The tasks that a source starts in a failure domain, by name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            name, by = node.args[0], node.func.attr
+            policies = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "policy"]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str) and (policies or by == "call"):
+                yield name.value, Policy[policies[0].removeprefix("Policy.")] if policies else Policy.DROP
+
+
+SOURCES = [path for folder in shoal.node.__path__ for path in sorted(Path(folder).rglob("*.py"))]
+TASKS = dict(task for path in SOURCES for task in supervised(path.read_text(encoding="utf-8")))
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for what no event tells of."""
+    with trio.fail_after(GENEROUS_S):
+        while not holds():  # noqa: ASYNC110  see above
+            await trio.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _process() -> Iterator[None]:
+    """A node changes its process: how it takes signals, and what its collector looks at."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    gc.unfreeze()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@dataclass
+class Scene:
+    """A profile that is in two swarms, in which it stores."""
+
+    home: Path
+    role: str = "storage"
+    config: NodeConfig = field(init=False)
+    first: SwarmId = field(init=False)
+    second: SwarmId = field(init=False)
+
+    def __post_init__(self) -> None:
+        reach = ReachConfig(port_mapping=False)
+        self.config = NodeConfig(home=self.home, profile="p", listen=(LOOPBACK,), mdns=False, reach=reach)
+        self.config.paths.create()
+        self.signer = load_or_create_identity(self.config.paths.identity).signer
+        self.first, self.second = (self._joined(seed) for seed in (1, 2))
+
+    def _joined(self, seed: int) -> SwarmId:
+        manifest = Manifest(owner=self.signer.peer_id, task="gym:CartPole-v1", algorithm="ppo", seed=seed)
+        swarm, data = sign_manifest(manifest, self.signer)
+        role = self.role if seed == 1 else "storage"
+        with self.storage() as storage:
+            storage.add_swarm(StoredSwarm(swarm=swarm, manifest=data, role=role, joined_at=float(seed), addresses=()))
+        return swarm
+
+    def storage(self) -> _Stored:
+        return _Stored(self.config.paths.database)
+
+    def has_left(self) -> list[bool]:
+        with self.storage() as storage:
+            return [entry.has_left for entry in storage.list_swarms()]
+
+
+class _Stored:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Storage:
+        self._storage = Storage(self._path)
+        return self._storage
+
+    def __exit__(self, *_: object) -> None:
+        self._storage.close()
+
+
+@asynccontextmanager
+async def running(scene: Scene, seam: Callable[[str, str], None] | None = None) -> AsyncIterator[Node]:
+    """The whole node of a scene."""
+    async with trio.open_nursery() as nursery:
+        is_ready = trio.Event()
+        nodes: list[Node] = []
+
+        def on_ready(node: Node) -> None:
+            nodes.append(node)
+            is_ready.set()
+
+        nursery.start_soon(run_node, scene.config, on_ready, seam)
+        with trio.fail_after(GENEROUS_S):
+            await is_ready.wait()
+        yield nodes[0]
+        nodes[0].stop()
+
+
+async def ask(scene: Scene, swarm: SwarmId) -> tuple[SwarmDetail, list[FailureInfo]]:
+    """What the node's API says."""
+
+    def asks() -> tuple[SwarmDetail, list[FailureInfo]]:
+        with Client(scene.config.paths, scene.config.profile) as client:
+            return client.swarm(swarm), client.metrics().failures
+
+    return await trio.to_thread.run_sync(asks)
+
+
+# --- each task -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_tasks_are_found() -> None:
+    assert {"living", "replica", "run", "following the host", "the local API"} <= TASKS.keys()
+    source = "domain.start_soon('a', f, policy=Policy.END)\nd.call('b', f)\nnursery.start_soon(f)\nx.start('c', f)"
+    assert list(supervised(source)) == [("a", Policy.END), ("b", Policy.DROP)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+async def test_the_node_and_its_other_swarm_live_on_when_a_task_fails(
+    task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(tmp_path)
+    failed_in: list[str] = []
+    begun: list[tuple[str, str]] = []
+
+    def seam(domain: str, name: str) -> None:
+        begun.append((domain, name))
+        if name == task and not failed_in and str(scene.second) not in domain:
+            failed_in.append(domain)
+            raise ZeroDivisionError(WHY)
+
+    async with running(scene, seam) as node:
+        async with stranger(node):
+            await until(node.peers)
+        await until(lambda: failed_in)
+        domain = failed_in[0]
+        if TASKS[task] is Policy.RESTART:
+            await until(lambda: begun.count((domain, task)) >= 2)
+        expected = ("failed",) if TASKS[task] is Policy.END and str(scene.first) in domain else ALIVE
+        await until(lambda: scene.first in node.node().swarms and node.swarm(scene.first).phase in expected)
+        await until(lambda: Path(scene.config.paths.api).exists())
+
+        other, failures = await ask(scene, scene.second)
+        assert other.phase in ALIVE
+        assert other.error is None
+        counted = [each for each in failures if each.task == task]
+        assert [(each.fault, each.count) for each in counted] == [("own", 1)]
+        told = [record for record in caplog.records if WHY in record.getMessage()]
+        assert len(told) == 1
+        assert f"{domain}: {task} failed" in told[0].getMessage()
+        assert told[0].exc_info is not None
+    assert scene.has_left() == [False, False]
+
+
+@asynccontextmanager
+async def stranger(node: Node) -> AsyncIterator[Host]:
+    """A host that connects to the node, and goes again."""
+    router = Router()
+    async with open_host(secret=bytes(32), listen=[LOOPBACK], bootstrap=[], mdns=False, router=router) as host:
+        await host.connect(node.node().addresses)
+        yield host
+
+
+# --- a swarm that ends -----------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def swarms_of(scene: Scene) -> AsyncIterator[Swarms]:
+    """The swarms of a scene, without the rest of the node."""
+    router = Router()
+    secret = load_or_create_identity(scene.config.paths.identity).secret
+    with scene.storage() as storage, trio.fail_after(GENEROUS_S):
+        async with (
+            Supervisor().open("node") as domain,
+            open_host(secret=secret, listen=[LOOPBACK], bootstrap=[], mdns=False, router=router) as host,
+        ):
+            swarms = Swarms(
+                signer=scene.signer,
+                host=host,
+                storage=storage,
+                content=ContentStore(storage, host),
+                paths=scene.config.paths,
+                domain=domain,
+            )
+            for service in swarms.services():
+                router.add(service)
+            await swarms.take_up()
+            yield swarms
+            domain.cancel()
+
+
+async def fails() -> None:
+    raise ZeroDivisionError(WHY)
+
+
+async def end_by_a_failure(swarms: Swarms, swarm: SwarmId) -> None:
+    await until(lambda: swarm in swarms.joined and str(swarms.get(swarm).phase) == "storing")
+    domain = swarms.get(swarm).domain
+    assert domain is not None
+    domain.start_soon("a task", fails, policy=Policy.END)
+    await until(lambda: swarms.get(swarm).failure)
+
+
+async def test_a_swarm_that_ends_by_a_failure_is_shown_as_failed_and_is_not_left(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with swarms_of(scene) as swarms:
+        await end_by_a_failure(swarms, scene.first)
+        failed = swarms.get(scene.first)
+        assert str(failed.phase) == "failed"
+        assert failed.error is not None
+        assert WHY in failed.error
+        assert str(swarms.get(scene.second).phase) == "storing"
+    assert scene.has_left() == [False, False]
+    async with swarms_of(scene) as swarms:
+        await until(lambda: scene.first in swarms.joined and str(swarms.get(scene.first).phase) == "storing")
+        assert swarms.get(scene.first).error is None
+
+
+async def test_a_swarm_that_failed_is_entered_again_when_it_is_joined_again(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with swarms_of(scene) as swarms:
+        await end_by_a_failure(swarms, scene.first)
+        await swarms.join(Ticket.parse(swarms.ticket(scene.first)), "storage")
+        assert str(swarms.get(scene.first).phase) == "storing"
+        assert swarms.get(scene.first).error is None
+
+
+async def test_a_swarm_that_failed_can_be_left(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with swarms_of(scene) as swarms:
+        await end_by_a_failure(swarms, scene.first)
+        await swarms.leave(scene.first)
+        with pytest.raises(UsageError):
+            swarms.get(scene.first)
+    assert scene.has_left() == [True, False]
+
+
+async def test_a_peer_that_calls_and_comes_and_goes_while_a_swarm_is_left_harms_nobody(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with swarms_of(scene) as swarms, trio.open_nursery() as nursery:
+        await until(lambda: len(swarms.joined) == 2 and all(each.domain for each in swarms.joined.values()))
+        membership = swarms.get(scene.first)
+        domain, replica = membership.domain, membership.replica
+        assert domain is not None
+        nursery.start_soon(swarms.leave, scene.first)
+        while scene.first in swarms.joined:
+            for event in (PeerUp(STRANGER), PeerDown(STRANGER), PeerUp(STRANGER)):
+                swarms.handle(event)
+            await replica.serve_sync(STRANGER, SyncRequest(scene.first, {str(scene.signer.peer_id): 99}))
+            await trio.sleep(0.01)
+        await replica.serve_sync(STRANGER, SyncRequest(scene.first, {str(scene.signer.peer_id): 99}))
+        with pytest.raises(RemoteError, match="not in"):
+            swarms.replica(scene.first)
+        assert not domain.supervisor.failures
+        assert str(swarms.get(scene.second).phase) == "storing"
+    assert scene.has_left() == [True, False]
+
+
+async def test_content_that_cannot_be_read_is_one_error_and_not_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path)
+    async with swarms_of(scene) as swarms:
+        content = next(each for each in swarms.services() if isinstance(each, ContentStore))
+
+        def get_block(*_: object) -> bytes:
+            raise StorageError("the disk failed")
+
+        monkeypatch.setattr(Storage, "get_block", get_block)
+        with pytest.raises(StorageError, match="the disk failed"):
+            await content.get(Cid.of_block(b"x"), (), keep=False)
+
+
+# --- what a machine lacks --------------------------------------------------------------------------------------------
+
+
+async def test_a_start_without_the_train_extra_keeps_the_run_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, role="learner")
+    monkeypatch.setattr("shoal.node.swarm.workers.TRAINING_MODULES", ("a_module_that_is_not_there",))
+    async with running(scene) as node:
+        await until(lambda: node.swarm(scene.first).phase == "failed")
+        shown, _ = await ask(scene, scene.first)
+        assert shown.error is not None
+        assert "pip install 'shoal[train]'" in shown.error
+        await until(lambda: node.swarm(scene.second).phase == "storing")
+        (listed,) = [summary for summary in node.swarms() if summary.swarm == scene.first]
+        assert (listed.phase, listed.error) == ("failed", shown.error)
+    assert scene.has_left() == [False, False]
+
+
+async def test_a_worker_that_gets_no_descriptors_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(tmp_path, role="learner")
+    tries: list[float] = []
+
+    async def open_process(*_: object, **__: object) -> trio.Process:
+        tries.append(trio.current_time())
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("trio.lowlevel.open_process", open_process)
+    async with running(scene) as node:
+        await until(lambda: len(tries) >= 3)
+        await until(lambda: node.swarm(scene.first).phase == "failed")
+        shown, failures = await ask(scene, scene.first)
+        assert shown.error is not None
+        assert "ulimit -n" in shown.error
+        assert {(each.task, each.fault) for each in failures} == {("living", "resource")}
+        assert node.swarm(scene.second).phase == "storing"
+    assert tries[1] - tries[0] >= 0.5
+    assert tries[2] - tries[1] >= 1
+    assert all(record.exc_info is None for record in caplog.records)
+    assert scene.has_left() == [False, False]
