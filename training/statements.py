@@ -226,7 +226,7 @@ TOPIC_OF: Final = {kind: topic for topic, kind in TOPICS.items()}
 
 TOPIC_RULES: Final = {
     "facts": TopicRule(max_bytes=768, per_s=4, burst=16),
-    "addresses": TopicRule(max_bytes=6144, per_s=0.2, burst=4),
+    "addresses": TopicRule(max_bytes=10_240, per_s=0.5, burst=8),
     "offer": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),
     "proposal": TopicRule(max_bytes=6144, keep=4, per_s=200, burst=400),
     "vote": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-import pytest
+from dataclasses import dataclass
 
 from shoal.crdt.gossip import (
-    MAX_HAVE,
-    MAX_SAMPLE,
-    MAX_STEPS,
-    MAX_WANT,
-    Ask,
     ContactDown,
     ContactUp,
     Control,
@@ -35,7 +26,6 @@ from shoal.crdt.gossip import (
     Tick,
     Told,
     Wake,
-    Walk,
 )
 from shoal.protocol.ids import PeerId
 from shoal.protocol.sim import Links, Network

@@ -22,7 +22,7 @@ from shoal.crdt.presence import (
     record_hash,
 )
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, SignatureError, TooLargeError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, SignatureError, UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_PRESENCE_BYTES
 from shoal.protocol.signing import Signed, Signer
