@@ -25,13 +25,7 @@ from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.learner import Run
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.workers import can_train, require_training
-from shoal.node.wire.contracts import (
-    OpsPush,
-    PresencePush,
-    SwarmService,
-    SyncAnswer,
-    SyncRequest,
-)
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, Service, current_call
@@ -218,7 +212,7 @@ class Swarms:
         replica = Replica(
             swarm,
             self._signer,
-            SwarmDocs(swarm, me, stored),
+            SwarmDocs(swarm, me, stored, await trio.to_thread.run_sync(self._storage.load_forks, swarm)),
             PresenceTable(swarm, me, started_at=int(time.time() * 1000)),
             self._storage,
             self._host,
@@ -376,10 +370,6 @@ class _SwarmCalls(SwarmService):
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         return await self._swarms.replica(request.swarm).serve_sync(current_call().peer, request)
 
-    async def push_ops(self, request: OpsPush) -> Empty:
-        await self._swarms.replica(request.swarm).serve_ops(current_call().peer, request)
-        return Empty()
-
-    async def push_presence(self, request: PresencePush) -> Empty:
-        await self._swarms.replica(request.swarm).serve_presence(current_call().peer, request)
+    async def gossip(self, request: GossipPush) -> Empty:
+        await self._swarms.replica(request.swarm).serve_gossip(current_call().peer, request)
         return Empty()
