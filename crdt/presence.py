@@ -437,6 +437,10 @@ class PresenceTable:
             return {peer: facts for peer, facts in self._live.items() if now < self._authors[peer].expires_at}
         return MappingProxyType(self._live)
 
+    def knows(self, peer: PeerId) -> bool:
+        """Whether something by this other peer is held, though it may be gone."""
+        return peer in self._authors
+
     def statements(self, author: PeerId, topic: str) -> list[tuple[Facts, bytes]]:
         """What is held of a live author on a topic, oldest first: the facts, and the record's hash."""
         if author == self.own:

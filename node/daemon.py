@@ -57,7 +57,7 @@ from shoal.node.reach.reach import Reach, open_reach
 from shoal.node.store.database import Storage
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
-from shoal.node.swarm.swarms import Membership, Swarms
+from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
 from shoal.node.wire.bench import Bench, BenchServer
 from shoal.node.wire.channel import Router
@@ -65,7 +65,7 @@ from shoal.node.wire.contracts import NodeService
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, client
-from shoal.training.facts import Facts, Phase
+from shoal.training.statements import Facts, Phase
 from shoal.training.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -217,8 +217,8 @@ class Node:
         for peer, state in self._host.connected.items():
             nodes[peer] = MeshNode(peer_id=peer, addresses=[state.address])
         for joined in self._swarms.joined.values():
-            for peer, facts in joined.replica.live.items():
-                nodes.setdefault(peer, MeshNode(peer_id=peer, addresses=list(facts.addresses)))
+            for peer in joined.replica.live:
+                nodes.setdefault(peer, MeshNode(peer_id=peer, addresses=list(joined.replica.addresses(peer))))
         for peer, node in nodes.items():
             in_swarms = [s for s, joined in self._swarms.joined.items() if peer == me or peer in joined.replica.live]
             nodes[peer] = node.model_copy(update={"swarms": in_swarms})
@@ -398,56 +398,58 @@ class Node:
                 await self._swarms.changed.wait()
             await trio.sleep(EVENT_INTERVAL_S)
 
-    def _detail(self, joined: Membership) -> SwarmDetail:
-        run, manifest, status, replica = joined.run, joined.manifest, joined.run.status, joined.replica
+    def _detail(self, joined: Joined) -> SwarmDetail:
+        run, manifest, replica = joined.run, joined.manifest, joined.replica
+        policy, progress = run.policy, run.core.progress
         documents = replica.documents()
         found = evaluations(documents)
         points = [CurvePoint(epoch=int(p[0]), env_steps=int(p[1]), mean_return=p[2]) for p in run.curve()]
         people = self._members(joined)
-        mean_return = status.final.mean_return if status.final else (found[-1].mean_return if found else None)
+        mean_return = progress.final.mean_return if progress.final else (found[-1].mean_return if found else None)
         return SwarmDetail(
             swarm=run.swarm,
             task=manifest.task,
             algorithm=manifest.algorithm,
             role=str(run.role),
             phase=str(joined.phase),
-            epoch=status.epoch,
+            epoch=0 if policy is None else policy.epoch,
             mean_return=mean_return,
             target_return=manifest.target_return,
-            env_steps=status.env_steps,
+            env_steps=0 if policy is None else policy.env_steps,
             num_members=sum(member.live for member in people),
             alone=not replica.live,
-            solved=status.solved,
+            solved=progress.solved,
             mode=str(manifest.mode),
             owner=manifest.owner,
-            training_return=status.training_return,
+            training_return=run.training_return,
             max_env_steps=manifest.max_env_steps,
             batch_size=manifest.batch_size,
             steps_per_s=round(sum(member.steps_per_s for member in people if member.live), 1),
             members=people,
-            digest=status.digest,
-            policy_cid=status.cid,
-            alone_since=status.alone_since,
-            trained_alone=status.trained_alone,
+            digest=(policy.digest or None) if policy else None,
+            policy_cid=policy.cid if policy else None,
+            alone_since=run.alone_since,
+            trained_alone=run.core.trained_alone,
             curve=points,
-            results=None if status.results is None else str(status.results),
+            results=None if run.results is None else str(run.results),
             error=joined.error,
             ticket=self._swarms.ticket(run.swarm),
-            started_at=status.started_at,
-            elapsed_s=round((status.ended_at or time.time()) - status.started_at, 3),
+            started_at=run.started_at,
+            elapsed_s=round((run.ended_at or time.time()) - run.started_at, 3),
         )
 
-    def _members(self, joined: Membership) -> list[MemberInfo]:
+    def _members(self, joined: Joined) -> list[MemberInfo]:
         replica, me = joined.replica, self._host.peer_id
         documents = replica.documents()
         contributed = contributions(documents)
         total = sum(entry.env_steps for entry in contributed.values())
-        listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in replica.live.items()}
+        told = joined.run.core.live
+        listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in told.items()}
         listed |= {peer: known.role for peer, known in members(documents).items() if not known.left}
         listed[me] = str(joined.run.role)
         found = []
         for peer, role in sorted(listed.items()):
-            live: Facts | None = replica.facts if peer == me else replica.live.get(peer)
+            live: Facts | None = joined.run.core.facts() if peer == me else told.get(peer)
             given = contributed.get(peer)
             found.append(
                 MemberInfo(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import lru_cache
 from typing import Final, Self
 
 import base58
@@ -19,6 +20,7 @@ from shoal.protocol.errors import UsageError
 
 _PEER_PREFIX: Final = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])  # identity multihash, 36 bytes, protobuf Ed25519
 _MAX_PEER_CHARS: Final = 64  # an Ed25519 peer id has 52
+_MAX_REMEMBERED: Final = 4096  # peer ids whose key is at hand: a name is read with each signed thing of its author
 _CID_PREFIX_RAW: Final = bytes([0x01, 0x55, 0x12, 0x20])  # CIDv1, raw, sha2-256, 32 bytes
 _CID_PREFIX_MSGPACK: Final = bytes([0x01, 0x81, 0x04, 0x12, 0x20])  # CIDv1, messagepack, sha2-256, 32 bytes
 
@@ -35,16 +37,7 @@ class PeerId(str):
         Raises:
             UsageError: if it is not the base58 form of an Ed25519 peer id.
         """
-        if len(text) > _MAX_PEER_CHARS:  # decoding takes time that grows with the square of the length
-            raise UsageError(f"{text[:80]!r}… is too long for a peer id; one looks like 12D3KooW…")
-        try:
-            raw = base58.b58decode(text)
-        except ValueError as error:
-            raise UsageError(f"{text[:80]!r} is not a peer id; one looks like 12D3KooW…") from error
-        if base58.b58encode(raw).decode() != text:  # the decoder drops white space; a name has one spelling
-            raise UsageError(f"{text[:80]!r} is not a peer id; leave out the white space")
-        if len(raw) != len(_PEER_PREFIX) + 32 or not raw.startswith(_PEER_PREFIX):
-            raise UsageError(f"{text[:80]!r} is not an Ed25519 peer id; one looks like 12D3KooW…")
+        _public_key_in(text)
         return cls(text)
 
     @classmethod
@@ -55,7 +48,22 @@ class PeerId(str):
     @property
     def public_key(self) -> bytes:
         """The raw 32-byte Ed25519 public key inside the name."""
-        return base58.b58decode(str(self))[len(_PEER_PREFIX) :]
+        return _public_key_in(str(self))
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _public_key_in(text: str) -> bytes:
+    if len(text) > _MAX_PEER_CHARS:  # decoding takes time that grows with the square of the length
+        raise UsageError(f"{text[:80]!r}… is too long for a peer id; one looks like 12D3KooW…")
+    try:
+        raw = base58.b58decode(text)
+    except ValueError as error:
+        raise UsageError(f"{text[:80]!r} is not a peer id; one looks like 12D3KooW…") from error
+    if base58.b58encode(raw).decode() != text:  # the decoder drops white space; a name has one spelling
+        raise UsageError(f"{text[:80]!r} is not a peer id; leave out the white space")
+    if len(raw) != len(_PEER_PREFIX) + 32 or not raw.startswith(_PEER_PREFIX):
+        raise UsageError(f"{text[:80]!r} is not an Ed25519 peer id; one looks like 12D3KooW…")
+    return raw[len(_PEER_PREFIX) :]
 
 
 class Cid(str):

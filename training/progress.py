@@ -10,7 +10,7 @@ from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import PeerId
 from shoal.training.manifest import Role
 from shoal.training.run_events import Collected
-from shoal.training.statements import Facts, Phase
+from shoal.training.statements import MAX_RATE, Facts, Phase
 
 FACTS_GAP_S: Final = 0.5
 """Between two reports of progress, in a small swarm; as many reports reach a member of a large one."""
@@ -78,6 +78,19 @@ class Progress:
             self._rate_since, self._rate_steps = now - half, int(self._rate_steps * half / elapsed)
         self.steps_per_s = self._rate_steps / max(now - self._rate_since, 0.5)
 
+    def facts(self, role: Role, epoch: int) -> Facts:
+        """What this node says of itself."""
+        return Facts(
+            role=role,
+            phase=self.phase,
+            epoch=epoch,
+            step=self.step,
+            samples=self.samples,
+            env_steps=self.own_env_steps,
+            steps_per_s=0.0 if self.phase is Phase.DONE else round(min(self.steps_per_s, MAX_RATE), 1),
+            speed=round(min(self.speed, MAX_RATE), 1),
+        )
+
     def to_tell(self, role: Role, epoch: int, num_live: int, now: float) -> Facts | None:
         """What the others are to be told now: at once what they act by, the rest now and then; None if nothing."""
         told = (self.phase, epoch, self.step, self.samples, self.own_env_steps)
@@ -85,16 +98,7 @@ class Progress:
         said = self._said
         if told == self._told or (not is_late and (num_live > FEW or (said is not None and self.phase is said.phase))):
             return None
-        facts = Facts(
-            role=role,
-            phase=self.phase,
-            epoch=epoch,
-            step=self.step,
-            samples=self.samples,
-            env_steps=self.own_env_steps,
-            steps_per_s=0.0 if self.phase is Phase.DONE else round(self.steps_per_s, 1),
-            speed=round(self.speed, 1),
-        )
+        facts = self.facts(role, epoch)
         is_urgent = said is None or (
             facts.phase is not said.phase
             and (facts.phase in BUSY or (facts.phase is Phase.UPDATING and facts.step == 0))

@@ -224,6 +224,10 @@ class Run:
         """How long a round waits for those who have not come, and then for one who says nothing."""
         return self._waits[0].offers_s + self._waits[0].silence_s
 
+    def facts(self) -> Facts:
+        """What this node says of itself."""
+        return self.progress.facts(self._role, 0 if self.policy is None else self.policy.epoch)
+
     @property
     def trained_alone(self) -> bool:
         """Whether there were rounds and nobody else was in any."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from shoal.crdt.oplog import Fork
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
@@ -28,22 +29,16 @@ from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
-from shoal.node.swarm.learner import Run
 from shoal.node.swarm.replica import Replica
+from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
-from shoal.node.wire.contracts import (
-    OpsPush,
-    PresencePush,
-    SwarmService,
-    SyncAnswer,
-    SyncRequest,
-)
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signed, Signer
-from shoal.training.facts import Facts, Phase
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
+from shoal.training.statements import TOPIC_RULES, Phase
 from shoal.training.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -51,15 +46,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROVIDE_INTERVAL_S: Final = 60.0
-PROVIDE_RETRY_S: Final = 5.0
-PROVIDE_PAUSE_S: Final = 1.0
 LOOKUPS: Final = 3
+LOOKUP_PAUSE_S: Final = 1.0
 TICKET_ADDRESSES: Final = 8
 
 
 @dataclass(slots=True)
-class Membership:
+class Joined:
     """One swarm that this node is in.
 
     Attributes:
@@ -69,7 +62,7 @@ class Membership:
     """
 
     manifest: Manifest
-    run: Run
+    run: Runner
     replica: Replica
     home: Domain
     domain: Domain | None = None
@@ -78,12 +71,12 @@ class Membership:
     @property
     def phase(self) -> Phase:
         """What this node does in it now."""
-        return self.replica.facts.phase if self.failure is None else Phase.FAILED
+        return self.run.core.progress.phase if self.failure is None else Phase.FAILED
 
     @property
     def error(self) -> str | None:
         """What is wrong, if something is."""
-        return self.run.status.error if self.failure is None else self.failure
+        return self.run.error if self.failure is None else self.failure
 
 
 class Swarms:
@@ -99,9 +92,8 @@ class Swarms:
         paths: ProfilePaths,
         domain: Domain,
     ) -> None:
-        self.joined: dict[SwarmId, Membership] = {}
+        self.joined: dict[SwarmId, Joined] = {}
         self.changed = Signal()
-        self._peer_came = Signal()
         self._signer = signer
         self._host = host
         self._storage = storage
@@ -109,7 +101,7 @@ class Swarms:
         self._paths = paths
         self._domain = domain
 
-    def get(self, swarm: SwarmId) -> Membership:
+    def get(self, swarm: SwarmId) -> Joined:
         """One of them.
 
         Raises:
@@ -123,8 +115,9 @@ class Swarms:
     def ticket(self, swarm: SwarmId) -> str:
         """A ticket for a swarm, with this node's and some other members' addresses."""
         addresses = [*self._host.addresses()]
-        for facts in self.get(swarm).replica.live.values():
-            addresses += facts.addresses
+        replica = self.get(swarm).replica
+        for member in replica.live:
+            addresses += replica.addresses(member)
         return str(Ticket(swarm, tuple(dict.fromkeys(addresses))[:TICKET_ADDRESSES]))
 
     # What a person does.
@@ -289,10 +282,11 @@ class Swarms:
         """One swarm from entering it until it is left, or until a failure ends it."""
         has_begun = False
         # Shown from now on; nothing may be written before what is stored has been read.
-        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, ())
+        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), ())
         try:
             stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
-            membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, stored)
+            forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
+            membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, stored, forks)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
                 membership.domain = domain
                 await self._begin(membership, domain, entry)
@@ -311,15 +305,18 @@ class Swarms:
                 self.joined.pop(entry.swarm, None)
             self.changed.set()
 
-    def _membership(self, home: Domain, entry: StoredSwarm, manifest: Manifest, stored: Sequence[Signed]) -> Membership:
+    def _membership(
+        self, home: Domain, entry: StoredSwarm, manifest: Manifest, stored: Sequence[Signed], forks: Sequence[Fork]
+    ) -> Joined:
         swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
-        docs = SwarmDocs(swarm, me, stored)
-        presence = PresenceTable(swarm, me, started_at=int(time.time() * 1000))
-        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, Facts(role=role))
-        run = Run(manifest, swarm, me, role, replica, self._content, self._paths.swarm(swarm))
-        return Membership(manifest, run, replica, home)
+        docs = SwarmDocs(swarm, me, stored, forks)
+        presence = PresenceTable(swarm, me, int(time.time() * 1000), TOPIC_RULES)
+        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host)
+        folder = self._paths.swarm(swarm)
+        run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder)
+        return Joined(manifest, run, replica, home)
 
-    async def _begin(self, membership: Membership, domain: Domain, entry: StoredSwarm) -> None:
+    async def _begin(self, membership: Joined, domain: Domain, entry: StoredSwarm) -> None:
         run, replica = membership.run, membership.replica
         await domain.start("replica", self._keep_in_step, membership, policy=Policy.RESTART)
         await domain.start("run", run.run, policy=Policy.RESTART)
@@ -327,38 +324,25 @@ class Swarms:
         register = {"role": str(run.role), "left": False}
         if replica.documents().get(self._signer.peer_id, {}).get("member") != register:
             await replica.write(member=register)
-        domain.start_soon("providing", self._provide, run.swarm, policy=Policy.RESTART)
-        domain.start_soon("telling changes", self._forward_changes, replica, policy=Policy.RESTART)
+        domain.start_soon("providing", self._host.keep_provided, run.swarm, policy=Policy.RESTART)
+        domain.start_soon("telling changes", self._forward_changes, replica.changed, policy=Policy.RESTART)
+        domain.start_soon("telling progress", self._forward_changes, run.changed, policy=Policy.RESTART)
 
-    async def _keep_in_step(
-        self, membership: Membership, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _keep_in_step(self, membership: Joined, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the replica, which begins knowing nobody."""
         for peer in self._host.connected:
             self._catch_up(membership, peer)
         await membership.replica.run(task_status)
 
-    def _catch_up(self, membership: Membership, peer: PeerId) -> None:
+    def _catch_up(self, membership: Joined, peer: PeerId) -> None:
         if membership.domain is not None:
             of_peer = membership.domain.inside("peer", f"{peer} in {membership.run.swarm}")
             of_peer.start_soon("catching up", membership.replica.peer_up, peer, policy=Policy.DROP)
 
-    async def _forward_changes(self, replica: Replica) -> None:
+    async def _forward_changes(self, signal: Signal) -> None:
         while True:
             self.changed.set()
-            await replica.changed.wait()
-
-    async def _provide(self, swarm: SwarmId) -> None:
-        """Be found in the DHT by those whose ticket's addresses are all gone."""
-        while True:
-            try:
-                provided = bool(self._host.connected) and await self._host.provide(swarm)
-            except Exception as error:
-                log.info("announcing %s in the DHT failed: %s", swarm, error)
-                provided = False
-            with trio.move_on_after(PROVIDE_INTERVAL_S if provided else PROVIDE_RETRY_S):
-                await self._peer_came.wait()
-                await trio.sleep(PROVIDE_PAUSE_S)  # several come at once
+            await signal.wait()
 
     # Reaching members.
 
@@ -373,7 +357,7 @@ class Swarms:
                 break
             reached = await self._connect_any([list(a) for a in await self._host.find_providers(ticket.swarm)])
             if not reached:
-                await trio.sleep(PROVIDE_PAUSE_S)
+                await trio.sleep(LOOKUP_PAUSE_S)
         if not reached and must:
             raise NoPeersError(
                 f"no member of {ticket.swarm} can be reached: tried {', '.join(ticket.addresses) or 'no addresses'}; "
@@ -425,8 +409,6 @@ class Swarms:
                     self._catch_up(membership, peer)
                 case PeerDown(peer):
                     membership.domain.call("losing a peer", membership.replica.peer_down, peer)
-        if isinstance(event, PeerUp):
-            self._peer_came.set()
         self.changed.set()
 
     def replica(self, swarm: SwarmId) -> Replica:
@@ -450,10 +432,6 @@ class _SwarmCalls(SwarmService):
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         return await self._swarms.replica(request.swarm).serve_sync(current_call().peer, request)
 
-    async def push_ops(self, request: OpsPush) -> Empty:
-        await self._swarms.replica(request.swarm).serve_ops(current_call().peer, request)
-        return Empty()
-
-    async def push_presence(self, request: PresencePush) -> Empty:
-        await self._swarms.replica(request.swarm).serve_presence(current_call().peer, request)
+    async def gossip(self, request: GossipPush) -> Empty:
+        await self._swarms.replica(request.swarm).serve_gossip(current_call().peer, request)
         return Empty()

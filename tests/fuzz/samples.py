@@ -8,8 +8,10 @@ import types
 import typing
 from typing import Any
 
+from shoal.crdt.gossip_messages import Ask, Control, Walk
 from shoal.crdt.oplog import Op
 from shoal.crdt.presence import Presence
+from shoal.crdt.sync import Head
 from shoal.dht.manifests import ContentManifest
 from shoal.node.wire.bulk import ID_BYTES, BulkRef
 from shoal.protocol.ids import Cid, PeerId, SwarmId
@@ -31,6 +33,9 @@ _WHOLE: tuple[object, ...] = (
     Presence(
         swarm=SWARM, author=ALICE.peer_id, topic="facts", started_at=1, seq=1, every_s=1.0, facts={"role": "learner"}
     ),
+    Head(seq=7, hash=bytes(32), fork=9, stands=bytes(32)),
+    Walk(ALICE.peer_id, 3),
+    Control(have=(bytes(16),), want=(bytes(16),), neighbour=Ask.JOIN, walks=(Walk(ALICE.peer_id, 3),)),
     _PROPOSAL,
     BulkRef(bytes(ID_BYTES), 7),
     Facts(role=Role.LEARNER, phase=Phase.EXCHANGING, addresses=("/ip4/127.0.0.1",), proposal=_PROPOSAL),

@@ -126,6 +126,8 @@ def test_a_dropped_peer_is_gone_until_heard_newer() -> None:
     assert not ann.drop(BOB.peer_id)
     assert not ann.drop(CAT.peer_id)
     assert ann.live(0.0) == {}
+    assert ann.knows(BOB.peer_id)
+    assert not ann.knows(CAT.peer_id)
     assert ann.expire(9.0) == []
     assert isinstance(ann.receive(seal(), 1.0), Known)
     ann.receive(seal(seq=2), 1.0)
