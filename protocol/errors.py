@@ -71,6 +71,10 @@ class LimitError(ProtocolError):
     """A peer sent, or a caller asked to send, more than a limit allows."""
 
 
+class UnknownFieldError(ProtocolError):
+    """What must be understood whole has a field that this version does not know."""
+
+
 class SignatureError(ProtocolError):
     """A signature does not match its author and content."""
 

@@ -28,6 +28,7 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training.algorithms import Exchange, Learner, UpdateStats, load_algorithm
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
+from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.tasks import load_task
 from shoal.training.worker_calls import (
@@ -78,8 +79,9 @@ class Worker:
     def open(self, request: Open) -> StateAnswer:
         """Set up the run and give its initial state."""
         manifest = request.manifest
-        task = load_task(manifest.task)
-        self._learner = load_algorithm(manifest.algorithm).learner(manifest, task, peer=request.peer)
+        task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+        check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
+        self._learner = algorithm.learner(manifest, task, peer=request.peer)
         return self._state(0, 0)
 
     def load(self, request: Load) -> StateAnswer:

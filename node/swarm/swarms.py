@@ -38,6 +38,7 @@ from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signer
 from shoal.training.facts import Facts
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
+from shoal.training.requirements import check_here
 from shoal.training.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         role = self._role(request.role)
-        target_return = await self._check_task(request.task, request.algorithm)
+        target_return, requires = await self._check_task(request.task, request.algorithm)
         manifest = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
@@ -128,6 +129,7 @@ class Swarms:
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
             created_at=int(time.time()),
+            requires=requires,
         )
         swarm, data = sign_manifest(manifest, self._signer)
         await self._enter(swarm, data, role, addresses=())
@@ -189,8 +191,8 @@ class Swarms:
             require_training()
         return role
 
-    async def _check_task(self, task: str, algorithm: str) -> float | None:
-        """Whether both are installed here; gives the task's own target."""
+    async def _check_task(self, task: str, algorithm: str) -> tuple[float | None, dict[str, int]]:
+        """Whether both are installed here; gives the task's own target, and what members of a run must have."""
         require_training()
         result = await trio.run_process(
             [sys.executable, "-m", "shoal.training.tasks", task, algorithm],
@@ -205,13 +207,13 @@ class Swarms:
             raise ShoalError(f"the task {task!r} could not be looked up; the node's log says why") from error
         if "error" in answer:
             raise UsageError(answer["error"])
-        target: float | None = answer["target_return"]
-        return target
+        return answer["target_return"], answer["requires"]
 
     async def _enter(
         self, swarm: SwarmId, data: bytes, role: Role, addresses: tuple[str, ...], *, wait: bool = True
     ) -> None:
         manifest = open_manifest(swarm, data)
+        check_here(manifest, role)
         stored = await trio.to_thread.run_sync(self._storage.load_ops, swarm)
         me = self._signer.peer_id
         facts = Facts(role=role)

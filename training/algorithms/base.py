@@ -121,6 +121,7 @@ class Algorithm(Protocol):
 
     name: str
     version: int
+    """Raised when the same samples and merges would lead to other parameters, or its state has another form."""
 
     def learner(self, manifest: Manifest, task: Task, *, peer: PeerId) -> Learner:
         """A learner in its initial state, which is the same on every peer.
