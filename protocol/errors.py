@@ -102,6 +102,10 @@ class LimitError(ProtocolError):
     """A peer sent more than a limit allows; when this side would, that is a `TooLargeError`."""
 
 
+class UnknownFieldError(ProtocolError):
+    """What must be understood whole has a field that this version does not know."""
+
+
 class SignatureError(ProtocolError):
     """A signature does not match its author and content."""
 

@@ -38,6 +38,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
+from shoal.training.requirements import check_here
 from shoal.training.statements import TOPIC_RULES, Phase
 from shoal.training.ticket import Ticket
 
@@ -129,7 +130,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         role = self._role(request.role)
-        target_return = await self._check_task(request.task, request.algorithm)
+        target_return, requires = await self._check_task(request.task, request.algorithm)
         manifest = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
@@ -144,6 +145,7 @@ class Swarms:
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
             created_at=int(time.time()),
+            requires=requires,
         )
         swarm, data = sign_manifest(manifest, self._signer)
         await self._enter(self._entry(swarm, data, role), is_new=True)
@@ -218,8 +220,8 @@ class Swarms:
             require_training()
         return role
 
-    async def _check_task(self, task: str, algorithm: str) -> float | None:
-        """Whether both are installed here; gives the task's own target."""
+    async def _check_task(self, task: str, algorithm: str) -> tuple[float | None, dict[str, int]]:
+        """Whether both are installed here; gives the task's own target, and what members of a run must have."""
         require_training()
         result = await trio.run_process(
             [sys.executable, "-m", "shoal.training.tasks", task, algorithm],
@@ -234,8 +236,7 @@ class Swarms:
             raise ShoalError(f"the task {task!r} could not be looked up; the node's log says why") from error
         if "error" in answer:
             raise UsageError(answer["error"])
-        target: float | None = answer["target_return"]
-        return target
+        return answer["target_return"], answer["requires"]
 
     @staticmethod
     def _entry(swarm: SwarmId, data: bytes, role: Role, addresses: tuple[str, ...] = ()) -> StoredSwarm:
@@ -284,6 +285,7 @@ class Swarms:
         # Shown from now on; nothing may be written before what is stored has been read.
         membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), ())
         try:
+            check_here(manifest, Role(entry.role))
             stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
             forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
             membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, stored, forks)

@@ -26,7 +26,7 @@ from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 log = logging.getLogger(__name__)
 
 STOP_S: Final = 0.5
-TRAINING_MODULES: Final = ("torch", "gymnasium", "numpy", "safetensors", "matplotlib")
+TRAINING_MODULES: Final = ("torch", "gymnasium", "numpy", "safetensors", "matplotlib", "tensorboardX")
 
 
 class MissingTrainingError(ShoalError):
