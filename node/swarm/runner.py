@@ -388,10 +388,10 @@ class Runner:
             self._newest = (cid, data)
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats))
             return
-        cid = None
+        offered: Cid | None = None
         if answer.contribution is not None:
-            cid = await self._content.put(bytes(answer.contribution), keep=False)
-        self.post(events.Yielded(cid, int(answer.weight), answer.rejected))
+            offered = await self._content.put(bytes(answer.contribution), keep=False)
+        self.post(events.Yielded(offered, int(answer.weight), answer.rejected))
 
     async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
         try:
