@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from shoal.crdt.views import evaluations
+from shoal.crdt.views import Evaluation, evaluations
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
@@ -30,6 +30,7 @@ from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, Shoa
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
 from shoal.training.electorate import Electorate
+from shoal.training.exchange.rounds import Ballot
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
@@ -360,7 +361,11 @@ class Runner:
                 case events.Abandon(keep_samples):
                     await worker.call(ABANDON, Abandon(keep_samples), timeout_s=WORKER_TIMEOUT_S)
 
-    async def _merge(self, worker: Channel, ballot: Any) -> None:
+    async def _merge(self, worker: Channel, ballot: Ballot) -> None:
+        key = self.core.round.key if self.core.round is not None else None
+        if key is not None and key.step == 0:
+            given = ", ".join(f"{each.offer.weight} of …{each.author[-6:]}" for each in ballot.offers)
+            log.info("swarm %s: epoch %d averages %s", self.swarm, key.epoch + 1, given)
         try:
             contributions = [await self._content.get(each.offer.cid, (), keep=False) for each in ballot.offers]
             request = Merge(
@@ -416,7 +421,7 @@ class Runner:
             await worker.call(LOG, Log(env_steps, {"evaluation/return": mean}), timeout_s=WORKER_TIMEOUT_S)
         self.post(events.Evaluated(mean))
 
-    async def _finish(self, worker: Channel, final: Any) -> None:
+    async def _finish(self, worker: Channel, final: Evaluation | None) -> None:
         policy, progress = self.policy, self.core.progress
         if self.ended_at is None:
             self.ended_at = time.time()
