@@ -450,9 +450,9 @@ class JoinedSwarm(Model):
 
 
 class Event(Model):
-    """Something changed.
+    """Something changed: ``node`` or ``swarm``, with the whole of it as it is now, or ``left`` with ``{"swarm": id}``.
 
-    ``swarm`` (data: ``{"swarm": id}``), ``peers`` and ``node`` are hints to ask again, so losing one does no harm.
+    Losing one does no harm, as the next has all that it had.
     """
 
     name: str
