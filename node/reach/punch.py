@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from multiaddr import Multiaddr
 
 from shoal.node.mesh.addresses import local_ips
 from shoal.node.reach.relay import BROKEN, end_stream, read_message, write_message
+from shoal.node.signals import Signal
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 
@@ -115,6 +117,9 @@ class Puncher:
         self._host = host
         self._known = known
         self._marks = Marks()
+        self._dialing: set[PeerId] = set()
+        self._dialed = Signal()  # with one of them it is over
+        self._labels: Counter[PeerId] = Counter()  # punches with a peer that go on or are just over
         host.libp2p.set_stream_handler(DCUTR_PROTOCOL, self._serve)
 
     async def punch(self, peer: PeerId) -> None:
@@ -124,6 +129,8 @@ class Puncher:
             PunchError: if no direct connection came of it.
         """
         peer_id = ID.from_base58(str(peer))
+        while peer in self._dialing:  # since the peer began
+            await self._dialed.wait()
         try:
             async with self._own_end(peer) as own:
                 if not own.endpoints:
@@ -150,7 +157,7 @@ class Puncher:
 
     async def _serve(self, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
-        if self._is_direct(peer) or peer in self._host.punching or len(self._host.punching) >= MAX_PUNCHING:
+        if self._is_direct(peer) or peer in self._dialing or len(self._dialing) >= MAX_PUNCHING:
             await end_stream(stream)
             return
         try:
@@ -208,6 +215,10 @@ class Puncher:
     ) -> None:
         if not endpoints:
             raise PunchError("the peer does not know where its NAT puts its port")
+        if peer in self._dialing:
+            raise PunchError("another punch with the peer has begun meanwhile")
+        self._dialing.add(peer)
+        self._labels[peer] += 1
         self._host.punching.add(peer)
         try:
             with trio.move_on_after(PUNCH_S):
@@ -223,11 +234,16 @@ class Puncher:
         finally:
             if not self._is_direct(peer):
                 self._marks.leave(peer, trio.current_time())
+            self._dialing.discard(peer)
+            self._dialed.set()
             self._host.spawn(self._stop_labelling, peer)
 
     async def _stop_labelling(self, peer: PeerId) -> None:
         await trio.sleep(LABEL_S)
-        self._host.punching.discard(peer)
+        self._labels[peer] -= 1
+        if not self._labels[peer]:
+            del self._labels[peer]
+            self._host.punching.discard(peer)
 
     async def _dial(self, peer: PeerId, far: Endpoint, spare_port: int | None, is_initiator: bool) -> None:
         while True:
