@@ -49,8 +49,9 @@ class Result:
 
     @property
     def is_best(self) -> bool:
-        """Whether no better path than theirs could be hoped for, where several are good enough."""
-        return self.is_good and LADDER.index(self.path) <= LADDER.index(expected(self.a, self.b).paths[0])
+        """Whether no better path could be hoped for, where several are good enough; a punched one is like a direct."""
+        paths = expected(self.a, self.b).paths
+        return self.is_good and LADDER.index("punched" if "punched" in paths else paths[0]) >= LADDER.index(self.path)
 
     def record(self) -> dict[str, object]:
         """What is written for programs."""

@@ -131,6 +131,7 @@ def _reasons(a: LabNode, b: LabNode) -> tuple[str, ...]:
         told += [
             f"{name} by {each.family}: {each.reachability}, UDP {each.udp}, TCP ports {each.tcp_mapping}"
             for each in nat.families
+            if (each.reachability, each.udp, each.tcp_mapping) != ("unknown", "unknown", "unknown")
         ]
         tried = [] if known is None else known.tried
         told += [f"{name} tried {each.rung}: {each.failure or 'it worked'}, {each.ago_s:.1f} s ago" for each in tried]

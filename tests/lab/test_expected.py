@@ -36,6 +36,7 @@ def test_reasons_are_asked_for_where_a_path_is_good_enough_but_a_better_one_coul
     best = {path: Result(*kinds, connected=True, path=path).is_best for path in (*LADDER, "")}
     assert best == {"direct": True, "punched": True, "webrtc": False, "relayed": False, "": False}
     assert Result("symmetric", "symmetric", connected=True, path="relayed").is_best
+    assert Result("full_cone", "port_restricted", connected=True, path="punched").is_best, "as good as a direct one"
 
 
 def test_programs_read_what_is_promised_of_every_pair(tmp_path):
