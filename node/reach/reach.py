@@ -136,7 +136,7 @@ class Reach:
         self._introduced: dict[PeerId, Introduction] = {}
         self._news = Signal()  # for the tasks below: something that they decide by has changed
         self.probe = Probe(host, stun, self._introduced)
-        puncher = Puncher(host) if config.punch else None
+        puncher = Puncher(host, self._seen_before) if config.punch else None
         self._climber = Climber(host, self.probe, puncher, webrtc, _servers(config), self._introduced, self._news)
         self.answer_webrtc = self._climber.answer_webrtc
         self._held = HeldRelays(host, self._introduced, self._news, self._announce_addresses)
@@ -183,6 +183,10 @@ class Reach:
     def nat(self) -> NatReport:
         """What this node is behind."""
         return self.probe.report()
+
+    def _seen_before(self) -> list[tuple[str, int]]:
+        """Where peers saw the port that this node listens on, if all saw it there."""
+        return [(each.ip, each.port) for each in self.nat().public_addresses]
 
     def introduction(self, peer: PeerId) -> Introduction | None:
         """What a peer said of itself."""
@@ -298,6 +302,7 @@ class Reach:
             if names and (is_due or self._must_probe or (not names <= probed and len(probed) < MAX_OBSERVERS)):
                 self._must_probe = False
                 await trio.sleep(SETTLE_S)  # others may come at the same moment
+                names = frozenset(observer.peer for observer in self.probe.observers()) or names
                 probed = names if is_due else probed | names
                 probed_at = trio.current_time()
                 await self.probe.round()

@@ -8,6 +8,8 @@ import types
 import typing
 from typing import Any
 
+from shoal.training.facts import Facts, Phase
+
 from shoal.crdt.gossip_messages import Ask, Control, Walk
 from shoal.crdt.oplog import Op
 from shoal.crdt.presence import Presence
@@ -17,7 +19,6 @@ from shoal.node.wire.bulk import ID_BYTES, BulkRef
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.training.exchange.rounds import Offer, Proposal
-from shoal.training.facts import Facts, Phase
 from shoal.training.manifest import Manifest, Role
 
 from .identities import ALICE, BOB, SWARM
