@@ -23,7 +23,6 @@ from enum import Enum, auto
 from typing import Final
 
 from shoal.protocol.ids import Cid, PeerId
-from shoal.training.electorate import Electorate
 from shoal.training.statements import Result
 
 FORK_S: Final = 2.0
@@ -65,14 +64,14 @@ class _Refused:
 class Lineage:
     """What each member says that it holds."""
 
-    __slots__ = ("_electorate", "_fork_since", "_me", "_refused", "_results", "_support", "_total", "liars", "own")
+    __slots__ = ("_fork_since", "_me", "_refused", "_results", "_says", "_support", "_total", "liars", "own")
 
     def __init__(self, me: PeerId) -> None:
         self.own: Result | None = None
         self.liars: set[PeerId] = set()
         """Members whose word on a policy turned out false."""
         self._me = me
-        self._electorate = Electorate()
+        self._says: dict[PeerId, float] = {}
         self._results: dict[PeerId, Result] = {}
         self._support: dict[Cid, float] = {}
         self._total = 0.0
@@ -84,10 +83,10 @@ class Lineage:
         """The newest word of each member that is there."""
         return self._results
 
-    def hold(self, own: Result, electorate: Electorate) -> None:
-        """This node holds a policy now."""
+    def hold(self, own: Result, says: Mapping[PeerId, float]) -> None:
+        """This node holds a policy now; ``says`` is what each counts for in what follows."""
         self.own = own
-        self._electorate = electorate
+        self._says = dict(says)
         self._recount()
 
     def heard(self, author: PeerId, result: Result) -> bool:
@@ -200,10 +199,7 @@ class Lineage:
             self._support[result.parent] = self._support.get(result.parent, 0.0) + stake
 
     def _stake(self, author: PeerId) -> float:
-        if not self._electorate:
-            return 1.0
-        standing = self._electorate.get(author)
-        return 0.0 if standing is None else standing.stake
+        return self._says.get(author, 0.0) if self._says else 1.0
 
     def _recount(self) -> None:
         self._support = {}

@@ -24,13 +24,14 @@ from typing import Final
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training.claims import Claims
-from shoal.training.electorate import Electorate
+from shoal.training.electorate import Electorate, says_of
 from shoal.training.exchange.rounds import (
     Ballot,
     Begin,
     Busy,
     CannotBeHad,
     Cast,
+    Committed,
     Decide,
     Held,
     Joined,
@@ -164,6 +165,8 @@ class Run:
         self._me = me
         self._role = role
         self._stored = stored
+        self._is_resumed = stored is not None and stored.epoch > 0
+        self._rounds_before = rounds
         self._limits = Limits.of_batch(manifest.batch_size)
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
@@ -275,11 +278,17 @@ class Run:
                 current = self.round
                 if current is not None and key == current.key:
                     self._to_round(event, now, outputs)
+                elif current is not None and key.epoch == current.key.epoch and key.step == current.key.step + 1:
+                    self._keep_for_later(key, event)
+                    self._in_round(Committed(author, key.after), now, outputs)
                 elif self.policy is None or key.epoch >= self.policy.epoch:
                     self._keep_for_later(key, event)
             case Result():
-                if self._is_plausible(statement) and self.lineage.heard(author, statement):
-                    self._look(now, outputs)
+                if self._is_plausible(statement):
+                    is_ahead = self.lineage.heard(author, statement)
+                    self._commit(author, statement, now, outputs)
+                    if is_ahead:
+                        self._look(now, outputs)
             case Facts():
                 self._live[author] = statement
                 self._alone_at, self.progress.is_alone = None, False
@@ -290,6 +299,12 @@ class Run:
                         self._in_round(Joined(author, self._equal_stake()), now, outputs)
             case Addresses():
                 pass
+
+    def _commit(self, author: PeerId, result: Result, now: float, outputs: list[Output]) -> None:
+        """Who holds what came of a ballot voted for it, and always will."""
+        policy = self.policy
+        if policy is not None and result.parent == policy.cid and author not in self.lineage.liars:
+            self._in_round(Committed(author, result.ballot), now, outputs)
 
     def _is_plausible(self, result: Result) -> bool:
         most = self._manifest.max_env_steps + self._limits.ballot
@@ -336,7 +351,7 @@ class Run:
         if self._counts_alike:
             stakes = dict.fromkeys((self._me, *self.learners), self._equal_stake())
         else:
-            stakes = {peer: standing.stake for peer, standing in policy.electorate.items()}
+            stakes = policy.electorate.stakes
         self._enter_round(RoundKey(policy.epoch, 0, after), stakes, now, outputs)
 
     def _enter_round(self, key: RoundKey, stakes: dict[PeerId, float], now: float, outputs: list[Output]) -> Round:
@@ -351,12 +366,16 @@ class Run:
             heard_at=self._heard_at,
             busy=[peer for peer in others if peer in self._live and self._live[peer].phase in BUSY],
             gone=[peer for peer in others if peer not in self._live],
+            may_have_voted=self._is_resumed and self.progress.rounds == self._rounds_before,
         )
         waiting = self._early.pop(key.after, [])
         self._num_early -= len(waiting)
         for event in waiting:
             if isinstance(event.statement, Offer | Proposal | Vote) and event.statement.key == key:
                 self._to_round(event, now, outputs)
+        if key.step == 0:
+            for author, result in list(self.lineage.results.items()):
+                self._commit(author, result, now, outputs)
         return entered
 
     def _in_round(self, event: RoundEvent, now: float, outputs: list[Output]) -> None:
@@ -536,9 +555,8 @@ class Run:
         self._result_due = _NEVER if was_voter else now + RESULT_GAP_S
         if self._role is Role.LEARNER:
             self._first_round(policy, first_after(policy.cid), now, outputs)
-        voters = policy.electorate if self.round is None else self.round.voters
-        shown = {peer: standing for peer, standing in policy.electorate.items() if peer in voters}
-        self.lineage.hold(policy.result, Electorate(shown))
+        voters = says_of(policy.electorate.stakes) if self.round is None else self.round.voters
+        self.lineage.hold(policy.result, {peer: say for peer, say in voters.items() if peer in policy.electorate})
         self._look(now, outputs)
 
     def _look(self, now: float, outputs: list[Output]) -> None:

@@ -634,7 +634,8 @@ class Swarm:
         self.op_ids: dict[bytes, bytes] = {}
         self.num_announcements = self.num_pushed = self.num_controls = 0
         self.content_bytes = 0
-        self.decisions: dict[int, dict[Cid, int]] = {}
+        self.decisions: dict[int, dict[Cid, set[PeerId]]] = {}
+        """By epoch, who made which policy."""
         self.decided_at: dict[int, float] = {}
         self.kills: list[float] = []
         self.members: dict[PeerId, Member] = {}
@@ -716,6 +717,7 @@ class Swarm:
         self.kills.append(self.network.now)
         member.is_alive = False
         self.network.kill(member.peer)
+        self._forget(member)
         noticed = self.rng.random() < 0.5 if is_noticed is None else is_noticed
         for peer in sorted(member.contacts):
             other = self.members[peer]
@@ -723,6 +725,15 @@ class Swarm:
             self.network.at(wait_s, self._notice, other, member, member.life)
         if comes_back_s is not None:
             self.network.at(comes_back_s, self.revive, member)
+
+    def _forget(self, member: Member) -> None:
+        """What was decided and is known to nobody that lives need not be what the others decide on."""
+        for epoch in sorted(self.decisions, reverse=True)[:4]:
+            if len(self.decisions[epoch]) == 1:
+                holders = next(iter(self.decisions[epoch].values()))
+                holders.discard(member.peer)
+                if not holders:
+                    del self.decisions[epoch]
 
     def _notice(self, other: Member, member: Member, life: int) -> None:
         if other.is_alive and (not member.is_alive or member.life != life):
@@ -766,8 +777,7 @@ class Swarm:
     def decided(self, member: Member, policy: Policy) -> None:
         """A member made a policy of a ballot."""
         if member in self.honest_set:
-            cids = self.decisions.setdefault(policy.epoch, {})
-            cids[policy.cid] = cids.get(policy.cid, 0) + 1
+            self.decisions.setdefault(policy.epoch, {}).setdefault(policy.cid, set()).add(member.peer)
             self.decided_at.setdefault(policy.epoch, self.network.now)
 
     @property
