@@ -556,7 +556,8 @@ class Run:
         if self._role is Role.LEARNER:
             self._first_round(policy, first_after(policy.cid), now, outputs)
         voters = says_of(policy.electorate.stakes) if self.round is None else self.round.voters
-        self.lineage.hold(policy.result, {peer: say for peer, say in voters.items() if peer in policy.electorate})
+        says = {peer: say for peer, say in voters.items() if peer in policy.electorate}
+        self.lineage.hold(policy.result, says, is_new=self.progress.rounds == self._rounds_before)
         self._look(now, outputs)
 
     def _look(self, now: float, outputs: list[Output]) -> None:
@@ -856,9 +857,11 @@ class Run:
                 self._write(policy, now, outputs)
 
     def _leave_behind(self, current: Round, now: float, outputs: list[Output]) -> None:
-        """Nobody waits for the vote of one that says that it is at an earlier epoch."""
-        for author, result in list(self.lineage.results.items()):
-            if result.epoch < current.key.epoch:
+        """Nobody waits for the vote of one that says that it is at an earlier epoch, and nothing in this round."""
+        for author, facts in list(self._live.items()):
+            result = self.lineage.results.get(author)
+            epoch = facts.epoch if result is None else max(facts.epoch, result.epoch)
+            if epoch < current.key.epoch and not current.takes_part(author):
                 self._in_round(Left(author), now, outputs)
 
     def _set_wake(self, now: float, outputs: list[Output]) -> None:

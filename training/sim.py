@@ -63,6 +63,8 @@ MESSAGE_BYTES: Final = 120
 STATE_FACTOR: Final = 1.0
 FETCH_TIMEOUT_S: Final = 2.0
 RESTART_S: Final = 2.0
+SETTLE_S: Final = 20.0
+"""Within which a member that is started must have come to where the others are."""
 MAX_LEARNERS: Final = 128
 """Learners of one round; further peers only follow and store."""
 
@@ -251,6 +253,7 @@ class Member:
         now = network.now
         self.is_alive = True
         self.life = network.num_events
+        self.born_at = now
         self.table = PresenceTable(
             swarm.id, self.peer, int(now * 1000) + 1, TOPIC_RULES, check=swarm.notary.check, read=swarm.notary.read
         )
@@ -821,7 +824,9 @@ class Swarm:
         behind = [
             member
             for member in learners
-            if member.is_alive and (member.run.policy is None or member.run.policy.epoch < epochs - 5)
+            if member.is_alive
+            and network.now > member.born_at + SETTLE_S
+            and (member.run.policy is None or member.run.policy.epoch < epochs - 5)
         ]
         first = self.decided_at.get(1, 0.0)
         return SimReport(

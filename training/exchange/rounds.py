@@ -374,6 +374,10 @@ class Round:
         """How many proposers were passed over."""
         return self._attempt
 
+    def takes_part(self, author: PeerId) -> bool:
+        """Whether a member has said anything in this round."""
+        return author in self._offers or self._votes.has_spoken(author)
+
     def handle(self, event: RoundEvent, now: float) -> list[RoundOutput]:
         """Take in what happened; what is to be done about it."""
         outputs: list[RoundOutput] = []

@@ -92,6 +92,10 @@ class Votes:
         self._committed_stake[name] = self._committed_stake.get(name, 0.0) + stake
         return True
 
+    def has_spoken(self, author: PeerId) -> bool:
+        """Whether a member voted, promised or committed."""
+        return author in self._promised or author in self._committed
+
     def ballots(self) -> Iterable[tuple[int, bytes]]:
         """Each attempt and ballot that anybody votes for."""
         return [*self._behind, *((-1, name) for name in self._committed_stake)]
