@@ -392,7 +392,7 @@ class Run:
                 case Cast(vote):
                     outputs.append(Say(vote))
                 case Decide(ballot):
-                    if current.has_begun:
+                    if current.has_begun and self._is_exchanging and self._job is None:
                         self._merge(ballot, now, outputs)
 
     def _begin(self, now: float, outputs: list[Output]) -> None:
@@ -424,6 +424,7 @@ class Run:
     # The worker's jobs.
 
     def _start(self, job: Job, phase: Phase, now: float, outputs: list[Output]) -> None:
+        assert self._job is None
         self._job, self._job_at = job, now
         self.progress.phase = phase
         outputs.append(job)
@@ -497,9 +498,11 @@ class Run:
             outputs.append(Say(Offer(key=current.key, cid=cid, weight=weight, seconds=seconds)))
 
     def _own_said(self, statement: Statement, name: bytes, now: float, outputs: list[Output]) -> None:
-        if isinstance(statement, Offer) and self.round is not None and statement.key == self.round.key:
+        current = self.round
+        if isinstance(statement, Offer) and current is not None and statement.key == current.key:
             self._in_round(OfferHeard(SignedOffer(self._me, name, statement)), now, outputs)
-            self._begin(now, outputs)
+            if self._is_exchanging and self._job is None:
+                self._begin(now, outputs)
 
     def _updated(self, policy: Policy, now: float, outputs: list[Output]) -> None:
         progress = self.progress
@@ -756,7 +759,8 @@ class Run:
         if self._role is not Role.LEARNER or not self._is_open or self._job is not None or in_worker is None:
             return
         if self._taken is not None:
-            self._is_exchanging = False
+            if self._is_exchanging:
+                self._give_up(outputs)
             keep = policy is not None and in_worker.cid == policy.cid and not self.progress.is_following
             self._start(Load(self._taken.result, keep_samples=keep), Phase.FETCHING, now, outputs)
         elif policy is None or self._is_exchanging or self._end(now, outputs) or self._check_claims(now, outputs):
