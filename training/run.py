@@ -26,6 +26,7 @@ from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training.claims import Claims
 from shoal.training.electorate import Electorate, says_of
 from shoal.training.exchange.rounds import (
+    MAX_VOTERS,
     Ballot,
     Begin,
     Busy,
@@ -382,6 +383,7 @@ class Run:
         current = self.round
         if current is None:
             return
+        before = current.attempt
         for output in current.handle(event, now):
             match output:
                 case Obtain(cid, sources):
@@ -395,13 +397,17 @@ class Run:
                     if current.has_begun and self._is_exchanging and self._job is None:
                         self._merge(ballot, now, outputs)
 
+        if current is self.round and current.decided is None and current.attempt > before:
+            self._leave_behind(current, now, outputs)
+
     def _begin(self, now: float, outputs: list[Output]) -> None:
         """Arrive at the round, with an offer or with nothing to give."""
         current = self.round
-        if current is None or current.has_begun:
+        if current is None:
             return
         decided = current.decided
-        self._in_round(Begin(self._work_s), now, outputs)
+        if not current.has_begun:
+            self._in_round(Begin(self._work_s), now, outputs)
         if decided is None:
             return
         is_in_it = any(each.author == self._me for each in decided.offers)
@@ -424,7 +430,8 @@ class Run:
     # The worker's jobs.
 
     def _start(self, job: Job, phase: Phase, now: float, outputs: list[Output]) -> None:
-        assert self._job is None
+        if self._job is not None:
+            raise RuntimeError(f"the worker is to do {job} while it does {self._job}; this is an error in this module")
         self._job, self._job_at = job, now
         self.progress.phase = phase
         outputs.append(job)
@@ -552,10 +559,13 @@ class Run:
         for waiting in (self._taking, self._taken):
             if waiting is not None and waiting.result.epoch <= policy.epoch:
                 self._taking = self._taken = None
-        was_voter = self.round is None or self._me in self.round.voters or self.round.key.epoch + 1 != policy.epoch
-        if was_voter:
+        is_of_few = len(self._live) < MAX_VOTERS
+        is_told = is_of_few or self.round is None or self._me in self.round.voters
+        if is_told or (self.round is not None and self.round.key.epoch + 1 != policy.epoch):
             outputs.append(Say(policy.result))
-        self._result_due = _NEVER if was_voter else now + RESULT_GAP_S
+            self._result_due = _NEVER
+        else:
+            self._result_due = now + RESULT_GAP_S
         if self._role is Role.LEARNER:
             self._first_round(policy, first_after(policy.cid), now, outputs)
         voters = says_of(policy.electorate.stakes) if self.round is None else self.round.voters
@@ -841,11 +851,10 @@ class Run:
     def _tick(self, now: float, outputs: list[Output]) -> None:
         current, policy = self.round, self.policy
         if current is not None and now >= current.next_wake:
-            before = current.attempt
             self._in_round(RoundTick(), now, outputs)
-            if current is self.round and current.attempt > before:
-                self._leave_behind(current, now, outputs)
         if now >= self._looked_at + LOOK_S:
+            if current is not None and current is self.round and current.attempt > 0 and current.decided is None:
+                self._leave_behind(current, now, outputs)
             self._look(now, outputs)
             self._looked_at = now
         if self._alone_at is not None and not self.progress.is_alone and now >= self._alone_at + ALONE_S:

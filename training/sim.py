@@ -261,7 +261,7 @@ class Member:
         self.run = Run(swarm.manifest, swarm.id, self.peer, self.role, now, stored=self.stored)
         self.docs = SwarmDocs(swarm.id, self.peer, self.fixed_ops)
         self.ops: dict[bytes, Signed] = {swarm.op_id(op): op for op in self.fixed_ops}
-        self.contacts: set[PeerId] = set()
+        self.contacts: dict[PeerId, int] = {}  # and in which life of theirs
         self.samples = 0
         self.samples_epoch = 0
         self.in_worker: Policy | None = None
@@ -282,7 +282,7 @@ class Member:
         """A connection stands."""
         if other in self.contacts:
             return
-        self.contacts.add(other)
+        self.contacts[other] = self.swarm.members[other].life
         self.to_gossip(ContactUp(other))
         records = tuple(self.table.newest())
         ops = tuple(self.ops.values())
@@ -292,7 +292,7 @@ class Member:
     def lose(self, other: PeerId) -> None:
         """A connection is gone."""
         if other in self.contacts:
-            self.contacts.discard(other)
+            del self.contacts[other]
             self.to_gossip(ContactDown(other))
             if self.swarm.is_small and self.table.drop(other):
                 self.step(events.Gone(other))
@@ -739,7 +739,7 @@ class Swarm:
                     del self.decisions[epoch]
 
     def _notice(self, other: Member, member: Member, life: int) -> None:
-        if other.is_alive and (not member.is_alive or member.life != life):
+        if other.is_alive and other.contacts.get(member.peer) == life:
             other.lose(member.peer)
             if member.is_alive:
                 self.connect(member, other)
@@ -821,12 +821,13 @@ class Swarm:
             for before, after in pairwise(times)
             if any(before <= killed < after for killed in self.kills)
         )
+        settled = max((epoch for epoch, at in self.decided_at.items() if at < network.now - SETTLE_S), default=0)
         behind = [
             member
             for member in learners
             if member.is_alive
             and network.now > member.born_at + SETTLE_S
-            and (member.run.policy is None or member.run.policy.epoch < epochs - 5)
+            and (member.run.policy is None or member.run.policy.epoch < settled)
         ]
         first = self.decided_at.get(1, 0.0)
         return SimReport(
