@@ -30,6 +30,12 @@ GROWTH: Final = 2.0
 """A share grows by at most this over what was delivered."""
 
 
+FEW: Final = 4
+"""Members up to which each counts for all of its stake."""
+MAX_SAY: Final = 1 / 4
+"""Of more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What a member has shown.
@@ -73,6 +79,11 @@ class Electorate(dict[PeerId, Standing]):
                 found[author] = Standing(MEMORY * before.stake, before.rate, before.missed + 1)
         kept = sorted(found, key=lambda author: (-found[author].stake, author))[:MAX_OFFERS]
         return Electorate({author: found[author] for author in sorted(kept)})
+
+    @property
+    def stakes(self) -> dict[PeerId, float]:
+        """The stake of each."""
+        return {peer: standing.stake for peer, standing in self.items()}
 
     def share(self, me: PeerId, batch_size: int, speed: float) -> int:
         """How many samples this member collects before it updates.
@@ -129,6 +140,24 @@ class Electorate(dict[PeerId, Standing]):
                 raise ProtocolError(f"the state gives {peer} a standing that cannot be; take another state")
             found[peer] = Standing(float(stake), float(rate), missed)
         return cls(dict(sorted(found.items())))
+
+
+def says_of(stakes: Mapping[PeerId, float]) -> dict[PeerId, float]:
+    """What each member counts for in a vote: its stake, but of many nobody more than a quarter of all together.
+
+    What a member delivered is its own word; so a weight that nobody can have collected does not decide alone.
+    """
+    says = dict(stakes)
+    if len(says) <= FEW:
+        return says
+    most = sum(says.values())
+    for number in range(1, FEW + 1):
+        rest = sum(sorted(says.values(), reverse=True)[number:])
+        # With `number` members at the limit, the limit is a quarter of the sum of all: of theirs and of the rest.
+        limit = rest * MAX_SAY / (1 - number * MAX_SAY) if number * MAX_SAY < 1 else most
+        if sum(say > limit for say in says.values()) <= number:
+            return {peer: min(say, limit) for peer, say in says.items()}
+    return says
 
 
 def _is_positive(value: Any, limit: float) -> bool:

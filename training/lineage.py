@@ -7,7 +7,8 @@ which parent by which ballot (`Result`), and a signature for a policy is one for
 * after `FORK_S`, if it is of another line, which more members that are live hold than the own one; between equal ones,
   the line with more environment steps, then the lower CID. So two parts of a swarm that trained apart end on one
   policy;
-* by a node that has trained nothing itself, if nothing that is live is held by more members.
+* by a node that has trained nothing yet in this life, if nothing that is live is held by more members, and it is
+  further than what the node kept: the others went on meanwhile.
 
 A few invented names can so mislead a newcomer or a swarm that they outnumber, never one in which they have no stake.
 
@@ -23,7 +24,6 @@ from enum import Enum, auto
 from typing import Final
 
 from shoal.protocol.ids import Cid, PeerId
-from shoal.training.electorate import Electorate
 from shoal.training.statements import Result
 
 FORK_S: Final = 2.0
@@ -65,29 +65,37 @@ class _Refused:
 class Lineage:
     """What each member says that it holds."""
 
-    __slots__ = ("_electorate", "_fork_since", "_me", "_refused", "_results", "_support", "_total", "liars", "own")
+    __slots__ = ("_fork_since", "_is_new", "_me", "_refused", "_results", "_says", "_support", "_total", "liars", "own")
 
     def __init__(self, me: PeerId) -> None:
         self.own: Result | None = None
         self.liars: set[PeerId] = set()
         """Members whose word on a policy turned out false."""
         self._me = me
-        self._electorate = Electorate()
+        self._says: dict[PeerId, float] = {}
         self._results: dict[PeerId, Result] = {}
         self._support: dict[Cid, float] = {}
         self._total = 0.0
         self._refused: dict[Cid, _Refused] = {}
         self._fork_since: float | None = None
+        self._is_new = True
 
     @property
     def results(self) -> Mapping[PeerId, Result]:
         """The newest word of each member that is there."""
         return self._results
 
-    def hold(self, own: Result, electorate: Electorate) -> None:
-        """This node holds a policy now."""
+    def hold(self, own: Result, says: Mapping[PeerId, float], *, is_new: bool = False) -> None:
+        """This node holds a policy now.
+
+        Args:
+            own: that policy.
+            says: what each member counts for in what follows.
+            is_new: whether this node, in this life, made nothing itself yet.
+        """
         self.own = own
-        self._electorate = electorate
+        self._is_new = is_new
+        self._says = dict(says)
         self._recount()
 
     def heard(self, author: PeerId, result: Result) -> bool:
@@ -160,18 +168,18 @@ class Lineage:
     def other_line(self, now: float) -> Candidate | None:
         """A policy of another line that more live members hold than the own one, since `FORK_S`.
 
-        For a node without a policy of its own making, whatever most members hold.
+        For a node that made nothing in this life, whatever most members hold, if it is further than its own.
         """
         own = self.own
-        is_new = own is None or own.epoch == 0
+        is_new = own is None or own.epoch == 0 or self._is_new
         ours = 0 if own is None or is_new else 1 + sum(_same_line(own, each) for each in self._results.values())
         found: list[tuple[int, int, int, Cid]] = []
         for cid, result in {each.cid: each for each in self._results.values() if each.epoch > 0}.items():
             if self._is_refused(cid, now) or (own is not None and _same_line(own, result)):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
-            is_better = own is None or is_new or (result.env_steps, own.cid) > (own.env_steps, cid)
-            if number > ours or (number == ours and is_better):
+            is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, cid)
+            if is_better if is_new else number > ours or (number == ours and is_better):
                 found.append((number, result.env_steps, result.epoch, cid))
         if not found:
             self._fork_since = None
@@ -200,10 +208,7 @@ class Lineage:
             self._support[result.parent] = self._support.get(result.parent, 0.0) + stake
 
     def _stake(self, author: PeerId) -> float:
-        if not self._electorate:
-            return 1.0
-        standing = self._electorate.get(author)
-        return 0.0 if standing is None else standing.stake
+        return self._says.get(author, 0.0) if self._says else 1.0
 
     def _recount(self) -> None:
         self._support = {}

@@ -24,13 +24,15 @@ from typing import Final
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training.claims import Claims
-from shoal.training.electorate import Electorate
+from shoal.training.electorate import Electorate, says_of
 from shoal.training.exchange.rounds import (
+    MAX_VOTERS,
     Ballot,
     Begin,
     Busy,
     CannotBeHad,
     Cast,
+    Committed,
     Decide,
     Held,
     Joined,
@@ -164,6 +166,8 @@ class Run:
         self._me = me
         self._role = role
         self._stored = stored
+        self._is_resumed = stored is not None and stored.epoch > 0
+        self._rounds_before = rounds
         self._limits = Limits.of_batch(manifest.batch_size)
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
@@ -279,11 +283,17 @@ class Run:
                 current = self.round
                 if current is not None and key == current.key:
                     self._to_round(event, now, outputs)
+                elif current is not None and key.epoch == current.key.epoch and key.step == current.key.step + 1:
+                    self._keep_for_later(key, event)
+                    self._in_round(Committed(author, key.after), now, outputs)
                 elif self.policy is None or key.epoch >= self.policy.epoch:
                     self._keep_for_later(key, event)
             case Result():
-                if self._is_plausible(statement) and self.lineage.heard(author, statement):
-                    self._look(now, outputs)
+                if self._is_plausible(statement):
+                    is_ahead = self.lineage.heard(author, statement)
+                    self._commit(author, statement, now, outputs)
+                    if is_ahead:
+                        self._look(now, outputs)
             case Facts():
                 self._live[author] = statement
                 self._alone_at, self.progress.is_alone = None, False
@@ -294,6 +304,12 @@ class Run:
                         self._in_round(Joined(author, self._equal_stake()), now, outputs)
             case Addresses():
                 pass
+
+    def _commit(self, author: PeerId, result: Result, now: float, outputs: list[Output]) -> None:
+        """Who holds what came of a ballot voted for it, and always will."""
+        policy = self.policy
+        if policy is not None and result.parent == policy.cid and author not in self.lineage.liars:
+            self._in_round(Committed(author, result.ballot), now, outputs)
 
     def _is_plausible(self, result: Result) -> bool:
         most = self._manifest.max_env_steps + self._limits.ballot
@@ -340,7 +356,7 @@ class Run:
         if self._counts_alike:
             stakes = dict.fromkeys((self._me, *self.learners), self._equal_stake())
         else:
-            stakes = {peer: standing.stake for peer, standing in policy.electorate.items()}
+            stakes = policy.electorate.stakes
         self._enter_round(RoundKey(policy.epoch, 0, after), stakes, now, outputs)
 
     def _enter_round(self, key: RoundKey, stakes: dict[PeerId, float], now: float, outputs: list[Output]) -> Round:
@@ -355,18 +371,23 @@ class Run:
             heard_at=self._heard_at,
             busy=[peer for peer in others if peer in self._live and self._live[peer].phase in BUSY],
             gone=[peer for peer in others if peer not in self._live],
+            may_have_voted=self._is_resumed and self.progress.rounds == self._rounds_before,
         )
         waiting = self._early.pop(key.after, [])
         self._num_early -= len(waiting)
         for event in waiting:
             if isinstance(event.statement, Offer | Proposal | Vote) and event.statement.key == key:
                 self._to_round(event, now, outputs)
+        if key.step == 0:
+            for author, result in list(self.lineage.results.items()):
+                self._commit(author, result, now, outputs)
         return entered
 
     def _in_round(self, event: RoundEvent, now: float, outputs: list[Output]) -> None:
         current = self.round
         if current is None:
             return
+        before = current.attempt
         for output in current.handle(event, now):
             match output:
                 case Obtain(cid, sources):
@@ -377,16 +398,20 @@ class Run:
                 case Cast(vote):
                     outputs.append(Say(vote))
                 case Decide(ballot):
-                    if current.has_begun:
+                    if current.has_begun and self._is_exchanging and self._job is None:
                         self._merge(ballot, now, outputs)
+
+        if current is self.round and current.decided is None and current.attempt > before:
+            self._leave_behind(current, now, outputs)
 
     def _begin(self, now: float, outputs: list[Output]) -> None:
         """Arrive at the round, with an offer or with nothing to give."""
         current = self.round
-        if current is None or current.has_begun:
+        if current is None:
             return
         decided = current.decided
-        self._in_round(Begin(self._work_s), now, outputs)
+        if not current.has_begun:
+            self._in_round(Begin(self._work_s), now, outputs)
         if decided is None:
             return
         is_in_it = any(each.author == self._me for each in decided.offers)
@@ -409,6 +434,8 @@ class Run:
     # The worker's jobs.
 
     def _start(self, job: Job, phase: Phase, now: float, outputs: list[Output]) -> None:
+        if self._job is not None:
+            raise RuntimeError(f"the worker is to do {job} while it does {self._job}; this is an error in this module")
         self._job, self._job_at = job, now
         self.progress.phase = phase
         outputs.append(job)
@@ -482,9 +509,11 @@ class Run:
             outputs.append(Say(Offer(key=current.key, cid=cid, weight=weight, seconds=seconds)))
 
     def _own_said(self, statement: Statement, name: bytes, now: float, outputs: list[Output]) -> None:
-        if isinstance(statement, Offer) and self.round is not None and statement.key == self.round.key:
+        current = self.round
+        if isinstance(statement, Offer) and current is not None and statement.key == current.key:
             self._in_round(OfferHeard(SignedOffer(self._me, name, statement)), now, outputs)
-            self._begin(now, outputs)
+            if self._is_exchanging and self._job is None:
+                self._begin(now, outputs)
 
     def _updated(self, policy: Policy, now: float, outputs: list[Output]) -> None:
         progress = self.progress
@@ -534,15 +563,18 @@ class Run:
         for waiting in (self._taking, self._taken):
             if waiting is not None and waiting.result.epoch <= policy.epoch:
                 self._taking = self._taken = None
-        was_voter = self.round is None or self._me in self.round.voters or self.round.key.epoch + 1 != policy.epoch
-        if was_voter:
+        is_of_few = len(self._live) < MAX_VOTERS
+        is_told = is_of_few or self.round is None or self._me in self.round.voters
+        if is_told or (self.round is not None and self.round.key.epoch + 1 != policy.epoch):
             outputs.append(Say(policy.result))
-        self._result_due = _NEVER if was_voter else now + RESULT_GAP_S
+            self._result_due = _NEVER
+        else:
+            self._result_due = now + RESULT_GAP_S
         if self._role is Role.LEARNER:
             self._first_round(policy, first_after(policy.cid), now, outputs)
-        voters = policy.electorate if self.round is None else self.round.voters
-        shown = {peer: standing for peer, standing in policy.electorate.items() if peer in voters}
-        self.lineage.hold(policy.result, Electorate(shown))
+        voters = says_of(policy.electorate.stakes) if self.round is None else self.round.voters
+        says = {peer: say for peer, say in voters.items() if peer in policy.electorate}
+        self.lineage.hold(policy.result, says, is_new=self.progress.rounds == self._rounds_before)
         self._look(now, outputs)
 
     def _look(self, now: float, outputs: list[Output]) -> None:
@@ -741,7 +773,8 @@ class Run:
         if self._role is not Role.LEARNER or not self._is_open or self._job is not None or in_worker is None:
             return
         if self._taken is not None:
-            self._is_exchanging = False
+            if self._is_exchanging:
+                self._give_up(outputs)
             keep = policy is not None and in_worker.cid == policy.cid and not self.progress.is_following
             self._start(Load(self._taken.result, keep_samples=keep), Phase.FETCHING, now, outputs)
         elif policy is None or self._is_exchanging or self._end(now, outputs) or self._check_claims(now, outputs):
@@ -822,11 +855,10 @@ class Run:
     def _tick(self, now: float, outputs: list[Output]) -> None:
         current, policy = self.round, self.policy
         if current is not None and now >= current.next_wake:
-            before = current.attempt
             self._in_round(RoundTick(), now, outputs)
-            if current is self.round and current.attempt > before:
-                self._leave_behind(current, now, outputs)
         if now >= self._looked_at + LOOK_S:
+            if current is not None and current is self.round and current.attempt > 0 and current.decided is None:
+                self._leave_behind(current, now, outputs)
             self._look(now, outputs)
             self._looked_at = now
         if self._alone_at is not None and not self.progress.is_alone and now >= self._alone_at + ALONE_S:
@@ -842,9 +874,11 @@ class Run:
                 self._write(policy, now, outputs)
 
     def _leave_behind(self, current: Round, now: float, outputs: list[Output]) -> None:
-        """Nobody waits for the vote of one that says that it is at an earlier epoch."""
-        for author, result in list(self.lineage.results.items()):
-            if result.epoch < current.key.epoch:
+        """Nobody waits for the vote of one that says that it is at an earlier epoch, and nothing in this round."""
+        for author, facts in list(self._live.items()):
+            result = self.lineage.results.get(author)
+            epoch = facts.epoch if result is None else max(facts.epoch, result.epoch)
+            if epoch < current.key.epoch and not current.takes_part(author):
                 self._in_round(Left(author), now, outputs)
 
     def _set_wake(self, now: float, outputs: list[Output]) -> None:

@@ -63,6 +63,8 @@ MESSAGE_BYTES: Final = 120
 STATE_FACTOR: Final = 1.0
 FETCH_TIMEOUT_S: Final = 2.0
 RESTART_S: Final = 2.0
+SETTLE_S: Final = 20.0
+"""Within which a member that is started must have come to where the others are."""
 MAX_LEARNERS: Final = 128
 """Learners of one round; further peers only follow and store."""
 
@@ -251,6 +253,7 @@ class Member:
         now = network.now
         self.is_alive = True
         self.life = network.num_events
+        self.born_at = now
         self.table = PresenceTable(
             swarm.id, self.peer, int(now * 1000) + 1, TOPIC_RULES, check=swarm.notary.check, read=swarm.notary.read
         )
@@ -258,7 +261,7 @@ class Member:
         self.run = Run(swarm.manifest, swarm.id, self.peer, self.role, now, stored=self.stored)
         self.docs = SwarmDocs(swarm.id, self.peer, self.fixed_ops)
         self.ops: dict[bytes, Signed] = {swarm.op_id(op): op for op in self.fixed_ops}
-        self.contacts: set[PeerId] = set()
+        self.contacts: dict[PeerId, int] = {}  # and in which life of theirs
         self.samples = 0
         self.samples_epoch = 0
         self.in_worker: Policy | None = None
@@ -279,7 +282,7 @@ class Member:
         """A connection stands."""
         if other in self.contacts:
             return
-        self.contacts.add(other)
+        self.contacts[other] = self.swarm.members[other].life
         self.to_gossip(ContactUp(other))
         records = tuple(self.table.newest())
         ops = tuple(self.ops.values())
@@ -289,7 +292,7 @@ class Member:
     def lose(self, other: PeerId) -> None:
         """A connection is gone."""
         if other in self.contacts:
-            self.contacts.discard(other)
+            del self.contacts[other]
             self.to_gossip(ContactDown(other))
             if self.swarm.is_small and self.table.drop(other):
                 self.step(events.Gone(other))
@@ -634,7 +637,8 @@ class Swarm:
         self.op_ids: dict[bytes, bytes] = {}
         self.num_announcements = self.num_pushed = self.num_controls = 0
         self.content_bytes = 0
-        self.decisions: dict[int, dict[Cid, int]] = {}
+        self.decisions: dict[int, dict[Cid, set[PeerId]]] = {}
+        """By epoch, who made which policy."""
         self.decided_at: dict[int, float] = {}
         self.kills: list[float] = []
         self.members: dict[PeerId, Member] = {}
@@ -716,6 +720,7 @@ class Swarm:
         self.kills.append(self.network.now)
         member.is_alive = False
         self.network.kill(member.peer)
+        self._forget(member)
         noticed = self.rng.random() < 0.5 if is_noticed is None else is_noticed
         for peer in sorted(member.contacts):
             other = self.members[peer]
@@ -724,8 +729,17 @@ class Swarm:
         if comes_back_s is not None:
             self.network.at(comes_back_s, self.revive, member)
 
+    def _forget(self, member: Member) -> None:
+        """What was decided and is known to nobody that lives need not be what the others decide on."""
+        for epoch in sorted(self.decisions, reverse=True)[:4]:
+            if len(self.decisions[epoch]) == 1:
+                holders = next(iter(self.decisions[epoch].values()))
+                holders.discard(member.peer)
+                if not holders:
+                    del self.decisions[epoch]
+
     def _notice(self, other: Member, member: Member, life: int) -> None:
-        if other.is_alive and (not member.is_alive or member.life != life):
+        if other.is_alive and other.contacts.get(member.peer) == life:
             other.lose(member.peer)
             if member.is_alive:
                 self.connect(member, other)
@@ -766,8 +780,7 @@ class Swarm:
     def decided(self, member: Member, policy: Policy) -> None:
         """A member made a policy of a ballot."""
         if member in self.honest_set:
-            cids = self.decisions.setdefault(policy.epoch, {})
-            cids[policy.cid] = cids.get(policy.cid, 0) + 1
+            self.decisions.setdefault(policy.epoch, {}).setdefault(policy.cid, set()).add(member.peer)
             self.decided_at.setdefault(policy.epoch, self.network.now)
 
     @property
@@ -808,10 +821,13 @@ class Swarm:
             for before, after in pairwise(times)
             if any(before <= killed < after for killed in self.kills)
         )
+        settled = max((epoch for epoch, at in self.decided_at.items() if at < network.now - SETTLE_S), default=0)
         behind = [
             member
             for member in learners
-            if member.is_alive and (member.run.policy is None or member.run.policy.epoch < epochs - 5)
+            if member.is_alive
+            and network.now > member.born_at + SETTLE_S
+            and (member.run.policy is None or member.run.policy.epoch < settled)
         ]
         first = self.decided_at.get(1, 0.0)
         return SimReport(

@@ -41,7 +41,7 @@ MAX_ADDRESSES: Final = 16
 MAX_ADDRESS_CHARS: Final = 512
 MAX_OFFERS: Final = 128
 """Offers of one ballot."""
-MAX_ATTEMPTS: Final = 64
+MAX_ATTEMPTS: Final = 2**20
 MAX_DIGEST_CHARS: Final = 128
 
 
@@ -177,12 +177,23 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vote:
-    """The voter holds all that a ballot lists; the newest vote of a member in a round counts."""
+    """The voter holds all that a ballot lists, and votes for nothing in earlier attempts any more.
+
+    Attributes:
+        key: the round.
+        attempt: that the voter is in.
+        ballot: that it voted for last; `NO_BALLOT` if for none.
+        cast: the attempt in which it did.
+    """
 
     key: RoundKey
     ballot: bytes
+    attempt: int = 0
+    cast: int = 0
 
     def __post_init__(self) -> None:
+        _check(self.attempt, MAX_ATTEMPTS, "attempt")
+        _check(self.cast, self.attempt, "vote's attempt")
         _check_hash(self.ballot)
 
 

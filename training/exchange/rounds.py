@@ -6,15 +6,14 @@ ballot with two thirds of the stake is decided: everybody who holds what it list
 and so gets the same bytes (`averager`).
 
 * **Turns.** Of those who have stake and have offered, the lowest hash of (swarm, round, attempt, peer) proposes; whose
-  turn it is not, is not heard. When nobody was decided on for the learned silence (`waits`), the next attempt begins.
+  turn it is not, is not heard. When nothing was decided for the learned silence (`waits`), the next attempt begins.
 * **Stake** is what a member delivered in the rounds before (`shoal.training.electorate`); invented names have none. Who
   is gone, says that it is at an earlier epoch, or lets nothing be heard for two silences while others wait for its
   vote, is left out of the reckoning, so that any survivor goes on.
-* **One vote per attempt.** In a later attempt a member leaves the ballot it voted for only if less than a third of the
-  stake stands behind that one, and a proposer repeats the ballot that has most votes if a third does. So what somebody
-  may have decided on stays decided.
-* A proposal that leaves out more than half of the weight that a voter has held for a while is not voted for; offers and
-  ballots heavier than honest ones can be are not heard (`Limits`).
+* **One vote per attempt**, and none before the others said what they voted for until then (`votes`): so what somebody
+  decided on stays decided, whoever dies.
+* A proposal that leaves out more than half of what a voter holds is not voted for; offers and ballots heavier than
+  honest ones can be are not heard (`Limits`).
 
 This core has no clock: ``now`` is seconds of any monotonic clock.
 """
@@ -26,14 +25,29 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from shoal.protocol.ids import Cid, PeerId
+from shoal.training.electorate import says_of
+from shoal.training.exchange.votes import LOCK, QUORUM, Votes
 from shoal.training.exchange.waits import Waits
-from shoal.training.statements import MAX_ATTEMPTS, MAX_OFFERS, Offer, Proposal, RoundKey, Vote, turn_rank
+from shoal.training.statements import (
+    MAX_ATTEMPTS,
+    MAX_OFFERS,
+    NO_BALLOT,
+    Offer,
+    Proposal,
+    RoundKey,
+    Vote,
+    turn_rank,
+)
 
-QUORUM: Final = 2 / 3
-LOCK: Final = 1 / 3
 FAIR_PART: Final = 1 / 2
+PROMISES_PART: Final = 1 / 2
+"""Of a silence: how long an attempt waits for the promises of those who are there and give none."""
+PATIENCE: Final = 4.0
+"""Silences in which the bytes of a ballot that others voted for must come."""
 MAX_PROPOSALS_EACH: Final = 4
-"""That are remembered of one author in one round."""
+"""That are remembered of one author in one round, the newest attempts."""
+MAX_KNOWN: Final = 256
+"""Ballots of one round."""
 SPARE_SAMPLES: Final = 1024
 """What the vector steps of a few environments may add to a share."""
 MAX_VOTERS: Final = 24
@@ -119,6 +133,14 @@ class VoteHeard:
 
 
 @dataclass(frozen=True, slots=True)
+class Committed:
+    """A member says what it made of a ballot of this round, or offers in the round that follows from it."""
+
+    author: PeerId
+    ballot: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """These bytes are here."""
 
@@ -160,7 +182,7 @@ class Tick:
 
 
 RoundEvent: TypeAlias = (
-    Begin | OfferHeard | ProposalHeard | VoteHeard | Held | CannotBeHad | Left | Joined | Busy | Tick
+    Begin | OfferHeard | ProposalHeard | VoteHeard | Committed | Held | CannotBeHad | Left | Joined | Busy | Tick
 )
 
 # What to do.
@@ -204,6 +226,7 @@ class _Proposed:
     proposal: Proposal
     name: bytes
     heard_at: float
+    was_in_turn: bool = False
 
 
 @dataclass(slots=True)
@@ -230,6 +253,7 @@ class Round:
         "_awaited_stake",
         "_began_at",
         "_by_name",
+        "_cast",
         "_created_at",
         "_gone",
         "_half_at",
@@ -244,20 +268,19 @@ class Round:
         "_offers",
         "_own_attempt",
         "_productive_s",
+        "_promised",
         "_proposals",
+        "_said_attempt",
+        "_says",
         "_stakes",
         "_total",
         "_turn_of",
-        "_turns",
-        "_voted",
-        "_voted_attempt",
         "_votes",
         "_waits",
         "_wake_at",
         "_would_at",
         "decided",
         "key",
-        "voters",
     )
 
     def __init__(
@@ -272,6 +295,7 @@ class Round:
         heard_at: Mapping[PeerId, float],
         busy: Iterable[PeerId] = (),
         gone: Iterable[PeerId] = (),
+        may_have_voted: bool = False,
     ) -> None:
         """Take part from now on.
 
@@ -285,14 +309,17 @@ class Round:
             heard_at: when each member was last heard of in any way; a view that stays up to date.
             busy: members that say that they do something else.
             gone: members that are not there.
+            may_have_voted: whether an earlier life of this node may have been in this round: then it has no say in the
+                first attempt, and in later ones what the others know of it counts.
         """
         self.key = key
         self.decided: Ballot | None = None
         self._me = me
         self._stakes = dict(stakes)
-        self._total = sum(self._stakes.values())
-        self.voters = voters_of(key, self._stakes)
-        """Who votes, and with what stake."""
+        self._gone = set(gone)
+        self._says = says_of(self._stakes)
+        self._total = sum(self._says.values())
+        self._votes = Votes(voters_of(key, self._says))
         self._limits = limits
         self._waits = waits
         self._heard_at = heard_at
@@ -307,16 +334,15 @@ class Round:
         self._held_stake = 0.0
         self._half_at: float | None = None
         self._last_held_at = now
-        self._gone = set(gone)
         self._awaited = self._stakes.keys() - {me} - set(busy) - self._gone
         self._awaited_stake = sum(self._stakes[peer] for peer in self._awaited)
         self._proposals: list[_Proposed] = []
         self._known: dict[bytes, _Known] = {}
-        self._votes: dict[PeerId, bytes] = {}
-        self._turns: dict[bytes, float] = {}  # stake behind each ballot
-        self._voted: bytes | None = None
-        self._voted_attempt = -1
-        self._own_attempt = -1
+        may_have_voted = may_have_voted and not self._gone.issuperset(self._stakes.keys() - {me})
+        self._cast = (NO_BALLOT, 0)  # the newest vote, and the attempt it was cast in
+        self._promised = 0 if may_have_voted else -1  # the attempt up to which nothing is voted for any more
+        self._own_attempt = self._promised
+        self._said_attempt = 0
         self._turn_of: dict[int, PeerId | None] = {}
         self._attempt = 0
         self._attempt_at: float | None = None
@@ -327,6 +353,11 @@ class Round:
     def next_wake(self) -> float:
         """When to hand in a `Tick` at the latest."""
         return self._wake_at
+
+    @property
+    def voters(self) -> Mapping[PeerId, float]:
+        """Who votes, and what each counts for."""
+        return self._votes.says
 
     @property
     def has_begun(self) -> bool:
@@ -343,17 +374,27 @@ class Round:
         """How many proposers were passed over."""
         return self._attempt
 
+    def takes_part(self, author: PeerId) -> bool:
+        """Whether a member has said anything in this round."""
+        return author in self._offers or self._votes.has_spoken(author)
+
     def handle(self, event: RoundEvent, now: float) -> list[RoundOutput]:
         """Take in what happened; what is to be done about it."""
         outputs: list[RoundOutput] = []
         if isinstance(event, Begin):
             self._began_at, self._productive_s = now, event.productive_s
         if self.decided is not None:
+            if isinstance(event, VoteHeard):
+                self._answer(event.vote, outputs)
             return outputs
         match event:
             case VoteHeard(author, vote):
-                if not self._take_vote(author, vote.ballot):
+                if author == self._me or not self._votes.take(author, vote):
                     return outputs
+            case Committed(author, name):
+                if author == self._me or not self._votes.commit(author, name):
+                    return outputs
+                self._ask_for(name, outputs)
             case OfferHeard(offer):
                 if not self._take_offer(offer, now, outputs):
                     return outputs
@@ -412,18 +453,21 @@ class Round:
         self._held_weight += signed.offer.weight
         self._last_held_at = now
         self._stop_waiting_for(signed.author)
-        self._held_stake += self._stakes.get(signed.author, 0.0)
+        self._held_stake += self._says.get(signed.author, 0.0)
         if self._half_at is None and self._held_stake >= self._total / 2 - _EPSILON:
             self._half_at = now
 
     def _take_proposal(self, author: PeerId, proposal: Proposal, now: float, outputs: list[RoundOutput]) -> None:
         mine = [each for each in self._proposals if each.author == author]
-        if proposal.key != self.key or len(mine) >= MAX_PROPOSALS_EACH:
-            return
-        if any(each.proposal.attempt == proposal.attempt for each in mine):
+        if proposal.key != self.key or any(each.proposal.attempt == proposal.attempt for each in mine):
             return  # the first word of an author on an attempt is the one that counts
         if author not in self._stakes and author not in self._offers:
             return
+        if len(mine) >= MAX_PROPOSALS_EACH:
+            oldest = min(mine, key=lambda each: each.proposal.attempt)
+            if oldest.proposal.attempt > proposal.attempt:
+                return
+            self._proposals.remove(oldest)
         proposed = _Proposed(author, proposal, proposal.ballot, now)
         self._proposals.append(proposed)
         self._complete(proposed, outputs)
@@ -439,6 +483,8 @@ class Round:
         if weight > self._limits.ballot:
             return
         lacks = {each.offer.cid for each in found} - self._held
+        if len(self._known) >= MAX_KNOWN:
+            del self._known[next(iter(self._known))]
         self._known[proposed.name] = _Known(Ballot(proposed.name, tuple(found)), weight, lacks)
         for cid in sorted(lacks - self._asked):
             self._ask_again(cid, outputs)
@@ -450,7 +496,7 @@ class Round:
         names = {name for name, known in self._known.items() if cid in known.lacks}
         if not names:
             return
-        sources = [author for author, name in self._votes.items() if name in names]
+        sources = self._votes.voters_for(names)
         sources += [each.author for each in self._proposals if each.name in names]
         sources += [author for author, signed in self._offers.items() if signed.offer.cid == cid]
         sources = [peer for peer in dict.fromkeys(sources) if peer != self._me and peer not in self._gone]
@@ -458,45 +504,53 @@ class Round:
             self._asked.add(cid)
             outputs.append(Obtain(cid, tuple(sources)))
 
-    def _take_vote(self, author: PeerId, name: bytes) -> bool:
-        before = self._votes.get(author)
-        if before == name:
-            return False
-        stake = self._stake(author)
-        if stake == 0.0:
-            return False
-        if before is not None:
-            self._turns[before] -= stake
-        self._votes[author] = name
-        self._turns[name] = self._turns.get(name, 0.0) + stake
-        return True
+    def _ask_for(self, name: bytes, outputs: list[RoundOutput]) -> None:
+        """One more holds all of this ballot."""
+        known = self._known.get(name)
+        if known is not None:
+            for cid in sorted(known.lacks):
+                self._ask_again(cid, outputs)
 
-    def _stake(self, peer: PeerId) -> float:
-        return self.voters.get(peer, 0.0)
+    def _answer(self, vote: Vote, outputs: list[RoundOutput]) -> None:
+        """Say it again to those who have not decided: a vote for what is decided is right in any attempt."""
+        if self.decided is None or vote.attempt <= self._promised or self._me not in self.voters:
+            return
+        self._promised = vote.attempt
+        name = self.decided.name
+        outputs.append(Cast(Vote(key=self.key, attempt=vote.attempt, ballot=name, cast=vote.attempt)))
 
     def _join(self, author: PeerId, stake: float) -> None:
         self._gone.discard(author)
         if author in self._stakes or len(self._stakes) >= MAX_OFFERS:
             return
         self._stakes[author] = stake
-        self._total += stake
-        self.voters = voters_of(self.key, self._stakes)
-        self._turn_of.clear()
-        if author in self._offers and self._offers[author].offer.cid in self._held:
-            self._held_stake += stake
-        elif not self.has_begun:
+        self._reckon_anew(self._stakes)
+        is_here = author in self._offers and self._offers[author].offer.cid in self._held
+        if not is_here and not self.has_begun:
             self._awaited.add(author)
             self._awaited_stake += stake
 
     def _leave(self, author: PeerId) -> None:
+        if author in self._gone:
+            return
         self._gone.add(author)
         self._stop_waiting_for(author)
         self._turn_of.clear()
-        if self._me not in self._stakes and self._gone.issuperset(self._stakes):
-            # Nobody who has shown anything is left: those who are there count alike.
-            self._stakes = dict.fromkeys([self._me, *(peer for peer in self._offers if peer not in self._gone)], 1.0)
-            self._total = float(len(self._stakes))
-            self.voters = voters_of(self.key, self._stakes)
+        if author in self.voters and self._gone.issuperset(self.voters):
+            there = {peer: stake for peer, stake in self._stakes.items() if peer not in self._gone}
+            if not there:  # nobody who has shown anything is left: those who are there count alike
+                there = dict.fromkeys([self._me, *(peer for peer in self._offers if peer not in self._gone)], 1.0)
+                self._stakes = dict(there)
+            self._reckon_anew(there)
+
+    def _reckon_anew(self, stakes: Mapping[PeerId, float]) -> None:
+        self._says = says_of(stakes)
+        self._total = sum(self._says.values())
+        self._votes.change(voters_of(self.key, self._says))
+        self._turn_of.clear()
+        self._held_stake = sum(
+            self._says.get(author, 0.0) for author, signed in self._offers.items() if signed.offer.cid in self._held
+        )
 
     def _stop_waiting_for(self, author: PeerId) -> None:
         if author in self._awaited:
@@ -507,66 +561,90 @@ class Round:
 
     def _plan(self, now: float, outputs: list[RoundOutput]) -> None:
         self._advance(now)
-        self._vote(now, outputs)
-        self._propose(now, outputs)
+        self._promise(outputs)
+        if min(self._promised, self._own_attempt) < self._attempt and self._has_promises(now):
+            keep_to = self._to_keep_to(now) if self._attempt > 0 else None
+            self._vote(keep_to, now, outputs)
+            self._propose(keep_to, now, outputs)
         self._decide(now, outputs)
 
     def _decide(self, now: float, outputs: list[RoundOutput]) -> None:
-        if not self._turns:
-            return
-        need: float | None = None
-        for name, stake in self._turns.items():
+        for attempt, name in self._votes.ballots():
             known = self._known.get(name)
-            if stake <= 0 or known is None or known.lacks:
+            if known is None or known.lacks:
                 continue
-            if need is None:
-                need = QUORUM * self._reckoned(now)
-            if stake >= need - _EPSILON:
+            if self._votes.is_decided(attempt, name, lambda peer: self._is_there(peer, now)):
                 self.decided = known.ballot
                 self._learn(known.ballot, now)
                 outputs.append(Decide(known.ballot))
                 return
 
-    def _reckoned(self, now: float) -> float:
-        """The stake of those who can be expected to vote, and of those who did."""
-        silence_s = self._waits.silence_s
-        is_late = self._attempt > 0
-        total = 0.0
-        for peer, stake in self.voters.items():
-            is_silent = is_late and self._heard_at.get(peer, self._created_at) < now - 2 * silence_s
-            if peer in self._votes or peer == self._me or not (is_silent or peer in self._gone):
-                total += stake
-        return total
+    def _is_there(self, peer: PeerId, now: float) -> bool:
+        """Whether a member can be expected to vote."""
+        if peer == self._me:
+            return True
+        if peer in self._gone:
+            return False
+        return self._attempt == 0 or self._heard_at.get(peer, self._created_at) >= now - 2 * self._waits.silence_s
 
-    def _vote(self, now: float, outputs: list[RoundOutput]) -> None:
-        if self._voted_attempt >= self._attempt or not self._proposals or self._stake(self._me) == 0.0:
+    def _promise(self, outputs: list[RoundOutput]) -> None:
+        """Say in a new attempt what was voted for until then."""
+        if self._attempt == 0 or self._said_attempt >= self._attempt or self._me not in self.voters:
+            return
+        self._said_attempt = self._attempt
+        name, cast = self._cast
+        vote = Vote(key=self.key, attempt=self._attempt, ballot=name, cast=cast)
+        self._votes.take(self._me, vote)
+        outputs.append(Cast(vote))
+
+    def _has_promises(self, now: float) -> bool:
+        """Whether those who are there said what they voted for in earlier attempts."""
+        if self._attempt == 0 or self._attempt_at is None:
+            return True
+        have, total = self._votes.promised(self._attempt, lambda peer: self._is_there(peer, now))
+        if have >= total - _EPSILON:
+            return True
+        at = self._attempt_at + PROMISES_PART * self._waits.silence_s
+        self._wake_at = min(self._wake_at, at) if now < at else self._wake_at
+        return now >= at and have >= QUORUM * total - _EPSILON
+
+    def _to_keep_to(self, now: float) -> bytes | None:
+        by_name = {each.name: each for each in self._proposals if self._was_in_turn(each)}
+
+        def is_sound(name: bytes) -> bool:
+            known, proposed = self._known.get(name), by_name.get(name)
+            if known is None or proposed is None or not self._is_fair(known):
+                return False
+            return not known.lacks or now < proposed.heard_at + PATIENCE * self._waits.silence_s
+
+        return self._votes.to_keep_to(lambda peer: self._is_there(peer, now), is_sound)
+
+    def _vote(self, keep_to: bytes | None, now: float, outputs: list[RoundOutput]) -> None:
+        if self._promised >= self._attempt or self._me not in self.voters:
             return
         for proposed in self._proposals:
-            attempt = proposed.proposal.attempt
-            if not self._voted_attempt < attempt <= self._attempt:
+            if proposed.proposal.attempt != self._attempt or not self._was_in_turn(proposed):
                 continue
             known = self._known.get(proposed.name)
-            if known is None or known.lacks or not self._may_propose(proposed.author, attempt):
+            if known is None or known.lacks:
                 continue
-            if not self._is_fair(known) or not self._may_leave_for(proposed.name, now):
-                continue
-            self._cast(proposed.name, attempt, outputs)
-            return
+            if proposed.name == keep_to or (keep_to is None and self._is_fair(known)):
+                self._cast_for(proposed.name, outputs)
+                return
 
-    def _cast(self, name: bytes, attempt: int, outputs: list[RoundOutput]) -> None:
-        self._voted, self._voted_attempt = name, attempt
-        self._take_vote(self._me, name)
-        outputs.append(Cast(Vote(key=self.key, ballot=name)))
-
-    def _may_leave_for(self, name: bytes, now: float) -> bool:
-        if self._voted is None or self._voted == name:
-            return True
-        behind = self._turns.get(self._voted, 0.0)
-        return behind < LOCK * self._reckoned(now) or self._turns.get(name, 0.0) >= behind
+    def _cast_for(self, name: bytes, outputs: list[RoundOutput]) -> None:
+        self._promised = self._attempt
+        self._cast = name, self._attempt
+        vote = Vote(key=self.key, attempt=self._attempt, ballot=name, cast=self._attempt)
+        self._votes.take(self._me, vote)
+        outputs.append(Cast(vote))
 
     def _is_fair(self, known: _Known) -> bool:
-        """Whether it leaves out no more than half of what is held and would have fitted."""
-        return known.weight >= FAIR_PART * min(self._held_weight, self._limits.ballot)
+        """Whether it leaves out no more than half of what is held and would have fitted, by samples and by stake."""
+        if known.weight < FAIR_PART * min(self._held_weight, self._limits.ballot):
+            return False
+        stake = sum(self._says.get(each.author, 0.0) for each in known.ballot.offers)
+        return stake >= FAIR_PART * self._held_stake - _EPSILON
 
     def _candidates(self) -> list[PeerId]:
         """Who may propose: those with stake who have offered; if there are none left, whoever has offered."""
@@ -580,8 +658,11 @@ class Round:
             )
         return self._turn_of[attempt]
 
-    def _may_propose(self, author: PeerId, attempt: int) -> bool:
-        return self._turn(attempt) == author
+    def _was_in_turn(self, proposed: _Proposed) -> bool:
+        """Whether it was its author's turn, when it proposed or since."""
+        if not proposed.was_in_turn:
+            proposed.was_in_turn = self._turn(proposed.proposal.attempt) == proposed.author
+        return proposed.was_in_turn
 
     def _would(self, now: float) -> float:
         """When this learner would propose, were it its turn; infinity while that is open."""
@@ -604,38 +685,43 @@ class Round:
                 self._wake_at = would
                 return
             self._attempt_at = self._would_at = now
-        silence_s = self._waits.silence_s
-        while now >= self._attempt_at + silence_s and self._attempt < MAX_ATTEMPTS:
+        while now >= (ends_at := self._attempt_at + self._attempt_s()) and self._attempt < MAX_ATTEMPTS:
             self._attempt += 1
-            self._attempt_at += silence_s
-            if self._attempt_at + silence_s < now:  # after a sleep
-                self._attempt_at = now
-        self._wake_at = self._attempt_at + silence_s
+            self._attempt_at = ends_at if now < ends_at + self._attempt_s() else now  # after a sleep
+        others = self._votes.attempt_of(LOCK, lambda peer: peer not in self._gone)
+        if others > self._attempt:
+            self._attempt, self._attempt_at = others, now
+        self._wake_at = self._attempt_at + self._attempt_s()
 
-    def _propose(self, now: float, outputs: list[RoundOutput]) -> None:
+    def _attempt_s(self) -> float:
+        """How long an attempt lasts: the more there were, the longer, so that in the end all are in the same one."""
+        return self._waits.silence_s * (1 + min(self._attempt, 8) / 4)
+
+    def _propose(self, keep_to: bytes | None, now: float, outputs: list[RoundOutput]) -> None:
         if self._began_at is None or self._attempt_at is None or self._own_attempt >= self._attempt:
             return
-        if self._voted_attempt >= self._attempt or self._turn(self._attempt) != self._me:
+        if self._promised >= self._attempt or self._turn(self._attempt) != self._me:
             return
-        names = self._names_to_propose(now)
+        names = self._names_to_propose() if keep_to is None else self._names_of(keep_to)
         if not names:
             return
         proposal = Proposal(key=self.key, attempt=self._attempt, offers=names)
         self._own_attempt = self._attempt
         outputs.append(Propose(proposal))
-        proposed = _Proposed(self._me, proposal, proposal.ballot, now)
+        proposed = _Proposed(self._me, proposal, proposal.ballot, now, was_in_turn=True)
         self._proposals.append(proposed)
         self._complete(proposed, outputs)
-        if self._stake(self._me) > 0.0 and self._may_leave_for(proposed.name, now):
-            self._cast(proposed.name, self._attempt, outputs)
+        if self._me in self.voters:
+            self._cast_for(proposed.name, outputs)
 
-    def _names_to_propose(self, now: float) -> tuple[bytes, ...]:
-        """The ballot that a third stands behind, or else all that is held and fits, those with stake first."""
-        locked = max(self._turns, key=lambda name: (self._turns[name], name), default=None)
-        if locked is not None and self._turns[locked] >= LOCK * self._reckoned(now):
-            known = self._known.get(locked)
-            if known is not None and not known.lacks:
-                return tuple(sorted(each.name for each in known.ballot.offers))
+    def _names_of(self, name: bytes) -> tuple[bytes, ...]:
+        known = self._known.get(name)
+        if known is None or known.lacks:
+            return ()
+        return tuple(sorted(each.name for each in known.ballot.offers))
+
+    def _names_to_propose(self) -> tuple[bytes, ...]:
+        """All that is held and fits, those with stake first."""
         held = [
             each for each in self._offers.values() if each.offer.cid in self._held and each.author not in self._gone
         ]
@@ -655,7 +741,7 @@ class Round:
 
 
 def voters_of(key: RoundKey, stakes: Mapping[PeerId, float]) -> dict[PeerId, float]:
-    """Who votes in a round, and with what stake: everybody, or the `MAX_VOTERS` whose hashes are the lowest."""
+    """Who votes in a round, and what each counts for: everybody, or the `MAX_VOTERS` whose hashes are the lowest."""
     if len(stakes) <= MAX_VOTERS:
         return dict(stakes)
     chosen = sorted(stakes, key=lambda peer: turn_rank("vote", key, 0, peer))[:MAX_VOTERS]
