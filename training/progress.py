@@ -20,7 +20,7 @@ FEW: Final = 32
 MAX_RECENT: Final = 20
 RATE_WINDOW_S: Final = 6.0
 
-BUSY: Final = frozenset({Phase.STARTING, Phase.FETCHING, Phase.EVALUATING, Phase.STORING, Phase.DONE, Phase.FAILED})
+BUSY: Final = frozenset({Phase.STARTING, Phase.STORING, Phase.DONE, Phase.FAILED})
 """Phases in which a member is not about to offer anything."""
 
 

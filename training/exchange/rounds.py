@@ -27,7 +27,7 @@ from typing import Final, TypeAlias
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import says_of
 from shoal.training.exchange.votes import LOCK, QUORUM, Votes
-from shoal.training.exchange.waits import Waits
+from shoal.training.exchange.waits import MAX_OFFERS_S, Waits
 from shoal.training.statements import (
     MAX_ATTEMPTS,
     MAX_OFFERS,
@@ -670,12 +670,10 @@ class Round:
             return self._half_at + self._waits.offers_s if self._half_at is not None else float("inf")
         if not self._awaited:
             return self._began_at
-        worth = float("inf")
-        if self._held_weight:
-            worth = self._began_at + self._productive_s * self._awaited_stake / self._held_weight
-        if self._half_at is None:
-            return worth
-        return min(worth, max(self._half_at, self._began_at) + self._waits.offers_s)
+        if not self._held_weight:
+            return float("inf") if self._half_at is None else self._half_at + self._waits.offers_s
+        worth_s = self._productive_s * self._awaited_stake / self._held_weight
+        return self._began_at + min(worth_s, MAX_OFFERS_S)
 
     def _advance(self, now: float) -> None:
         """Keep the clock of attempts."""
