@@ -183,6 +183,8 @@ class Run:
         self._is_exchanging = False
         self._collect_s = 0.0
         self._work_s = 0.0  # collecting and optimising in this epoch
+        self._settle_s = 0.0  # settling its rounds, without waiting for those who are late
+        self._usual_s = 0.0  # both together, of the epochs before
         self._failed_merges = 0
         self._num_kept = 0
         self._weights: dict[PeerId, float] = {}  # of those who take part in this epoch's exchanges
@@ -393,6 +395,8 @@ class Run:
                 case Obtain(cid, sources):
                     self._fetching.add(cid)
                     outputs.append(Fetch(cid, sources, keep=False))
+                case Propose() | Cast() if self._is_solo:
+                    pass
                 case Propose(proposal):
                     outputs.append(Say(proposal))
                 case Cast(vote):
@@ -411,7 +415,7 @@ class Run:
             return
         decided = current.decided
         if not current.has_begun:
-            self._in_round(Begin(self._work_s), now, outputs)
+            self._in_round(Begin(max(self._work_s, self._usual_s)), now, outputs)
         if decided is None:
             return
         is_in_it = any(each.author == self._me for each in decided.offers)
@@ -422,6 +426,8 @@ class Run:
 
     def _merge(self, ballot: Ballot, now: float, outputs: list[Output]) -> None:
         current = self.round
+        if current is not None:
+            self._settle_s += current.settling_s
         if current is not None and current.key.step == 0:
             self._weights = {each.author: float(each.offer.weight) for each in ballot.offers}
             self._is_shared = any(each.author != self._me for each in ballot.offers)
@@ -506,7 +512,17 @@ class Run:
             self._begin(now, outputs)
         else:
             seconds = round(min(self._work_s, MAX_SECONDS), 4)
-            outputs.append(Say(Offer(key=current.key, cid=cid, weight=weight, seconds=seconds)))
+            offer = Offer(key=current.key, cid=cid, weight=weight, seconds=seconds)
+            if self._is_solo:
+                self._own_said(offer, first_after(cid), now, outputs)
+            else:
+                outputs.append(Say(offer))
+
+    @property
+    def _is_solo(self) -> bool:
+        """Whether nobody else takes part in the exchanges of this epoch that are left, so that nobody need hear of them."""
+        current = self.round
+        return current is not None and current.key.step > 0 and self._weights.keys() == {self._me}
 
     def _own_said(self, statement: Statement, name: bytes, now: float, outputs: list[Output]) -> None:
         current = self.round
@@ -517,6 +533,8 @@ class Run:
 
     def _updated(self, policy: Policy, now: float, outputs: list[Output]) -> None:
         progress = self.progress
+        took_s = self._work_s + self._settle_s
+        self._usual_s = took_s if not self._usual_s else 0.7 * self._usual_s + 0.3 * took_s
         progress.rounds += 1
         progress.shared_rounds += self._is_shared
         progress.samples = 0
@@ -555,7 +573,7 @@ class Run:
     def _hold(self, policy: Policy, now: float, outputs: list[Output]) -> None:
         self.policy = policy
         self._is_exchanging = False
-        self._collect_s = self._work_s = 0.0
+        self._collect_s = self._work_s = self._settle_s = 0.0
         self._num_kept = 0
         self._overtaken_at = self._missed_at = None
         self.progress.step = 0

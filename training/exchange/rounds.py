@@ -255,6 +255,7 @@ class Round:
         "_by_name",
         "_cast",
         "_created_at",
+        "_decided_at",
         "_gone",
         "_half_at",
         "_heard_at",
@@ -325,6 +326,7 @@ class Round:
         self._heard_at = heard_at
         self._created_at = now
         self._began_at: float | None = None
+        self._decided_at: float | None = None
         self._productive_s = 0.0
         self._offers: dict[PeerId, SignedOffer] = {}
         self._by_name: dict[bytes, SignedOffer] = {}
@@ -574,7 +576,7 @@ class Round:
             if known is None or known.lacks:
                 continue
             if self._votes.is_decided(attempt, name, lambda peer: self._is_there(peer, now)):
-                self.decided = known.ballot
+                self.decided, self._decided_at = known.ballot, now
                 self._learn(known.ballot, now)
                 outputs.append(Decide(known.ballot))
                 return
@@ -663,6 +665,13 @@ class Round:
         if not proposed.was_in_turn:
             proposed.was_in_turn = self._turn(proposed.proposal.attempt) == proposed.author
         return proposed.was_in_turn
+
+    @property
+    def settling_s(self) -> float:
+        """How long a round that is decided took, from when this learner would have waited for nobody any more."""
+        if self._decided_at is None or self._would_at is None:
+            return 0.0
+        return max(0.0, self._decided_at - self._would_at)
 
     def _would(self, now: float) -> float:
         """When this learner would propose, were it its turn; infinity while that is open."""
