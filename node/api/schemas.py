@@ -331,7 +331,7 @@ class SwarmSummary(Model):
     role: str
     """What this node does in it: ``learner`` or ``storage``."""
     phase: str
-    """``waiting fetching collecting updating exchanging evaluating done failed left``."""
+    """``starting waiting fetching collecting updating exchanging evaluating storing done failed left``."""
     epoch: int
     mean_return: float | None = _named("mean_return", "return", default=None)
     """Of the newest evaluation."""
