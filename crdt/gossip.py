@@ -254,15 +254,21 @@ class Gossip:
             case Known(peers):
                 self._overlay.known(peers, now, outputs)
                 self._regrow(now, outputs)
-        at = min(self._flush_at, self._have_at, self._overlay.due)
-        if self._first:
-            at = min(at, self._first[0][0])
-        if self._next:
-            at = min(at, self._next[0][0])
+        self._plan(outputs)
+        return outputs
+
+    def _plan(self, outputs: list[Output]) -> None:
+        at = self._woken_at
+        for due in (self._flush_at, self._have_at, self._overlay.due):
+            if due < at:
+                at = due
+        if self._first and self._first[0][0] < at:
+            at = self._first[0][0]
+        if self._next and self._next[0][0] < at:
+            at = self._next[0][0]
         if at < self._woken_at:
             self._woken_at = at
             outputs.append(Wake(at))
-        return outputs
 
     @property
     def neighbours(self) -> frozenset[PeerId]:
@@ -305,7 +311,7 @@ class Gossip:
         if fresh:
             self._counts.fresh += len(fresh)
             if self._missing:
-                self._came([item.id for item in fresh])
+                self._came([item.id for item in fresh if item.id in self._missing])
             if branch is not None:
                 for item in fresh:
                     branch.has.add(item.id)
@@ -351,6 +357,32 @@ class Gossip:
             unsaid[item.key] = item
         if len(seen) > self._config.max_seen or len(parent) > self._config.max_sources:
             self._forget()
+        if len(items) == 1:
+            self._pass_one_on(items[0], origin, now, outputs)
+        else:
+            self._pass_many_on(items, origin, now, outputs)
+        if self._have_at == inf:
+            self._have_at = now + self._config.have_gap_s
+        while len(unsaid) > self._config.max_waiting:
+            del unsaid[next(iter(unsaid))]
+            self._counts.dropped += 1
+
+    def _pass_one_on(self, item: Item, origin: _Branch | None, now: float, outputs: list[Output]) -> None:
+        """As `_pass_many_on`: nearly all that comes, comes alone."""
+        source = item.source
+        push: tuple[ItemId, ...] = (item.id,)
+        for branch in self._branches.values():
+            if branch is origin or source in branch.lazy:
+                continue
+            if branch.waiting is not None or branch.next_at > now:
+                self._wait(branch, (item,))
+            else:
+                branch.next_at = now + self._config.flush_gap_s
+                outputs.append(Push(branch.peer, push))
+
+    def _pass_many_on(
+        self, items: tuple[Item, ...], origin: _Branch | None, now: float, outputs: list[Output]
+    ) -> None:
         ids: tuple[ItemId, ...] | None = None
         for branch in self._branches.values():
             if branch is origin:
@@ -369,11 +401,6 @@ class Gossip:
                 if ids is None:
                     ids = tuple([item.id for item in items])
                 outputs.append(Push(branch.peer, ids))
-        if self._have_at == inf:
-            self._have_at = now + self._config.have_gap_s
-        while len(unsaid) > self._config.max_waiting:
-            del unsaid[next(iter(unsaid))]
-            self._counts.dropped += 1
 
     def _forget(self) -> None:
         """Forget the oldest, many at once: looking for the first of a dict passes over all that was deleted."""
@@ -414,7 +441,8 @@ class Gossip:
             self._flush(now, outputs)
         if self._have_at <= now:
             self._announce(outputs)
-        self._ask_for_missing(now, outputs)
+        if self._first or self._next:
+            self._ask_for_missing(now, outputs)
         if self._overlay.due <= now:
             self._overlay.upkeep(now, outputs)
             self._regrow(now, outputs)

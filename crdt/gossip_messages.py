@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import chain
 from typing import Final
 
 from shoal.protocol.errors import LimitError, ProtocolError
@@ -101,21 +100,24 @@ class Control:
     shuffle_reply: tuple[PeerId, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, part, most in (
-            ("have", self.have, MAX_HAVE),
-            ("want", self.want, MAX_WANT),
-            ("graft", self.graft, MAX_WANT),
-            ("prune", self.prune, MAX_WANT),
-            ("walks", self.walks, MAX_WALKS),
-            ("shuffle", self.shuffle, MAX_SAMPLE),
-            ("shuffle_reply", self.shuffle_reply, MAX_SAMPLE),
-        ):
-            if len(part) > most:
+        for name, most in _MOST:
+            part = getattr(self, name)
+            if part and len(part) > most:
                 raise LimitError(f"{name} names {len(part)}, more than {most}")
-        if not _ID_LENGTHS.issuperset(map(len, chain(self.have, self.want, self.graft, self.prune))):
-            raise ProtocolError(f"an item's id has {ITEM_ID_BYTES} bytes")
+        for ids in (self.have, self.want, self.graft, self.prune):
+            if ids and not _ID_LENGTHS.issuperset(map(len, ids)):
+                raise ProtocolError(f"an item's id has {ITEM_ID_BYTES} bytes")
 
 
+_MOST: Final = (
+    ("have", MAX_HAVE),
+    ("want", MAX_WANT),
+    ("graft", MAX_WANT),
+    ("prune", MAX_WANT),
+    ("walks", MAX_WALKS),
+    ("shuffle", MAX_SAMPLE),
+    ("shuffle_reply", MAX_SAMPLE),
+)
 _ID_LENGTHS: Final = frozenset((ITEM_ID_BYTES,))
 
 

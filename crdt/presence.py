@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -106,21 +107,6 @@ class Presence:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """A sealed record that was read, but not checked.
-
-    Attributes:
-        presence: what it says.
-        record_hash: 32 bytes, the name of the sealed record.
-        num_bytes: of the sealed record.
-    """
-
-    presence: Presence
-    record_hash: bytes
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Fresh:
     """News: to be acted and passed on."""
 
@@ -170,6 +156,31 @@ class Outdone:
 Heard = Fresh | Known | Stale | Excess | Outdone
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A sealed record that was read, but not checked; with all that follows from the record alone.
+
+    Attributes:
+        sealed: the record.
+        presence: what it says.
+        record_hash: 32 bytes, the name of the sealed record.
+        num_bytes: of the sealed record.
+        stamp: of the presence.
+        item: its name among what is gossiped.
+        fresh: what is said of it where it is news.
+        known: what is said of it where it was heard before.
+    """
+
+    sealed: Signed
+    presence: Presence
+    record_hash: bytes
+    num_bytes: int
+    stamp: tuple[int, int]
+    item: bytes
+    fresh: Fresh
+    known: Known
+
+
 def record_hash(sealed: Signed) -> bytes:
     """The 32-byte name of a sealed record: sha256 of its canonical bytes."""
     return hashlib.sha256(encode(sealed)).digest()
@@ -188,32 +199,29 @@ def open_record(sealed: Signed) -> Opened:
     presence = decode(Presence, sealed.payload, max_bytes=MAX_PRESENCE_BYTES)
     if presence.author != sealed.author:
         raise ProtocolError(f"{sealed.author} sealed a presence of {presence.author}")
-    return Opened(presence, hashlib.sha256(data).digest(), len(data))
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    presence: Presence
-    sealed: Signed
-    record_hash: bytes
+    name = hashlib.sha256(data).digest()
+    stamp, item = presence.stamp, name[:ID_BYTES]
+    return Opened(sealed, presence, name, len(data), stamp, item, Fresh(presence, name), Known(name))
 
 
 @dataclass(slots=True)
-class _Bucket:
+class _Spoken:
+    """What one author said on one topic, oldest first, and its token bucket."""
+
     tokens: float
     at: float
+    held: list[Opened] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Author:
     """What is held of one peer; who is gone is remembered, so that replayed records stay old."""
 
-    newest: _Held
+    newest: Opened
     expires_at: float = 0.0
     is_live: bool = False
-    held: dict[str, list[_Held]] = field(default_factory=dict)  # by topic, oldest first
+    spoken: dict[str, _Spoken] = field(default_factory=dict)  # by topic
     facts: dict[str, Facts] = field(default_factory=dict)  # the newest of each topic
-    buckets: dict[str, _Bucket] = field(default_factory=dict)
 
 
 class PresenceTable:
@@ -255,12 +263,12 @@ class PresenceTable:
         self._seq = 0
         self._check = check
         self._read = read
-        self._own: dict[str, list[_Held]] = {}
+        self._own: dict[str, list[Opened]] = {}
         self._own_facts: dict[str, Facts] = {}
         self._authors: dict[PeerId, _Author] = {}
         self._live: dict[PeerId, dict[str, Facts]] = {}
         self._by_id: dict[bytes, Signed] = {}
-        self._seen: dict[bytes, bytes] = {}  # signature to record hash, of what was checked; oldest first
+        self._seen: dict[bytes, Known] = {}  # by signature, what was checked; oldest first
         self._next_expiry = float("inf")  # of nobody who is live before this
 
     # Speaking.
@@ -302,10 +310,9 @@ class PresenceTable:
         if opened.num_bytes > rule.max_bytes:
             raise TooLargeError(f"{opened.num_bytes} bytes on {topic} exceed the {rule.max_bytes} allowed; say less")
         self._seq += 1
-        held = _Held(opened.presence, sealed, opened.record_hash)
-        self._hold(self._own, held, rule)
+        self._hold(self._own.setdefault(topic, []), opened, rule)
         self._own_facts[topic] = opened.presence.facts
-        self._remember(held)
+        self._remember(opened)
         return sealed
 
     def reannounce(self, signer: Signer, every_s: float) -> list[Signed]:
@@ -331,58 +338,70 @@ class PresenceTable:
         # A signature fits one payload; with any other it is forged, and dropped as well as what is known.
         seen = self._seen.get(sealed.signature)
         if seen is not None:
-            return Known(seen)
+            return seen
         opened = self._read(sealed)
         presence = opened.presence
-        rule = self._rule_for(opened)
-        if presence.author == self.own:
+        topic, name, stamp = presence.topic, presence.author, opened.stamp
+        rule = self.topics.get(topic)
+        if rule is None or opened.num_bytes > rule.max_bytes or presence.swarm != self.swarm:
+            raise self._refusal(opened)
+        if name == self.own:
             return self._hear_of_self(sealed, opened)
-        author = self._authors.get(presence.author)
-        if author is not None:
-            held = author.held.get(presence.topic, [])
-            if any(each.sealed == sealed for each in held):
-                return Known(opened.record_hash)
-            if self._is_stale(author, held, presence, rule, now):
-                newest = {each.record_hash: each.sealed for each in (author.newest, *held[-1:])}
-                return Stale(opened.record_hash, tuple(newest.values()))
-            if self._tokens(author, presence.topic, rule, now) < 1:
+        author = self._authors.get(name)
+        if author is None:
+            self._check(sealed, KIND)
+            self._make_room(now)
+            author = self._authors[name] = _Author(opened)
+            spoken = author.spoken[topic] = _Spoken(rule.burst, now)
+        else:
+            spoken = author.spoken.get(topic) or _Spoken(rule.burst, now)
+            newest = author.newest.stamp
+            if stamp <= newest:
+                held = spoken.held
+                if any(each.sealed == sealed for each in held):
+                    return opened.known
+                if self._is_stale(author, held, opened, rule, now):
+                    again = {each.record_hash: each.sealed for each in (author.newest, *held[-1:])}
+                    return Stale(opened.record_hash, tuple(again.values()))
+            tokens = spoken.tokens + (now - spoken.at) * rule.per_s
+            if tokens > rule.burst:
+                tokens = rule.burst
+            if tokens < 1:
                 self.num_excess += 1
                 return Excess(opened.record_hash)
-        self._check(sealed, KIND)
-        record = _Held(presence, sealed, opened.record_hash)
-        if author is None:
-            self._make_room(now)
-            author = self._authors[presence.author] = _Author(record)
-        self._spend(author, presence.topic, rule, now)
-        if presence.started_at > author.newest.presence.started_at:
-            self._forget_records(author)
-        self._hold(author.held, record, rule)
-        author.facts[presence.topic] = author.held[presence.topic][-1].presence.facts
-        self._remember(record)
-        if presence.stamp >= author.newest.presence.stamp:
-            author.newest = record
-            author.expires_at = now + presence.lifetime_s
+            self._check(sealed, KIND)
+            spoken.tokens, spoken.at = tokens, now
+            author.spoken[topic] = spoken
+            if stamp[0] > newest[0]:
+                self._forget_records(author)
+        spoken.tokens -= 1
+        self._hold(spoken.held, opened, rule)
+        author.facts[topic] = spoken.held[-1].presence.facts
+        self._remember(opened)
+        if stamp >= author.newest.stamp:
+            author.newest = opened
+            author.expires_at = expires_at = now + presence.lifetime_s
             author.is_live = True
-            self._live[presence.author] = author.facts
-            self._next_expiry = min(self._next_expiry, author.expires_at)
-        return Fresh(presence, opened.record_hash)
+            self._live[name] = author.facts
+            if expires_at < self._next_expiry:
+                self._next_expiry = expires_at
+        return opened.fresh
 
-    def _rule_for(self, opened: Opened) -> TopicRule:
+    def _refusal(self, opened: Opened) -> ProtocolError:
+        """Why a record is no record of this table."""
         presence = opened.presence
         if presence.swarm != self.swarm:
-            raise ProtocolError(f"presence of {presence.author} belongs to swarm {presence.swarm}, not {self.swarm}")
+            return ProtocolError(f"presence of {presence.author} belongs to swarm {presence.swarm}, not {self.swarm}")
         rule = self.topics.get(presence.topic)
         if rule is None:
-            raise ProtocolError(f"{presence.author} speaks on {presence.topic!r:.40}, of which nothing is known here")
-        if opened.num_bytes > rule.max_bytes:
-            raise LimitError(
-                f"presence of {presence.author} on {presence.topic} exceeds the limit of {rule.max_bytes} bytes"
-            )
-        return rule
+            return ProtocolError(f"{presence.author} speaks on {presence.topic!r:.40}, of which nothing is known here")
+        return LimitError(
+            f"presence of {presence.author} on {presence.topic} exceeds the limit of {rule.max_bytes} bytes"
+        )
 
     def _hear_of_self(self, sealed: Signed, opened: Opened) -> Heard:
-        if opened.presence.stamp <= (self._started_at, self._seq):
-            return Known(opened.record_hash)
+        if opened.stamp <= (self._started_at, self._seq):
+            return opened.known
         self._check(sealed, KIND)
         # Our clock was set back since an earlier process; outdo it, or nobody would believe us.
         self._started_at = min(opened.presence.started_at + 1, MAX_STAMP)
@@ -391,42 +410,36 @@ class PresenceTable:
         return Outdone(opened.record_hash)
 
     @staticmethod
-    def _is_stale(author: _Author, held: list[_Held], presence: Presence, rule: TopicRule, now: float) -> bool:
-        if presence.stamp > author.newest.presence.stamp:
-            return False
-        if presence.started_at < author.newest.presence.started_at or not author.is_live or now >= author.expires_at:
+    def _is_stale(author: _Author, held: list[Opened], opened: Opened, rule: TopicRule, now: float) -> bool:
+        """Whether a record that is not the newest of its author counts for nothing."""
+        if opened.stamp[0] < author.newest.stamp[0] or not author.is_live or now >= author.expires_at:
             return True
         # It was overtaken on its way; it counts if it is one of the newest of its topic nevertheless.
-        stamps = [each.presence.stamp for each in held]
-        return presence.stamp in stamps or (len(stamps) >= rule.keep and presence.stamp < stamps[0])
+        stamps = [each.stamp for each in held]
+        return opened.stamp in stamps or (len(stamps) >= rule.keep and opened.stamp < stamps[0])
 
-    @staticmethod
-    def _tokens(author: _Author, topic: str, rule: TopicRule, now: float) -> float:
-        bucket = author.buckets.get(topic)
-        return rule.burst if bucket is None else min(rule.burst, bucket.tokens + (now - bucket.at) * rule.per_s)
-
-    def _spend(self, author: _Author, topic: str, rule: TopicRule, now: float) -> None:
-        author.buckets[topic] = _Bucket(self._tokens(author, topic, rule, now) - 1, now)
-
-    def _hold(self, topics: dict[str, list[_Held]], record: _Held, rule: TopicRule) -> None:
-        held = topics.setdefault(record.presence.topic, [])
-        held.append(record)
-        if len(held) > 1 and held[-2].presence.stamp > record.presence.stamp:
-            held.sort(key=lambda each: each.presence.stamp)
-        self._by_id[record.record_hash[:ID_BYTES]] = record.sealed
+    def _hold(self, held: list[Opened], opened: Opened, rule: TopicRule) -> None:
+        held.append(opened)
+        if len(held) > 1 and held[-2].stamp > opened.stamp:
+            held.sort(key=lambda each: each.stamp)
+        by_id = self._by_id
+        by_id[opened.item] = opened.sealed
         while len(held) > rule.keep:
-            self._by_id.pop(held.pop(0).record_hash[:ID_BYTES], None)
+            by_id.pop(held.pop(0).item, None)
 
-    def _remember(self, record: _Held) -> None:
-        self._seen[record.sealed.signature] = record.record_hash
-        if len(self._seen) > MAX_SEEN:
-            del self._seen[next(iter(self._seen))]
+    def _remember(self, opened: Opened) -> None:
+        seen = self._seen
+        seen[opened.sealed.signature] = opened.known
+        if len(seen) > MAX_SEEN:  # many at once: looking for the first of a dict passes over all that was deleted
+            for signature in list(islice(seen, 1 + MAX_SEEN // 8)):
+                del seen[signature]
 
     def _forget_records(self, author: _Author) -> None:
-        for held in author.held.values():
-            for record in held:
-                self._by_id.pop(record.record_hash[:ID_BYTES], None)
-        author.held.clear()
+        """What was said in an earlier life; how fast it was said still counts."""
+        for spoken in author.spoken.values():
+            for opened in spoken.held:
+                self._by_id.pop(opened.item, None)
+            spoken.held.clear()
         author.facts = {}
 
     # Who is there.
@@ -446,7 +459,8 @@ class PresenceTable:
         if author == self.own:
             held = self._own.get(topic, [])
         else:
-            held = self._authors[author].held.get(topic, []) if author in self._live else []
+            spoken = self._authors[author].spoken.get(topic) if author in self._live else None
+            held = [] if spoken is None else spoken.held
         return [(each.presence.facts, each.record_hash) for each in held]
 
     def drop(self, peer: PeerId) -> bool:
@@ -476,8 +490,10 @@ class PresenceTable:
 
     def newest(self) -> list[Signed]:
         """Every record held of those who are there, this node's first: what a newcomer should hear."""
-        everybody = [self._own, *(self._authors[peer].held for peer in sorted(self._live))]
-        return [record.sealed for topics in everybody for held in topics.values() for record in held]
+        everybody = list(self._own.values())
+        for peer in sorted(self._live):
+            everybody += [spoken.held for spoken in self._authors[peer].spoken.values()]
+        return [opened.sealed for held in everybody for opened in held]
 
     def find(self, item: bytes) -> Signed | None:
         """A held record by the first `ID_BYTES` of its hash."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
@@ -65,6 +65,10 @@ FETCH_TIMEOUT_S: Final = 2.0
 RESTART_S: Final = 2.0
 SETTLE_S: Final = 20.0
 """Within which a member that is started must have come to where the others are."""
+GOSSIP_TICK: Final = GossipTick()
+RUN_TICK: Final = events.Tick()
+MAX_REMEMBERED: Final = 100_000
+"""Records of which what every member would find out is remembered."""
 MAX_LEARNERS: Final = 128
 """Learners of one round; further peers only follow and store."""
 
@@ -174,45 +178,45 @@ class _Notary:
 
     def __init__(self) -> None:
         self._keys: dict[PeerId, _SimSigner] = {}
+        self._checked: dict[bytes, Signed] = {}
         self._opened: dict[bytes, Opened] = {}
-        self._heard: dict[bytes, events.Heard | None] = {}
-        self._items: dict[bytes, Item] = {}
+        self._news: dict[bytes, tuple[Item, events.Heard | None]] = {}
 
     def add(self, signer: _SimSigner) -> None:
         self._keys[signer.peer_id] = signer
 
     def check(self, sealed: Signed, kind: str) -> None:
+        if self._checked.get(sealed.signature) is sealed:
+            return
         signer = self._keys.get(sealed.author)
         if signer is None or signer.sign(kind, sealed.payload) != sealed.signature:
             raise SignatureError(f"a {kind} that claims to be by {sealed.author} is not signed by it")
+        _remember(self._checked, sealed.signature, sealed)
 
     def read(self, sealed: Signed) -> Opened:
         opened = self._opened.get(sealed.signature)
-        if opened is None:
-            if len(self._opened) > 100_000:
-                self._opened.clear()
-            opened = self._opened[sealed.signature] = open_record(sealed)
+        if opened is None or (opened.sealed is not sealed and opened.sealed != sealed):
+            opened = open_record(sealed)
+            _remember(self._opened, sealed.signature, opened)
         return opened
 
-    def item(self, name: bytes, key: str, author: PeerId) -> Item:
-        item = self._items.get(name)
-        if item is None:
-            if len(self._items) > 100_000:
-                self._items.clear()
-            item = self._items[name] = Item(name[:16], key, author)
-        return item
-
-    def heard(self, fresh: Fresh) -> events.Heard | None:
+    def news(self, fresh: Fresh, table: PresenceTable) -> tuple[Item, events.Heard | None]:
+        """What is gossiped of a record, and what the run is told."""
         name = fresh.record_hash
-        if name in self._heard:
-            return self._heard[name]
-        if len(self._heard) > 100_000:
-            self._heard.clear()
-        presence = fresh.presence
-        statement = read_statement(presence.topic, presence.facts)
-        found = None if statement is None else events.Heard(presence.author, statement, name)
-        self._heard[name] = found
+        found = self._news.get(name)
+        if found is None:
+            presence = fresh.presence
+            statement = read_statement(presence.topic, presence.facts)
+            item = Item(name[:16], table.key_of(presence), presence.author)
+            found = item, None if statement is None else events.Heard(presence.author, statement, name)
+            _remember(self._news, name, found)
         return found
+
+
+def _remember(memory: dict[bytes, Any], name: bytes, found: Any) -> None:
+    if len(memory) >= MAX_REMEMBERED:
+        memory.clear()
+    memory[name] = found
 
 
 @dataclass(slots=True)
@@ -230,6 +234,7 @@ class Member:
 
     def __init__(self, swarm: Swarm, number: int, signer: _SimSigner, role: Role, machine: _Machine) -> None:
         self.swarm = swarm
+        self.network = swarm.network
         self.number = number
         self.signer = signer
         self.peer = signer.peer_id
@@ -268,7 +273,8 @@ class Member:
         self.update_of: Policy | None = None
         self.said_at = now
         self.began_at: float | None = None
-        self.gossip_wake = self.run_wake = float("inf")
+        # What a core asked for last, and the earliest timer that is set for it.
+        self.gossip_due = self.gossip_timer = self.run_due = self.run_timer = float("inf")
         network.at(RESTART_S * (0.5 + network.rng.random()), self.opened, of=self.peer)
         network.at(network.rng.random(), self.heartbeat, of=self.peer)
 
@@ -352,55 +358,71 @@ class Member:
 
     def to_gossip(self, event: Any) -> None:
         """Hand an event to the gossip core, and do what it says."""
-        network = self.swarm.network
-        messages: dict[PeerId, tuple[list[bytes], Control | None]] = {}
-        for output in self.gossip.handle(event, network.now):
-            if type(output) is Push:
-                before = messages.get(output.peer)
-                if before is None:
-                    messages[output.peer] = (list(output.ids), None)
-                else:
-                    before[0].extend(output.ids)
-            elif type(output) is Tell:
-                before = messages.get(output.peer)
-                messages[output.peer] = ([] if before is None else before[0], output.message)
+        now = self.network.now
+        outputs = self.gossip.handle(event, now)
+        if not outputs:
+            return
+        messages: dict[PeerId, tuple[tuple[bytes, ...], Control | None]] = {}
+        for output in outputs:
+            kind = type(output)
+            if kind is Push:
+                peer = output.peer  # type: ignore[union-attr]
+                before = messages.get(peer)
+                ids = output.ids  # type: ignore[union-attr]
+                messages[peer] = (ids, None) if before is None else (before[0] + ids, before[1])
+            elif kind is GossipWake:
+                self.gossip_due = at = output.at  # type: ignore[union-attr]
+                if at < self.gossip_timer:
+                    self.gossip_timer = at
+                    self.network.at(at - now, self.gossip_tick, at, of=self.peer)
+            elif kind is Tell:
+                peer = output.peer  # type: ignore[union-attr]
+                before = messages.get(peer)
+                messages[peer] = (() if before is None else before[0], output.message)  # type: ignore[union-attr]
                 if before is not None and before[1] is not None:  # two at one moment: the first goes alone
-                    self.send(output.peer, (), before[1])
-            elif type(output) is GossipWake:
-                self.gossip_wake = output.at
-                network.at(output.at - network.now, self.gossip_tick, output.at, of=self.peer)
-            elif type(output) is Dial:
-                self.swarm.dial(self, output.peer)
+                    self.send(peer, (), before[1])
+            elif kind is Dial:
+                self.swarm.dial(self, output.peer)  # type: ignore[union-attr]
+        find = self.table.find
         for peer, (ids, control) in messages.items():
-            records = tuple(sealed for each in ids if (sealed := self.find(each)) is not None)
+            records = []
+            for each in ids:
+                sealed = find(each) or self.ops.get(each)
+                if sealed is not None:
+                    records.append(sealed)
             if records or control is not None:
                 self.send(peer, records, control)
 
-    def find(self, item: bytes) -> Signed | None:
-        """The payload of an item."""
-        found = self.table.find(item)
-        return self.ops.get(item) if found is None else found
-
     def gossip_tick(self, at: float) -> None:
-        """A wake-up of the gossip core."""
-        if at == self.gossip_wake:
-            self.gossip_wake = float("inf")
-            self.to_gossip(GossipTick())
+        """A timer of the gossip core; it may have been put off since."""
+        if at != self.gossip_timer:
+            return
+        self.gossip_timer = float("inf")
+        now, due = self.network.now, self.gossip_due
+        if due > at:
+            if due < float("inf"):
+                self.gossip_timer = due
+                self.network.at(due - now, self.gossip_tick, due, of=self.peer)
+            return
+        self.gossip_due = float("inf")
+        self.to_gossip(GOSSIP_TICK)
 
-    def send(self, peer: PeerId, records: tuple[Signed, ...], control: Control | None) -> None:
+    def send(self, peer: PeerId, records: Sequence[Signed], control: Control | None) -> None:
         """One call."""
         swarm = self.swarm
-        swarm.num_pushed += len(records)
-        swarm.num_controls += control is not None and not records
-        num_bytes = MESSAGE_BYTES + sum(len(each.payload) + 160 for each in records)
+        num_bytes = MESSAGE_BYTES
+        if records:
+            swarm.num_pushed += len(records)
+            for each in records:
+                num_bytes += len(each.payload) + 160
+        elif control is not None:
+            swarm.num_controls += 1
         if control is not None:
             num_bytes += 20 * (len(control.have) + len(control.want) + len(control.prune) + len(control.graft)) + 40
-        other = swarm.members[peer]
-        swarm.network.send(self.peer, peer, num_bytes, other.receive, self.peer, records, control)
+        self.network.send(self.peer, peer, num_bytes, swarm.members[peer].receive, self.peer, records, control)
 
-    def receive(self, source: PeerId, records: tuple[Signed, ...], control: Control | None) -> None:
+    def receive(self, source: PeerId, records: Sequence[Signed], control: Control | None) -> None:
         """A call of a peer."""
-        now = self.swarm.network.now
         if source not in self.contacts:
             if not self.swarm.members[source].is_alive:
                 return
@@ -409,22 +431,23 @@ class Member:
             self.to_gossip(Told(source, control))
         if not records:
             return
+        now, op_ids = self.network.now, self.swarm.op_ids
+        news, take_in = self.swarm.notary.news, self.table.receive
         fresh: list[Item] = []
         known: list[bytes] = []
         heard: list[events.Heard] = []
         for sealed in records:
-            if sealed.signature in self.swarm.op_ids:
+            if sealed.signature in op_ids:
                 self.receive_op(sealed, fresh, known)
                 continue
             try:
-                outcome = self.table.receive(sealed, now)
+                outcome = take_in(sealed, now)
             except ProtocolError:
                 continue
             kind = type(outcome)
             if kind is Fresh:
-                key = self.table.key_of(outcome.presence)  # type: ignore[union-attr]
-                fresh.append(self.swarm.notary.item(outcome.record_hash, key, sealed.author))
-                event = self.swarm.notary.heard(outcome)  # type: ignore[arg-type]
+                item, event = news(outcome, self.table)  # type: ignore[arg-type]
+                fresh.append(item)
                 if event is not None:
                     heard.append(event)
             elif kind is Heard_before:
@@ -432,14 +455,18 @@ class Member:
             elif kind is Stale and source == sealed.author:
                 self.send(source, outcome.newest, None)  # type: ignore[union-attr]
             elif kind is Outdone:
-                for again in self.table.reannounce(self.signer, self.every_s):  # type: ignore[arg-type]
-                    opened = self.swarm.notary.read(again)
-                    item = Item(opened.record_hash[:16], self.table.key_of(opened.presence), self.peer)
-                    self.to_gossip(Published((item,)))
+                self.reannounce()
         if fresh or known:
             self.to_gossip(Pushed(source, tuple(fresh), tuple(known)))
         for event in heard:
             self.step(event)
+
+    def reannounce(self) -> None:
+        """Outdo a record of an earlier life."""
+        for again in self.table.reannounce(self.signer, self.every_s):  # type: ignore[arg-type]
+            opened = self.swarm.notary.read(again)
+            item = Item(opened.record_hash[:16], self.table.key_of(opened.presence), self.peer)
+            self.to_gossip(Published((item,)))
 
     def receive_op(self, sealed: Signed, fresh: list[Item], known: list[bytes]) -> None:
         """An op of somebody's document."""
@@ -458,18 +485,22 @@ class Member:
 
     def step(self, event: events.Event) -> None:
         """Hand an event to the run, and do what it says."""
-        network = self.swarm.network
+        network = self.network
         for output in self.run.handle(event, network.now):
+            if type(output) is events.Wake:
+                self.run_due = at = output.at
+                if at < self.run_timer:
+                    self.run_timer = at
+                    network.at(at - network.now, self.run_tick, at, of=self.peer)
+                continue
+            if type(output) is events.Fetch:
+                self.fetch(output.cid, output.sources)
+                continue
             match output:
                 case events.Say(statement):
                     if type(statement) is not Facts:
                         self.note_wait(statement)
                     self.say(statement)
-                case events.Wake(at):
-                    self.run_wake = at
-                    network.at(at - network.now, self.run_tick, at, of=self.peer)
-                case events.Fetch(cid, sources, _):
-                    self.fetch(cid, sources)
                 case events.Collect(samples, max_seconds):
                     speed = self.machine.speed
                     seconds = min(samples / speed, max_seconds)
@@ -498,10 +529,18 @@ class Member:
                     pass  # registers that nothing is decided by
 
     def run_tick(self, at: float) -> None:
-        """A wake-up of the run."""
-        if at == self.run_wake:
-            self.run_wake = float("inf")
-            self.step(events.Tick())
+        """A timer of the run; it may have been put off since."""
+        if at != self.run_timer:
+            return
+        self.run_timer = float("inf")
+        due = self.run_due
+        if due > at:
+            if due < float("inf"):
+                self.run_timer = due
+                self.network.at(due - self.network.now, self.run_tick, due, of=self.peer)
+            return
+        self.run_due = float("inf")
+        self.step(RUN_TICK)
 
     def note_wait(self, statement: Statement) -> None:
         """When this learner came to a round."""
