@@ -273,8 +273,7 @@ class Member:
         self.update_of: Policy | None = None
         self.said_at = now
         self.began_at: float | None = None
-        # What a core asked for last, and the earliest timer that is set for it.
-        self.gossip_due = self.gossip_timer = self.run_due = self.run_timer = float("inf")
+        self.gossip_wake = self.run_wake = float("inf")
         network.at(RESTART_S * (0.5 + network.rng.random()), self.opened, of=self.peer)
         network.at(network.rng.random(), self.heartbeat, of=self.peer)
 
@@ -371,10 +370,8 @@ class Member:
                 ids = output.ids  # type: ignore[union-attr]
                 messages[peer] = (ids, None) if before is None else (before[0] + ids, before[1])
             elif kind is GossipWake:
-                self.gossip_due = at = output.at  # type: ignore[union-attr]
-                if at < self.gossip_timer:
-                    self.gossip_timer = at
-                    self.network.at(at - now, self.gossip_tick, at, of=self.peer)
+                self.gossip_wake = at = output.at  # type: ignore[union-attr]
+                self.network.at(at - now, self.gossip_tick, at, of=self.peer)
             elif kind is Tell:
                 peer = output.peer  # type: ignore[union-attr]
                 before = messages.get(peer)
@@ -394,18 +391,10 @@ class Member:
                 self.send(peer, records, control)
 
     def gossip_tick(self, at: float) -> None:
-        """A timer of the gossip core; it may have been put off since."""
-        if at != self.gossip_timer:
-            return
-        self.gossip_timer = float("inf")
-        now, due = self.network.now, self.gossip_due
-        if due > at:
-            if due < float("inf"):
-                self.gossip_timer = due
-                self.network.at(due - now, self.gossip_tick, due, of=self.peer)
-            return
-        self.gossip_due = float("inf")
-        self.to_gossip(GOSSIP_TICK)
+        """A wake-up of the gossip core."""
+        if at == self.gossip_wake:
+            self.gossip_wake = float("inf")
+            self.to_gossip(GOSSIP_TICK)
 
     def send(self, peer: PeerId, records: Sequence[Signed], control: Control | None) -> None:
         """One call."""
@@ -488,10 +477,8 @@ class Member:
         network = self.network
         for output in self.run.handle(event, network.now):
             if type(output) is events.Wake:
-                self.run_due = at = output.at
-                if at < self.run_timer:
-                    self.run_timer = at
-                    network.at(at - network.now, self.run_tick, at, of=self.peer)
+                self.run_wake = at = output.at
+                network.at(at - network.now, self.run_tick, at, of=self.peer)
                 continue
             if type(output) is events.Fetch:
                 self.fetch(output.cid, output.sources)
@@ -529,18 +516,10 @@ class Member:
                     pass  # registers that nothing is decided by
 
     def run_tick(self, at: float) -> None:
-        """A timer of the run; it may have been put off since."""
-        if at != self.run_timer:
-            return
-        self.run_timer = float("inf")
-        due = self.run_due
-        if due > at:
-            if due < float("inf"):
-                self.run_timer = due
-                self.network.at(due - self.network.now, self.run_tick, due, of=self.peer)
-            return
-        self.run_due = float("inf")
-        self.step(RUN_TICK)
+        """A wake-up of the run."""
+        if at == self.run_wake:
+            self.run_wake = float("inf")
+            self.step(RUN_TICK)
 
     def note_wait(self, statement: Statement) -> None:
         """When this learner came to a round."""
