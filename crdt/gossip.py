@@ -380,9 +380,7 @@ class Gossip:
                 branch.next_at = now + self._config.flush_gap_s
                 outputs.append(Push(branch.peer, push))
 
-    def _pass_many_on(
-        self, items: tuple[Item, ...], origin: _Branch | None, now: float, outputs: list[Output]
-    ) -> None:
+    def _pass_many_on(self, items: tuple[Item, ...], origin: _Branch | None, now: float, outputs: list[Output]) -> None:
         ids: tuple[ItemId, ...] | None = None
         for branch in self._branches.values():
             if branch is origin:
