@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
+
+FETCH_RESEND_S: Final = 1.0
+"""How much later a fetched part comes that was lost, where the links themselves send nothing again."""
 
 _Act = Callable[..., object]
 _Event = tuple[float, int, _Act, tuple[Any, ...], "_Host | None", int]
@@ -86,6 +89,7 @@ class _Host:
     """A peer's end of all of its links."""
 
     __slots__ = (
+        "bulk_free_at",
         "clock_offset_s",
         "clock_rate",
         "free_at",
@@ -106,6 +110,7 @@ class _Host:
         self.clock_offset_s = clock_offset_s
         self.clock_rate = clock_rate
         self.free_at = 0.0
+        self.bulk_free_at = 0.0
         self.group = 0
         self.is_alive = True
         self.life = 0
@@ -173,7 +178,7 @@ class Network:
         """Let a killed peer send and receive again; its timers are for the caller to set anew."""
         host = self._hosts[peer]
         host.is_alive = True
-        host.free_at = self.now
+        host.free_at = host.bulk_free_at = self.now
 
     def is_alive(self, peer: PeerId) -> bool:
         """Whether a peer is in the network and was not killed."""
@@ -269,6 +274,42 @@ class Network:
             link.quiet_at = arrives_at
         self._order = order = self._order + 1
         heappush(self._queue, (arrives_at, order, deliver, args, receiver, receiver.life))
+
+    def fetch(
+        self, target: PeerId, source: PeerId, ask_bytes: int, num_bytes: int, deliver: _Act, *args: Any
+    ) -> float | None:
+        """Ask for bytes and get them, as one event: ``deliver(*args)`` is called when they are here.
+
+        What one peer gives in this way goes out one after the other at its uplink's rate, beside its messages, which
+        are small and need not wait for it.
+
+        Returns:
+            in how many seconds they come; None if they never do, because one is dead or parted from the other.
+        """
+        asker, host = self._hosts[target], self._hosts[source]
+        if not asker.is_alive or not host.is_alive or asker.group != host.group:
+            return None
+        link = host.links.get(target)
+        if link is None:
+            link = host.links[target] = _Link(asker, self.latency_s(source, target))
+        asker.messages += 1
+        asker.num_bytes += ask_bytes
+        host.messages += 1
+        host.num_bytes += num_bytes
+        leaves_at = self.now + link.latency_s
+        if leaves_at < host.bulk_free_at:
+            leaves_at = host.bulk_free_at
+        host.bulk_free_at = leaves_at = leaves_at + num_bytes * host.s_per_byte
+        arrives_at = leaves_at + link.latency_s
+        links, random = self._links, self.rng.random
+        if links.jitter_s:
+            arrives_at += links.jitter_s * random()
+        if links.loss:
+            while random() < links.loss:
+                arrives_at += FETCH_RESEND_S if links.resend_s is None else links.resend_s
+        self._order = order = self._order + 1
+        heappush(self._queue, (arrives_at, order, deliver, args, asker, asker.life))
+        return arrives_at - self.now
 
     def step(self) -> bool:
         """Carry out the next event; False if there is none."""

@@ -3,9 +3,9 @@
 Each member is `shoal.training.run` (rounds, shares, lineage, claims), `shoal.crdt.gossip`, `shoal.crdt.presence` and
 `shoal.crdt.sync`, driven as the node drives them. Three things are models: the worker (collecting, updating and
 evaluating take time by the machine's speed; what comes out is named by the hash of what went in, so that two policies
-are equal where and only where their bytes would be), the transfer of contents (a request, and an answer of their size),
-and the signatures of presence (a keyed hash in place of Ed25519, so that forging is as impossible and a run takes
-minutes, not hours).
+are equal where and only where their bytes would be), the transfer of contents (what one member gives goes out one after
+the other, beside its messages), and the signatures of presence (a keyed hash in place of Ed25519, so that forging is as
+impossible and a run takes minutes, not hours).
 
 Messages travel as in streams: what the network loses comes later, and what follows waits for it.
 
@@ -62,6 +62,8 @@ MESSAGE_BYTES: Final = 120
 """What a call adds to its content."""
 STATE_FACTOR: Final = 1.0
 FETCH_TIMEOUT_S: Final = 2.0
+MAX_ASKED: Final = 4
+"""Members that are asked for the same bytes before they count as not to be had."""
 RESTART_S: Final = 2.0
 SETTLE_S: Final = 20.0
 """Within which a member that is started must have come to where the others are."""
@@ -539,6 +541,7 @@ class Member:
         self.swarm.network.at(seconds, act, *args, of=self.peer)
 
     def collected(self, number: int, seconds: float) -> None:
+        """It collected."""
         policy = self.in_worker
         if self.samples == 0 and policy is not None:
             self.samples_epoch = policy.epoch
@@ -546,6 +549,7 @@ class Member:
         self.step(events.Collected(self.samples, number, seconds))
 
     def yielded(self) -> None:
+        """The update wants something averaged."""
         policy = self.update_of
         text = f"{self.peer} {policy.cid if policy else ''} {self.samples}"
         cid = Cid.of_block(text.encode())
@@ -553,6 +557,7 @@ class Member:
         self.step(events.Yielded(cid, self.samples))
 
     def merged(self, ballot: Any) -> None:
+        """A ballot is averaged."""
         parent = self.update_of
         if parent is None:
             return
@@ -565,6 +570,7 @@ class Member:
         self.step(events.Updated(policy))
 
     def loaded(self, result: Result, keep_samples: bool) -> None:
+        """It has another policy now."""
         policy = self.swarm.policies.get(result.cid)
         if policy is None or result.cid not in self.contents:
             self.step(events.LoadRefused("these bytes are not a state"))
@@ -576,6 +582,7 @@ class Member:
         self.step(events.Loaded(policy, self.samples))
 
     def evaluated(self) -> None:
+        """It knows how good its policy is."""
         policy = self.in_worker
         self.step(events.Evaluated(0.0 if policy is None else float(policy.epoch)))
 
@@ -589,23 +596,20 @@ class Member:
         self.ask(cid, [peer for peer in sources if peer != self.peer], 0)
 
     def ask(self, cid: Cid, sources: list[PeerId], number: int) -> None:
+        """Ask the next one; the answer comes when the request has gone there and the bytes have come back."""
         if cid in self.contents:
             return
-        if number >= len(sources) or number >= 4:
+        if number >= len(sources) or number >= MAX_ASKED:
             self.step(events.NotFetched(cid, "nobody gives it"))
             return
-        network = self.swarm.network
+        network = self.network
         source = self.swarm.members.get(sources[number])
-        if source is not None:
-            network.send(self.peer, source.peer, MESSAGE_BYTES, source.asked, self, cid)
-        network.at(FETCH_TIMEOUT_S, self.ask, cid, sources, number + 1, of=self.peer)
-
-    def asked(self, by: Member, cid: Cid) -> None:
-        """Somebody wants bytes."""
-        if cid in self.contents and self.gives(cid):
+        comes_s = None
+        if source is not None and source.is_alive and cid in source.contents and source.gives(cid):
             num_bytes = self.swarm.config.contribution_bytes
-            self.swarm.content_bytes += num_bytes
-            self.swarm.network.send(self.peer, by.peer, num_bytes, by.arrived, cid)
+            comes_s = network.fetch(self.peer, source.peer, MESSAGE_BYTES, num_bytes, self.arrived, cid)
+        if comes_s is None or comes_s > FETCH_TIMEOUT_S:
+            network.at(FETCH_TIMEOUT_S, self.ask, cid, sources, number + 1, of=self.peer)
 
     def gives(self, cid: Cid) -> bool:
         """Whether this member gives what it has."""
@@ -654,7 +658,6 @@ class Swarm:
         self.policies: dict[Cid, Policy] = {self.initial.cid: self.initial}
         self.op_ids: dict[bytes, bytes] = {}
         self.num_announcements = self.num_pushed = self.num_controls = 0
-        self.content_bytes = 0
         self.decisions: dict[int, dict[Cid, set[PeerId]]] = {}
         """By epoch, who made which policy."""
         self.decided_at: dict[int, float] = {}
