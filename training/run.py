@@ -520,7 +520,7 @@ class Run:
 
     @property
     def _is_solo(self) -> bool:
-        """Whether nobody else takes part in the exchanges of this epoch that are left, so that nobody need hear of them."""
+        """Whether nobody else takes part in what is left of this epoch's exchanges, so that nobody need hear."""
         current = self.round
         return current is not None and current.key.step > 0 and self._weights.keys() == {self._me}
 

@@ -1,4 +1,4 @@
-"""The real gossip core on the seeded network: everybody hears everything, at a cost that does not grow with the swarm."""
+"""The real gossip core on the seeded network: everybody hears all, at a cost that does not grow with the swarm."""
 
 from __future__ import annotations
 
