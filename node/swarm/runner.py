@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from shoal.crdt.views import Evaluation, evaluations
+from shoal.crdt.views import Documents, Evaluation, evaluations
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
@@ -34,7 +34,7 @@ from shoal.training.exchange.rounds import Ballot
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import TOPIC_OF, Addresses, read_statement
+from shoal.training.statements import MAX_EPOCH, MAX_STEPS, TOPIC_OF, Addresses, read_statement
 from shoal.training.stored_run import StoredRun
 from shoal.training.worker_calls import (
     ABANDON,
@@ -210,7 +210,7 @@ class Runner:
             self.post(events.Heard(author, statement, name))
 
     def _on_documents(self) -> None:
-        self.post(events.Documents(evaluations(self.replica.documents())))
+        self.post(events.Documents(claims(self.replica.documents())))
 
     # Events and what is done about them.
 
@@ -510,6 +510,11 @@ class Runner:
         liars = tuple(sorted(self.core.claims.liars))[:256]
         kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars)
         await trio.to_thread.run_sync(self._storage.put_fact, self._fact_name, encode(kept))
+
+
+def claims(documents: Documents) -> tuple[Evaluation, ...]:
+    """The evaluations in the documents; those beyond what any run can come to name no policy and are left out."""
+    return tuple(each for each in evaluations(documents) if each.epoch <= MAX_EPOCH and each.env_steps <= MAX_STEPS)
 
 
 def _policy(answer: StateAnswer, cid: Cid) -> Policy:

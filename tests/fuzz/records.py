@@ -9,6 +9,7 @@ documents.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any, Final
 
@@ -17,25 +18,24 @@ import msgpack
 from shoal.crdt import oplog, presence, views
 from shoal.crdt.document import MAX_REGISTERS, Document
 from shoal.crdt.oplog import NO_OP, Fork, Op, op_hash, open_op
-from shoal.crdt.presence import Excess, Fresh, PresenceTable, TopicRule
+from shoal.crdt.presence import Excess, Fresh, PresenceTable
 from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
-from shoal.protocol.limits import MAX_MEMBERS, MAX_PRESENCE_BYTES
+from shoal.protocol.limits import MAX_MEMBERS
 from shoal.protocol.signing import Signed, Signer
-from shoal.training.facts import Facts, Phase, read_facts
-from shoal.training.manifest import Role
+from shoal.training.statements import TOPIC_OF, TOPIC_RULES, TOPICS, read_statement
 
 from .harness import FindingError, MutateBytes, Target, check_text, refusing, require
 from .identities import ALICE, BOB, OTHER_SWARM, OWN, SWARM
 from .mutators import Step, mutate_packed, mutate_steps, pack_steps, read_steps
+from .samples import sample
 
 _SIGNERS: Final = (ALICE, BOB, OWN)
-_TOPICS: Final = {
-    "facts": TopicRule(max_bytes=MAX_PRESENCE_BYTES, per_s=8, burst=8),
-    "vote": TopicRule(max_bytes=1024, keep=4, per_s=1, burst=4),
-}
+_TOPICS: Final = {topic: replace(rule, per_s=1, burst=4) for topic, rule in TOPIC_RULES.items()}
+"""Those of a run, so slow that one input can be too fast."""
+_TOPIC_NAMES: Final = tuple(_TOPICS)
 _MAX_STEPS: Final = 16  # each costs a signature or two
 
 # The first byte of a step's bytes says who speaks, and in what way it lies.
@@ -158,7 +158,7 @@ def _step_presence(scene: _Scene, signer: Signer, lies: int, data: bytes) -> Non
 def _step_announce(scene: _Scene, signer: Signer, lies: int, data: bytes) -> None:
     """Facts, in MessagePack, announced as a node announces them."""
     facts = _unpacked(data)
-    topic = "vote" if lies & _LIE_REWRITE else "facts"
+    topic = _TOPIC_NAMES[(lies >> 2) % len(_TOPIC_NAMES)]
     if isinstance(facts, dict):
         with refusing(UsageError):
             _hear(scene, scene.announcers[signer.peer_id].announce(signer, topic, facts, 1.0))
@@ -194,9 +194,11 @@ def _hear(scene: _Scene, sealed: Signed) -> None:
             held = scene.table.statements(author, topic)
             require(len(held) <= _TOPICS[topic].keep, "more statements are held than are kept")
             require(heard.record_hash in [name for _, name in held], "what is news is not held")
-            facts = read_facts(heard.presence.facts)
-            if facts is not None:
-                facts.view(author)
+            statement = read_statement(topic, heard.presence.facts)
+            if statement is not None:
+                require(TOPIC_OF[type(statement)] == topic, "a statement was read that another topic is for")
+                again_read = read_statement(topic, decode(_FACTS, encode(statement)))
+                require(again_read == statement, "what a member says is read differently when it is said again")
         elif isinstance(heard, Excess):
             require(isinstance(again, Excess), "what came too fast was taken a moment later")
     scene.table.expire(scene.now)
@@ -269,22 +271,22 @@ def _seeds() -> list[bytes]:
         "contributions": {"env_steps": 400, "rounds": 3},
     }
     raw = {"member": encode(registers["member"]), "evaluations/12": encode({"return": 1.0}), "odd": b"\xc1"}
-    facts = Facts(role=Role.LEARNER, phase=Phase.COLLECTING, addresses=("/ip4/127.0.0.1",), speed=10.0)
+    said = {topic: encode(sample(kind)) for topic, kind in TOPICS.items()}
     write = (0, b"\0" + encode(registers))
     update = Document().set(registers)
     bob = PresenceTable(SWARM, BOB.peer_id, 1, _TOPICS)
-    heard = bob.announce(BOB, "facts", decode(_FACTS, encode(facts)), 1.0)
-    vote = bob.announce(BOB, "vote", {"for": b"hash"}, 1.0)
+    heard = bob.announce(BOB, "facts", decode(_FACTS, said["facts"]), 1.0)
+    vote = bob.announce(BOB, "vote", decode(_FACTS, said["vote"]), 1.0)
     first = SwarmDocs(SWARM, BOB.peer_id).write(BOB, **registers)
     version = encode({str(ALICE.peer_id): Head(), str(BOB.peer_id): Head(7, bytes(32), 9, bytes(32))})
-    announce = (6, b"\1" + encode(facts))
+    announced = [(6, bytes([1 | index << 2]) + said[topic]) for index, topic in enumerate(_TOPIC_NAMES)]
     scenes: list[list[Step]] = [
         [write, (0, b"\0" + encode({"member": {"left": True}})), (7, b"\0" + version)],
         [(1, b"\1" + update), (1, bytes([1 | _LIE_GAP]) + update)],
         [(2, b"\1" + encode(raw)), (2, b"\1" + encode({"member": b"\x80"}))],
         [(3, b"\1" + first.payload), (4, b"\0" + encode(first)), (5, b"\1" + heard.payload)],
-        [announce, announce, (4, b"\0" + encode(heard))],
-        [(4, b"\0" + encode(vote)), (4, b"\0" + encode(heard)), *[(6, b"\x09" + encode(facts))] * 6],
+        [*announced, (4, b"\0" + encode(heard))],
+        [(4, b"\0" + encode(vote)), (4, b"\0" + encode(heard)), *[announced[0]] * 6],
         [write, *((2, bytes([lie]) + encode(raw)) for lie in (_LIE_PREV, _LIE_REWRITE, _LIE_LAMPORT, _LIE_SIGNATURE))],
     ]
     return [pack_steps(scene) for scene in scenes]

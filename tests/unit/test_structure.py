@@ -348,10 +348,10 @@ def test_a_room_of_the_node_that_looks_up_is_caught(name: str, source: str) -> N
 
 
 def writes_into_host(modules: Iterable[Module]) -> list[str]:
-    """Where an attribute of something called a host is set, or an entry of one."""
+    """Where, outside the mesh, an attribute of a node's host is set, or an entry of one."""
     found = []
     for module in modules:
-        if within(module.name, ["shoal.node.mesh"]):
+        if within(module.name, ["shoal.node.mesh"]) or not within(module.name, ["shoal.node", "shoal.cli"]):
             continue
         for node in ast.walk(module.tree):
             is_written = isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load)

@@ -18,18 +18,22 @@ from tensorboardX.proto.event_pb2 import Event
 
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
-from shoal.protocol.ids import PeerId
+from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.rpc import Answered, Failed, RpcConnection
 from shoal.protocol.services import Empty, Method
 from shoal.training import worker as worker_module
 from shoal.training.algorithms.ppo import PPOLearner
+from shoal.training.electorate import MAX_MISSED
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import decode_arrays, digest, encode_arrays
+from shoal.training.statements import MAX_OFFERS, NO_BALLOT
 from shoal.training.worker import Worker, serve
 from shoal.training.worker_calls import (
     COLLECT,
     MERGE_FAILED,
     OPEN,
+    Abandon,
+    Begin,
     Collect,
     Load,
     Log,
@@ -39,6 +43,9 @@ from shoal.training.worker_calls import (
 )
 
 PEERS = sorted(PeerId.of_public_key(bytes([n]) * 32) for n in range(1, 9))
+PARENT = Cid.of_block(b"the policy before")
+BALLOT = bytes(range(32))
+SECONDS = 2.0
 SMALL = {"num_envs": 4, "update_epochs": 2, "num_minibatches": 4, "hidden_sizes": [16, 16]}
 
 
@@ -158,19 +165,28 @@ def test_an_update_that_fails_can_be_started_again(monkeypatch: pytest.MonkeyPat
     worker = a_worker()
     worker.collect(Collect(64))
     before = fingerprint(worker)
-    answer = worker.merge(Merge(1, 64))
+    answer = begin(worker)
     with monkeypatch.context() as patched:
         patched.setattr(PPOLearner, "_require_sane", lambda *_: {}["nothing"])
         with pytest.raises(KeyError):
-            worker.merge(merge_of(worker, {PEERS[0]: answer}))
+            worker.merge(merge_of({PEERS[0]: answer}))
     assert fingerprint(worker) == before
     with pytest.raises(RemoteError, match="no update is under way"):
-        worker.merge(merge_of(worker, {PEERS[0]: answer}))
-    again = worker.merge(Merge(1, 64))
-    assert worker.merge(merge_of(worker, {PEERS[0]: again})).state is not None
+        worker.merge(merge_of({PEERS[0]: answer}))
+    again = begin(worker)
+    assert worker.merge(merge_of({PEERS[0]: again})).state is not None
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
+
+
+DESCENT: dict[str, Any] = {
+    "epoch": 1,
+    "env_steps": 256,
+    "parent": PARENT,
+    "ballot": BALLOT.hex(),
+    "electorate": {PEERS[0]: [256.0, 128.0, 0]},
+}
 
 
 def a_state(worker: Worker, meta: dict[str, Any] | None = None, **changes: Any) -> bytes:
@@ -180,7 +196,7 @@ def a_state(worker: Worker, meta: dict[str, Any] | None = None, **changes: Any) 
         changed = array.copy()
         changed[...] = value
         arrays[name.replace("__", "/")] = changed
-    return encode_arrays(arrays, {"epoch": 1, "env_steps": 256} | (meta or {}))
+    return encode_arrays(arrays, DESCENT | (meta or {}))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +242,52 @@ def test_a_state_that_no_learner_exports_is_refused(changes: dict[str, Any]) -> 
     refuses(lambda worker: a_state(worker, **changes), "gym:Pendulum-v1")
 
 
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"parent": 7},
+        {"parent": "nobody"},
+        {"parent": []},
+        {"ballot": None},
+        {"ballot": 7},
+        {"ballot": "no hex"},
+        {"ballot": "00" * 31},
+        {"ballot": "00" * 33},
+        {"electorate": None},
+        {"electorate": []},
+        {"electorate": {"nobody": [256.0, 128.0, 0]}},
+        {"electorate": {PEERS[0]: 256.0}},
+        {"electorate": {PEERS[0]: [256.0, 128.0]}},
+        {"electorate": {PEERS[0]: ["256", 128.0, 0]}},
+        {"electorate": {PEERS[0]: [0.0, 128.0, 0]}},
+        {"electorate": {PEERS[0]: [-1.0, 128.0, 0]}},
+        {"electorate": {PEERS[0]: [2.0**32, 128.0, 0]}},
+        {"electorate": {PEERS[0]: [256.0, 1e9, 0]}},
+        {"electorate": {PEERS[0]: [256.0, 128.0, MAX_MISSED]}},
+        {"electorate": {PEERS[0]: [256.0, 128.0, -1]}},
+        {"electorate": {PEERS[0]: [256.0, 128.0, True]}},
+        {"electorate": {PeerId.of_public_key(bytes([n]) * 32): [1.0, 1.0, 0] for n in range(MAX_OFFERS + 1)}},
+    ],
+)
+def test_a_state_that_does_not_say_where_it_comes_from_is_refused(meta: dict[str, Any]) -> None:
+    refuses(lambda worker: a_state(worker, meta))
+
+
+@pytest.mark.parametrize("missing", ["ballot", "electorate"])
+def test_a_state_that_leaves_out_a_part_of_its_descent_is_refused(missing: str) -> None:
+    rest = {name: value for name, value in DESCENT.items() if name != missing}
+    refuses(lambda worker: encode_arrays(worker.learner.export_state(), rest))
+
+
+def test_a_state_is_loaded_with_its_descent() -> None:
+    worker = a_worker()
+    answer = worker.load(Load(a_state(worker)))
+    assert (answer.epoch, answer.env_steps, answer.parent, answer.ballot) == (1, 256, PARENT, BALLOT)
+    assert answer.electorate == DESCENT["electorate"]
+    initial = worker.open(Open(a_manifest(), PEERS[0]))
+    assert (initial.epoch, initial.parent, initial.ballot, initial.electorate) == (0, None, NO_BALLOT, {})
+
+
 def test_moments_that_the_run_does_not_take_are_refused() -> None:
     refuses(lambda worker: a_state(worker, moments__observation__count=256.0))
 
@@ -236,10 +298,10 @@ def refuses(make: Callable[[Worker], bytes], task: str = "gym:CartPole-v1") -> N
     data = make(worker)
     worker.collect(Collect(64))
     before = fingerprint(worker)
-    answer = worker.merge(Merge(1, 64))
+    answer = begin(worker)
     with pytest.raises(ProtocolError):
         worker.load(Load(data))
-    assert worker.merge(merge_of(worker, {PEERS[0]: answer})).state is not None
+    assert worker.merge(merge_of({PEERS[0]: answer})).state is not None
     assert fingerprint(worker) != before
     worker.load(Load(a_state(worker)))
 
@@ -247,19 +309,39 @@ def refuses(make: Callable[[Worker], bytes], task: str = "gym:CartPole-v1") -> N
 @pytest.mark.parametrize("counts", [(2**53 + 1, 0), (0, 2**63), (-1, 0)])
 def test_an_update_to_an_epoch_that_cannot_be_is_refused(counts: tuple[int, int]) -> None:
     with pytest.raises(ProtocolError):
-        a_worker().merge(Merge(*counts))
+        begin(a_worker(), *counts)
+
+
+def test_an_update_of_a_policy_that_the_worker_does_not_hold_is_refused() -> None:
+    with pytest.raises(RemoteError, match="holds epoch 0, not 1") as told:
+        begin(a_worker(), 1)
+    assert told.value.status is Status.FAILED_PRECONDITION
+
+
+def test_an_update_from_an_electorate_that_cannot_be_leaves_the_one_under_way() -> None:
+    worker = a_worker()
+    worker.collect(Collect(64))
+    answer = begin(worker)
+    with pytest.raises(ProtocolError):
+        begin(worker, nobody=[1.0, 1.0, 0])
+    assert worker.merge(merge_of({PEERS[0]: answer})).state is not None
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-def merge_of(worker: Worker, answers: dict[PeerId, MergeAnswer], epoch: int = 1) -> Merge:
+def begin(worker: Worker, epoch: int = 0, env_steps: int | None = None, **electorate: Any) -> MergeAnswer:
+    """Start the update of the policy of an epoch, into which as many steps went as the manifest wants."""
+    return worker.begin(Begin(epoch, PARENT, 256 * epoch if env_steps is None else env_steps, electorate))
+
+
+def merge_of(answers: dict[PeerId, MergeAnswer]) -> Merge:
     authors = tuple(sorted(peer for peer, answer in answers.items() if answer.contribution is not None))
     return Merge(
-        epoch,
-        256,
+        BALLOT,
         authors,
-        tuple(answers[author].weight for author in authors),
+        tuple(int(answers[author].weight) for author in authors),
+        tuple(SECONDS for _ in authors),
         tuple(bytes(answers[author].contribution or b"") for author in authors),
     )
 
@@ -290,12 +372,12 @@ def test_one_contribution_of_numbers_near_the_limit_changes_nothing_but_who_is_l
     for epoch in (1, 2):
         for worker in workers.values():
             worker.collect(Collect(256 // num_peers))
-        answers = {peer: worker.merge(Merge(epoch, 256)) for peer, worker in workers.items()}
+        answers = {peer: begin(worker, epoch - 1) for peer, worker in workers.items()}
         while all(answer.state is None for answer in answers.values()):
             sent = answers | {liar: forge(answers[liar], huge)}
-            answers = {
-                peer: worker.merge(merge_of(worker, sent, epoch)) for peer, worker in workers.items() if peer != liar
-            } | {liar: workers[liar].merge(merge_of(workers[liar], sent, epoch))}
+            answers = {peer: worker.merge(merge_of(sent)) for peer, worker in workers.items() if peer != liar} | {
+                liar: workers[liar].merge(merge_of(sent))
+            }
             assert {answer.rejected for answer in answers.values()} == {(liar,)}
         states = {bytes(answer.state.state or b"") for answer in answers.values() if answer.state is not None}
         assert len(states) == 1
@@ -311,9 +393,9 @@ def test_fast_and_slow_honest_peers_leave_nobody_out(mode: Mode) -> None:
     for epoch in (1, 2):
         for worker, steps in zip(workers.values(), (4, 4, 256), strict=True):
             worker.collect(Collect(steps))
-        answers = {peer: worker.merge(Merge(epoch, 264)) for peer, worker in workers.items()}
+        answers = {peer: begin(worker, epoch - 1) for peer, worker in workers.items()}
         while all(answer.state is None for answer in answers.values()):
-            answers = {peer: worker.merge(merge_of(worker, answers, epoch)) for peer, worker in workers.items()}
+            answers = {peer: worker.merge(merge_of(answers)) for peer, worker in workers.items()}
             if mode is Mode.LOCAL:
                 assert {answer.rejected for answer in answers.values()} == {()}
 
@@ -335,12 +417,12 @@ def test_what_the_optimiser_cannot_have_made_is_left_out_even_of_a_pair(
     workers = {peer: a_worker(run, peer) for peer in PEERS[:2]}
     for worker in workers.values():
         worker.collect(Collect(128))
-    answers = {peer: worker.merge(Merge(1, 256)) for peer, worker in workers.items()}
-    assert all(worker._average(merge_of(worker, answers), []) for worker in workers.values())
+    answers = {peer: begin(worker) for peer, worker in workers.items()}
+    assert all(worker._average(merge_of(answers), []) for worker in workers.values())
     forged = forge(answers[PEERS[1]], lambda key, array: value(array) if key == name else array)
     sent = answers | {PEERS[1]: MergeAnswer(answers[PEERS[1]].weight, forged.contribution)}
     for worker in workers.values():
-        answer = worker.merge(merge_of(worker, sent))
+        answer = worker.merge(merge_of(sent))
         assert answer.rejected == (PEERS[1],)
         assert answer.state is not None
     assert complaint in caplog.text
@@ -350,8 +432,8 @@ def test_a_merge_that_leads_nowhere_is_taken_back_and_told_with_the_names(monkey
     worker = a_worker()
     worker.collect(Collect(64))
     before = fingerprint(worker)
-    answer = worker.merge(Merge(1, 64))
-    request = merge_of(worker, {PEERS[0]: answer})
+    answer = begin(worker)
+    request = merge_of({PEERS[0]: answer})
     with monkeypatch.context() as patched:
         patched.setattr(worker_module, "merge", lambda _: decode_arrays(bytes(endless(answer)))[0])
         with pytest.raises(RemoteError, match=PEERS[0]) as told:
@@ -359,8 +441,8 @@ def test_a_merge_that_leads_nowhere_is_taken_back_and_told_with_the_names(monkey
     assert told.value.status is MERGE_FAILED
     assert fingerprint(worker) == before
     assert worker.learner.samples == 64
-    again = worker.merge(Merge(1, 64))
-    assert worker.merge(merge_of(worker, {PEERS[0]: again})).state is not None
+    again = begin(worker)
+    assert worker.merge(merge_of({PEERS[0]: again})).state is not None
 
 
 def endless(answer: MergeAnswer) -> bytes:
@@ -369,14 +451,75 @@ def endless(answer: MergeAnswer) -> bytes:
     return encode_arrays(arrays | {"mean/parameters": np.full_like(arrays["mean/parameters"], 1e30)}, {})
 
 
+@pytest.mark.parametrize("field", ["authors", "weights", "seconds", "contributions"])
+def test_lists_that_do_not_fit_together_are_refused_and_the_update_still_waits(field: str) -> None:
+    worker = a_worker()
+    worker.collect(Collect(64))
+    request = merge_of({PEERS[0]: begin(worker)})
+    with pytest.raises(ProtocolError, match="not of one number"):
+        worker.merge(replace(request, **{field: ()}))
+    assert worker.merge(request).state is not None
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_only_what_was_let_in_counts_and_the_same_at_every_member(mode: Mode) -> None:
+    """Of four, one gives nonsense and one nothing; the first exchange of an epoch says who counts."""
+    run = a_manifest(mode=mode)
+    peers, liar, idle = PEERS[:3], PEERS[1], PEERS[3]
+    workers = {peer: a_worker(run, peer) for peer in peers}
+    standing = {idle: [80.0, 10.0, 0], PEERS[0]: [100.0, 10.0, 2]}
+    for steps, worker in zip((64, 96, 128), workers.values(), strict=True):
+        worker.collect(Collect(steps))
+    answers = {peer: begin(worker, env_steps=1000, **standing) for peer, worker in workers.items()}
+    weights = {peer: answer.weight for peer, answer in answers.items()}
+    liars = [liar]
+    while all(answer.state is None for answer in answers.values()):
+        sent = answers | {each: forge(answers[each], huge) for each in liars}
+        answers = {peer: worker.merge(merge_of(sent)) for peer, worker in workers.items()}
+        assert {answer.rejected for answer in answers.values()} == {tuple(liars)}
+        liars = [] if liars else [PEERS[2]]  # who was let in first counts, whatever it gives later
+    states = [answer.state for answer in answers.values() if answer.state is not None]
+    assert len({bytes(state.state or b"") for state in states}) == 1
+    meta = decode_arrays(bytes(states[0].state or b""))[1]
+    given = {peer: weight for peer, weight in weights.items() if peer != liar}
+    electorate = {
+        idle: [40.0, 10.0, 1],
+        PEERS[0]: [50.0 + given[PEERS[0]] / 2, 5.0 + given[PEERS[0]] / SECONDS / 2, 0],
+        PEERS[2]: [given[PEERS[2]], given[PEERS[2]] / SECONDS, 0],
+    }
+    assert meta == {
+        "epoch": 1,
+        "env_steps": 1000 + sum(given.values()),
+        "parent": PARENT,
+        "ballot": BALLOT.hex(),
+        "electorate": electorate,
+    }
+    for state in states:
+        assert (state.env_steps, state.parent, state.ballot) == (meta["env_steps"], PARENT, BALLOT)
+        assert state.electorate == electorate
+    newcomer = a_worker(run, idle)
+    assert newcomer.load(Load(states[0].state or b"")).electorate == electorate
+
+
+def test_what_was_collected_is_kept_or_dropped_with_an_update_that_is_given_up() -> None:
+    worker = a_worker()
+    worker.collect(Collect(64))
+    for keep_samples, left in ((True, 64), (False, 0)):
+        answer = begin(worker)
+        worker.abandon(Abandon(keep_samples))
+        assert worker.learner.samples == left
+        with pytest.raises(RemoteError, match="no update is under way"):
+            worker.merge(merge_of({PEERS[0]: answer}))
+
+
 def test_a_round_without_any_contribution_of_use_still_waits_for_one() -> None:
     worker = a_worker()
     worker.collect(Collect(64))
-    answer = worker.merge(Merge(1, 64))
+    answer = begin(worker)
     with pytest.raises(RemoteError, match="of any use") as told:
-        worker.merge(merge_of(worker, {PEERS[0]: forge(answer, huge)}))
+        worker.merge(merge_of({PEERS[0]: forge(answer, huge)}))
     assert told.value.status is Status.FAILED_PRECONDITION
-    assert worker.merge(merge_of(worker, {PEERS[0]: answer})).state is not None
+    assert worker.merge(merge_of({PEERS[0]: answer})).state is not None
 
 
 # --- samples of the policy before ------------------------------------------------------------------------------------
@@ -384,9 +527,9 @@ def test_a_round_without_any_contribution_of_use_still_waits_for_one() -> None:
 
 def solo(worker: Worker, epoch: int) -> bytes:
     """One update by a worker alone; the state that it leads to."""
-    answer = worker.merge(Merge(epoch, 256 * epoch))
+    answer = begin(worker, epoch - 1)
     while answer.state is None:
-        answer = worker.merge(merge_of(worker, {PEERS[0]: answer}, epoch))
+        answer = worker.merge(merge_of({PEERS[0]: answer}))
     return bytes(answer.state.state or b"")
 
 
@@ -407,11 +550,11 @@ def test_what_an_overtaken_learner_collected_counts_in_the_next_epoch(task: str,
     log_probs = learner._batch().log_probs.numpy()
     np.testing.assert_array_equal(log_probs[:64], expected.ravel())
     np.testing.assert_array_equal(log_probs[64:], learner._log_probs(learner._streams[0]).ravel()[64:])
-    contribution = slow.merge(Merge(2, 512))
+    contribution = begin(slow, 1)
     if mode is Mode.LOCAL:
         assert contribution.weight == 96
     while contribution.state is None:
-        contribution = slow.merge(merge_of(slow, {PEERS[1]: contribution}, 2))
+        contribution = slow.merge(merge_of({PEERS[1]: contribution}))
     assert np.isfinite(list(contribution.stats.values())).all()
     assert slow.learner.samples == 0
 
@@ -442,9 +585,9 @@ def test_kept_samples_keep_their_cut_episodes() -> None:
     states = []
     for epoch in (1, 2):
         fast.collect(Collect(256))
-        answer = fast.merge(Merge(epoch, 256))
+        answer = begin(fast, epoch - 1)
         while answer.state is None:
-            answer = fast.merge(merge_of(fast, {PEERS[1]: answer}, epoch))
+            answer = fast.merge(merge_of({PEERS[1]: answer}))
         states.append(bytes(answer.state.state or b""))
     assert worker.load(Load(states[0], keep_samples=True)).epoch_samples == 1000
     worker.collect(Collect(4 * 160))
@@ -512,9 +655,8 @@ def test_every_metric_of_an_update_reaches_the_node_and_the_event_files(tmp_path
     stats = []
     for epoch in (1, 2):
         worker.collect(Collect(64))
-        answer = worker.merge(Merge(epoch, 64 * epoch))
-        request = merge_of(worker, {PEERS[0]: answer}, epoch)
-        stats.append(worker.merge(replace(request, env_steps=64 * epoch)).stats)
+        answer = begin(worker, epoch - 1, 64 * (epoch - 1))
+        stats.append(worker.merge(merge_of({PEERS[0]: answer})).stats)
     worker.log(Log(128, {"evaluation/return": 12.5}))
     worker.close()
     assert {"policy_loss", "value_loss", "entropy", "approx_kl", "gradient_norm"} <= stats[0].keys()
