@@ -102,7 +102,7 @@ class Host:
         """Of all tasks that the mesh has; it ends before the connections do."""
         self.links = Links(self, router, domain, lanes=lanes)
         self.door = Door(self._accept_lane)
-        self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses)
+        self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
         self.kademlia: Kademlia | None = None
         """None until it runs."""
         self._libp2p = libp2p
@@ -447,6 +447,7 @@ class Host:
             sock.close()
 
     async def _keep_time(self) -> None:
+        self._wake_at = trio.current_time()  # if this began anew, a tick was lost
         while True:
             with trio.move_on_at(self._wake_at):
                 await self._retimed.wait()
