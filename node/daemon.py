@@ -117,6 +117,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
                 router=router,
                 relay_limits=config.reach.relay_limits,
                 max_peers=config.max_peers,
+                domain=domain,
             ) as host,
             open_reach(host, router, config.reach) as reach,
         ):

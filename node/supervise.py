@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -139,6 +139,9 @@ class Supervisor:
             except Exception as error:
                 caught = error
                 domain.cancel()
+            except BaseException:  # cancelled from outside: its tasks are too, and nothing more may begin
+                domain.cancel()
+                raise
         domain.cancel()
         if caught is not None:
             raise caught
@@ -189,7 +192,7 @@ class Domain:
         self._is_over = True
         if self._outer is None:
             self._nursery.cancel_scope.cancel()
-        for scope in self._running:  # of a smaller domain; also whoever has not started yet is no task of the nursery
+        for scope in list(self._running):  # also of who has not started yet, and so is no task of the nursery
             scope.cancel()
 
     async def wait_gone(self) -> None:
@@ -213,7 +216,7 @@ class Domain:
             log.debug("%s: %s is not started, because it ends", self.name, name)
             return
         scope = trio.CancelScope()
-        self._running.add(scope)  # before it runs, so that `cancel` meets it whenever that comes
+        self._enter(scope)  # before it runs, so that `cancel` meets it whenever that comes
         try:
             self._nursery.start_soon(self._run, scope, name, function, arguments, policy)
         except RuntimeError:  # the nursery has just closed, and the block's end has not been told yet
@@ -236,7 +239,7 @@ class Domain:
         if self.is_over:
             raise RefusedError(f"{name} cannot be started, because {self.name} ends")
         scope = trio.CancelScope()
-        self._running.add(scope)
+        self._enter(scope)
         try:
             return await self._nursery.start(partial(self._run, scope, name, function, arguments, policy))
         except BaseException:
@@ -253,6 +256,25 @@ class Domain:
             function(*arguments)
         except Exception as error:
             self._judge(name, error, Policy.DROP, 0)
+
+    async def serve(self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any) -> bool:
+        """Do something in the task of a caller that is not this program's, libp2p's say, and that no failure may reach.
+
+        It is dropped with what goes wrong, like a task; it ends with the caller's task, and not with this domain.
+
+        Returns:
+            Whether nothing went wrong.
+        """
+        self.supervisor.tasks[self.kind, name] = Policy.DROP
+        is_done = False
+
+        async def serve() -> None:
+            nonlocal is_done
+            await function(*arguments)
+            is_done = True
+
+        await self._repeat(name, serve, (), Policy.DROP, None)
+        return is_done
 
     async def _run(
         self,
@@ -272,11 +294,23 @@ class Domain:
         if start is not None and not start.is_done and scope.cancelled_caught:
             raise RefusedError(f"{name} cannot be started, because {self.name} ends")
 
+    def _enter(self, scope: trio.CancelScope) -> None:
+        for domain in self._chain():
+            domain._running.add(scope)
+
     def _leave(self, scope: trio.CancelScope) -> None:
-        self._running.discard(scope)
-        if not self._running:
-            self._gone.set()
-            self._gone = trio.Event()
+        for domain in self._chain():
+            domain._running.discard(scope)
+            if not domain._running:
+                domain._gone.set()
+                domain._gone = trio.Event()
+
+    def _chain(self) -> Iterator[Domain]:
+        """This domain and those that it is inside of."""
+        domain: Domain | None = self
+        while domain is not None:
+            yield domain
+            domain = domain._outer
 
     async def _repeat(
         self,

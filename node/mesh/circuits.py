@@ -24,7 +24,7 @@ from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_byt
 from multiaddr import Multiaddr
 
 from shoal.node.mesh.addresses import CIRCUIT
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import Fault, ShoalError
 from shoal.protocol.ids import PeerId
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ M = TypeVar("M", bound=Message)
 
 class RelayError(ShoalError):
     """A relay did not do what it was asked; the message says why."""
+
+    fault = Fault.REMOTE
 
 
 def parse_circuit(address: str) -> tuple[PeerId, PeerId]:

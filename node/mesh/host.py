@@ -10,10 +10,11 @@ business; here is what every path has in common: it is a libp2p connection, and 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Set
-from contextlib import asynccontextmanager
-from typing import Any, Final, assert_never
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 import trio
 from libp2p.abc import IHost
@@ -35,6 +36,9 @@ from shoal.node.mesh.connections import (
     Output,
     Path,
     PathAdded,
+    PathDown,
+    PathId,
+    PathUp,
     PeerDown,
     PeerUp,
     PunchBegan,
@@ -57,12 +61,17 @@ from shoal.node.mesh.paths import PathKind
 from shoal.node.mesh.relay import Relay
 from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.signals import Signal
+from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.node.wire.channel import ByteStream, Router
 from shoal.node.wire.contracts import NodeService
+from shoal.node.wire.lanes import Socket
 from shoal.node.wire.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
 from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Caller, Empty
+
+if TYPE_CHECKING:
+    from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
 
 __all__ = ["Connected", "Host", "HostEvent", "Path", "PeerDown", "PeerUp", "open_host"]
 
@@ -82,20 +91,21 @@ class Host:
         self,
         libp2p: Libp2pHost,
         router: Router,
-        nursery: trio.Nursery,
+        domain: Domain,
         *,
         lanes: bool = True,
         relay_limits: RelayLimits,
         max_peers: int,
     ) -> None:
         self.peer_id = libp2p.peer_id
-        self.links = Links(self, router, nursery, lanes=lanes)
-        self.door = Door(self.links.accept_lane)
-        self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses)
+        self.domain = domain
+        """Of all tasks that the mesh has; it ends before the connections do."""
+        self.links = Links(self, router, domain, lanes=lanes)
+        self.door = Door(self._accept_lane)
+        self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
         self.kademlia: Kademlia | None = None
         """None until it runs."""
         self._libp2p = libp2p
-        self._nursery = nursery
         self._connections = Connections(max_peers)
         self._book = AddressBook()
         self._dialer = Dialer(self.dial, self.is_connected, self._connections.relays)
@@ -104,8 +114,9 @@ class Host:
         self._followers: list[Callable[[PeerId], None]] = []
         self._came_or_went = Signal()
         self._peer_came = Signal()
-        self._has_waker = False
-        self._wake_at = 0.0
+        self._wake_at = math.inf
+        self._retimed = Signal()
+        self._peers: dict[PeerId, Domain] = {}
         self._num_lost_events = 0
         self._events_in, self.events = trio.open_memory_channel[HostEvent](MAX_EVENTS)
 
@@ -197,9 +208,9 @@ class Host:
         """Have it told when a peer's best path is another one: also its first, and that it has none any more."""
         self._followers.append(tell)
 
-    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Run something for as long as the host stands."""
-        self._nursery.start_soon(function, *arguments)
+    def spawn(self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any, policy: Policy) -> None:
+        """Run a task for as long as the host stands; the rest as `Domain.start_soon`."""
+        self.domain.start_soon(name, function, *arguments, policy=policy)
 
     async def wait_for_change(self) -> None:
         """Until a peer comes or goes, or a better path to one comes."""
@@ -371,15 +382,17 @@ class Host:
     def _carry_out(self, output: Output) -> None:
         match output:
             case PeerUp(peer):
+                self._peers[peer] = self.domain.inside("peer", peer)
                 self.links.peer_up(peer)
                 self._pass_on(output)
-                self.spawn(keep_alive, peer, self._connections, self.links, self._libp2p)
-                if self.kademlia is not None:
-                    self.spawn(self.kademlia.add_peer, peer)
+                self._begin_with(peer)
                 self._peer_came.set()
                 self._came_or_went.set()
                 self._tell_followers(peer)
             case PeerDown(peer):
+                home = self._peers.pop(peer, None)
+                if home is not None:
+                    home.cancel()
                 self.relay.peer_down(peer)
                 self.links.peer_down(peer)
                 self._pass_on(output)
@@ -393,27 +406,86 @@ class Host:
             case PathAdded():
                 self._came_or_went.set()
             case ClosePath(path):
-                self.spawn(self._libp2p.close_path, path)
+                self._close_soon(path)
             case LetGo(peer):
                 log.info("letting %s go: more than %d peers are connected", peer, self._connections.max_peers)
-                self.spawn(self.disconnect, peer)
+                self.spawn("letting a peer go", self.disconnect, peer, policy=Policy.DROP)
             case Wake(at):
                 self._wake_at = at
-                if not self._has_waker:
-                    self._has_waker = True
-                    self.spawn(self._wake)
+                self._retimed.set()
             case _:
                 assert_never(output)
 
     def _tell_followers(self, peer: PeerId) -> None:
         for tell in self._followers:
-            tell(peer)
+            self.domain.call("telling of a path", tell, peer)
 
-    async def _wake(self) -> None:
-        await trio.sleep_until(self._wake_at)
-        self._has_waker = False
-        busy = frozenset(filter(self._libp2p.is_busy, self._connections.retiring))
-        self._tell(Tick(busy))
+    # --- tasks ---
+
+    async def begin(self, bootstrap: Sequence[str], *, mdns: bool) -> None:
+        """Begin every task of the mesh, now that it listens; returns once the distributed hash table runs."""
+        self.spawn("retiring paths", self._keep_time, policy=Policy.RESTART)
+        self.spawn("sharing the relay", self.relay.run, policy=Policy.RESTART)
+        await self.domain.start("the DHT", self._take_part_in_dht, policy=Policy.RESTART)
+        for address in bootstrap:
+            self.spawn("staying connected", self.stay_connected, [address], policy=Policy.RESTART)
+        if mdns:
+            self.spawn("looking around on the LAN", run_mdns, self, policy=Policy.RESTART)
+
+    def take(self, event: PathUp | PathDown) -> None:
+        """Hear of a connection from libp2p, in whose tasks nothing may fail."""
+        self.domain.call("following connections", self._tell, event)
+
+    async def serve(self, peer: PeerId, protocol: str, stream: ByteStream) -> None:
+        """Serve a stream that a peer opened, in libp2p's task."""
+        home = self._peers.get(peer) or self.domain.inside("peer", peer)
+        if not await home.serve("serving a stream", self.links.serve_stream, peer, protocol, stream):
+            await stream.close()
+
+    async def _accept_lane(self, sock: Socket, ip: str) -> None:
+        if not await self.domain.serve("accepting a lane", self.links.accept_lane, sock, ip):
+            sock.close()
+
+    async def _keep_time(self) -> None:
+        self._wake_at = trio.current_time()  # if this began anew, a tick was lost
+        while True:
+            with trio.move_on_at(self._wake_at):
+                await self._retimed.wait()
+            if trio.current_time() >= self._wake_at:
+                self._wake_at = math.inf
+                self._tell(Tick(frozenset(filter(self._libp2p.is_busy, self._connections.retiring))))
+
+    async def _take_part_in_dht(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        failure: Exception | None = None
+        try:
+            async with open_kademlia(self.libp2p, self.peer_id) as self.kademlia:
+                try:
+                    for peer in self._peers:
+                        self._add_soon(peer)
+                    task_status.started()
+                    await trio.sleep_forever()
+                except Exception as error:  # libp2p's service contexts lose it
+                    failure = error
+        finally:
+            self.kademlia = None
+        if failure is not None:
+            raise failure
+
+    def _begin_with(self, peer: PeerId) -> None:
+        ways = (self._connections, self.links, self._close_soon)
+        self._peers[peer].start_soon("keeping a peer alive", keep_alive, peer, *ways, policy=Policy.RESTART)
+        self._add_soon(peer)
+
+    def _add_soon(self, peer: PeerId) -> None:
+        self._peers[peer].start_soon("adding a peer to the DHT", self._add_to_dht, peer, policy=Policy.DROP)
+
+    async def _add_to_dht(self, peer: PeerId) -> None:
+        if self.kademlia is not None:
+            await self.kademlia.add_peer(peer)
+
+    def _close_soon(self, path: PathId) -> None:
+        """Close a path in a task of its own: what closes the last one of a peer ends all tasks of that peer."""
+        self.spawn("closing a path", self._libp2p.close_path, path, policy=Policy.DROP)
 
     def _pass_on(self, event: HostEvent) -> None:
         try:
@@ -434,6 +506,7 @@ async def open_host(
     lanes: bool = True,
     relay_limits: RelayLimits | None = None,
     max_peers: int = MAX_PEERS,
+    domain: Domain | None = None,
 ) -> AsyncIterator[Host]:
     """Stand up a host, listening; tears it down at the end.
 
@@ -446,41 +519,44 @@ async def open_host(
         lanes: whether to use connections beside libp2p's own where a peer is reached directly.
         relay_limits: of what this node relays, once it does.
         max_peers: how many are kept connected, unless more are wanted.
+        domain: in which its tasks may fail; by default one of its own.
 
     Raises:
         ListenError: if an address cannot be listened on.
     """
     libp2p = make_libp2p_host(secret, max_peers)
     failure: Exception | None = None
-    async with background_trio_service(libp2p.network), trio.open_nursery() as nursery:
+    async with AsyncExitStack() as stack:
+        if domain is None:
+            domain = await stack.enter_async_context(Supervisor().open("node"))
+        await stack.enter_async_context(background_trio_service(libp2p.network))
+        mesh = domain.inside("node", "mesh")
         try:
             router.add(_NodeCalls())
             limits = relay_limits or RelayLimits()
-            host = Host(libp2p, router, nursery, lanes=lanes, relay_limits=limits, max_peers=max_peers)
+            host = Host(libp2p, router, mesh, lanes=lanes, relay_limits=limits, max_peers=max_peers)
             libp2p.announce(host.addresses)
             for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
-                libp2p.serve(protocol, host.links.serve_stream)
-            libp2p.follow(host._tell)
+                libp2p.serve(protocol, host.serve)
+            libp2p.follow(host.take)
             for address in listen:
                 await host.door.listen(libp2p.network, address)
             host.door.open(libp2p.network)
-            nursery.start_soon(host.relay.run)
-            async with open_kademlia(libp2p.libp2p, libp2p.peer_id) as host.kademlia:
-                for address in bootstrap:
-                    nursery.start_soon(host.stay_connected, [address])
-                if mdns:
-                    nursery.start_soon(run_mdns, host)
-                try:
-                    yield host
-                except Exception as error:  # raised again below: libp2p's service contexts lose it
-                    failure = error
-                with trio.CancelScope(deadline=trio.current_time() + DRAIN_S + 1, shield=True):
-                    await host.links.close()
-                with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
-                    await libp2p.close()
+            await host.begin(bootstrap, mdns=mdns)
+            try:
+                yield host
+            except Exception as error:  # raised again below: libp2p's service contexts lose it
+                failure = error
+            with trio.CancelScope(deadline=trio.current_time() + DRAIN_S + 1, shield=True):
+                await host.links.close()
+            with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
+                await libp2p.close()
         except Exception as error:  # as above
             failure = error
-        nursery.cancel_scope.cancel()
+        finally:
+            mesh.cancel()
+            with trio.CancelScope(shield=True):
+                await mesh.wait_gone()
     if failure is not None:
         raise failure
 

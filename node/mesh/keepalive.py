@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 import trio
 
-from shoal.node.mesh.connections import Connections, Measured
-from shoal.node.mesh.libp2p_host import Libp2pHost
+from shoal.node.mesh.connections import Connections, Measured, PathId
 from shoal.node.wire.contracts import NodeService
 from shoal.node.wire.links import Links
 from shoal.protocol.errors import RemoteError, Status
@@ -24,8 +24,17 @@ SOON_S: Final = 0.5
 MAX_MISSES: Final = 2
 
 
-async def keep_alive(peer: PeerId, connections: Connections, links: Links, libp2p: Libp2pHost) -> None:
-    """For as long as a peer stays connected."""
+async def keep_alive(
+    peer: PeerId, connections: Connections, links: Links, close_soon: Callable[[PathId], None]
+) -> None:
+    """For as long as a peer stays connected.
+
+    Args:
+        peer: who is called.
+        connections: told of each round trip.
+        links: carry the calls.
+        close_soon: has a path closed by somebody else, since this task ends with the last path.
+    """
     misses = 0
     ping = client(NodeService, links.at(peer), timeout_s=KEEPALIVE_TIMEOUT_S).ping
     state = connections.peers.get(peer)
@@ -47,7 +56,7 @@ async def keep_alive(peer: PeerId, connections: Connections, links: Links, libp2
             misses = 0  # another path has its own calls
         if misses >= MAX_MISSES and connections.peers.get(peer) is state:
             log.info("%s does not answer; closing the path (%s)", peer, path.kind)
-            await libp2p.close_path(path.id)
+            close_soon(path.id)
             misses = 0
         is_settled = state.rtt_ms is not None and not misses
         await trio.sleep(KEEPALIVE_INTERVAL_S if is_settled else SOON_S)

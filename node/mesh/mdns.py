@@ -13,6 +13,7 @@ from libp2p.discovery.mdns.mdns import MDNSDiscovery
 from libp2p.peer.peerinfo import PeerInfo
 
 from shoal.node.mesh.addresses import ip_of, ip_port, is_loopback
+from shoal.node.supervise import Policy
 from shoal.protocol.errors import NoPeersError, UsageError
 from shoal.protocol.ids import PeerId
 
@@ -37,8 +38,8 @@ class Neighbour(Protocol):
     def own_addresses(self) -> Sequence[str]:
         """The full multiaddrs of this node's own interfaces, at which it listens."""
 
-    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Run something for as long as the host stands."""
+    def spawn(self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any, policy: Policy) -> None:
+        """Run a task for as long as the host stands."""
 
     async def connect(self, addresses: Sequence[str]) -> PeerId:
         """Connect to the one peer that these full multiaddrs name."""
@@ -54,8 +55,11 @@ async def run_mdns(host: Neighbour) -> None:
         log.info("mDNS is off: this node listens on loopback alone")
         return
 
+    def meet(info: PeerInfo) -> None:
+        host.spawn("meeting a neighbour on the LAN", found_on_lan, host, info, policy=Policy.DROP)
+
     def discovered(info: PeerInfo) -> None:
-        token.run_sync_soon(host.spawn, found_on_lan, host, info)
+        token.run_sync_soon(meet, info)
 
     try:
         # Zeroconf probes the network for a second, blocking, when it starts.

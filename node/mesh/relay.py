@@ -47,6 +47,7 @@ from shoal.node.mesh.circuits import (
     write_message,
 )
 from shoal.node.mesh.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
+from shoal.node.supervise import Domain
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 
@@ -84,19 +85,21 @@ class Relay:
         host: of libp2p; it need not listen yet.
         limits: of what this node relays.
         addresses: gives the full multiaddrs that a client may hand out to reach this relay.
+        domain: where what fails in serving a peer ends.
     """
 
-    def __init__(self, host: IHost, limits: RelayLimits, addresses: Any) -> None:
+    def __init__(self, host: IHost, limits: RelayLimits, addresses: Any, domain: Domain) -> None:
         self.ledger = RelayLedger(limits)
         self.num_bytes = 0
         """Relayed so far."""
         self._host = host
         self._addresses = addresses
+        self._domain = domain
         self._share = FairShare(limits.bytes_per_s)
         self._asked = trio.Event()
         self._is_open = False
         self._handshakes: Counter[PeerId] = Counter()
-        host.set_stream_handler(STOP_PROTOCOL, self._serve_stop)
+        host.set_stream_handler(STOP_PROTOCOL, self._take_stop)
 
     @property
     def is_open(self) -> bool:
@@ -106,7 +109,7 @@ class Relay:
     def open(self) -> None:
         """Relay for others from now on."""
         self._is_open = True
-        self._host.set_stream_handler(HOP_PROTOCOL, self._serve_hop)
+        self._host.set_stream_handler(HOP_PROTOCOL, self._take_hop)
 
     def close(self) -> None:
         """Take no new reservations and circuits; those that stand go on."""
@@ -204,6 +207,10 @@ class Relay:
 
     # --- stop ---
 
+    async def _take_stop(self, stream: INetStream) -> None:
+        if not await self._domain.serve("taking a circuit", self._serve_stop, stream):
+            await end_stream(stream)
+
     async def _serve_stop(self, stream: INetStream) -> None:
         relay = PeerId(str(stream.muxed_conn.peer_id))
         muxed = None
@@ -255,6 +262,10 @@ class Relay:
         return self._host.get_network().get_connections(ID.from_base58(str(peer)))
 
     # --- hop ---
+
+    async def _take_hop(self, stream: INetStream) -> None:
+        if not await self._domain.serve("relaying", self._serve_hop, stream):
+            await end_stream(stream)
 
     async def _serve_hop(self, stream: INetStream) -> None:
         source = PeerId(str(stream.muxed_conn.peer_id))

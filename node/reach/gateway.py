@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from shoal.protocol.errors import ShoalError, UsageError
+from shoal.protocol.errors import Fault, ShoalError, UsageError
 
 Answer = TypeVar("Answer")
 
@@ -33,6 +33,8 @@ _PORT: Final = 5351  # of PCP and NAT-PMP
 
 class PortMapError(ShoalError):
     """A router does not answer, or does not do what it is asked."""
+
+    fault = Fault.REMOTE
 
 
 @dataclass(frozen=True, slots=True)

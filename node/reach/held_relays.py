@@ -17,6 +17,7 @@ from shoal.node.mesh.addresses import CIRCUIT, dialable, full_address, ip_of, ne
 from shoal.node.mesh.circuits import RelayError
 from shoal.node.mesh.host import Connected, Host
 from shoal.node.signals import Signal
+from shoal.node.supervise import Policy
 from shoal.node.wire.contracts import Introduction
 from shoal.protocol.errors import NoPeersError, UsageError
 from shoal.protocol.ids import Cid, PeerId
@@ -93,7 +94,7 @@ class HeldRelays:
                     await self._reserve(best)
                 if len(self._held) < NUM_RELAYS and self._host.connected and now - looked_at > FIND_RELAYS_S:
                     looked_at = now
-                    self._host.spawn(self._find)
+                    self._host.spawn("finding relays", self._find, policy=Policy.DROP)
             renew_s = min((held.renew_at - now for held in self._held.values()), default=FIND_RELAYS_S)
             with trio.move_on_after(max(0.1, min(renew_s, FIND_RELAYS_S))):
                 await self._news.wait()

@@ -45,7 +45,8 @@ from shoal.node.mesh.circuits import BROKEN, end_stream, read_message, write_mes
 from shoal.node.mesh.host import Host
 from shoal.node.mesh.interfaces import local_ips
 from shoal.node.signals import Signal
-from shoal.protocol.errors import ShoalError
+from shoal.node.supervise import Policy
+from shoal.protocol.errors import Fault, ShoalError
 from shoal.protocol.ids import PeerId
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ IpPort = tuple[str, int]
 
 class PunchError(ShoalError):
     """No hole was punched; the message says why."""
+
+    fault = Fault.REMOTE
 
 
 class Marks:
@@ -118,7 +121,7 @@ class Puncher:
         self._dialing: set[PeerId] = set()
         self._dialed = Signal()  # with one of them it is over
         self._labels: Counter[PeerId] = Counter()  # punches with a peer that go on or are just over
-        host.libp2p.set_stream_handler(DCUTR_PROTOCOL, self._serve)
+        host.libp2p.set_stream_handler(DCUTR_PROTOCOL, self._serve_safely)
 
     async def punch(self, peer: PeerId) -> None:
         """Begin, with a peer that is connected by a relay.
@@ -152,6 +155,10 @@ class Puncher:
             raise PunchError("the peer did not answer in time") from error
         except (DecodeError, *BROKEN) as error:
             raise PunchError(f"the exchange with the peer broke ({type(error).__name__})") from error
+
+    async def _serve_safely(self, stream: INetStream) -> None:
+        if not await self._host.domain.serve("answering a punch", self._serve, stream):
+            await end_stream(stream)
 
     async def _serve(self, stream: INetStream) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
@@ -234,7 +241,7 @@ class Puncher:
                 self._marks.leave(peer, trio.current_time())
             self._dialing.discard(peer)
             self._dialed.set()
-            self._host.spawn(self._stop_labelling, peer)
+            self._host.spawn("ending a punch", self._stop_labelling, peer, policy=Policy.RESTART)
 
     async def _stop_labelling(self, peer: PeerId) -> None:
         await trio.sleep(LABEL_S)

@@ -45,6 +45,7 @@ from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES, Stun, StunError, open_stun
 from shoal.node.reach.webrtc import WebRtc, open_webrtc
 from shoal.node.signals import Signal
+from shoal.node.supervise import Domain, Policy
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import (
     DialBack,
@@ -116,14 +117,16 @@ async def open_reach(host: Host, router: Router, config: ReachConfig) -> AsyncIt
         except StunError as error:
             log.warning("no UDP: %s", error)
         webrtc = await stack.enter_async_context(open_webrtc()) if config.webrtc else None
-        nursery = await stack.enter_async_context(trio.open_nursery())
         reach = Reach(host, config, stun=stun, webrtc=webrtc)
         router.add(_ReachCalls(host, reach))
-        nursery.start_soon(reach.run)
+        domain = host.domain.inside("node", "reach")
+        reach.begin(domain)
         try:
             yield reach
         finally:
-            nursery.cancel_scope.cancel()
+            domain.cancel()
+            with trio.CancelScope(shield=True):
+                await domain.wait_gone()
 
 
 class Reach:
@@ -148,23 +151,22 @@ class Reach:
         self._must_probe = False
         host.follow_paths(self._on_path)
 
-    async def run(self) -> None:
-        """Until cancelled."""
+    def begin(self, domain: Domain) -> None:
+        """Find out, tell and climb from now on, by tasks in this domain."""
         if self._config.relay == "on":
             self._host.relay.open()
         self.probe.handle(AddressesChanged(self._local_ips))
         self._announce_addresses()
         for peer in list(self._host.connected):
             self._on_path(peer)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_probing)
-            nursery.start_soon(self._held.run, self._needs_relays)
-            nursery.start_soon(self._keep_telling)
-            nursery.start_soon(self._keep_provided)
-            nursery.start_soon(self._watch)
-            port = self._host.door.port("0.0.0.0")  # noqa: S104  names a family
-            if self._config.port_mapping and port is not None and not all(map(_is_loopback, self._host.listened())):
-                nursery.start_soon(self._keep_mapped, port)
+        domain.start_soon("probing", self._keep_probing, policy=Policy.RESTART)
+        domain.start_soon("holding relays", self._held.run, self._needs_relays, policy=Policy.RESTART)
+        domain.start_soon("introducing this node", self._keep_telling, policy=Policy.RESTART)
+        domain.start_soon("providing the relay", self._keep_provided, policy=Policy.RESTART)
+        domain.start_soon("watching the network", self._watch, policy=Policy.RESTART)
+        port = self._host.door.port("0.0.0.0")  # noqa: S104  names a family
+        if self._config.port_mapping and port is not None and not all(map(_is_loopback, self._host.listened())):
+            domain.start_soon("mapping the port", self._keep_mapped, port, policy=Policy.RESTART)
 
     def report(self) -> ReachReport:
         """What is known now."""
@@ -207,7 +209,7 @@ class Reach:
             return
         if peer not in self._introduced:
             if state.outbound:
-                self._host.spawn(self._meet, peer)
+                self._host.spawn("meeting a peer", self._meet, peer, policy=Policy.DROP)
         else:
             self._note_relay(peer)
         self._climber.path_changed(peer, state)
@@ -405,7 +407,7 @@ class Reach:
                     state.ladder.something_changed()
                     self._climber.path_changed(peer, state)
                 self._news.set()
-                self._host.spawn(self._check_paths)
+                self._host.spawn("checking paths", self._check_paths, policy=Policy.DROP)
 
     async def _check_paths(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import Fault, ShoalError
 
 StunServer = tuple[str, int]
 
@@ -23,6 +23,8 @@ MESSAGE_COST: Final = 1024
 
 class WebRtcError(ShoalError):
     """No path by WebRTC, or a malformed offer or answer."""
+
+    fault = Fault.REMOTE
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ class ReplicaStatistics:
         dropped: what did not fit into the queue of a member that is gone by now.
         failed_pushes: calls that failed, each try counted.
         lost: members that took no pushes any more.
-        failures: of this node's own tasks, each restarted or dropped.
         not_stored: batches of ops that could not be written to disk.
     """
 
@@ -26,5 +25,4 @@ class ReplicaStatistics:
     dropped: int = 0
     failed_pushes: int = 0
     lost: int = 0
-    failures: int = 0
     not_stored: int = 0

@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import trio
 
@@ -47,6 +47,7 @@ from shoal.crdt.sync import Received, SwarmDocs
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
+from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm.counters import ReplicaStatistics
 from shoal.node.swarm.journal import Journal
 from shoal.node.swarm.members import Members
@@ -63,9 +64,6 @@ from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import client
 from shoal.protocol.signing import Signed, Signer
-
-if TYPE_CHECKING:
-    from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +84,6 @@ CALL_TIMEOUT_S: Final = 5.0
 PUSH_TRIES: Final = 3
 PUSH_AGAIN_S: Final = 0.2
 PEER_TRIES: Final = 3
-RESTART_S: Final = 1.0
 MAX_RECENT_OPS: Final = 2048
 """Ops that can be passed on by name; who is asked for an older one leaves it to sync."""
 MAX_ADDRESSES: Final = 16
@@ -111,10 +108,11 @@ class Replica:
         presence: PresenceTable,
         storage: Storage,
         host: Host,
+        domain: Domain,
         *,
         rng: random.Random | None = None,
     ) -> None:
-        """Take over what is stored; `run` does the rest.
+        """Take over what is stored; `begin` does the rest.
 
         Args:
             swarm: whose state it is.
@@ -123,6 +121,7 @@ class Replica:
             presence: empty; its topics must have `ADDRESSES`, and `FACTS` if anything is published on it.
             storage: where ops are kept.
             host: carries the calls.
+            domain: where its tasks may fail; `end` when it ends.
             rng: for whom to sync with, and for gossip.
         """
         self.swarm = swarm
@@ -143,7 +142,7 @@ class Replica:
         self._syncing: set[PeerId] = set()
         self._refusals: dict[PeerId, int] = {}
         self._recent_ops: dict[ItemId, Signed] = {}
-        self._nursery: trio.Nursery | None = None
+        self._domain = domain
         self._published_at = -math.inf
         self._must_reannounce = False
         self._must_repeat = False
@@ -239,19 +238,20 @@ class Replica:
         self._spread_ops([op], source=None)
         return True
 
-    async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep in step with the others until cancelled."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                for loop in (self._speak_loop, self._tick_loop, self._sync_loop, self._dial_loop, self._expire_loop):
-                    nursery.start_soon(self._keep_up, loop)
-                task_status.started()
-        finally:
-            self._nursery = None
-            for peer in list(self._met):
-                self._unmeet(peer)
-            self._members.forget_all()
+    def begin(self) -> None:
+        """Keep in step with the others from now on."""
+        begin = self._domain.start_soon
+        begin("speaking", self._speak_loop, policy=Policy.RESTART)
+        begin("timing gossip", self._tick_loop, policy=Policy.RESTART)
+        begin("syncing", self._sync_loop, policy=Policy.RESTART)
+        begin("dialing members", self._dial_loop, policy=Policy.RESTART)
+        begin("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
+
+    def end(self) -> None:
+        """Forget the members, now that the tasks have ended."""
+        for peer in list(self._met):
+            self._unmeet(peer)
+        self._members.forget_all()
 
     # Peers come and go.
 
@@ -280,7 +280,7 @@ class Replica:
         if was_member:
             self._members.lost(peer, trio.current_time())
             if self._members.is_small(len(self.live)) and self._presence.drop(peer):
-                self._tell(self.on_gone, peer)
+                self._say_gone(peer)
             self.changed.set()
 
     async def sync_with(self, peer: PeerId) -> None:
@@ -309,10 +309,10 @@ class Replica:
 
     def _meet(self, peer: PeerId) -> None:
         """It knows the swarm: it hears what is known, and is a member once it has said something itself."""
-        if peer in self._met or peer == self._signer.peer_id or self._nursery is None:
+        if peer in self._met or peer == self._signer.peer_id or self._domain.is_over:
             return
         waiting = self._met[peer] = Waiting()
-        self._spawn(self._push_loop, peer, waiting)
+        self._of(peer).start_soon("pushing to a peer", self._push_loop, peer, waiting, policy=Policy.RESTART)
         if self._presence.knows(peer) or peer in self._journal.seqs():
             self._welcome(peer)
         self._must_repeat = True  # if it took this node for gone, only something new changes its mind
@@ -342,7 +342,7 @@ class Replica:
         self._handle(ContactDown(peer))
         self._members.forget(peer)
         if was_met and self._presence.drop(peer):  # else it may be about to join
-            self._tell(self.on_gone, peer)
+            self._say_gone(peer)
         self.changed.set()
 
     # What peers call.
@@ -364,13 +364,13 @@ class Replica:
         except StorageError as error:
             raise RemoteError(Status.UNAVAILABLE, "the state of this swarm cannot be read now") from error
         if is_behind:
-            self._spawn(self._sync_quietly, peer)
+            self._sync_soon(peer)
         return SyncAnswer(tuple(ops), plain_version(ours), ours.is_full)
 
     async def serve_gossip(self, peer: PeerId, push: GossipPush) -> None:
         """A peer pushes news. What is bad in it is refused, and the rest is taken and passed on."""
         if peer not in self._met:
-            self._spawn(self._sync_quietly, peer)
+            self._sync_soon(peer)
         now = trio.current_time()
         fresh: list[Item] = []
         known: list[ItemId] = []
@@ -392,7 +392,7 @@ class Replica:
             log.exception("ops from %s cannot be stored now", peer)
         else:
             if received.missing:
-                self._spawn(self._sync_quietly, peer)
+                self._sync_soon(peer)
 
     def _hear(self, peer: PeerId, sealed: Signed, now: float, fresh: list[Item], known: list[ItemId]) -> None:
         try:
@@ -407,7 +407,8 @@ class Replica:
                 if presence.topic == ADDRESSES:
                     self._members.told(presence.author, presence.facts)
                 self._welcome(presence.author)
-                self._tell(self.on_heard, presence.author, presence.topic, presence.facts, name)
+                news = (presence.author, presence.topic, presence.facts, name)
+                self._domain.call("telling news", self.on_heard, *news)
                 self.changed.set()
             case Heard(name):
                 known.append(name[:ITEM_ID_BYTES])
@@ -466,7 +467,7 @@ class Replica:
         else:
             self._pushed(source, items, known)
         if ops:
-            self._tell(self.on_documents)
+            self._domain.call("telling of documents", self.on_documents)
             self.changed.set()
 
     def _say_frozen(self, error: FrozenLogError | None) -> None:
@@ -506,18 +507,17 @@ class Replica:
                     if waiting is not None:
                         waiting.add(controls=[message])
                 case Dial(peer):
-                    self._spawn(self._dial_for_gossip, peer)
+                    self._domain.start_soon("reaching a neighbour", self._dial_for_gossip, peer, policy=Policy.DROP)
                 case Wake(at):
                     self._tick_at = at
                     self._retime.set()
 
     async def _dial_for_gossip(self, peer: PeerId) -> None:
-        if not (await self._members.connect(peer)):
-            self._handle(ContactDown(peer))
-            return
-        if peer not in self._contacts:
-            await self._sync_quietly(peer)
-        self._handle(ContactUp(peer) if peer in self._contacts else ContactDown(peer))
+        try:
+            if await self._members.connect(peer) and peer not in self._contacts:
+                await self._sync_quietly(peer)
+        finally:  # gossip waits for the outcome, whatever it is
+            self._handle(ContactUp(peer) if peer in self._contacts else ContactDown(peer))
 
     async def _push_loop(self, peer: PeerId, waiting: Waiting) -> None:
         """Send all that is known of who is there, and then what waits."""
@@ -600,6 +600,7 @@ class Replica:
         self._say(self._presence.reannounce(self._signer, self.every_s))
 
     async def _tick_loop(self) -> None:
+        self._tick_at = min(self._tick_at, trio.current_time())  # if this began anew, a tick was lost
         while True:
             with trio.move_on_at(self._tick_at):
                 await self._retime.wait()
@@ -632,7 +633,7 @@ class Replica:
         """Be connected to every live member of a small swarm, and to those that were lost."""
         while True:
             for peer in self._members.due(self.live, self._contacts, self.documents(), trio.current_time()):
-                self._spawn(self._dial, peer)
+                self._domain.start_soon("reaching a member", self._dial, peer, policy=Policy.DROP)
             await self._members.wait()
 
     async def _dial(self, peer: PeerId) -> None:
@@ -647,38 +648,19 @@ class Replica:
             await trio.sleep(EXPIRE_INTERVAL_S)
             gone = self._presence.expire(trio.current_time())
             for peer in gone:
-                self._tell(self.on_gone, peer)
+                self._say_gone(peer)
             if gone:
                 self.changed.set()
 
-    # Tasks that fail.
+    def _of(self, peer: PeerId) -> Domain:
+        """Where what fails with one peer ends."""
+        return self._domain.inside("peer", f"{peer} in {self.swarm}")
 
-    def _spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        if self._nursery is None:
-            return
-        try:
-            self._nursery.start_soon(self._once, function, *arguments)
-        except RuntimeError:  # the swarm is being left just now
-            log.debug("%s comes too late", function.__name__)
+    def _sync_soon(self, peer: PeerId) -> None:
+        self._of(peer).start_soon("syncing with a peer", self._sync_quietly, peer, policy=Policy.DROP)
 
-    async def _once(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        try:
-            await function(*arguments)
-        except Exception:
-            self.counters.failures += 1
-            log.exception("%s of %s failed", function.__name__.strip("_"), self.swarm)
-
-    async def _keep_up(self, function: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            await self._once(function)
-            await trio.sleep(RESTART_S)
-
-    def _tell(self, callback: Callable[..., None], *arguments: Any) -> None:
-        try:
-            callback(*arguments)
-        except Exception:
-            self.counters.failures += 1
-            log.exception("what follows from news of %s failed", self.swarm)
+    def _say_gone(self, peer: PeerId) -> None:
+        self._domain.call("telling who is gone", self.on_gone, peer)
 
 
 def _op_id(op: Signed) -> ItemId:

@@ -21,6 +21,8 @@ from shoal.crdt.views import Documents, Evaluation, evaluations
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
+from shoal.node.supervise import Domain
+from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.workers import open_worker
@@ -98,6 +100,7 @@ class Runner:
         storage: Storage,
         host: Host,
         folder: Path,
+        domain: Domain,
     ) -> None:
         self.manifest = manifest
         self.swarm = swarm
@@ -115,7 +118,8 @@ class Runner:
         self._storage = storage
         self._host = host
         self._folder = folder
-        self._nursery: trio.Nursery | None = None
+        self._domain = domain
+        self._fetches: Domain | None = None
         self._queue: deque[events.Event] = deque()
         self._arrived = trio.Event()
         self._jobs: deque[events.Job | events.Abandon] = deque()
@@ -152,6 +156,9 @@ class Runner:
     async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled. Started once the manifest turns out to be one that this node can run.
 
+        What fails in deciding, in keeping the time or in writing leaves nothing that could be gone on with: it fails
+        this as a whole, which may be called again and goes on from what is on disk.
+
         Raises:
             UsageError: before it is started, if it is not.
         """
@@ -170,9 +177,10 @@ class Runner:
         self._queue.clear()
         self._jobs.clear()
         self._to_write.clear()
+        self._wake_at = math.inf
+        self._fetches = self._domain.inside("swarm", str(self.swarm))
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
                 self._listen()
                 nursery.start_soon(self._process)
                 nursery.start_soon(self._keep_time)
@@ -183,7 +191,7 @@ class Runner:
                     task_status.started()
                     await trio.sleep_forever()
         finally:
-            self._nursery = None
+            self._fetches.cancel()
             self.replica.on_heard = lambda *_: None
             self.replica.on_gone = lambda _: None
             self.replica.on_documents = lambda: None
@@ -243,8 +251,8 @@ class Runner:
                 name = self.replica.publish(TOPIC_OF[type(statement)], to_plain(statement))
                 self._queue.append(events.Said(statement, name))
             case events.Fetch(cid, sources, keep):
-                if self._nursery is not None:
-                    self._nursery.start_soon(self._fetch, cid, sources, keep)
+                if self._fetches is not None:
+                    self._fetches.start_soon("fetching", self._fetch, cid, sources, keep, policy=Task.DROP)
             case events.Keep() | events.Write() | events.WriteEvaluation():
                 self._to_write.append(output)
                 self._must_write.set()
@@ -275,13 +283,15 @@ class Runner:
                     log.info("swarm %s: no longer alone", self.swarm)
 
     async def _fetch(self, cid: Cid, sources: tuple[PeerId, ...], keep: bool) -> None:
+        outcome: events.Event = events.NotFetched(cid, "the fetch failed on this node; its log says why")
         try:
             reachable = await self._reachable(sources)
             await self._content.get(cid, reachable, keep=keep, timeout_s=FETCH_TIMEOUT_S)
+            outcome = events.Fetched(cid)
         except (UnavailableError, StorageError) as error:
-            self.post(events.NotFetched(cid, str(error)))
-        else:
-            self.post(events.Fetched(cid))
+            outcome = events.NotFetched(cid, str(error))
+        finally:  # the core waits for the outcome, whatever it is
+            self.post(outcome)
 
     async def _reachable(self, sources: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
         """Those of them that are connected; if none is, some are dialed."""

@@ -283,14 +283,15 @@ class Swarms:
         """One swarm from entering it until it is left, or until a failure ends it."""
         has_begun = False
         # Shown from now on; nothing may be written before what is stored has been read.
-        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), ())
+        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), (), home)
         try:
             check_here(manifest, Role(entry.role))
             stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
             forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
-            membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, stored, forks)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
+                membership = self._membership(home, entry, manifest, stored, forks, domain)
                 membership.domain = domain
+                self.joined[entry.swarm] = membership
                 await self._begin(membership, domain, entry)
                 has_begun = True
                 task_status.started()
@@ -303,24 +304,33 @@ class Swarms:
             raise
         finally:
             membership.domain = None
+            membership.replica.end()
             if membership.failure is None:
                 self.joined.pop(entry.swarm, None)
             self.changed.set()
 
     def _membership(
-        self, home: Domain, entry: StoredSwarm, manifest: Manifest, stored: Sequence[Signed], forks: Sequence[Fork]
+        self,
+        home: Domain,
+        entry: StoredSwarm,
+        manifest: Manifest,
+        stored: Sequence[Signed],
+        forks: Sequence[Fork],
+        domain: Domain,
     ) -> Joined:
         swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
         docs = SwarmDocs(swarm, me, stored, forks)
         presence = PresenceTable(swarm, me, int(time.time() * 1000), TOPIC_RULES)
-        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host)
+        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, domain)
         folder = self._paths.swarm(swarm)
-        run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder)
+        run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
         return Joined(manifest, run, replica, home)
 
     async def _begin(self, membership: Joined, domain: Domain, entry: StoredSwarm) -> None:
         run, replica = membership.run, membership.replica
-        await domain.start("replica", self._keep_in_step, membership, policy=Policy.RESTART)
+        replica.begin()
+        for peer in self._host.connected:
+            self._catch_up(membership, peer)
         await domain.start("run", run.run, policy=Policy.RESTART)
         await self._content.put(entry.manifest, keep=True, is_plain=True)
         register = {"role": str(run.role), "left": False}
@@ -329,12 +339,6 @@ class Swarms:
         domain.start_soon("providing", self._host.keep_provided, run.swarm, policy=Policy.RESTART)
         domain.start_soon("telling changes", self._forward_changes, replica.changed, policy=Policy.RESTART)
         domain.start_soon("telling progress", self._forward_changes, run.changed, policy=Policy.RESTART)
-
-    async def _keep_in_step(self, membership: Joined, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run the replica, which begins knowing nobody."""
-        for peer in self._host.connected:
-            self._catch_up(membership, peer)
-        await membership.replica.run(task_status)
 
     def _catch_up(self, membership: Joined, peer: PeerId) -> None:
         if membership.domain is not None:

@@ -15,6 +15,7 @@ from shoal.crdt.presence import PresenceTable, TopicRule
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.store.database import Storage, StoredSwarm
+from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.node.swarm.replica import Replica
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
@@ -72,7 +73,7 @@ class Node:
     calls: Calls
     heard: list[tuple[PeerId, str, dict[str, Any], bytes]] = field(default_factory=list)
     gone: list[PeerId] = field(default_factory=list)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    domain: Domain = field(kw_only=True)
 
     @property
     def me(self) -> PeerId:
@@ -116,35 +117,36 @@ async def a_node(
     """A node that is in the swarm."""
     signer, calls = signer_of(number), Calls()
     with tempfile.TemporaryDirectory() as temporary:
-        async with a_host(number, calls, listen) as host, trio.open_nursery() as nursery:
+        async with a_host(number, calls, listen) as host, Supervisor().open("node") as outer:
+            domain = outer.inside("swarm", str(SWARM))
             with Storage((folder or Path(temporary)) / "node.sqlite") as storage:
                 storage.add_swarm(StoredSwarm(swarm=SWARM, manifest=b"a run", role="learner", joined_at=1.0))
                 storage.append_ops(SWARM, stored or [])
                 docs = SwarmDocs(SWARM, signer.peer_id, storage.load_ops(SWARM), storage.load_forks(SWARM))
                 table = PresenceTable(SWARM, signer.peer_id, started_at, TOPICS)
-                replica = Replica(SWARM, signer, docs, table, storage, host)
-                node = Node(signer, host, replica, storage, calls)
+                replica = Replica(SWARM, signer, docs, table, storage, host, domain)
+                node = Node(signer, host, replica, storage, calls, domain=domain)
                 replica.on_heard = lambda *news: node.heard.append(news)  # type: ignore[arg-type]
                 replica.on_gone = node.gone.append
                 calls.replica = replica
-                await nursery.start(_live, node)
+                replica.begin()
+                domain.start_soon("following the host", _follow_host, node, policy=Policy.END)
                 try:
                     yield node
                 finally:
-                    node.scope.cancel()
+                    domain.cancel()
+                    with trio.CancelScope(shield=True):
+                        await domain.wait_gone()
+                    replica.end()
 
 
-async def _live(node: Node, task_status: Any) -> None:
-    with node.scope:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(node.replica.run)
-            task_status.started()
-            async for event in node.host.events:
-                match event:
-                    case PeerUp(peer):
-                        nursery.start_soon(node.replica.peer_up, peer)
-                    case PeerDown(peer):
-                        node.replica.peer_down(peer)
+async def _follow_host(node: Node) -> None:
+    async for event in node.host.events:
+        match event:
+            case PeerUp(peer):
+                node.domain.start_soon("catching up", node.replica.peer_up, peer, policy=Policy.DROP)
+            case PeerDown(peer):
+                node.replica.peer_down(peer)
 
 
 @asynccontextmanager
@@ -157,4 +159,4 @@ async def together(*contexts: AbstractAsyncContextManager[Any]) -> AsyncIterator
         finally:
             for each in opened:
                 if isinstance(each, Node):
-                    each.scope.cancel()
+                    each.domain.cancel()

@@ -154,7 +154,7 @@ async def ask(scene: Scene, swarm: SwarmId) -> tuple[SwarmDetail, list[FailureIn
 
 
 async def test_the_tasks_are_found() -> None:
-    assert {"living", "replica", "run", "following the host", "the local API"} <= TASKS.keys()
+    assert {"living", "run", "following the host", "the local API"} <= TASKS.keys()
     source = "domain.start_soon('a', f, policy=Policy.END)\nd.call('b', f)\nnursery.start_soon(f)\nx.start('c', f)"
     assert list(supervised(source)) == [("a", Policy.END), ("b", Policy.DROP)]
 

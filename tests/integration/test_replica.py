@@ -12,10 +12,10 @@ from shoal.crdt.oplog import KIND, NO_OP, Op
 from shoal.crdt.presence import KIND as PRESENCE
 from shoal.crdt.presence import PresenceTable, record_hash
 from shoal.crdt.sync import Head, SwarmDocs
-from shoal.node.swarm import replica
+from shoal.node import supervise
 from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import RemoteError, Status
+from shoal.protocol.errors import Fault, RemoteError, Status
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.services import client
 from shoal.protocol.signing import Signed
@@ -119,7 +119,7 @@ async def test_nothing_that_a_peer_sends_is_told_as_a_fault_of_the_node() -> Non
             record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0)
             await calls.gossip(GossipPush(SWARM, (record,)))
             assert liar.peer_id in one.replica.live
-            assert one.replica.counters.failures == 1
+            assert one.domain.failures == {("telling news", Fault.OWN): 1}
 
 
 async def test_a_node_whose_clock_was_set_back_is_heard_at_once() -> None:
@@ -228,7 +228,7 @@ async def test_a_disk_that_fails_costs_nothing_that_was_told_and_is_got_over() -
 
 
 async def test_a_task_that_fails_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica, "RESTART_S", 0.01)
+    monkeypatch.setattr(supervise, "FIRST_WAIT_S", 0.01)
     with trio.fail_after(GENEROUS_S):
         async with together(a_node(1), a_node(2)) as (one, two):
             addresses = one.host.addresses
@@ -240,7 +240,7 @@ async def test_a_task_that_fails_is_taken_up_again(monkeypatch: pytest.MonkeyPat
                 return addresses()
 
             one.host.addresses = fails  # type: ignore[method-assign]
-            await one.until(lambda: one.replica.counters.failures == 1)
+            await one.until(lambda: one.domain.failures == {("speaking", Fault.OWN): 1})
             await one.host.connect(two.host.addresses())
             name = one.replica.publish("vote", {})
             await two.until(lambda: any(news[3] == name for news in two.heard))
