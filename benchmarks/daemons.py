@@ -103,13 +103,12 @@ def main() -> None:
     for mode in options.modes.split(","):
         rows.append(measure(mode, options.nodes, options.seconds))
         print(rows[-1].cells(), flush=True)
+    command = f"python benchmarks/daemons.py --nodes {options.nodes} --seconds {options.seconds:.0f}"
     lines = [
         f"# Daemons: processor time of {options.nodes} nodes of one swarm, beside that of their workers",
         "",
-        f"`python benchmarks/daemons.py --nodes {options.nodes} --seconds {options.seconds:.0f} "
-        f"--modes {options.modes}`,",
-        f"Python {platform.python_version()}, CartPole-v1, PPO, {platform.machine()} with {os.cpu_count()} cores, which",
-        "all processes share. From the first epoch on.",
+        f"`{command}`, Python {platform.python_version()}, CartPole-v1, PPO,",
+        f"{platform.machine()} with {os.cpu_count()} cores, which all processes share. From the first epoch on.",
         "",
         "| mode | seconds | daemons, s | workers, s | ratio | epochs/s | env steps/s | daemons per epoch |",
         "|---|---|---|---|---|---|---|---|",

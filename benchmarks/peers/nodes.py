@@ -60,9 +60,7 @@ def shoal(home: Path, profile: str, *words: str, environment: Mapping[str, str] 
     """Run one command of a node and read its answer."""
     command = [sys.executable, "-m", "shoal.cli.main", *words, "--profile", profile, "--json"]
     given = os.environ | {"SHOAL_HOME": str(home)} | dict(environment or {})
-    done = subprocess.run(
-        command, env=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
-    )
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise SystemExit(f"shoal {' '.join(words)} of {profile} failed: {done.stdout}{done.stderr}")
     answer: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
