@@ -822,7 +822,10 @@ class Run:
         return self._num_kept > 0 and (own is None or own.missed > 0)  # late again, if it does not begin at once
 
     def _waited_for_result(self, now: float) -> bool:
-        """Whether those who decided without this learner had time enough to say what they made."""
+        """Whether those who decided without this learner had time enough to say what they made, or are all gone."""
+        current = self.round
+        if current is not None and not any(peer in self._live for peer in current.deciders):
+            return True
         self._missed_at = now if self._missed_at is None else self._missed_at
         return now - self._missed_at > 2 * self._waits[0].silence_s
 

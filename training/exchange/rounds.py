@@ -370,6 +370,14 @@ class Round:
         return self._offers
 
     @property
+    def deciders(self) -> set[PeerId]:
+        """The others who may hold what was decided: who voted for it, and whose offers it lists."""
+        if self.decided is None:
+            return set()
+        found = {*self._votes.voters_for({self.decided.name}), *(each.author for each in self.decided.offers)}
+        return found - {self._me}
+
+    @property
     def attempt(self) -> int:
         """How many proposers were passed over."""
         return self._attempt
