@@ -593,7 +593,7 @@ class Round:
             return True
         if peer in self._gone:
             return False
-        return self._attempt == 0 or self._heard_at.get(peer, self._created_at) >= now - 2 * self._waits.silence_s
+        return self._attempt == 0 or self._heard_at.get(peer, self._created_at) >= now - 2 * self._attempt_s()
 
     def _promise(self, outputs: list[RoundOutput]) -> None:
         """Say in a new attempt what was voted for until then."""
