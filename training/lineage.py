@@ -171,15 +171,17 @@ class Lineage:
         For a node that made nothing in this life, whatever most members hold, if it is further than its own.
         """
         own = self.own
-        is_new = own is None or own.epoch == 0 or self._is_new
-        ours = 0 if own is None or is_new else 1 + sum(_same_line(own, each) for each in self._results.values())
+        has_none = own is None or own.epoch == 0
+        is_new = has_none or self._is_new
+        ours = 0 if own is None or has_none else sum(_same_line(own, each) for each in self._results.values())
+        ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
         for cid, result in {each.cid: each for each in self._results.values() if each.epoch > 0}.items():
             if self._is_refused(cid, now) or (own is not None and _same_line(own, result)):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
             is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, cid)
-            if is_better if is_new else number > ours or (number == ours and is_better):
+            if (number > ours and not is_new) or (number >= ours and is_better):
                 found.append((number, result.env_steps, result.epoch, cid))
         if not found:
             self._fork_since = None

@@ -12,9 +12,10 @@ to update), twice the learned wait, and, if the death was silent, the time after
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -32,6 +33,31 @@ FROM_EPOCH = 4
 """Waits are learned by then."""
 
 Moment = tuple[str, ...]
+
+PHASES = {
+    "starting",
+    "waiting",
+    "fetching",
+    "loading",
+    "collecting",
+    "updating",
+    "offering",
+    "offer heard",
+    "proposed",
+    "voted",
+    "merging",
+    "evaluating",
+}
+
+
+class Mode(NamedTuple):
+    """How a member dies."""
+
+    is_noticed: bool
+    comes_back: bool
+
+
+MODES = [Mode(is_noticed, comes_back) for is_noticed in (True, False) for comes_back in (False, True)]
 
 
 def swarm_of(peers: int, seed: int) -> Swarm:
@@ -124,13 +150,13 @@ def own_work_s(member: Member) -> float:
     return start_s + machine.eval_s + machine.update_s + work_s + 0.3
 
 
-def die_and_go_on(swarm: Swarm, victim: int, *, is_noticed: bool, comes_back: bool) -> list[tuple[float, float]]:
+def die_and_go_on(swarm: Swarm, victim: int, mode: Mode) -> list[tuple[float, float]]:
     """Kill one; how long each of the others took to a new epoch, and within what they had to."""
     rest = [member for number, member in enumerate(swarm.honest) if number != victim]
     died_at, before = swarm.network.now, max(map(epoch_of, rest))
     wait_s = 2 * max(member.run.learned_wait_s for member in rest if member.run._is_open)
-    bound_s = wait_s + max(map(own_work_s, rest)) + (0.0 if is_noticed else EXPIRY_S)
-    swarm.kill(swarm.honest[victim], is_noticed=is_noticed, comes_back_s=BACK_S if comes_back else None)
+    bound_s = wait_s + max(map(own_work_s, rest)) + (0.0 if mode.is_noticed else EXPIRY_S)
+    swarm.kill(swarm.honest[victim], is_noticed=mode.is_noticed, comes_back_s=BACK_S if mode.comes_back else None)
     reached: dict[int, float] = {}
     while len(reached) < len(rest) and swarm.network.now < died_at + 3 * bound_s:
         swarm.network.step()
@@ -140,13 +166,46 @@ def die_and_go_on(swarm: Swarm, victim: int, *, is_noticed: bool, comes_back: bo
     return [(reached.get(member.number, float("inf")), bound_s) for member in rest]
 
 
-def assert_they_go_on(peers: int, seed: int, *, is_noticed: bool, comes_back: bool) -> set[Moment]:
+def assert_they_go_on(swarm: Swarm, what: str, victim: int, mode: Mode) -> None:
+    for took_s, bound_s in die_and_go_on(swarm, victim, mode):
+        text = f"{what}, member {victim} died, {mode}: another went on after {took_s:.2f} s, not {bound_s:.2f} s"
+        assert took_s <= bound_s, text
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_of_two_the_one_that_lives_goes_on_whatever_both_were_at(seed: int) -> None:
+    """Item 10, ATTACKS row 1; each pair of phases, each of the two, each way to die."""
     seen = set()
-    for moment, world in worlds(peers, seed):
+    for moment, world in worlds(2, seed):
         seen.add(moment)
-        for victim in range(peers):
-            swarm = copied(world)
-            for took_s, bound_s in die_and_go_on(swarm, victim, is_noticed=is_noticed, comes_back=comes_back):
-                what = f"seed {seed}: member {victim} died at {world.network.now:.3f} s, all being {moment}"
-                assert took_s <= bound_s, f"{what}: another went on after {took_s:.2f} s, not {bound_s:.2f} s"
-    return seen
+        for victim in range(2):
+            for mode in MODES:
+                what = f"seed {seed}, {world.network.now:.3f} s, all being {moment}"
+                assert_they_go_on(copied(world), what, victim, mode)
+    assert {phase for moment in seen for phase in moment} >= PHASES
+
+
+def test_of_three_the_two_that_live_go_on_whatever_all_were_at() -> None:
+    """Each triple of phases and each of the three; the ways to die take turns."""
+    ways = itertools.cycle(MODES)
+    seen = set()
+    for moment, world in worlds(3, 0):
+        seen.add(moment)
+        for victim in range(3):
+            what = f"seed 0, {world.network.now:.3f} s, all being {moment}"
+            assert_they_go_on(copied(world), what, victim, next(ways))
+        next(ways)
+    assert {phase for moment in seen for phase in moment} >= PHASES
+
+
+def test_who_dies_and_comes_back_is_with_the_others_again() -> None:
+    for _, world in itertools.islice(worlds(2, 0), 0, None, 8):
+        swarm = copied(world)
+        swarm.kill(swarm.honest[0], is_noticed=False, comes_back_s=BACK_S)
+        swarm.network.run(swarm.network.now + SETTLED_S)
+        one, other = (member.run for member in swarm.honest)
+        assert one.policy is not None
+        assert other.policy is not None
+        assert abs(one.policy.epoch - other.policy.epoch) <= 2
+        newest = max(swarm.decisions)
+        assert all(len(swarm.decisions[epoch]) == 1 for epoch in range(newest - 3, newest + 1))

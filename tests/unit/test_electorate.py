@@ -71,7 +71,15 @@ def test_it_travels_with_the_state() -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [None, [1.0, 1.0], [1.0, 1.0, MAX_MISSED], [0.0, 1.0, 0], [1.0, float("nan"), 0], [1.0, 2 * MAX_RATE, 0], ["1", 1, 0]],
+    [
+        None,
+        [1.0, 1.0],
+        [1.0, 1.0, MAX_MISSED],
+        [0.0, 1.0, 0],
+        [1.0, float("nan"), 0],
+        [1.0, 2 * MAX_RATE, 0],
+        ["1", 1, 0],
+    ],
     ids=str,
 )
 def test_a_state_that_says_nonsense_of_its_members_is_refused(entry: object) -> None:
@@ -108,7 +116,7 @@ def test_a_member_of_a_hundredth_of_the_speed_leaves_nearly_all_to_the_fast_one(
 @given(st.floats(0, MAX_RATE), st.integers(1, 2**31))
 def test_no_claim_leaves_the_others_without_a_share(seconds: float, weight: int) -> None:
     """Item 3: ``speed = 1e300`` made everybody else's share 0."""
-    honest = {peer: (256, 0.5) for peer in PEERS[1:8]}
+    honest = dict.fromkeys(PEERS[1:8], (256, 0.5))
     electorate = after_rounds(*[{**honest, PEERS[0]: (weight, seconds)}] * 3)
     for peer in honest:
         assert electorate.share(peer, BATCH, 512.0) >= LEAST_SHARE * BATCH / 8 * 0.9

@@ -115,7 +115,7 @@ def test_a_proposal_lists_hashes_once_each_and_in_order(offers: tuple[bytes, ...
 
 @pytest.mark.parametrize("statement", STATEMENTS, ids=lambda each: type(each).__name__)
 def test_the_largest_of_each_kind_fits_into_its_record(statement: Statement) -> None:
-    """Items 1 and 2, ATTACKS rows 3 and 3b: a proposal of everybody is as long as hashes are, and is repeated by nobody."""
+    """Items 1 and 2, ATTACKS rows 3 and 3b: a proposal of everybody is hashes, and nobody repeats it."""
     largest: Statement
     match statement:
         case Facts():

@@ -42,6 +42,8 @@ from shoal.training.statements import (
 FAIR_PART: Final = 1 / 2
 PROMISES_PART: Final = 1 / 2
 """Of a silence: how long an attempt waits for the promises of those who are there and give none."""
+ASK_PART: Final = 1 / 4
+"""Of a silence: until bytes that did not come are asked for again."""
 PATIENCE: Final = 4.0
 """Silences in which the bytes of a ballot that others voted for must come."""
 MAX_PROPOSALS_EACH: Final = 4
@@ -246,6 +248,7 @@ class Round:
     """One learner's part in one round: `handle` takes what happens and says what to do."""
 
     __slots__ = (
+        "_ask_at",
         "_asked",
         "_attempt",
         "_attempt_at",
@@ -330,6 +333,7 @@ class Round:
         self._by_name: dict[bytes, SignedOffer] = {}
         self._held: set[Cid] = set()
         self._asked: set[Cid] = set()
+        self._ask_at: dict[Cid, float] = {}  # again, for what did not come
         self._held_weight = 0
         self._held_stake = 0.0
         self._half_at: float | None = None
@@ -412,7 +416,7 @@ class Round:
                 self._take_proposal(author, proposal, now, outputs)
             case CannotBeHad(cid):
                 self._asked.discard(cid)
-                self._ask_again(cid, outputs)
+                self._ask_at[cid] = now + ASK_PART * self._waits.silence_s
             case Left(author):
                 self._leave(author)
             case Busy(author):
@@ -512,6 +516,13 @@ class Round:
             self._asked.add(cid)
             outputs.append(Obtain(cid, tuple(sources)))
 
+    def _ask_once_more(self, now: float, outputs: list[RoundOutput]) -> None:
+        """For what did not come, after a while: whoever gave nothing at once will not do it the next moment."""
+        for cid in [cid for cid, at in self._ask_at.items() if at <= now]:
+            del self._ask_at[cid]
+            self._ask_again(cid, outputs)
+        self._wake_at = min([self._wake_at, *self._ask_at.values()])
+
     def _ask_for(self, name: bytes, outputs: list[RoundOutput]) -> None:
         """One more holds all of this ballot."""
         known = self._known.get(name)
@@ -569,6 +580,8 @@ class Round:
 
     def _plan(self, now: float, outputs: list[RoundOutput]) -> None:
         self._advance(now)
+        if self._ask_at:
+            self._ask_once_more(now, outputs)
         self._promise(outputs)
         if min(self._promised, self._own_attempt) < self._attempt and self._has_promises(now):
             keep_to = self._to_keep_to(now) if self._attempt > 0 else None
