@@ -18,11 +18,13 @@ another.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.protocol.limits import MAX_MEMBERS
 from shoal.training.claims import Claims
 from shoal.training.electorate import Electorate, says_of
 from shoal.training.exchange.rounds import (
@@ -117,9 +119,11 @@ RESULT_GAP_S: Final = 4.0
 """After which a member of a large swarm says what it holds, if it was not among those who had to say so at once."""
 ALONE_S: Final = 2.0
 RETRY_END_S: Final = 5.0
-MAX_EARLY: Final = 4096
-"""Statements kept for rounds that this node is not in yet."""
+MAX_EARLY: Final = 64
+"""Statements of one member kept for rounds that this node is not in yet, the newest."""
 MAX_FAILED_MERGES: Final = 3
+MAX_ENDED: Final = 2
+"""Workers that one state or ballot may end."""
 FOLLOW_PART: Final = 1 / 10
 """In mode ``gradient``, a learner below this part of the mean rate would cost the others more than it brings."""
 HURRY_PART: Final = 1 / 2
@@ -172,8 +176,7 @@ class Run:
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
         self._heard_at: dict[PeerId, float] = {}
-        self._early: dict[bytes, list[Heard]] = {}
-        self._num_early = 0
+        self._early: dict[PeerId, deque[Heard]] = {}  # for rounds to come, by author
         self._evaluated: frozenset[Cid] = frozenset()
         # The worker.
         self._is_open = False
@@ -184,6 +187,8 @@ class Run:
         self._collect_s = 0.0
         self._work_s = 0.0  # collecting and optimising in this epoch
         self._failed_merges = 0
+        self._ended_by: Cid | bytes | None = None  # what ended the worker, and how often in a row
+        self._num_ended = 0
         self._num_kept = 0
         self._weights: dict[PeerId, float] = {}  # of those who take part in this epoch's exchanges
         self._is_shared = False
@@ -255,7 +260,7 @@ class Run:
             case Opened(policy):
                 self._opened(policy, now, outputs)
             case WorkerGone(reason):
-                self._worker_gone(reason, outputs)
+                self._worker_gone(reason, now, outputs)
             case Tick():
                 self._tick(now, outputs)
             case _:
@@ -280,10 +285,10 @@ class Run:
                 if current is not None and key == current.key:
                     self._to_round(event, now, outputs)
                 elif current is not None and key.epoch == current.key.epoch and key.step == current.key.step + 1:
-                    self._keep_for_later(key, event)
+                    self._keep_for_later(event)
                     self._in_round(Committed(author, key.after), now, outputs)
                 elif self.policy is None or key.epoch >= self.policy.epoch:
-                    self._keep_for_later(key, event)
+                    self._keep_for_later(event)
             case Result():
                 if self._is_plausible(statement):
                     is_ahead = self.lineage.heard(author, statement)
@@ -311,11 +316,15 @@ class Run:
         most = self._manifest.max_env_steps + self._limits.ballot
         return result.env_steps <= most and result.epoch <= result.env_steps
 
-    def _keep_for_later(self, key: RoundKey, event: Heard) -> None:
-        self._early.setdefault(key.after, []).append(event)
-        self._num_early += 1
-        while self._num_early > MAX_EARLY:
-            self._num_early -= len(self._early.pop(next(iter(self._early))))
+    def _keep_for_later(self, event: Heard) -> None:
+        """Nobody can push out what others said."""
+        waiting = self._early.get(event.author)
+        if waiting is None:
+            if len(self._early) >= MAX_MEMBERS:
+                gone = next((peer for peer in self._early if peer not in self._live), next(iter(self._early)))
+                del self._early[gone]
+            waiting = self._early[event.author] = deque(maxlen=MAX_EARLY)
+        waiting.append(event)
 
     def _to_round(self, event: Heard, now: float, outputs: list[Output]) -> None:
         match event.statement:
@@ -369,11 +378,10 @@ class Run:
             gone=[peer for peer in others if peer not in self._live],
             may_have_voted=self._is_resumed and self.progress.rounds == self._rounds_before,
         )
-        waiting = self._early.pop(key.after, [])
-        self._num_early -= len(waiting)
-        for event in waiting:
-            if isinstance(event.statement, Offer | Proposal | Vote) and event.statement.key == key:
-                self._to_round(event, now, outputs)
+        for waiting in list(self._early.values()):
+            for event in tuple(waiting):
+                if isinstance(event.statement, Offer | Proposal | Vote) and event.statement.key == key:
+                    self._to_round(event, now, outputs)
         if key.step == 0:
             for author, result in list(self.lineage.results.items()):
                 self._commit(author, result, now, outputs)
@@ -446,13 +454,26 @@ class Run:
         else:
             self._hold(policy, now, outputs)
 
-    def _worker_gone(self, reason: str, outputs: list[Output]) -> None:
+    def _worker_gone(self, reason: str, now: float, outputs: list[Output]) -> None:
+        job, taken = self._job, self._taken
         self._is_open = self._is_exchanging = False
         self._job = self._in_worker = None
         self._checking = None
         self.progress.phase = Phase.STARTING
         self.progress.samples = 0
         outputs.append(Note(reason))
+        # What ends a worker twice would end every one.
+        if isinstance(job, Load | Merge):
+            name = job.result.cid if isinstance(job, Load) else job.ballot.name
+            self._num_ended = self._num_ended + 1 if name == self._ended_by else 1
+            self._ended_by = name
+            if self._num_ended < MAX_ENDED:
+                return
+            self._num_ended = 0
+            if isinstance(job, Merge):
+                self._merge_failed(reason, now, outputs)
+            elif taken is not None and taken.result.cid == job.result.cid:
+                self._not_taken(taken, Refusal.UNFIT, now, outputs)
 
     def _job_done(self, event: Event, now: float, outputs: list[Output]) -> None:
         job, self._job = self._job, None
@@ -660,8 +681,10 @@ class Run:
             return
         self._taking = self._taken = None
         if before is not None and before.epoch > 0 and before.cid != policy.parent and taken.is_other_line:
-            self.progress.lost_env_steps += before.env_steps
-            outputs.append(Note(f"taking the policy of another part of the swarm, of epoch {policy.epoch}"))
+            lost = max(0, before.env_steps - self.lineage.together_until(taken.holders))
+            self.progress.lost_env_steps += lost
+            text = f"taking the policy of another part of the swarm, of epoch {policy.epoch}"
+            outputs.append(Note(f"{text}; {lost} environment steps of this part are given up for it"))
         self._hold(policy, now, outputs)
         self._num_kept = num_kept
         if num_kept and self.progress.speed:
