@@ -27,8 +27,7 @@ from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS
 from shoal.training.claims import Claims
 from shoal.training.electorate import Electorate, says_of
-from shoal.training.exchange.rounds import (
-    MAX_VOTERS,
+from shoal.training.exchange.ballots import (
     Ballot,
     Begin,
     Busy,
@@ -44,12 +43,12 @@ from shoal.training.exchange.rounds import (
     OfferHeard,
     ProposalHeard,
     Propose,
-    Round,
     RoundEvent,
     SignedOffer,
     VoteHeard,
 )
-from shoal.training.exchange.rounds import Tick as RoundTick
+from shoal.training.exchange.ballots import Tick as RoundTick
+from shoal.training.exchange.rounds import MAX_VOTERS, Round
 from shoal.training.exchange.waits import Waits
 from shoal.training.lineage import Candidate, Lineage, Refusal
 from shoal.training.manifest import Manifest, Mode, Role

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 
 from shoal.protocol.ids import Cid, PeerId
-from shoal.training.exchange.rounds import (
+from shoal.training.exchange.ballots import (
     Ballot,
     Begin,
     CannotBeHad,
@@ -23,12 +23,12 @@ from shoal.training.exchange.rounds import (
     OfferHeard,
     ProposalHeard,
     Propose,
-    Round,
     RoundEvent,
     SignedOffer,
     Tick,
     VoteHeard,
 )
+from shoal.training.exchange.rounds import Round
 from shoal.training.exchange.waits import Waits
 from shoal.training.statements import Offer, Proposal, RoundKey, Vote, first_after, turn_rank
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from shoal.crdt.presence import MAX_PRESENCE_BYTES
 from shoal.protocol.codec import decode, encode, to_plain
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.limits import MAX_PRESENCE_BYTES
 from shoal.training.manifest import Role
 from shoal.training.statements import (
     HASH_BYTES,
