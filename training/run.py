@@ -17,14 +17,12 @@ another.
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId, SwarmId
-from shoal.protocol.limits import MAX_MEMBERS
+from shoal.training import pacing
 from shoal.training.claims import Claims
 from shoal.training.electorate import Electorate, says_of
 from shoal.training.exchange.ballots import (
@@ -48,10 +46,12 @@ from shoal.training.exchange.ballots import (
     VoteHeard,
 )
 from shoal.training.exchange.ballots import Tick as RoundTick
+from shoal.training.exchange.early import Early
 from shoal.training.exchange.rounds import MAX_VOTERS, Round
 from shoal.training.exchange.waits import Waits
 from shoal.training.lineage import Candidate, Lineage, Refusal
-from shoal.training.manifest import Manifest, Mode, Role
+from shoal.training.manifest import Manifest, Role
+from shoal.training.pacing import Pace
 from shoal.training.progress import BUSY, Progress
 from shoal.training.run_events import (
     Abandon,
@@ -68,7 +68,6 @@ from shoal.training.run_events import (
     Gone,
     Heard,
     Job,
-    Keep,
     Load,
     Loaded,
     LoadRefused,
@@ -86,10 +85,10 @@ from shoal.training.run_events import (
     Updated,
     Wake,
     WorkerGone,
-    Write,
     WriteEvaluation,
     Yielded,
 )
+from shoal.training.saving import Saving
 from shoal.training.statements import (
     MAX_SECONDS,
     NO_BALLOT,
@@ -108,24 +107,15 @@ from shoal.training.statements import (
 
 CHUNK_S: Final = 0.25
 """How long the worker collects before the run looks up."""
-WRITE_GAP_S: Final = 5.0
-"""Between two writes of the policy into the document; what is newer, members tell each other."""
-KEEP_GAP_S: Final = 1.0
-"""Between two writes of the policy to disk."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
 RESULT_GAP_S: Final = 4.0
 """After which a member of a large swarm says what it holds, if it was not among those who had to say so at once."""
 ALONE_S: Final = 2.0
 RETRY_END_S: Final = 5.0
-MAX_EARLY: Final = 64
-"""Statements of one member kept for rounds that this node is not in yet, the newest."""
 MAX_FAILED_MERGES: Final = 3
 MAX_ENDED: Final = 2
 """Workers that one state or ballot may end."""
-FOLLOW_PART: Final = 1 / 10
-"""In mode ``gradient``, a learner below this part of the mean rate would cost the others more than it brings."""
-HURRY_PART: Final = 1 / 2
 _NOT_LEARNING: Final = (Phase.DONE, Phase.FAILED, Phase.STARTING)
 _NEVER: Final = float("inf")
 
@@ -175,7 +165,8 @@ class Run:
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
         self._heard_at: dict[PeerId, float] = {}
-        self._early: dict[PeerId, deque[Heard]] = {}  # for rounds to come, by author
+        self._saving = Saving(self.progress)
+        self._early = Early(self._live)
         self._evaluated: frozenset[Cid] = frozenset()
         # The worker.
         self._is_open = False
@@ -202,10 +193,6 @@ class Run:
         self._overtaken_at: float | None = None
         self._missed_at: float | None = None
         # Time.
-        self._kept: Policy | None = None
-        self._kept_at = -_NEVER
-        self._written: Policy | None = None
-        self._written_at = -_NEVER
         self._looked_at = now
         self._alone_at: float | None = now
         self._result_due = _NEVER
@@ -284,10 +271,10 @@ class Run:
                 if current is not None and key == current.key:
                     self._to_round(event, now, outputs)
                 elif current is not None and key.epoch == current.key.epoch and key.step == current.key.step + 1:
-                    self._keep_for_later(event)
+                    self._early.keep(event)
                     self._in_round(Committed(author, key.after), now, outputs)
                 elif self.policy is None or key.epoch >= self.policy.epoch:
-                    self._keep_for_later(event)
+                    self._early.keep(event)
             case Result():
                 if self._is_plausible(statement):
                     is_ahead = self.lineage.heard(author, statement)
@@ -314,16 +301,6 @@ class Run:
     def _is_plausible(self, result: Result) -> bool:
         most = self._manifest.max_env_steps + self._limits.ballot
         return result.env_steps <= most and result.epoch <= result.env_steps
-
-    def _keep_for_later(self, event: Heard) -> None:
-        """Nobody can push out what others said."""
-        waiting = self._early.get(event.author)
-        if waiting is None:
-            if len(self._early) >= MAX_MEMBERS:
-                gone = next((peer for peer in self._early if peer not in self._live), next(iter(self._early)))
-                del self._early[gone]
-            waiting = self._early[event.author] = deque(maxlen=MAX_EARLY)
-        waiting.append(event)
 
     def _to_round(self, event: Heard, now: float, outputs: list[Output]) -> None:
         match event.statement:
@@ -377,10 +354,8 @@ class Run:
             gone=[peer for peer in others if peer not in self._live],
             may_have_voted=self._is_resumed and self.progress.rounds == self._rounds_before,
         )
-        for waiting in list(self._early.values()):
-            for event in tuple(waiting):
-                if isinstance(event.statement, Offer | Proposal | Vote) and event.statement.key == key:
-                    self._to_round(event, now, outputs)
+        for event in self._early.of(key):
+            self._to_round(event, now, outputs)
         if key.step == 0:
             for author, result in list(self.lineage.results.items()):
                 self._commit(author, result, now, outputs)
@@ -502,7 +477,7 @@ class Run:
             case Finished():
                 self.progress.phase = Phase.DONE
                 if self.policy is not None:
-                    self._write(self.policy, now, outputs, at_once=True)
+                    self._saving.write(self.policy, now, outputs, at_once=True)
             case _:
                 pass
 
@@ -539,8 +514,8 @@ class Run:
         self._failed_merges = 0
         self._in_worker = policy
         self._hold(policy, now, outputs)
-        self._keep(policy, now, outputs)
-        self._write(policy, now, outputs)
+        self._saving.keep(policy, now, outputs)
+        self._saving.write(policy, now, outputs)
         self._must_evaluate = policy.epoch % self._manifest.eval_interval == 0 and self._evaluator(policy) == self._me
 
     def _evaluator(self, policy: Policy) -> PeerId:
@@ -688,8 +663,8 @@ class Run:
         self._num_kept = num_kept
         if num_kept and self.progress.speed:
             self._collect_s = self._work_s = num_kept / self.progress.speed
-        self._keep(policy, now, outputs)
-        self._write(policy, now, outputs)
+        self._saving.keep(policy, now, outputs)
+        self._saving.write(policy, now, outputs)
 
     def _load_refused(self, job: Job, reason: str, now: float, outputs: list[Output]) -> None:
         taken, claim = self._taken, self._checking
@@ -709,22 +684,8 @@ class Run:
         self._taking = self._taken = None
         policy = Policy(result.epoch, result.cid, "", result.env_steps, result.parent, result.ballot, Electorate())
         self._hold(policy, now, outputs)
-        self._keep(policy, now, outputs)
+        self._saving.keep(policy, now, outputs)
         self.progress.phase = Phase.STORING
-
-    def _keep(self, policy: Policy, now: float, outputs: list[Output]) -> None:
-        if now >= self._kept_at + KEEP_GAP_S and self._kept is not policy:
-            self._kept, self._kept_at = policy, now
-            outputs.append(Keep(policy))
-
-    def _write(self, policy: Policy, now: float, outputs: list[Output], *, at_once: bool = False) -> None:
-        if not at_once and now < self._written_at + WRITE_GAP_S:
-            return
-        if self._kept is not policy:
-            self._kept, self._kept_at = policy, now
-            outputs.append(Keep(policy))
-        self._written, self._written_at = policy, now
-        outputs.append(Write(policy, self.progress.own_env_steps, self.progress.rounds))
 
     # Evaluation and the end.
 
@@ -807,40 +768,41 @@ class Run:
             self._collect_or_update(policy, now, outputs)
 
     def _collect_or_update(self, policy: Policy, now: float, outputs: list[Output]) -> None:
-        samples, share = self.progress.samples, self._share(policy)
-        is_following = self._is_follower(policy)
+        pace = self._pace(policy)
+        samples, share = self.progress.samples, pacing.share(pace)
+        is_following = pacing.is_follower(pace)
         if is_following and not self.progress.is_following:
             text = "this node is too slow beside the others for mode gradient: it follows, and does not slow them"
             outputs.append(Note(text))
         self.progress.is_following = is_following
-        if not is_following and self._may_update(policy, samples, share, now):
+        if not is_following and self._may_update(pace, samples, share, now):
             self._start(Update(policy), Phase.UPDATING, now, outputs)
         elif samples < share:
             self._start(Collect(share - samples, CHUNK_S), Phase.COLLECTING, now, outputs)
         else:
             self.progress.phase = Phase.WAITING
 
-    def _share(self, policy: Policy) -> int:
-        if self._counts_alike:
-            return math.ceil(self._equal_stake())
-        return policy.electorate.share(self._me, self._manifest.batch_size, self.progress.speed)
+    def _pace(self, policy: Policy) -> Pace:
+        return Pace(
+            self._me,
+            self._manifest,
+            policy.electorate,
+            policy.epoch,
+            self._live,
+            self._equal_stake() if self._counts_alike else None,
+            self.progress.speed,
+            self._collect_s,
+        )
 
-    def _is_follower(self, policy: Policy) -> bool:
-        """Whether this learner would slow the others down more than it helps them; only in mode ``gradient``."""
-        others = [standing.rate for peer, standing in policy.electorate.items() if peer != self._me]
-        if self._manifest.mode is not Mode.GRADIENT or not others or not self.progress.speed:
-            return False
-        return self.progress.speed < FOLLOW_PART * sum(others) / len(others)
-
-    def _may_update(self, policy: Policy, samples: int, share: int, now: float) -> bool:
+    def _may_update(self, pace: Pace, samples: int, share: int, now: float) -> bool:
         current = self.round
         if samples == 0 or current is None:
             return False
         if current.decided is not None:  # without this learner: their policy comes, unless they all end just now
             return self._waited_for_result(now)
-        if samples >= share or self._others_are_ready(policy, current, samples, share):
+        if samples >= share or pacing.others_are_ready(pace, current, samples):
             return True
-        own = policy.electorate.get(self._me)
+        own = pace.electorate.get(self._me)
         return self._num_kept > 0 and (own is None or own.missed > 0)  # late again, if it does not begin at once
 
     def _waited_for_result(self, now: float) -> bool:
@@ -850,26 +812,6 @@ class Run:
             return True
         self._missed_at = now if self._missed_at is None else self._missed_at
         return now - self._missed_at > 2 * self._waits[0].silence_s
-
-    def _others_are_ready(self, policy: Policy, current: Round, samples: int, share: int) -> bool:
-        """Whether those with most of the stake go on now, so that what is here has to do."""
-        others = [peer for peer in policy.electorate if peer != self._me and peer in self._live]
-        total = sum(policy.electorate[peer].stake for peer in others)
-        if not total:
-            return False
-        offered = sum(policy.electorate[peer].stake for peer in others if peer in current.offers)
-        if offered > HURRY_PART * total:
-            return True
-        own = policy.electorate.get(self._me)
-        usual_s = own.stake / own.rate if own is not None else 0.0
-        if samples < share / 2 and self._collect_s < usual_s:
-            return False
-        is_updating = [peer for peer in others if self._is_updating(peer, policy.epoch) or peer in current.offers]
-        return sum(policy.electorate[peer].stake for peer in is_updating) > HURRY_PART * total
-
-    def _is_updating(self, peer: PeerId, epoch: int) -> bool:
-        facts = self._live[peer]
-        return facts.epoch == epoch and facts.phase in (Phase.UPDATING, Phase.EXCHANGING)
 
     # Time.
 
@@ -889,10 +831,9 @@ class Run:
             self._result_due = _NEVER
             outputs.append(Say(policy.result))
         if policy is not None and policy.epoch > 0:
-            if self._kept is not policy:
-                self._keep(policy, now, outputs)
-            if self._written is not policy and self._role is Role.LEARNER:
-                self._write(policy, now, outputs)
+            self._saving.keep(policy, now, outputs)
+            if self._role is Role.LEARNER:
+                self._saving.write(policy, now, outputs)
 
     def _leave_behind(self, current: Round, now: float, outputs: list[Output]) -> None:
         """Nobody waits for the vote of one that says that it is at an earlier epoch, and nothing in this round."""

@@ -8,10 +8,13 @@ from typing import TypeVar
 
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.protocol.limits import MAX_MEMBERS
+from shoal.training import pacing
 from shoal.training import run_events as events
 from shoal.training.electorate import Delivered, Electorate
+from shoal.training.exchange.early import MAX_EARLY, Early
 from shoal.training.manifest import Manifest, Role
-from shoal.training.run import ALONE_S, CHUNK_S, LOOK_S, MAX_EARLY, MAX_ENDED, Run
+from shoal.training.run import ALONE_S, CHUNK_S, LOOK_S, MAX_ENDED, Run
 from shoal.training.run_events import Output, Policy
 from shoal.training.statements import (
     HASH_BYTES,
@@ -144,7 +147,7 @@ def test_nobody_is_stopped_by_what_a_member_says_it_collected() -> None:
         outputs = node.hear(LIAR, facts(SHARED, phase, samples=MAX_SAMPLES, speed=MAX_RATE))
         assert not of(events.Update, outputs)
     assert isinstance(node.run._job, events.Collect)
-    assert node.run._share(SHARED) >= BATCH / 3
+    assert pacing.share(node.run._pace(SHARED)) >= BATCH / 3
 
 
 def test_a_jump_in_epochs_is_not_even_fetched() -> None:
@@ -319,3 +322,16 @@ def test_a_node_that_only_stores_keeps_what_most_hold() -> None:
     outputs = node.hear(A, facts(SHARED), SHARED.result) + node.hear(B, facts(SHARED), SHARED.result)
     assert SHARED.cid in [each.cid for each in of(events.Fetch, outputs + node.wait(4.0))]
     assert [each.policy.cid for each in of(events.Keep, node.give(events.Fetched(SHARED.cid)))] == [SHARED.cid]
+
+
+def test_statements_of_rounds_to_come_are_bounded_by_author_and_in_all() -> None:
+    live = {A: facts()}
+    early = Early(live)
+    key = RoundKey(9, 0, bytes(HASH_BYTES))
+    for number in range(2 * MAX_MEMBERS):
+        author = PeerId.of_public_key(number.to_bytes(32, "big"))
+        for _ in range(MAX_EARLY + 1):
+            early.keep(events.Heard(author, Vote(key=key, ballot=NO_BALLOT), b""))
+    kept = early.of(key)
+    assert len(kept) == MAX_MEMBERS * MAX_EARLY
+    assert A in {each.author for each in kept}
