@@ -151,11 +151,24 @@ class GossipStatistics:
 class _Branch:
     """The link to one neighbour, as the trees see it."""
 
-    __slots__ = ("broken", "has", "lazy", "next_at", "num_missing", "peer", "pruned_at", "waiting", "wants", "wants_at")
+    __slots__ = (
+        "broken",
+        "grown",
+        "has",
+        "lazy",
+        "next_at",
+        "num_missing",
+        "peer",
+        "pruned_at",
+        "waiting",
+        "wants",
+        "wants_at",
+    )
 
     def __init__(self, peer: PeerId) -> None:
         self.peer = peer
         self.lazy: set[str] = set()  # sources whose items it is not pushed
+        self.grown: set[str] = set()  # sources that were lazy when what is to be announced now came
         self.next_at = -inf  # no push before
         self.waiting: dict[str, ItemId] | None = None  # for the next push, by key
         self.has: set[ItemId] = set()  # what needs not be announced to it any more
@@ -164,6 +177,12 @@ class _Branch:
         self.pruned_at = -inf
         self.wants = float(MAX_WANT)  # items that it may ask for now
         self.wants_at = -inf
+
+    def grow(self, source: str) -> None:
+        """Push it what comes of a source from now on; what came before is still announced."""
+        if source in self.lazy:
+            self.lazy.discard(source)
+            self.grown.add(source)
 
 
 class _Missing:
@@ -301,7 +320,7 @@ class Gossip:
         for item in items:
             if all(item.source in branch.lazy for branch in branches):  # pruned by everybody: somebody lies
                 for branch in branches:
-                    branch.lazy.discard(item.source)
+                    branch.grow(item.source)
         self._pass_on(items, None, now, outputs)
 
     def _pushed(
@@ -315,7 +334,7 @@ class Gossip:
             if branch is not None:
                 for item in fresh:
                     branch.has.add(item.id)
-                    branch.lazy.discard(item.source)
+                    branch.grow(item.source)
             self._pass_on(fresh, branch, now, outputs)
         if known:
             self._counts.duplicates += len(known)
@@ -452,7 +471,8 @@ class Gossip:
         unsaid = list(self._unsaid.values())
         self._unsaid.clear()
         for branch in self._branches.values():
-            lazy, has = branch.lazy, branch.has
+            lazy, has = branch.lazy | branch.grown, branch.has
+            branch.grown.clear()
             if lazy:
                 news = tuple([item.id for item in unsaid if item.source in lazy and item.id not in has])
                 outputs += [
@@ -481,7 +501,7 @@ class Gossip:
             if source is not None:
                 self._set_lazy(branch, source)
         for item_id in (*message.graft, *message.want):
-            branch.lazy.discard(self._seen.get(item_id, ""))
+            branch.grow(self._seen.get(item_id, ""))
         if message.want:
             self._give(branch, message.want, now, outputs)
 
@@ -596,6 +616,7 @@ class Gossip:
 
     def _set_lazy(self, branch: _Branch, source: str) -> None:
         if len(branch.lazy) >= self._config.max_sources:
+            branch.grown |= branch.lazy
             branch.lazy.clear()  # the next items prune what matters
             self._counts.dropped += 1
         branch.lazy.add(source)
@@ -627,6 +648,7 @@ class Gossip:
                     break
         ids = tuple(newest.values())
         for branch in self._branches.values():
+            branch.grown |= branch.lazy & torn
             branch.lazy -= torn
             outputs += [
                 Tell(branch.peer, Control(graft=ids[start : start + MAX_WANT]))

@@ -24,6 +24,7 @@ from enum import Enum, auto
 from typing import Final
 
 from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.limits import MAX_MEMBERS
 from shoal.training.statements import Result
 
 FORK_S: Final = 2.0
@@ -65,7 +66,19 @@ class _Refused:
 class Lineage:
     """What each member says that it holds."""
 
-    __slots__ = ("_fork_since", "_is_new", "_me", "_refused", "_results", "_says", "_support", "_total", "liars", "own")
+    __slots__ = (
+        "_fork_since",
+        "_is_new",
+        "_me",
+        "_refused",
+        "_results",
+        "_says",
+        "_support",
+        "_together",
+        "_total",
+        "liars",
+        "own",
+    )
 
     def __init__(self, me: PeerId) -> None:
         self.own: Result | None = None
@@ -78,6 +91,7 @@ class Lineage:
         self._total = 0.0
         self._refused: dict[Cid, _Refused] = {}
         self._fork_since: float | None = None
+        self._together: dict[PeerId, int] = {}
         self._is_new = True
 
     @property
@@ -96,6 +110,8 @@ class Lineage:
         self.own = own
         self._is_new = is_new
         self._says = dict(says)
+        for author, result in self._results.items():
+            self._note_together(author, result)
         self._recount()
 
     def heard(self, author: PeerId, result: Result) -> bool:
@@ -104,6 +120,7 @@ class Lineage:
             return False
         before = self._results.get(author)
         self._results[author] = result
+        self._note_together(author, result)
         stake = self._stake(author)
         if before is None:
             self._total += stake
@@ -114,6 +131,18 @@ class Lineage:
         if own is None:
             return True
         return result.epoch > own.epoch and self._support[result.cid] >= self._total / 2 - _EPSILON
+
+    def together_until(self, holders: tuple[PeerId, ...]) -> int:
+        """The environment steps up to which any of these members was of one line with this node."""
+        return max((self._together.get(holder, 0) for holder in holders), default=0)
+
+    def _note_together(self, author: PeerId, result: Result) -> None:
+        own = self.own
+        if own is not None and _same_line(own, result):
+            self._together.pop(author, None)
+            self._together[author] = min(own.env_steps, result.env_steps)
+            if len(self._together) > MAX_MEMBERS:
+                del self._together[next(iter(self._together))]
 
     def gone(self, author: PeerId) -> None:
         """A member is no longer there."""
@@ -171,15 +200,17 @@ class Lineage:
         For a node that made nothing in this life, whatever most members hold, if it is further than its own.
         """
         own = self.own
-        is_new = own is None or own.epoch == 0 or self._is_new
-        ours = 0 if own is None or is_new else 1 + sum(_same_line(own, each) for each in self._results.values())
+        has_none = own is None or own.epoch == 0
+        is_new = has_none or self._is_new
+        ours = 0 if own is None or has_none else sum(_same_line(own, each) for each in self._results.values())
+        ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
         for cid, result in {each.cid: each for each in self._results.values() if each.epoch > 0}.items():
             if self._is_refused(cid, now) or (own is not None and _same_line(own, result)):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
             is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, cid)
-            if is_better if is_new else number > ours or (number == ours and is_better):
+            if (number > ours and not is_new) or (number >= ours and is_better):
                 found.append((number, result.env_steps, result.epoch, cid))
         if not found:
             self._fork_since = None

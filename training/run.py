@@ -17,16 +17,15 @@ another.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Final
 
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training import pacing
 from shoal.training.claims import Claims
 from shoal.training.electorate import Electorate, says_of
-from shoal.training.exchange.rounds import (
-    MAX_VOTERS,
+from shoal.training.exchange.ballots import (
     Ballot,
     Begin,
     Busy,
@@ -42,15 +41,17 @@ from shoal.training.exchange.rounds import (
     OfferHeard,
     ProposalHeard,
     Propose,
-    Round,
     RoundEvent,
     SignedOffer,
     VoteHeard,
 )
-from shoal.training.exchange.rounds import Tick as RoundTick
+from shoal.training.exchange.ballots import Tick as RoundTick
+from shoal.training.exchange.early import Early
+from shoal.training.exchange.rounds import MAX_VOTERS, Round
 from shoal.training.exchange.waits import Waits
 from shoal.training.lineage import Candidate, Lineage, Refusal
-from shoal.training.manifest import Manifest, Mode, Role
+from shoal.training.manifest import Manifest, Role
+from shoal.training.pacing import Pace
 from shoal.training.progress import BUSY, Progress
 from shoal.training.run_events import (
     Abandon,
@@ -67,7 +68,6 @@ from shoal.training.run_events import (
     Gone,
     Heard,
     Job,
-    Keep,
     Load,
     Loaded,
     LoadRefused,
@@ -85,10 +85,10 @@ from shoal.training.run_events import (
     Updated,
     Wake,
     WorkerGone,
-    Write,
     WriteEvaluation,
     Yielded,
 )
+from shoal.training.saving import Saving
 from shoal.training.statements import (
     MAX_SECONDS,
     NO_BALLOT,
@@ -107,22 +107,15 @@ from shoal.training.statements import (
 
 CHUNK_S: Final = 0.25
 """How long the worker collects before the run looks up."""
-WRITE_GAP_S: Final = 5.0
-"""Between two writes of the policy into the document; what is newer, members tell each other."""
-KEEP_GAP_S: Final = 1.0
-"""Between two writes of the policy to disk."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
 RESULT_GAP_S: Final = 4.0
 """After which a member of a large swarm says what it holds, if it was not among those who had to say so at once."""
 ALONE_S: Final = 2.0
 RETRY_END_S: Final = 5.0
-MAX_EARLY: Final = 4096
-"""Statements kept for rounds that this node is not in yet."""
 MAX_FAILED_MERGES: Final = 3
-FOLLOW_PART: Final = 1 / 10
-"""In mode ``gradient``, a learner below this part of the mean rate would cost the others more than it brings."""
-HURRY_PART: Final = 1 / 2
+MAX_ENDED: Final = 2
+"""Workers that one state or ballot may end."""
 _NOT_LEARNING: Final = (Phase.DONE, Phase.FAILED, Phase.STARTING)
 _NEVER: Final = float("inf")
 
@@ -172,8 +165,8 @@ class Run:
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
         self._heard_at: dict[PeerId, float] = {}
-        self._early: dict[bytes, list[Heard]] = {}
-        self._num_early = 0
+        self._saving = Saving(self.progress)
+        self._early = Early(self._live)
         self._evaluated: frozenset[Cid] = frozenset()
         # The worker.
         self._is_open = False
@@ -186,6 +179,8 @@ class Run:
         self._settle_s = 0.0  # settling its rounds, without waiting for those who are late
         self._usual_s = 0.0  # both together, of the epochs before
         self._failed_merges = 0
+        self._ended_by: Cid | bytes | None = None  # what ended the worker, and how often in a row
+        self._num_ended = 0
         self._num_kept = 0
         self._weights: dict[PeerId, float] = {}  # of those who take part in this epoch's exchanges
         self._is_shared = False
@@ -200,10 +195,6 @@ class Run:
         self._overtaken_at: float | None = None
         self._missed_at: float | None = None
         # Time.
-        self._kept: Policy | None = None
-        self._kept_at = -_NEVER
-        self._written: Policy | None = None
-        self._written_at = -_NEVER
         self._looked_at = now
         self._alone_at: float | None = now
         self._result_due = _NEVER
@@ -261,7 +252,7 @@ class Run:
             case Opened(policy):
                 self._opened(policy, now, outputs)
             case WorkerGone(reason):
-                self._worker_gone(reason, outputs)
+                self._worker_gone(reason, now, outputs)
             case Tick():
                 self._tick(now, outputs)
             case _:
@@ -286,10 +277,10 @@ class Run:
                 if current is not None and key == current.key:
                     self._to_round(event, now, outputs)
                 elif current is not None and key.epoch == current.key.epoch and key.step == current.key.step + 1:
-                    self._keep_for_later(key, event)
+                    self._early.keep(event)
                     self._in_round(Committed(author, key.after), now, outputs)
                 elif self.policy is None or key.epoch >= self.policy.epoch:
-                    self._keep_for_later(key, event)
+                    self._early.keep(event)
             case Result():
                 if self._is_plausible(statement):
                     is_ahead = self.lineage.heard(author, statement)
@@ -316,12 +307,6 @@ class Run:
     def _is_plausible(self, result: Result) -> bool:
         most = self._manifest.max_env_steps + self._limits.ballot
         return result.env_steps <= most and result.epoch <= result.env_steps
-
-    def _keep_for_later(self, key: RoundKey, event: Heard) -> None:
-        self._early.setdefault(key.after, []).append(event)
-        self._num_early += 1
-        while self._num_early > MAX_EARLY:
-            self._num_early -= len(self._early.pop(next(iter(self._early))))
 
     def _to_round(self, event: Heard, now: float, outputs: list[Output]) -> None:
         match event.statement:
@@ -375,11 +360,8 @@ class Run:
             gone=[peer for peer in others if peer not in self._live],
             may_have_voted=self._is_resumed and self.progress.rounds == self._rounds_before,
         )
-        waiting = self._early.pop(key.after, [])
-        self._num_early -= len(waiting)
-        for event in waiting:
-            if isinstance(event.statement, Offer | Proposal | Vote) and event.statement.key == key:
-                self._to_round(event, now, outputs)
+        for event in self._early.of(key):
+            self._to_round(event, now, outputs)
         if key.step == 0:
             for author, result in list(self.lineage.results.items()):
                 self._commit(author, result, now, outputs)
@@ -456,13 +438,26 @@ class Run:
         else:
             self._hold(policy, now, outputs)
 
-    def _worker_gone(self, reason: str, outputs: list[Output]) -> None:
+    def _worker_gone(self, reason: str, now: float, outputs: list[Output]) -> None:
+        job, taken = self._job, self._taken
         self._is_open = self._is_exchanging = False
         self._job = self._in_worker = None
         self._checking = None
         self.progress.phase = Phase.STARTING
         self.progress.samples = 0
         outputs.append(Note(reason))
+        # What ends a worker twice would end every one.
+        if isinstance(job, Load | Merge):
+            name = job.result.cid if isinstance(job, Load) else job.ballot.name
+            self._num_ended = self._num_ended + 1 if name == self._ended_by else 1
+            self._ended_by = name
+            if self._num_ended < MAX_ENDED:
+                return
+            self._num_ended = 0
+            if isinstance(job, Merge):
+                self._merge_failed(reason, now, outputs)
+            elif taken is not None and taken.result.cid == job.result.cid:
+                self._not_taken(taken, Refusal.UNFIT, now, outputs)
 
     def _job_done(self, event: Event, now: float, outputs: list[Output]) -> None:
         job, self._job = self._job, None
@@ -492,7 +487,7 @@ class Run:
             case Finished():
                 self.progress.phase = Phase.DONE
                 if self.policy is not None:
-                    self._write(self.policy, now, outputs, at_once=True)
+                    self._saving.write(self.policy, now, outputs, at_once=True)
             case _:
                 pass
 
@@ -541,8 +536,8 @@ class Run:
         self._failed_merges = 0
         self._in_worker = policy
         self._hold(policy, now, outputs)
-        self._keep(policy, now, outputs)
-        self._write(policy, now, outputs)
+        self._saving.keep(policy, now, outputs)
+        self._saving.write(policy, now, outputs)
         self._must_evaluate = policy.epoch % self._manifest.eval_interval == 0 and self._evaluator(policy) == self._me
 
     def _evaluator(self, policy: Policy) -> PeerId:
@@ -682,14 +677,16 @@ class Run:
             return
         self._taking = self._taken = None
         if before is not None and before.epoch > 0 and before.cid != policy.parent and taken.is_other_line:
-            self.progress.lost_env_steps += before.env_steps
-            outputs.append(Note(f"taking the policy of another part of the swarm, of epoch {policy.epoch}"))
+            lost = max(0, before.env_steps - self.lineage.together_until(taken.holders))
+            self.progress.lost_env_steps += lost
+            text = f"taking the policy of another part of the swarm, of epoch {policy.epoch}"
+            outputs.append(Note(f"{text}; {lost} environment steps of this part are given up for it"))
         self._hold(policy, now, outputs)
         self._num_kept = num_kept
         if num_kept and self.progress.speed:
             self._collect_s = self._work_s = num_kept / self.progress.speed
-        self._keep(policy, now, outputs)
-        self._write(policy, now, outputs)
+        self._saving.keep(policy, now, outputs)
+        self._saving.write(policy, now, outputs)
 
     def _load_refused(self, job: Job, reason: str, now: float, outputs: list[Output]) -> None:
         taken, claim = self._taken, self._checking
@@ -709,22 +706,8 @@ class Run:
         self._taking = self._taken = None
         policy = Policy(result.epoch, result.cid, "", result.env_steps, result.parent, result.ballot, Electorate())
         self._hold(policy, now, outputs)
-        self._keep(policy, now, outputs)
+        self._saving.keep(policy, now, outputs)
         self.progress.phase = Phase.STORING
-
-    def _keep(self, policy: Policy, now: float, outputs: list[Output]) -> None:
-        if now >= self._kept_at + KEEP_GAP_S and self._kept is not policy:
-            self._kept, self._kept_at = policy, now
-            outputs.append(Keep(policy))
-
-    def _write(self, policy: Policy, now: float, outputs: list[Output], *, at_once: bool = False) -> None:
-        if not at_once and now < self._written_at + WRITE_GAP_S:
-            return
-        if self._kept is not policy:
-            self._kept, self._kept_at = policy, now
-            outputs.append(Keep(policy))
-        self._written, self._written_at = policy, now
-        outputs.append(Write(policy, self.progress.own_env_steps, self.progress.rounds))
 
     # Evaluation and the end.
 
@@ -807,66 +790,50 @@ class Run:
             self._collect_or_update(policy, now, outputs)
 
     def _collect_or_update(self, policy: Policy, now: float, outputs: list[Output]) -> None:
-        samples, share = self.progress.samples, self._share(policy)
-        is_following = self._is_follower(policy)
+        pace = self._pace(policy)
+        samples, share = self.progress.samples, pacing.share(pace)
+        is_following = pacing.is_follower(pace)
         if is_following and not self.progress.is_following:
             text = "this node is too slow beside the others for mode gradient: it follows, and does not slow them"
             outputs.append(Note(text))
         self.progress.is_following = is_following
-        if not is_following and self._may_update(policy, samples, share, now):
+        if not is_following and self._may_update(pace, samples, share, now):
             self._start(Update(policy), Phase.UPDATING, now, outputs)
         elif samples < share:
             self._start(Collect(share - samples, CHUNK_S), Phase.COLLECTING, now, outputs)
         else:
             self.progress.phase = Phase.WAITING
 
-    def _share(self, policy: Policy) -> int:
-        if self._counts_alike:
-            return math.ceil(self._equal_stake())
-        return policy.electorate.share(self._me, self._manifest.batch_size, self.progress.speed)
+    def _pace(self, policy: Policy) -> Pace:
+        return Pace(
+            self._me,
+            self._manifest,
+            policy.electorate,
+            policy.epoch,
+            self._live,
+            self._equal_stake() if self._counts_alike else None,
+            self.progress.speed,
+            self._collect_s,
+        )
 
-    def _is_follower(self, policy: Policy) -> bool:
-        """Whether this learner would slow the others down more than it helps them; only in mode ``gradient``."""
-        others = [standing.rate for peer, standing in policy.electorate.items() if peer != self._me]
-        if self._manifest.mode is not Mode.GRADIENT or not others or not self.progress.speed:
-            return False
-        return self.progress.speed < FOLLOW_PART * sum(others) / len(others)
-
-    def _may_update(self, policy: Policy, samples: int, share: int, now: float) -> bool:
+    def _may_update(self, pace: Pace, samples: int, share: int, now: float) -> bool:
         current = self.round
         if samples == 0 or current is None:
             return False
         if current.decided is not None:  # without this learner: their policy comes, unless they all end just now
             return self._waited_for_result(now)
-        if samples >= share or self._others_are_ready(policy, current, samples, share):
+        if samples >= share or pacing.others_are_ready(pace, current, samples):
             return True
-        own = policy.electorate.get(self._me)
+        own = pace.electorate.get(self._me)
         return self._num_kept > 0 and (own is None or own.missed > 0)  # late again, if it does not begin at once
 
     def _waited_for_result(self, now: float) -> bool:
-        """Whether those who decided without this learner had time enough to say what they made."""
+        """Whether those who decided without this learner had time enough to say what they made, or are all gone."""
+        current = self.round
+        if current is not None and not any(peer in self._live for peer in current.deciders):
+            return True
         self._missed_at = now if self._missed_at is None else self._missed_at
         return now - self._missed_at > 2 * self._waits[0].silence_s
-
-    def _others_are_ready(self, policy: Policy, current: Round, samples: int, share: int) -> bool:
-        """Whether those with most of the stake go on now, so that what is here has to do."""
-        others = [peer for peer in policy.electorate if peer != self._me and peer in self._live]
-        total = sum(policy.electorate[peer].stake for peer in others)
-        if not total:
-            return False
-        offered = sum(policy.electorate[peer].stake for peer in others if peer in current.offers)
-        if offered > HURRY_PART * total:
-            return True
-        own = policy.electorate.get(self._me)
-        usual_s = own.stake / own.rate if own is not None else 0.0
-        if samples < share / 2 and self._collect_s < usual_s:
-            return False
-        is_updating = [peer for peer in others if self._is_updating(peer, policy.epoch) or peer in current.offers]
-        return sum(policy.electorate[peer].stake for peer in is_updating) > HURRY_PART * total
-
-    def _is_updating(self, peer: PeerId, epoch: int) -> bool:
-        facts = self._live[peer]
-        return facts.epoch == epoch and facts.phase in (Phase.UPDATING, Phase.EXCHANGING)
 
     # Time.
 
@@ -886,10 +853,9 @@ class Run:
             self._result_due = _NEVER
             outputs.append(Say(policy.result))
         if policy is not None and policy.epoch > 0:
-            if self._kept is not policy:
-                self._keep(policy, now, outputs)
-            if self._written is not policy and self._role is Role.LEARNER:
-                self._write(policy, now, outputs)
+            self._saving.keep(policy, now, outputs)
+            if self._role is Role.LEARNER:
+                self._saving.write(policy, now, outputs)
 
     def _leave_behind(self, current: Round, now: float, outputs: list[Output]) -> None:
         """Nobody waits for the vote of one that says that it is at an earlier epoch, and nothing in this round."""

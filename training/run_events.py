@@ -12,7 +12,7 @@ from typing import TypeAlias
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import Electorate
-from shoal.training.exchange.rounds import Ballot
+from shoal.training.exchange.ballots import Ballot
 from shoal.training.statements import Result, Statement
 
 

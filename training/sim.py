@@ -752,12 +752,11 @@ class Swarm:
 
     def _forget(self, member: Member) -> None:
         """What was decided and is known to nobody that lives need not be what the others decide on."""
-        for epoch in sorted(self.decisions, reverse=True)[:4]:
+        lives = [each.run.policy for each in self.honest if each.is_alive and each is not member]
+        reached = max((policy.epoch for policy in lives if policy is not None), default=0)
+        for epoch in [each for each in self.decisions if each > reached]:
             if len(self.decisions[epoch]) == 1:
-                holders = next(iter(self.decisions[epoch].values()))
-                holders.discard(member.peer)
-                if not holders:
-                    del self.decisions[epoch]
+                del self.decisions[epoch]
 
     def _notice(self, other: Member, member: Member, life: int) -> None:
         if other.is_alive and other.contacts.get(member.peer) == life:

@@ -22,17 +22,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final
 
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import says_of
+from shoal.training.exchange.ballots import (
+    Ballot,
+    Begin,
+    Busy,
+    CannotBeHad,
+    Cast,
+    Committed,
+    Decide,
+    Held,
+    Joined,
+    Left,
+    Limits,
+    Obtain,
+    OfferHeard,
+    ProposalHeard,
+    Propose,
+    RoundEvent,
+    RoundOutput,
+    SignedOffer,
+    Tick,
+    VoteHeard,
+)
 from shoal.training.exchange.votes import LOCK, QUORUM, Votes
 from shoal.training.exchange.waits import MAX_OFFERS_S, Waits
 from shoal.training.statements import (
     MAX_ATTEMPTS,
     MAX_OFFERS,
     NO_BALLOT,
-    Offer,
     Proposal,
     RoundKey,
     Vote,
@@ -42,182 +63,18 @@ from shoal.training.statements import (
 FAIR_PART: Final = 1 / 2
 PROMISES_PART: Final = 1 / 2
 """Of a silence: how long an attempt waits for the promises of those who are there and give none."""
+ASK_PART: Final = 1 / 4
+"""Of a silence: until bytes that did not come are asked for again."""
 PATIENCE: Final = 4.0
 """Silences in which the bytes of a ballot that others voted for must come."""
 MAX_PROPOSALS_EACH: Final = 4
 """That are remembered of one author in one round, the newest attempts."""
 MAX_KNOWN: Final = 256
 """Ballots of one round."""
-SPARE_SAMPLES: Final = 1024
-"""What the vector steps of a few environments may add to a share."""
 MAX_VOTERS: Final = 24
 """Members that vote in one round, of more with stake those with the lowest hashes; with a tenth of liars, less than one
 round in a thousand has a third of them among its voters."""
 _EPSILON: Final = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What honest members can say.
-
-    Attributes:
-        offer: the heaviest offer, in samples.
-        ballot: the heaviest ballot.
-    """
-
-    offer: int
-    ballot: int
-
-    @classmethod
-    def of_batch(cls, batch_size: int) -> Limits:
-        """For the batch of a manifest: a share is never more than a batch, and what a late member kept comes on top."""
-        return cls(2 * batch_size + SPARE_SAMPLES, 3 * batch_size + SPARE_SAMPLES)
-
-
-@dataclass(frozen=True, slots=True)
-class SignedOffer:
-    """An offer, who signed it, and the hash of the record."""
-
-    author: PeerId
-    name: bytes
-    offer: Offer
-
-
-@dataclass(frozen=True, slots=True)
-class Ballot:
-    """What is to be averaged, in the order of the authors.
-
-    Attributes:
-        name: see `shoal.training.statements.ballot_name`.
-    """
-
-    name: bytes
-    offers: tuple[SignedOffer, ...]
-
-
-# What happens.
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """This learner has arrived at the round.
-
-    Attributes:
-        productive_s: how long it collected and optimised for it.
-    """
-
-    productive_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class OfferHeard:
-    """An offer for this round was signed; this learner's own as well."""
-
-    offer: SignedOffer
-
-
-@dataclass(frozen=True, slots=True)
-class ProposalHeard:
-    """A proposal for this round was signed."""
-
-    author: PeerId
-    proposal: Proposal
-
-
-@dataclass(frozen=True, slots=True)
-class VoteHeard:
-    """A vote in this round was signed."""
-
-    author: PeerId
-    vote: Vote
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """A member says what it made of a ballot of this round, or offers in the round that follows from it."""
-
-    author: PeerId
-    ballot: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """These bytes are here."""
-
-    cid: Cid
-
-
-@dataclass(frozen=True, slots=True)
-class CannotBeHad:
-    """These bytes did not come; they may be asked for again."""
-
-    cid: Cid
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A member is gone, or says that it is at an earlier epoch."""
-
-    author: PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """Where nobody has shown anything yet: one more who learns."""
-
-    author: PeerId
-    stake: float
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """A member says that it does something else now, so that it will not offer soon."""
-
-    author: PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed."""
-
-
-RoundEvent: TypeAlias = (
-    Begin | OfferHeard | ProposalHeard | VoteHeard | Committed | Held | CannotBeHad | Left | Joined | Busy | Tick
-)
-
-# What to do.
-
-
-@dataclass(frozen=True, slots=True)
-class Obtain:
-    """Get these bytes, from their author or any of the others, and say `Held` or `CannotBeHad`."""
-
-    cid: Cid
-    sources: tuple[PeerId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Propose:
-    """Sign this proposal and tell everybody."""
-
-    proposal: Proposal
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """Sign this vote and tell everybody."""
-
-    vote: Vote
-
-
-@dataclass(frozen=True, slots=True)
-class Decide:
-    """Average these; all of them are held. The round is over."""
-
-    ballot: Ballot
-
-
-RoundOutput: TypeAlias = Obtain | Propose | Cast | Decide
 
 
 @dataclass(slots=True)
@@ -246,6 +103,7 @@ class Round:
     """One learner's part in one round: `handle` takes what happens and says what to do."""
 
     __slots__ = (
+        "_ask_at",
         "_asked",
         "_attempt",
         "_attempt_at",
@@ -332,6 +190,7 @@ class Round:
         self._by_name: dict[bytes, SignedOffer] = {}
         self._held: set[Cid] = set()
         self._asked: set[Cid] = set()
+        self._ask_at: dict[Cid, float] = {}  # again, for what did not come
         self._held_weight = 0
         self._held_stake = 0.0
         self._half_at: float | None = None
@@ -372,6 +231,14 @@ class Round:
         return self._offers
 
     @property
+    def deciders(self) -> set[PeerId]:
+        """The others who may hold what was decided: who voted for it, and whose offers it lists."""
+        if self.decided is None:
+            return set()
+        found = {*self._votes.voters_for({self.decided.name}), *(each.author for each in self.decided.offers)}
+        return found - {self._me}
+
+    @property
     def attempt(self) -> int:
         """How many proposers were passed over."""
         return self._attempt
@@ -406,7 +273,7 @@ class Round:
                 self._take_proposal(author, proposal, now, outputs)
             case CannotBeHad(cid):
                 self._asked.discard(cid)
-                self._ask_again(cid, outputs)
+                self._ask_at[cid] = now + ASK_PART * self._waits.silence_s
             case Left(author):
                 self._leave(author)
             case Busy(author):
@@ -506,6 +373,13 @@ class Round:
             self._asked.add(cid)
             outputs.append(Obtain(cid, tuple(sources)))
 
+    def _ask_once_more(self, now: float, outputs: list[RoundOutput]) -> None:
+        """For what did not come, after a while: whoever gave nothing at once will not do it the next moment."""
+        for cid in [cid for cid, at in self._ask_at.items() if at <= now]:
+            del self._ask_at[cid]
+            self._ask_again(cid, outputs)
+        self._wake_at = min([self._wake_at, *self._ask_at.values()])
+
     def _ask_for(self, name: bytes, outputs: list[RoundOutput]) -> None:
         """One more holds all of this ballot."""
         known = self._known.get(name)
@@ -563,6 +437,8 @@ class Round:
 
     def _plan(self, now: float, outputs: list[RoundOutput]) -> None:
         self._advance(now)
+        if self._ask_at:
+            self._ask_once_more(now, outputs)
         self._promise(outputs)
         if min(self._promised, self._own_attempt) < self._attempt and self._has_promises(now):
             keep_to = self._to_keep_to(now) if self._attempt > 0 else None
@@ -587,7 +463,7 @@ class Round:
             return True
         if peer in self._gone:
             return False
-        return self._attempt == 0 or self._heard_at.get(peer, self._created_at) >= now - 2 * self._waits.silence_s
+        return self._attempt == 0 or self._heard_at.get(peer, self._created_at) >= now - 2 * self._attempt_s()
 
     def _promise(self, outputs: list[RoundOutput]) -> None:
         """Say in a new attempt what was voted for until then."""

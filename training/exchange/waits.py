@@ -32,26 +32,22 @@ MAX_SILENCE_S: Final = 10.0
 class Waits:
     """What one learner has learned of the others' timing."""
 
-    __slots__ = ("_offers", "_silence")
+    __slots__ = ("_offers", "_silence", "offers_s", "silence_s")
 
     def __init__(self) -> None:
         self._offers: deque[float] = deque(maxlen=PAST_ROUNDS)
         self._silence: deque[float] = deque(maxlen=PAST_ROUNDS)
-
-    @property
-    def offers_s(self) -> float:
+        self.offers_s = FIRST_OFFERS_S
         """After half of the stake has offered."""
-        return _learned(self._offers, FIRST_OFFERS_S, MIN_OFFERS_S, MAX_OFFERS_S)
-
-    @property
-    def silence_s(self) -> float:
+        self.silence_s = FIRST_SILENCE_S
         """After somebody should have proposed, until the next one does."""
-        return _learned(self._silence, FIRST_SILENCE_S, MIN_SILENCE_S, MAX_SILENCE_S)
 
     def learn(self, offers_s: float, silence_s: float) -> None:
         """A round with others was decided."""
         self._offers.append(max(0.0, offers_s))
         self._silence.append(max(0.0, silence_s))
+        self.offers_s = _learned(self._offers, FIRST_OFFERS_S, MIN_OFFERS_S, MAX_OFFERS_S)
+        self.silence_s = _learned(self._silence, FIRST_SILENCE_S, MIN_SILENCE_S, MAX_SILENCE_S)
 
 
 def _learned(past: deque[float], first: float, least: float, most: float) -> float:
