@@ -89,7 +89,7 @@ class Lineage:
         self._results: dict[PeerId, Result] = {}
         self._support: dict[Cid, float] = {}
         self._total = 0.0
-        self._refused: dict[Cid, _Refused] = {}
+        self._refused: dict[Cid | Result, _Refused] = {}
         self._fork_since: float | None = None
         self._together: dict[PeerId, int] = {}
         self._is_new = True
@@ -149,20 +149,21 @@ class Lineage:
         if self._results.pop(author, None) is not None:
             self._recount()
 
-    def refuse(self, cid: Cid, why: Refusal, now: float) -> None:
-        """A candidate could not be taken."""
-        before = self._refused.get(cid)
+    def refuse(self, result: Result, why: Refusal, now: float) -> None:
+        """A candidate could not be taken. If it is false, so is the word of those who signed exactly this of it."""
+        what: Cid | Result = result if why is Refusal.FALSE else result.cid
+        before = self._refused.get(what)
         number = 1 if before is None else before.num_times + 1
         if why is Refusal.UNREACHABLE:
             until = now + min(RETRY_S * 2 ** min(number - 1, 10), MAX_RETRY_S)
         else:
             until = float("inf")
         if why is Refusal.FALSE:
-            for author in [author for author, result in self._results.items() if result.cid == cid]:
+            for author in [author for author, each in self._results.items() if each == result]:
                 self.liars.add(author)
                 del self._results[author]
             self._recount()
-        self._refused[cid] = _Refused(until, number)
+        self._refused[what] = _Refused(until, number)
         while len(self._refused) > MAX_REFUSED:
             del self._refused[next(iter(self._refused))]
 
@@ -173,8 +174,8 @@ class Lineage:
         """
         own = self.own
         best: Result | None = None
-        for result in {each.cid: each for each in self._results.values()}.values():
-            if (own is not None and result.epoch <= own.epoch) or self._is_refused(result.cid, now):
+        for result in self._distinct():
+            if (own is not None and result.epoch <= own.epoch) or self._is_refused(result, now):
                 continue
             if self._support.get(result.cid, 0.0) < self._total / 2 - _EPSILON:
                 continue
@@ -188,7 +189,7 @@ class Lineage:
         found: dict[Cid, Result] = {}
         for result in self._results.values():
             is_next = own is not None and result.parent == own.cid and result.ballot == ballot
-            if is_next and not self._is_refused(result.cid, now):
+            if is_next and not self._is_refused(result, now):
                 found[result.cid] = result
         if not found:
             return None
@@ -205,8 +206,8 @@ class Lineage:
         ours = 0 if own is None or has_none else sum(_same_line(own, each) for each in self._results.values())
         ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
-        for cid, result in {each.cid: each for each in self._results.values() if each.epoch > 0}.items():
-            if self._is_refused(cid, now) or (own is not None and _same_line(own, result)):
+        for cid, result in ((each.cid, each) for each in self._distinct() if each.epoch > 0):
+            if self._is_refused(result, now) or (own is not None and _same_line(own, result)):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
             is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, cid)
@@ -219,19 +220,29 @@ class Lineage:
         if not is_new and now < self._fork_since + FORK_S:
             return None
         cid = max(found)[-1]
-        result = next(each for each in self._results.values() if each.cid == cid)
+        result = next(each for each in self._distinct() if each.cid == cid)
         return Candidate(result, self.holders(cid), is_other_line=not is_new)
 
     def holders(self, cid: Cid) -> tuple[PeerId, ...]:
         """Who say that they hold a policy, or one made from it."""
         return tuple(sorted(author for author, each in self._results.items() if cid in (each.cid, each.parent)))
 
+    def _distinct(self) -> list[Result]:
+        """Every policy that somebody holds, as those with the most stake say of it."""
+        stakes: dict[Result, float] = {}
+        for author, result in self._results.items():
+            stakes[result] = stakes.get(result, 0.0) + self._stake(author)
+        best: dict[Cid, Result] = {}
+        for result in sorted(stakes, key=lambda each: (stakes[each], each.env_steps)):
+            best[result.cid] = result
+        return list(best.values())
+
     def _candidate(self, result: Result) -> Candidate:
         return Candidate(result, self.holders(result.cid))
 
-    def _is_refused(self, cid: Cid, now: float) -> bool:
-        refused = self._refused.get(cid)
-        return refused is not None and now < refused.until
+    def _is_refused(self, result: Result, now: float) -> bool:
+        found = (self._refused.get(result), self._refused.get(result.cid))
+        return any(refused is not None and now < refused.until for refused in found)
 
     def _add(self, result: Result, stake: float) -> None:
         self._support[result.cid] = self._support.get(result.cid, 0.0) + stake

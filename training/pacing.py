@@ -6,6 +6,7 @@ Pure functions of what rounds have shown (`electorate`), of the round that is on
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +18,7 @@ from shoal.training.manifest import Manifest, Mode
 from shoal.training.statements import Facts, Phase
 
 FOLLOW_PART: Final = 1 / 10
-"""In mode ``gradient``, a learner below this part of the mean rate would cost the others more than it brings."""
+"""In mode ``gradient``, a learner below this part of the median rate would cost the others more than it brings."""
 HURRY_PART: Final = 1 / 2
 
 
@@ -58,7 +59,7 @@ def is_follower(pace: Pace) -> bool:
     others = [standing.rate for peer, standing in pace.electorate.items() if peer != pace.me]
     if pace.manifest.mode is not Mode.GRADIENT or not others or not pace.speed:
         return False
-    return pace.speed < FOLLOW_PART * sum(others) / len(others)
+    return pace.speed < FOLLOW_PART * statistics.median(others)
 
 
 def others_are_ready(pace: Pace, current: Round, samples: int) -> bool:

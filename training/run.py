@@ -651,7 +651,7 @@ class Run:
 
     def _not_taken(self, candidate: Candidate, why: Refusal, now: float, outputs: list[Output]) -> None:
         self._taking = self._taken = None
-        self.lineage.refuse(candidate.result.cid, why, now)
+        self.lineage.refuse(candidate.result, why, now)
         if self.policy is None and self._in_worker is not None:  # what an earlier life kept is gone
             self._stored = None
             self._hold(self._in_worker, now, outputs)

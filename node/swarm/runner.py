@@ -32,7 +32,7 @@ from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, Shoa
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
 from shoal.training.electorate import Electorate
-from shoal.training.exchange.rounds import Ballot
+from shoal.training.exchange.ballots import Ballot
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.lineage import FORK_S, MAX_REFUSED, MAX_RETRY_S, RETRY_S, Lineage, Refusal
 from shoal.training.statements import HASH_BYTES, MAX_EPOCH, NO_BALLOT, Result
@@ -154,7 +156,7 @@ def test_a_false_policy_has_its_signers_not_heard_again() -> None:
     lineage, false = lineage_of(), after(OWN, "false")
     lineage.heard(A, false)
     lineage.heard(B, false)
-    lineage.refuse(false.cid, Refusal.FALSE, 0.0)
+    lineage.refuse(false, Refusal.FALSE, 0.0)
     assert lineage.liars == {A, B}
     assert not lineage.heard(A, after(OWN))
     assert lineage.overtaken(1e9) is None
@@ -167,7 +169,7 @@ def test_a_policy_that_nobody_gives_is_asked_for_again_later_and_less_and_less_o
     lineage.heard(B, newer)
     now = 0.0
     for number in range(10):
-        lineage.refuse(newer.cid, Refusal.UNREACHABLE, now)
+        lineage.refuse(newer, Refusal.UNREACHABLE, now)
         wait_s = min(RETRY_S * 2**number, MAX_RETRY_S)
         assert lineage.overtaken(now + 0.9 * wait_s) is None
         assert lineage.overtaken(now + wait_s) is not None
@@ -179,7 +181,7 @@ def test_what_does_not_fit_here_is_not_tried_again_and_nobody_is_blamed() -> Non
     lineage, newer = lineage_of(), after(OWN)
     lineage.heard(A, newer)
     lineage.heard(B, newer)
-    lineage.refuse(newer.cid, Refusal.UNFIT, 0.0)
+    lineage.refuse(newer, Refusal.UNFIT, 0.0)
     assert lineage.overtaken(1e9) is None
     assert not lineage.liars
 
@@ -194,8 +196,22 @@ def test_who_is_gone_does_not_count() -> None:
     assert lineage.holders(newer.cid) == ()
 
 
+def test_who_signs_a_true_policy_with_other_numbers_makes_nobody_else_a_liar() -> None:
+    lineage, true = lineage_of(says={ME: 1.0, A: 1.0, B: 1.0, C: 1.0, LIAR: 1.0}), after(OWN)
+    false = replace(true, env_steps=true.env_steps + 1)
+    for author in (A, B, C):
+        lineage.heard(author, true)
+    lineage.heard(LIAR, false)
+    found = lineage.overtaken(0.0)
+    assert found is not None
+    assert found.result == true
+    lineage.refuse(false, Refusal.FALSE, 0.0)
+    assert lineage.liars == {LIAR}
+    assert lineage.overtaken(0.0) is not None
+
+
 def test_refusals_are_bounded() -> None:
     lineage = lineage_of()
     for number in range(2 * MAX_REFUSED):
-        lineage.refuse(Cid.of_block(b"%d" % number), Refusal.UNFIT, 0.0)
+        lineage.refuse(after(OWN, str(number)), Refusal.UNFIT, 0.0)
     assert len(lineage._refused) == MAX_REFUSED
