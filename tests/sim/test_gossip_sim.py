@@ -199,23 +199,6 @@ if __name__ == "__main__":
         swarm.run(20.0)
         gathered = swarm.messages
         degrees = Counter(len(node.core.neighbours) for node in swarm.nodes.values())
-        asym = sum(
-            node.peer not in swarm.nodes[p].core.neighbours
-            for node in swarm.nodes.values()
-            for p in node.core.neighbours
-        )
+        asym = sum(node.peer not in swarm.nodes[p].core.neighbours for node in swarm.nodes.values() for p in node.core.neighbours)
         items, cost = announce(swarm, 40, 0.5)
-        print(
-            n,
-            "missed",
-            swarm.missed(items, swarm.living),
-            cost,
-            "gather",
-            gathered / n,
-            sorted(degrees.items()),
-            "asym",
-            asym,
-            "ev",
-            swarm.network.num_events,
-            round(time.time() - t0, 2),
-        )
+        print(n, "missed", swarm.missed(items, swarm.living), cost, "gather", gathered / n, sorted(degrees.items()), "asym", asym, "ev", swarm.network.num_events, round(time.time() - t0, 2))

@@ -355,7 +355,8 @@ class Round:
         if len(self._known) >= MAX_KNOWN:
             del self._known[next(iter(self._known))]
         self._known[proposed.name] = _Known(Ballot(proposed.name, tuple(found)), weight, lacks)
-        for cid in sorted(lacks - self._asked):
+        for cid in sorted(lacks):  # of its proposer too: the author may give it to hardly anybody
+            self._asked.discard(cid)
             self._ask_again(cid, outputs)
 
     def _ask_again(self, cid: Cid, outputs: list[RoundOutput]) -> None:
