@@ -259,6 +259,7 @@ class Gossip:
             at = min(at, self._first[0][0])
         if self._next:
             at = min(at, self._next[0][0])
+        at = max(at, now)
         if at < self._woken_at:
             self._woken_at = at
             outputs.append(Wake(at))
@@ -295,7 +296,7 @@ class Gossip:
         for item in items:
             if all(item.source in branch.lazy for branch in branches):  # pruned by everybody: somebody lies
                 for branch in branches:
-                    branch.lazy.discard(item.source)
+                    self._set_eager(branch, item.source)
         self._pass_on(items, None, now, outputs)
 
     def _pushed(
@@ -309,7 +310,8 @@ class Gossip:
             if branch is not None:
                 for item in fresh:
                     branch.has.add(item.id)
-                    branch.lazy.discard(item.source)
+                    if item.source in branch.lazy:
+                        self._set_eager(branch, item.source)
             self._pass_on(fresh, branch, now, outputs)
         if known:
             self._counts.duplicates += len(known)
@@ -455,7 +457,7 @@ class Gossip:
             if source is not None:
                 self._set_lazy(branch, source)
         for item_id in (*message.graft, *message.want):
-            branch.lazy.discard(self._seen.get(item_id, ""))
+            self._set_eager(branch, self._seen.get(item_id, ""))
         if message.want:
             self._give(branch, message.want, now, outputs)
 
@@ -569,13 +571,22 @@ class Gossip:
         return sum(parent is branch for parent in self._parent.values())
 
     def _set_lazy(self, branch: _Branch, source: str) -> None:
-        if len(branch.lazy) >= self._config.max_sources:
-            branch.lazy.clear()  # the next items prune what matters
+        if len(branch.lazy) < self._config.max_sources:
+            branch.lazy.add(source)
+        else:
             self._counts.dropped += 1
-        branch.lazy.add(source)
+
+    def _set_eager(self, branch: _Branch, source: str) -> None:
+        if source not in branch.lazy:
+            return
+        branch.lazy.remove(source)
+        # What was to be announced to it is not any more, so it has to be pushed.
+        late = [item for item in self._unsaid.values() if item.source == source and item.id not in branch.has]
+        if late:
+            self._wait(branch, late)
 
     def _regrow(self, now: float, outputs: list[Output]) -> None:
-        """Follow the overlay: whom it gained is eager; whom it lost may have been the way into some trees."""
+        """Follow the overlay: whom it gained may be the way into all trees; whom it lost may have been."""
         overlay = self._overlay
         if not overlay.gained and not overlay.lost:
             return
@@ -585,9 +596,11 @@ class Gossip:
             torn = {source for source, parent in self._parent.items() if parent is branch}
             if torn:
                 self._graft(torn, now, outputs)
-        for peer in overlay.gained:
+        for peer, is_short in overlay.gained:
             if peer in overlay.neighbours and peer not in self._branches:
-                self._branches[peer] = _Branch(peer)
+                branch = self._branches[peer] = _Branch(peer)
+                if not is_short:  # both have their ways into the trees
+                    branch.lazy.update(self._parent)
         overlay.gained.clear()
 
     def _graft(self, torn: set[str], now: float, outputs: list[Output]) -> None:
@@ -601,7 +614,8 @@ class Gossip:
                     break
         ids = tuple(newest.values())
         for branch in self._branches.values():
-            branch.lazy -= torn
+            for source in newest:
+                self._set_eager(branch, source)
             outputs += [
                 Tell(branch.peer, Control(graft=ids[start : start + MAX_WANT]))
                 for start in range(0, len(ids), MAX_WANT)
