@@ -102,17 +102,14 @@ class Control:
     shuffle_reply: tuple[PeerId, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, part, most in (
-            ("have", self.have, MAX_HAVE),
-            ("want", self.want, MAX_WANT),
-            ("graft", self.graft, MAX_WANT),
-            ("prune", self.prune, MAX_WANT),
-            ("walks", self.walks, MAX_WALKS),
-            ("shuffle", self.shuffle, MAX_SAMPLE),
-            ("shuffle_reply", self.shuffle_reply, MAX_SAMPLE),
-        ):
-            if len(part) > most:
-                raise LimitError(f"{name} names {len(part)}, more than {most}")
+        if len(self.have) > MAX_HAVE or len(self.want) > MAX_WANT:
+            raise LimitError(f"a control message announces {MAX_HAVE} items at most, and asks for {MAX_WANT}")
+        if len(self.graft) > MAX_WANT or len(self.prune) > MAX_WANT:
+            raise LimitError(f"a control message grafts or prunes by {MAX_WANT} items at most")
+        if len(self.walks) > MAX_WALKS or len(self.shuffle) > MAX_SAMPLE or len(self.shuffle_reply) > MAX_SAMPLE:
+            raise LimitError(
+                f"a control message names {MAX_SAMPLE} members in a shuffle at most, and walks {MAX_WALKS}"
+            )
         if not _ID_LENGTHS.issuperset(map(len, chain(self.have, self.want, self.graft, self.prune))):
             raise ProtocolError(f"an item's id has {ITEM_ID_BYTES} bytes")
 
