@@ -52,8 +52,9 @@ class Ask(IntEnum):
 
     NONE = 0
     ROOM = 1  # if there is room
-    URGENT = 2  # it has too few: room is made
-    JOIN = 3  # it has none: room is made, and its name is walked through the overlay
+    MIX = 2  # it exchanges a neighbour for this one: room is made
+    URGENT = 3  # it has too few: room is made
+    JOIN = 4  # it has none: room is made, and its name is walked through the overlay
 
 
 @dataclass(frozen=True, slots=True)

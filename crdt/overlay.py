@@ -50,7 +50,8 @@ class Overlay:
     Attributes:
         contacts: members connected.
         neighbours: the active view, in the order of their coming.
-        gained: new neighbours since the list was last emptied, which is for its reader to do.
+        gained: new neighbours since the list was last emptied, which is for its reader to do; and whether either of two
+            is short of neighbours.
         lost: neighbours lost likewise.
         due: when `upkeep` is to be called.
         num_dropped: what did not fit into a bound.
@@ -62,6 +63,8 @@ class Overlay:
         "_config",
         "_dialing",
         "_hearsay",
+        "_hearsay_at",
+        "_hearsay_wait_s",
         "_me",
         "_mix_at",
         "_rng",
@@ -85,15 +88,17 @@ class Overlay:
         self._config = config
         self.contacts: dict[PeerId, _Contact] = {}
         self.neighbours: dict[PeerId, None] = {}
-        self.gained: list[PeerId] = []
+        self.gained: list[tuple[PeerId, bool]] = []
         self.lost: list[PeerId] = []
         self.num_dropped = 0
         self._vouched: dict[PeerId, None] = {}
         self._hearsay: dict[PeerId, None] = {}
         self._shunned: dict[PeerId, float] = {}  # until when
-        self._dialing: dict[PeerId, tuple[float, Ask]] = {}  # until when, and how much it is wanted
+        self._dialing: dict[PeerId, tuple[float, Ask, bool]] = {}  # until when, how much wanted, if hearsay
         self._ask_at = -inf  # nobody is asked before, unless neighbours are few
         self._ask_wait_s = _ASK_WAIT_S
+        self._hearsay_at = -inf  # nobody who is only heard of is dialed before
+        self._hearsay_wait_s = _ASK_WAIT_S
         self._shuffle_at = inf
         self._mix_at = inf
         self.due = inf
@@ -107,7 +112,9 @@ class Overlay:
 
     def up(self, peer: PeerId, now: float, outputs: list[Output]) -> None:
         """A connection to a member stands."""
-        _, wanted = self._dialing.pop(peer, (now, Ask.NONE))
+        _, wanted, was_hearsay = self._dialing.pop(peer, (now, Ask.NONE, False))
+        if was_hearsay:
+            self._hearsay_wait_s = _ASK_WAIT_S
         if peer == self._me or peer in self.contacts:
             return
         if len(self.contacts) >= self._config.max_contacts:
@@ -122,16 +129,14 @@ class Overlay:
             self._mix_at = now + self._config.mix_s * self._rng.uniform(0.1, 1.0)
         if len(self.neighbours) < self._config.active:
             self._take(peer, max(wanted, self._need()), now, outputs)
-        elif wanted is Ask.URGENT:
+        elif wanted is Ask.MIX:
             self._evict(now, outputs, ())
             self._take(peer, wanted, now, outputs)
         self._plan(now)
 
     def down(self, peer: PeerId, now: float, outputs: list[Output]) -> None:
         """The connection to a peer is gone, or dialing it failed."""
-        self._dialing.pop(peer, None)
-        self._hearsay.pop(peer, None)
-        self._shun(peer, now)
+        self._could_not_dial(peer, now)
         if self.contacts.pop(peer, None) is not None:
             self._vouch((peer,))
         if peer in self.neighbours:
@@ -182,10 +187,8 @@ class Overlay:
 
     def upkeep(self, now: float, outputs: list[Output]) -> None:
         """Do what time alone asks for."""
-        for peer in [peer for peer, (until, _) in self._dialing.items() if until <= now]:
-            del self._dialing[peer]
-            self._hearsay.pop(peer, None)
-            self._shun(peer, now)
+        for peer in [peer for peer, (until, _, _) in self._dialing.items() if until <= now]:
+            self._could_not_dial(peer, now)
         if self._shuffle_at <= now:
             self._shuffle_at = now + self._config.shuffle_s * self._rng.uniform(0.75, 1.25)
             if self.neighbours:
@@ -207,12 +210,12 @@ class Overlay:
 
     def _take(self, peer: PeerId, ask: Ask, now: float, outputs: list[Output]) -> None:
         self.contacts[peer].asked_at = now
-        self._gain(peer)
+        self._gain(peer, ask)
         outputs.append(Tell(peer, Control(neighbour=ask)))
 
-    def _gain(self, peer: PeerId) -> None:
+    def _gain(self, peer: PeerId, ask: Ask) -> None:
         self.neighbours[peer] = None
-        self.gained.append(peer)
+        self.gained.append((peer, ask >= Ask.URGENT))
 
     def _lose(self, peer: PeerId) -> None:
         del self.neighbours[peer]
@@ -235,7 +238,7 @@ class Overlay:
                     return
                 contact.made_room_at = now
                 self._evict(now, outputs, (peer,))
-            self._gain(peer)
+            self._gain(peer, max(ask, self._need()))
         if ask is Ask.JOIN and now - contact.joined_at > self._config.retry_s:
             contact.joined_at = now
             walk = Control(walks=(Walk(peer, MAX_STEPS),))
@@ -278,9 +281,9 @@ class Overlay:
         peer = self._rng.choice([*connected, *dialable])
         if peer in self.contacts:
             self._evict(now, outputs, ())
-            self._take(peer, Ask.URGENT, now, outputs)
+            self._take(peer, Ask.MIX, now, outputs)
         else:
-            self._dial(peer, Ask.URGENT, now, outputs)
+            self._dial(peer, Ask.MIX, now, outputs)
 
     def _fill(self, now: float, outputs: list[Output]) -> None:
         """Take, or dial, whoever may be taken while there is room."""
@@ -300,13 +303,21 @@ class Overlay:
         return peer not in self.neighbours and contact.retry_at <= now
 
     def _dial(self, peer: PeerId, wanted: Ask, now: float, outputs: list[Output]) -> None:
-        self._dialing[peer] = (now + self._config.dial_s, wanted)
+        self._dialing[peer] = (now + self._config.dial_s, wanted, peer in self._hearsay)
         outputs.append(Dial(peer))
+
+    def _could_not_dial(self, peer: PeerId, now: float) -> None:
+        _, _, was_hearsay = self._dialing.pop(peer, (now, Ask.NONE, False))
+        if was_hearsay:  # somebody invents members
+            self._hearsay_at = now + self._hearsay_wait_s
+            self._hearsay_wait_s = min(_MAX_ASK_WAIT_S, 2 * self._hearsay_wait_s)
+        self._hearsay.pop(peer, None)
+        self._shun(peer, now)
 
     def _plan(self, now: float) -> None:
         """When `upkeep` has something to do."""
         due = min(self._shuffle_at, self._mix_at)
-        for until, _ in self._dialing.values():
+        for until, _, _ in self._dialing.values():
             due = min(due, until)
         if len(self.neighbours) < self._config.active and (
             self.num_passive > len(self._dialing) or len(self.contacts) > len(self.neighbours)
@@ -359,7 +370,7 @@ class Overlay:
     def _dialable(self, now: float) -> list[PeerId]:
         """Whom to dial, in a random order; those who are vouched for first."""
         found: list[PeerId] = []
-        for view in (self._vouched, self._hearsay):
+        for view in (self._vouched, self._hearsay) if self._hearsay_at <= now else (self._vouched,):
             part = [peer for peer in view if peer not in self._dialing and self._shunned.get(peer, -inf) <= now]
             self._rng.shuffle(part)
             found += part
