@@ -153,7 +153,6 @@ class _Branch:
 
     __slots__ = (
         "broken",
-        "grown",
         "has",
         "lazy",
         "next_at",
@@ -168,7 +167,6 @@ class _Branch:
     def __init__(self, peer: PeerId) -> None:
         self.peer = peer
         self.lazy: set[str] = set()  # sources whose items it is not pushed
-        self.grown: set[str] = set()  # sources that were lazy when what is to be announced now came
         self.next_at = -inf  # no push before
         self.waiting: dict[str, ItemId] | None = None  # for the next push, by key
         self.has: set[ItemId] = set()  # what needs not be announced to it any more
@@ -177,12 +175,6 @@ class _Branch:
         self.pruned_at = -inf
         self.wants = float(MAX_WANT)  # items that it may ask for now
         self.wants_at = -inf
-
-    def grow(self, source: str) -> None:
-        """Push it what comes of a source from now on; what came before is still announced."""
-        if source in self.lazy:
-            self.lazy.discard(source)
-            self.grown.add(source)
 
 
 class _Missing:
@@ -321,7 +313,7 @@ class Gossip:
         for item in items:
             if all(item.source in branch.lazy for branch in branches):  # pruned by everybody: somebody lies
                 for branch in branches:
-                    branch.grow(item.source)
+                    self._set_eager(branch, item.source)
         self._pass_on(items, None, now, outputs)
 
     def _pushed(
@@ -335,7 +327,7 @@ class Gossip:
             if branch is not None:
                 for item in fresh:
                     branch.has.add(item.id)
-                    branch.grow(item.source)
+                    self._set_eager(branch, item.source)
             self._pass_on(fresh, branch, now, outputs)
         if known:
             self._counts.duplicates += len(known)
@@ -472,8 +464,7 @@ class Gossip:
         unsaid = list(self._unsaid.values())
         self._unsaid.clear()
         for branch in self._branches.values():
-            lazy, has = branch.lazy | branch.grown, branch.has
-            branch.grown.clear()
+            lazy, has = branch.lazy, branch.has
             if lazy:
                 news = tuple([item.id for item in unsaid if item.source in lazy and item.id not in has])
                 outputs += [
@@ -502,7 +493,7 @@ class Gossip:
             if source is not None:
                 self._set_lazy(branch, source)
         for item_id in (*message.graft, *message.want):
-            branch.grow(self._seen.get(item_id, ""))
+            self._set_eager(branch, self._seen.get(item_id, ""))
         if message.want:
             self._give(branch, message.want, now, outputs)
 
@@ -621,6 +612,15 @@ class Gossip:
         else:
             self._counts.dropped += 1
 
+    def _set_eager(self, branch: _Branch, source: str) -> None:
+        if source not in branch.lazy:
+            return
+        branch.lazy.remove(source)
+        # What was to be announced to it is not any more, so it has to be pushed.
+        late = [item for item in self._unsaid.values() if item.source == source and item.id not in branch.has]
+        if late:
+            self._wait(branch, late)
+
     def _regrow(self, now: float, outputs: list[Output]) -> None:
         """Follow the overlay: whom it gained may be the way into all trees; whom it lost may have been."""
         overlay = self._overlay
@@ -650,8 +650,8 @@ class Gossip:
                     break
         ids = tuple(newest.values())
         for branch in self._branches.values():
-            branch.grown |= branch.lazy & torn
-            branch.lazy -= torn
+            for source in torn & branch.lazy:
+                self._set_eager(branch, source)
             outputs += [
                 Tell(branch.peer, Control(graft=ids[start : start + MAX_WANT]))
                 for start in range(0, len(ids), MAX_WANT)
