@@ -51,8 +51,8 @@ async def test_what_waits_is_taken_at_once_and_bounded(monkeypatch: pytest.Monke
     waiting = Waiting()
     ops = [SIGNER.seal("op/1", bytes([n])) for n in range(3)]
     waiting.add(records=[b"a", b"b", b"a", b"c"], ops=[(record_hash(op), op) for op in ops])
-    waiting.add(controls=[Control(prune=True), Control(), Control(graft=True)])
-    assert await waiting.take() == ([b"b", b"c"], ops[1:], [Control(), Control(graft=True)])
+    waiting.add(controls=[Control(prune=(bytes(16),)), Control(), Control(graft=(bytes(16),))])
+    assert await waiting.take() == ([b"b", b"c"], ops[1:], [Control(), Control(graft=(bytes(16),))])
     assert waiting.num_dropped == 3
     waiting.close()
     assert await waiting.take() == ([], [], [])

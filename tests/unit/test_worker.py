@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from shoal.protocol.codec import decode_message, encode_message
@@ -46,16 +45,9 @@ PEERS = sorted(PeerId.of_public_key(bytes([n]) * 32) for n in range(1, 9))
 PARENT = Cid.of_block(b"the policy before")
 BALLOT = bytes(range(32))
 SECONDS = 2.0
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"num_envs": 4, "update_epochs": 2, "num_minibatches": 4, "hidden_sizes": [16, 16]}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As a worker has it; several would only get into each other's way with arrays as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def a_manifest(task: str = "gym:CartPole-v1", mode: Mode = Mode.LOCAL, **settings: Any) -> Manifest:
