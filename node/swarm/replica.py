@@ -600,7 +600,6 @@ class Replica:
         self._say(self._presence.reannounce(self._signer, self.every_s))
 
     async def _tick_loop(self) -> None:
-        self._tick_at = min(self._tick_at, trio.current_time())  # if this began anew, a tick was lost
         while True:
             with trio.move_on_at(self._tick_at):
                 await self._retime.wait()
