@@ -240,12 +240,12 @@ class Replica:
 
     def begin(self) -> None:
         """Keep in step with the others from now on."""
-        begin = self._domain.start_soon
-        begin("speaking", self._speak_loop, policy=Policy.RESTART)
-        begin("timing gossip", self._tick_loop, policy=Policy.RESTART)
-        begin("syncing", self._sync_loop, policy=Policy.RESTART)
-        begin("dialing members", self._dial_loop, policy=Policy.RESTART)
-        begin("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
+        domain = self._domain
+        domain.start_soon("speaking", self._speak_loop, policy=Policy.RESTART)
+        domain.start_soon("timing gossip", self._tick_loop, policy=Policy.RESTART)
+        domain.start_soon("syncing", self._sync_loop, policy=Policy.RESTART)
+        domain.start_soon("dialing members", self._dial_loop, policy=Policy.RESTART)
+        domain.start_soon("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
 
     def end(self) -> None:
         """Forget the members, now that the tasks have ended."""
