@@ -92,6 +92,7 @@ def _process() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     gc.unfreeze()
+    gc.collect()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -181,6 +182,8 @@ async def test_the_tasks_are_found() -> None:
     assert list(supervised(source)) == [("a", Policy.END), ("b", Policy.DROP)]
 
 
+# A task that fails before it has begun closes nothing of what it was handed; what fails later does.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_the_node_and_its_other_swarm_live_on_when_each_task_fails_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,13 +205,14 @@ async def test_the_node_and_its_other_swarm_live_on_when_each_task_fails_once(
 
     async with running(Scene(tmp_path / "friend")) as friend:
         scene = Scene(tmp_path / "node", bootstrap=tuple(friend.node().addresses))
-        async with running(scene, seam) as node, trio.open_nursery() as nursery:
-            nursery.start_soon(be_strange_to, node, friend, scene.first)
-            with trio.move_on_after(GENEROUS_S):
-                await until(all_have_failed)
+        async with running(scene, seam) as node:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(be_strange_to, node, friend, scene.first)
+                with trio.move_on_after(GENEROUS_S):
+                    await until(all_have_failed)
+                nursery.cancel_scope.cancel()
             assert expected - failed_in.keys() == set()
             assert all_have_failed()
-            nursery.cancel_scope.cancel()
             await until(lambda: scene.first in node.node().swarms and node.swarm(scene.first).phase in ALIVE)
             await until(lambda: Path(scene.config.paths.api).exists())
             shown, failures = await ask(scene, scene.second)
