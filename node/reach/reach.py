@@ -112,6 +112,7 @@ async def open_reach(host: Host, router: Router, config: ReachConfig) -> AsyncIt
                     answers=True,
                     ip_v4=bound.get("ip4", "0.0.0.0"),  # noqa: S104  as for TCP
                     ip_v6=bound.get("ip6", "::"),
+                    domain=host.domain,
                 )
             )
         except StunError as error:

@@ -240,12 +240,12 @@ class Replica:
 
     def begin(self) -> None:
         """Keep in step with the others from now on."""
-        begin = self._domain.start_soon
-        begin("speaking", self._speak_loop, policy=Policy.RESTART)
-        begin("timing gossip", self._tick_loop, policy=Policy.RESTART)
-        begin("syncing", self._sync_loop, policy=Policy.RESTART)
-        begin("dialing members", self._dial_loop, policy=Policy.RESTART)
-        begin("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
+        domain = self._domain
+        domain.start_soon("speaking", self._speak_loop, policy=Policy.RESTART)
+        domain.start_soon("timing gossip", self._tick_loop, policy=Policy.RESTART)
+        domain.start_soon("syncing", self._sync_loop, policy=Policy.RESTART)
+        domain.start_soon("dialing members", self._dial_loop, policy=Policy.RESTART)
+        domain.start_soon("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
 
     def end(self) -> None:
         """Forget the members, now that the tasks have ended."""
@@ -600,7 +600,6 @@ class Replica:
         self._say(self._presence.reannounce(self._signer, self.every_s))
 
     async def _tick_loop(self) -> None:
-        self._tick_at = min(self._tick_at, trio.current_time())  # if this began anew, a tick was lost
         while True:
             with trio.move_on_at(self._tick_at):
                 await self._retime.wait()

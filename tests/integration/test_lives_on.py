@@ -6,10 +6,13 @@ The tasks are read from the source, so that one that is added is in this test fr
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import gc
+import itertools
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,30 +20,39 @@ from pathlib import Path
 
 import pytest
 import trio
+from libp2p.peer.id import ID
 
 import shoal.node
+from shoal.crdt.sync import Head
 from shoal.node.api.client import Client
 from shoal.node.api.schemas import FailureInfo, SwarmDetail
 from shoal.node.config import NodeConfig, ReachConfig
 from shoal.node.daemon import Node, run_node
 from shoal.node.identity import load_or_create_identity
+from shoal.node.mesh.circuits import BROKEN
+from shoal.node.mesh.connections import ClosePath, LetGo
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.reach.punch import DCUTR_PROTOCOL, PunchError
+from shoal.node.reach.webrtc import open_webrtc
 from shoal.node.store.database import Storage, StorageError, StoredSwarm
 from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import SyncRequest
-from shoal.protocol.errors import RemoteError, UsageError
-from shoal.protocol.ids import Cid, SwarmId
+from shoal.node.wire.contracts import ReachService, SessionDescription, SyncRequest
+from shoal.protocol.errors import RemoteError, ShoalError, UsageError
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.protocol.services import client
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest, sign_manifest
+from shoal.training.run_events import Fetch
 from shoal.training.ticket import Ticket
 
 pytestmark = pytest.mark.trio
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 GENEROUS_S = 30.0
+OWNER = Signer(b"o" * 32)
 STRANGER = Signer(b"s" * 32).peer_id
 ALIVE = ("storing", "starting")
 WHY = "it was made to fail"
@@ -52,12 +64,20 @@ def supervised(source: str) -> Iterator[tuple[str, Policy]]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             name, by = node.args[0], node.func.attr
             policies = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "policy"]
-            if isinstance(name, ast.Constant) and isinstance(name.value, str) and (policies or by == "call"):
-                yield name.value, Policy[policies[0].removeprefix("Policy.")] if policies else Policy.DROP
+            if isinstance(name, ast.Constant) and isinstance(name.value, str) and (policies or by in ("call", "serve")):
+                yield name.value, Policy[policies[0].rpartition(".")[2]] if policies else Policy.DROP
 
 
 SOURCES = [path for folder in shoal.node.__path__ for path in sorted(Path(folder).rglob("*.py"))]
 TASKS = dict(task for path in SOURCES for task in supervised(path.read_text(encoding="utf-8")))
+
+
+NOT_IN_THE_SCENE = {
+    "mapping the port": "a node that listens on loopback alone asks no router",
+    "meeting a neighbour on the LAN": "it is not looked for on loopback",
+    "reaching a neighbour": "in a swarm so small every member is dialed, and not those alone whom gossip wants",
+}
+"""Tasks that do not begin in the scene, and why."""
 
 
 async def until(holds: Callable[[], object]) -> None:
@@ -73,6 +93,7 @@ def _process() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     gc.unfreeze()
+    gc.collect()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -83,20 +104,23 @@ class Scene:
 
     home: Path
     role: str = "storage"
+    bootstrap: tuple[str, ...] = ()
     config: NodeConfig = field(init=False)
     first: SwarmId = field(init=False)
     second: SwarmId = field(init=False)
 
     def __post_init__(self) -> None:
-        reach = ReachConfig(port_mapping=False)
-        self.config = NodeConfig(home=self.home, profile="p", listen=(LOOPBACK,), mdns=False, reach=reach)
+        reach = ReachConfig(port_mapping=False, relay="on")
+        self.config = NodeConfig(
+            home=self.home, profile="p", listen=(LOOPBACK,), mdns=True, bootstrap=self.bootstrap, reach=reach
+        )
         self.config.paths.create()
         self.signer = load_or_create_identity(self.config.paths.identity).signer
         self.first, self.second = (self._joined(seed) for seed in (1, 2))
 
     def _joined(self, seed: int) -> SwarmId:
-        manifest = Manifest(owner=self.signer.peer_id, task="gym:CartPole-v1", algorithm="ppo", seed=seed)
-        swarm, data = sign_manifest(manifest, self.signer)
+        manifest = Manifest(owner=OWNER.peer_id, task="gym:CartPole-v1", algorithm="ppo", seed=seed)
+        swarm, data = sign_manifest(manifest, OWNER)
         role = self.role if seed == 1 else "storage"
         with self.storage() as storage:
             storage.add_swarm(StoredSwarm(swarm=swarm, manifest=data, role=role, joined_at=float(seed), addresses=()))
@@ -159,49 +183,120 @@ async def test_the_tasks_are_found() -> None:
     assert list(supervised(source)) == [("a", Policy.END), ("b", Policy.DROP)]
 
 
-@pytest.mark.parametrize("task", TASKS)
-async def test_the_node_and_its_other_swarm_live_on_when_a_task_fails(
-    task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+# A task that fails before it has begun closes nothing of what it was handed; what fails later does.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_the_node_and_its_other_swarm_live_on_when_each_task_fails_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene = Scene(tmp_path)
-    failed_in: list[str] = []
-    begun: list[tuple[str, str]] = []
+    networks = itertools.count(1)  # the machine comes to another one each second
+    monkeypatch.setattr("shoal.node.reach.reach.local_ips", lambda: {f"192.0.2.{next(networks) % 250}"})
+    failed_in: dict[str, str] = {}
+    begun: Counter[tuple[str, str]] = Counter()
+    expected = TASKS.keys() - NOT_IN_THE_SCENE.keys()
 
     def seam(domain: str, name: str) -> None:
-        begun.append((domain, name))
-        if name == task and not failed_in and str(scene.second) not in domain:
-            failed_in.append(domain)
-            raise ZeroDivisionError(WHY)
+        begun[domain, name] += 1
+        if name not in failed_in and str(scene.second) not in domain:
+            failed_in[name] = domain
+            raise ZeroDivisionError(f"{WHY}: {name};")
 
-    async with running(scene, seam) as node:
-        async with stranger(node):
-            await until(node.peers)
-        await until(lambda: failed_in)
-        domain = failed_in[0]
-        if TASKS[task] is Policy.RESTART:
-            await until(lambda: begun.count((domain, task)) >= 2)
-        expected = ("failed",) if TASKS[task] is Policy.END and str(scene.first) in domain else ALIVE
-        await until(lambda: scene.first in node.node().swarms and node.swarm(scene.first).phase in expected)
-        await until(lambda: Path(scene.config.paths.api).exists())
+    def all_have_failed() -> bool:
+        again = [(failed_in[name], name) for name in expected & failed_in.keys() if TASKS[name] is Policy.RESTART]
+        return expected <= failed_in.keys() and all(begun[task] > 1 for task in again if not task[0].startswith("peer"))
 
-        other, failures = await ask(scene, scene.second)
-        assert other.phase in ALIVE
-        assert other.error is None
-        counted = [each for each in failures if each.task == task]
-        assert [(each.fault, each.count) for each in counted] == [("own", 1)]
-        told = [record for record in caplog.records if WHY in record.getMessage()]
+    async with running(Scene(tmp_path / "friend")) as friend:
+        scene = Scene(tmp_path / "node", bootstrap=tuple(friend.node().addresses))
+        async with running(scene, seam) as node:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(be_strange_to, node, friend, scene.first)
+                nursery.start_soon(lose_again_and_again, node, friend.node().peer_id, scene.first)
+                with trio.move_on_after(GENEROUS_S):
+                    await until(all_have_failed)
+                nursery.cancel_scope.cancel()
+            assert expected - failed_in.keys() == set()
+            assert all_have_failed()
+            await until(lambda: scene.first in node.node().swarms and node.swarm(scene.first).phase in ALIVE)
+            await until(lambda: Path(scene.config.paths.api).exists())
+            shown, failures = await ask(scene, scene.second)
+        assert shown.phase in ALIVE
+        assert shown.error is None
+        own = {each.task: each.count for each in failures if each.fault == "own"}
+        assert own == dict.fromkeys(failed_in, 1)
+        assert scene.has_left() == [False, False]
+    check_told(caplog, failed_in)
+    caplog.clear()  # it holds what failed, and with it their sockets
+
+
+def check_told(caplog: pytest.LogCaptureFixture, failed_in: dict[str, str]) -> None:
+    """Each failure is in the log once, with its task and where that was."""
+    for task, domain in failed_in.items():
+        told = [record for record in caplog.records if f"{WHY}: {task};" in record.getMessage()]
         assert len(told) == 1
         assert f"{domain}: {task} failed" in told[0].getMessage()
         assert told[0].exc_info is not None
-    assert scene.has_left() == [False, False]
+
+
+async def be_strange_to(node: Node, friend: Node, swarm: SwarmId) -> None:
+    """Hosts that come and go, by every way in, and what else happens to a node; again and again."""
+    name, host, climber = node.node().peer_id, node._host, node._reach._climber
+    for number in itertools.count():
+        first = 3 * number % 250
+        async with stranger(node, first) as one, stranger(node, first + 1) as other, plain(first + 2) as hidden:
+            with contextlib.suppress(ShoalError, *BROKEN):
+                one.relay.open()
+                await hidden.connect(one.addresses())
+                await hidden.relay.reserve(one.peer_id)
+                await host.relay.reserve(one.peer_id)
+                await host.connect([f"{one.addresses()[0]}/p2p-circuit/p2p/{hidden.peer_id}"])
+                async with open_webrtc() as webrtc:
+                    offer = await webrtc.offer([])
+                    reach = client(ReachService, hidden.at(name), timeout_s=5)
+                    await reach.webrtc(SessionDescription(offer.sdp))
+                    await offer.aclose()
+            with contextlib.suppress(ShoalError, *BROKEN):
+                await hidden.disconnect(name)
+                await hidden.relay.dial(f"{one.addresses()[0]}/p2p-circuit/p2p/{name}")
+            with contextlib.suppress(ShoalError, *BROKEN):
+                await one.relay.reserve(name)
+                await other.relay.dial(f"{node.node().addresses[0]}/p2p-circuit/p2p/{one.peer_id}")
+            with contextlib.suppress(Exception):
+                await one.libp2p.new_stream(ID.from_base58(name), [DCUTR_PROTOCOL])
+            with contextlib.suppress(PunchError):
+                await climber._puncher._dial_all(other.peer_id, [("127.0.0.1", 1)], None, is_initiator=True)
+            lane = await friend._host.links.dial_bulk_lane(name)
+            if lane is not None:
+                lane.close()
+            if swarm in node.node().swarms:
+                node._swarms.get(swarm).run._do(Fetch(Cid.of_block(b"nobody has this"), (), keep=False))
+            if other.peer_id in host.connected:
+                host._carry_out(ClosePath(host.connected[other.peer_id].best.id))
+                host._carry_out(LetGo(other.peer_id))
+            await trio.sleep(0.1)
+
+
+async def lose_again_and_again(node: Node, friend: PeerId, swarm: SwarmId) -> None:
+    """The connections to another member end whenever it has just become one."""
+    while True:
+        joined = node._swarms.joined.get(swarm)
+        if joined is not None and friend in joined.replica.neighbours and friend in joined.replica.live:
+            await node._host.disconnect(friend)
+        await trio.sleep(0.2)
 
 
 @asynccontextmanager
-async def stranger(node: Node) -> AsyncIterator[Host]:
+async def plain(number: int) -> AsyncIterator[Host]:
+    """A host."""
+    secret = bytes([number]) * 32
+    async with open_host(secret=secret, listen=[LOOPBACK], bootstrap=[], mdns=False, router=Router()) as host:
+        yield host
+
+
+@asynccontextmanager
+async def stranger(node: Node, number: int) -> AsyncIterator[Host]:
     """A host that connects to the node, and goes again."""
-    router = Router()
-    async with open_host(secret=bytes(32), listen=[LOOPBACK], bootstrap=[], mdns=False, router=router) as host:
-        await host.connect(node.node().addresses)
+    async with plain(number) as host:
+        with contextlib.suppress(ShoalError):
+            await host.connect(node.node().addresses)
         yield host
 
 
@@ -238,7 +333,7 @@ async def fails() -> None:
 
 
 async def end_by_a_failure(swarms: Swarms, swarm: SwarmId) -> None:
-    await until(lambda: swarm in swarms.joined and str(swarms.get(swarm).phase) == "storing")
+    await until(lambda: swarm in swarms.joined and str(swarms.get(swarm).phase) in ALIVE)
     domain = swarms.get(swarm).domain
     assert domain is not None
     domain.start_soon("a task", fails, policy=Policy.END)
@@ -253,10 +348,10 @@ async def test_a_swarm_that_ends_by_a_failure_is_shown_as_failed_and_is_not_left
         assert str(failed.phase) == "failed"
         assert failed.error is not None
         assert WHY in failed.error
-        assert str(swarms.get(scene.second).phase) == "storing"
+        assert str(swarms.get(scene.second).phase) in ALIVE
     assert scene.has_left() == [False, False]
     async with swarms_of(scene) as swarms:
-        await until(lambda: scene.first in swarms.joined and str(swarms.get(scene.first).phase) == "storing")
+        await until(lambda: scene.first in swarms.joined and str(swarms.get(scene.first).phase) in ALIVE)
         assert swarms.get(scene.first).error is None
 
 
@@ -265,7 +360,7 @@ async def test_a_swarm_that_failed_is_entered_again_when_it_is_joined_again(tmp_
     async with swarms_of(scene) as swarms:
         await end_by_a_failure(swarms, scene.first)
         await swarms.join(Ticket.parse(swarms.ticket(scene.first)), "storage")
-        assert str(swarms.get(scene.first).phase) == "storing"
+        assert str(swarms.get(scene.first).phase) in ALIVE
         assert swarms.get(scene.first).error is None
 
 
@@ -286,17 +381,18 @@ async def test_a_peer_that_calls_and_comes_and_goes_while_a_swarm_is_left_harms_
         membership = swarms.get(scene.first)
         domain, replica = membership.domain, membership.replica
         assert domain is not None
+        ahead = SyncRequest(scene.first, {str(scene.signer.peer_id): Head(99, bytes(32), 99, bytes(32))})
         nursery.start_soon(swarms.leave, scene.first)
         while scene.first in swarms.joined:
             for event in (PeerUp(STRANGER), PeerDown(STRANGER), PeerUp(STRANGER)):
                 swarms.handle(event)
-            await replica.serve_sync(STRANGER, SyncRequest(scene.first, {str(scene.signer.peer_id): 99}))
+            await replica.serve_sync(STRANGER, ahead)
             await trio.sleep(0.01)
-        await replica.serve_sync(STRANGER, SyncRequest(scene.first, {str(scene.signer.peer_id): 99}))
+        await replica.serve_sync(STRANGER, ahead)
         with pytest.raises(RemoteError, match="not in"):
             swarms.replica(scene.first)
         assert not domain.supervisor.failures
-        assert str(swarms.get(scene.second).phase) == "storing"
+        assert str(swarms.get(scene.second).phase) in ALIVE
     assert scene.has_left() == [True, False]
 
 
@@ -328,7 +424,7 @@ async def test_a_start_without_the_train_extra_keeps_the_run_and_says_how_to_go_
         shown, _ = await ask(scene, scene.first)
         assert shown.error is not None
         assert "pip install 'shoal[train]'" in shown.error
-        await until(lambda: node.swarm(scene.second).phase == "storing")
+        await until(lambda: node.swarm(scene.second).phase in ALIVE)
         (listed,) = [summary for summary in node.swarms() if summary.swarm == scene.first]
         assert (listed.phase, listed.error) == ("failed", shown.error)
     assert scene.has_left() == [False, False]
@@ -352,7 +448,7 @@ async def test_a_worker_that_gets_no_descriptors_is_tried_again(
         assert shown.error is not None
         assert "ulimit -n" in shown.error
         assert {(each.task, each.fault) for each in failures} == {("living", "resource")}
-        assert node.swarm(scene.second).phase == "storing"
+        assert node.swarm(scene.second).phase in ALIVE
     assert tries[1] - tries[0] >= 0.5
     assert tries[2] - tries[1] >= 1
     assert all(record.exc_info is None for record in caplog.records)

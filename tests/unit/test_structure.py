@@ -371,6 +371,72 @@ def test_a_write_into_the_host_is_caught(source: str) -> None:
     assert writes_into_host([planted("shoal.node.reach.planted", source)])
 
 
+# --- every task of the node stands in a failure domain ---------------------------------------------------------------
+
+# Nurseries of a single call: it ends with them, and its caller gets what fails in them.
+NURSERIES = {
+    "shoal.node.supervise.start_soon": "the nursery under all failure domains",
+    "shoal.node.api.app.__call__": "one answer to a client of the local API",
+    "shoal.node.api.server._serve": "the local API, which is a task as a whole",
+    "shoal.node.mesh.dialing._dial_all": "one attempt to reach a peer",
+    "shoal.node.mesh.libp2p_repairs.write_frame": "one write",
+    "shoal.node.mesh.relay.run": "both ways of one circuit, which is served in libp2p's task",
+    "shoal.node.reach.climb._climb": "one climb, which is a task",
+    "shoal.node.reach.climb._try_direct": "one climb, which is a task",
+    "shoal.node.reach.portmap._map_port": "one question to the router",
+    "shoal.node.reach.probing.round": "one round of questions to peers",
+    "shoal.node.reach.punch._dial_all": "one punch",
+    "shoal.node.reach.reach._check_paths": "one check of all paths, which is a task",
+    "shoal.node.reach.reach._keep_telling": "one round of introductions",
+    "shoal.node.swarm.content.get": "one fetch",
+    "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
+    "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
+    "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
+    "shoal.node.wire.bench._echo": "one measurement that somebody asked for",
+    "shoal.node.wire.bench.load": "one measurement that somebody asked for",
+    "shoal.node.wire.bulk._pull_by_lanes": "one transfer",
+    "shoal.node.wire.channel._spawn": "one stream, which is a task as a whole",
+    "shoal.node.wire.channel.run": "one stream, which is a task as a whole",
+    "shoal.node.wire.links.close": "the end of all streams",
+}
+
+
+def unsupervised(modules: Iterable[Module]) -> set[str]:
+    """The functions of the node that begin a task in a nursery, or as a system task, and so in no failure domain."""
+    found = set()
+
+    def look(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = f"{module.name}.{node.name}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            starts = node.func.attr in ("start_soon", "spawn_system_task")
+            if starts and not any(keyword.arg == "policy" for keyword in node.keywords):
+                found.add(function)
+        for child in ast.iter_child_nodes(node):
+            look(child, function)
+
+    for module in modules:
+        if module.room == "node":
+            look(module.tree, module.name)
+    return found
+
+
+def test_every_task_of_the_node_stands_in_a_failure_domain() -> None:
+    assert unsupervised(product_modules()) == NURSERIES.keys()
+
+
+@pytest.mark.parametrize(
+    "source", ["nursery.start_soon(run)", "self._nursery.start_soon(run, 1)", "trio.lowlevel.spawn_system_task(run)"]
+)
+def test_a_task_outside_of_any_failure_domain_is_caught(source: str) -> None:
+    assert unsupervised([planted("shoal.node.planted", f"def begin():\n    {source}")]) == {"shoal.node.planted.begin"}
+
+
+def test_a_task_in_a_failure_domain_is_let_through() -> None:
+    source = "def begin():\n    domain.start_soon('a', run, policy=Policy.DROP)"
+    assert unsupervised([planted("shoal.node.planted", source)]) == set()
+
+
 # --- cores are pure --------------------------------------------------------------------------------------------------
 
 
