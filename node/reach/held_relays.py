@@ -7,6 +7,7 @@ addresses, it says itself when it introduces itself. What a reservation is: `sho
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -28,6 +29,9 @@ NUM_RELAYS: Final = 2
 RELAY_CID: Final = Cid.of_block(b"shoal: nodes that relay, 1")
 """What relays announce in the DHT that they provide."""
 FIND_RELAYS_S: Final = 15.0
+FIND_RELAYS_MAX_S: Final = 120.0
+"""Between two looks into the DHT: twice as long after each one, for it asks every peer; and short again once peers came
+or went, or a relay was lost."""
 REFUSED_S: Final = 60.0
 """How long a relay that refused is not asked again."""
 
@@ -63,6 +67,8 @@ class HeldRelays:
         self._addresses_changed = addresses_changed
         self._held: dict[PeerId, _Held] = {}
         self._refused: dict[PeerId, float] = {}
+        self._look_again_s = FIND_RELAYS_S
+        self._looked_among: frozenset[PeerId] = frozenset()
 
     def names(self) -> list[PeerId]:
         """The relays."""
@@ -82,7 +88,7 @@ class HeldRelays:
 
     async def run(self, are_needed: Callable[[], bool]) -> None:
         """Hold reservations for as long as they are needed; until cancelled."""
-        looked_at = -FIND_RELAYS_S
+        looked_at = -math.inf
         while True:
             now = trio.current_time()
             if not are_needed():
@@ -92,12 +98,23 @@ class HeldRelays:
                     await self._reserve(peer)
                 while (best := self._best()) is not None:
                     await self._reserve(best)
-                if len(self._held) < NUM_RELAYS and self._host.connected and now - looked_at > FIND_RELAYS_S:
+                if len(self._held) < NUM_RELAYS and self._host.connected and self._is_time(now - looked_at):
                     looked_at = now
                     self._host.spawn("finding relays", self._find, policy=Policy.DROP)
             renew_s = min((held.renew_at - now for held in self._held.values()), default=FIND_RELAYS_S)
             with trio.move_on_after(max(0.1, min(renew_s, FIND_RELAYS_S))):
                 await self._news.wait()
+
+    def _is_time(self, since_s: float) -> bool:
+        """Whether to look into the DHT, so long after the last look."""
+        peers = frozenset(self._host.connected)
+        if peers != self._looked_among:
+            self._look_again_s = FIND_RELAYS_S
+        if since_s <= self._look_again_s:
+            return False
+        self._looked_among = peers
+        self._look_again_s = min(2 * self._look_again_s, FIND_RELAYS_MAX_S)
+        return True
 
     def _let_all_go(self) -> None:
         for peer in self._held:

@@ -257,8 +257,10 @@ class Runner:
                 self._to_write.append(output)
                 self._must_write.set()
             case events.Wake(at):
+                is_sooner = at < self._wake_at
                 self._wake_at = at
-                self._retimed.set()
+                if is_sooner:  # else it is seen when the time comes that was asked for before
+                    self._retimed.set()
             case events.Note(text, is_warning):
                 log.log(logging.WARNING if is_warning else logging.INFO, "swarm %s: %s", self.swarm, text)
                 self._note_company()

@@ -324,6 +324,7 @@ class Swarms:
         replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, domain)
         folder = self._paths.swarm(swarm)
         run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
+        replica.changed = run.changed = self.changed
         return Joined(manifest, run, replica, home)
 
     async def _begin(self, membership: Joined, domain: Domain, entry: StoredSwarm) -> None:
@@ -337,18 +338,11 @@ class Swarms:
         if replica.documents().get(self._signer.peer_id, {}).get("member") != register:
             await replica.write(member=register)
         domain.start_soon("providing", self._host.keep_provided, run.swarm, policy=Policy.RESTART)
-        domain.start_soon("telling changes", self._forward_changes, replica.changed, policy=Policy.RESTART)
-        domain.start_soon("telling progress", self._forward_changes, run.changed, policy=Policy.RESTART)
 
     def _catch_up(self, membership: Joined, peer: PeerId) -> None:
         if membership.domain is not None:
             of_peer = membership.domain.inside("peer", f"{peer} in {membership.run.swarm}")
             of_peer.start_soon("catching up", membership.replica.peer_up, peer, policy=Policy.DROP)
-
-    async def _forward_changes(self, signal: Signal) -> None:
-        while True:
-            self.changed.set()
-            await signal.wait()
 
     # Reaching members.
 
