@@ -11,7 +11,7 @@ from typing import Final
 
 from shoal.protocol.codec import to_plain
 from shoal.protocol.ids import Cid
-from shoal.training.sim import Member
+from shoal.training.sim_member import Member
 from shoal.training.statements import (
     MAX_EPOCH,
     MAX_RATE,
