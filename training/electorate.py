@@ -34,6 +34,8 @@ FEW: Final = 4
 """Members up to which each counts for all of its stake."""
 MAX_SAY: Final = 1 / 4
 """Of more."""
+AWAITED_MEDIANS: Final = 4.0
+"""A weight that nobody can have collected is not waited for either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,11 @@ def says_of(stakes: Mapping[PeerId, float]) -> dict[PeerId, float]:
         if sum(say > limit for say in says.values()) <= number:
             return {peer: min(say, limit) for peer, say in says.items()}
     return says
+
+
+def most_awaited(stakes: Mapping[PeerId, float]) -> float:
+    """The most that one member is waited for, in samples: of many, a few times what the median brings."""
+    return AWAITED_MEDIANS * statistics.median(stakes.values()) if len(stakes) > FEW else math.inf
 
 
 def _is_positive(value: Any, limit: float) -> bool:

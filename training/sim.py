@@ -45,6 +45,9 @@ FULL_MESH: Final = 32
 """Members up to which all are connected, as in `shoal.node.swarm.replica`."""
 FIRST_CONTACTS: Final = 3
 STATE_FACTOR: Final = 1.0
+RESEND_RTTS: Final = 2.0
+"""Round trips after which what was lost is sent again: TCP's tail loss probe (RFC 8985)."""
+MIN_RESEND_S: Final = 0.02
 SETTLE_S: Final = 20.0
 """Within which a member that is started must have come to where the others are."""
 MAX_LEARNERS: Final = 128
@@ -145,7 +148,7 @@ class Swarm:
             latency_spread_s=half_s,
             jitter_s=0.1 * half_s,
             loss=config.loss,
-            resend_s=max(0.2, 3 * half_s) if config.loss else None,
+            resend_s=max(MIN_RESEND_S, RESEND_RTTS * 2 * half_s) if config.loss else None,
         )
         self.network = Network(config.seed, links)
         self.rng = Random(config.seed)  # noqa: S311

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shoal.protocol.ids import Cid, PeerId
-from shoal.training.electorate import says_of
+from shoal.training.electorate import most_awaited, says_of
 from shoal.training.exchange.ballots import (
     Ballot,
     Begin,
@@ -124,6 +124,7 @@ class Round:
         "_last_held_at",
         "_limits",
         "_me",
+        "_most_awaited",
         "_offers",
         "_own_attempt",
         "_productive_s",
@@ -196,7 +197,8 @@ class Round:
         self._half_at: float | None = None
         self._last_held_at = now
         self._awaited = self._stakes.keys() - {me} - set(busy) - self._gone
-        self._awaited_stake = sum(self._stakes[peer] for peer in self._awaited)
+        self._most_awaited = most_awaited(self._stakes)
+        self._awaited_stake = sum(min(self._stakes[peer], self._most_awaited) for peer in self._awaited)
         self._proposals: list[_Proposed] = []
         self._known: dict[bytes, _Known] = {}
         may_have_voted = may_have_voted and not self._gone.issuperset(self._stakes.keys() - {me})
@@ -274,6 +276,8 @@ class Round:
             case CannotBeHad(cid):
                 self._asked.discard(cid)
                 self._ask_at[cid] = now + ASK_PART * self._waits.silence_s
+                for signed in [each for each in self._offers.values() if each.offer.cid == cid]:
+                    self._stop_waiting_for(signed.author)
             case Left(author):
                 self._leave(author)
             case Busy(author):
@@ -289,8 +293,11 @@ class Round:
 
     def _take_offer(self, signed: SignedOffer, now: float, outputs: list[RoundOutput]) -> bool:
         offer = signed.offer
-        if signed.author in self._offers or offer.key != self.key or offer.weight > self._limits.offer:
+        if signed.author in self._offers or offer.key != self.key:
             return False
+        if offer.weight > self._limits.offer:
+            self._stop_waiting_for(signed.author)  # nobody can have collected that; nothing better will come
+            return True
         if len(self._offers) >= 2 * MAX_OFFERS and signed.author not in self._stakes:
             return False
         self._offers[signed.author] = signed
@@ -405,7 +412,7 @@ class Round:
         is_here = author in self._offers and self._offers[author].offer.cid in self._held
         if not is_here and not self.has_begun:
             self._awaited.add(author)
-            self._awaited_stake += stake
+            self._awaited_stake += min(stake, self._most_awaited)
 
     def _leave(self, author: PeerId) -> None:
         if author in self._gone:
@@ -432,7 +439,7 @@ class Round:
     def _stop_waiting_for(self, author: PeerId) -> None:
         if author in self._awaited:
             self._awaited.discard(author)
-            self._awaited_stake -= self._stakes[author]
+            self._awaited_stake -= min(self._stakes[author], self._most_awaited)
 
     # Deciding.
 
@@ -619,9 +626,9 @@ class Round:
 
     def _learn(self, ballot: Ballot, now: float) -> None:
         others = any(each.author != self._me for each in ballot.offers)
-        if others and self._began_at is not None and self._attempt == 0 and self._would_at is not None:
+        if others and self._began_at is not None and self._attempt_at is not None:
             reference = self._began_at if self._half_at is None else max(self._half_at, self._began_at)
-            self._waits.learn(self._last_held_at - reference, now - self._would_at)
+            self._waits.learn(self._last_held_at - reference, now - self._attempt_at)
 
 
 def voters_of(key: RoundKey, stakes: Mapping[PeerId, float]) -> dict[PeerId, float]:
