@@ -1,8 +1,8 @@
 """What do the daemons cost beside the learning? Processor time of six nodes of one swarm, and that of their workers.
 
 Six nodes on this machine learn CartPole-v1 with the settings that `shoal swarm create` gives, towards a return that
-cannot be reached. From the first epoch on the processor time of the daemons, and that of their workers, is read from
-``/proc``: a ratio that other load on the machine hardly changes.
+cannot be reached. From half a minute after the first epoch on, when they have found each other, the processor time of
+the daemons, and that of their workers, is read from ``/proc``: a ratio that other load on the machine hardly changes.
 
     python benchmarks/daemons.py [--nodes 6] [--seconds 60] [--modes local,gradient]
 """
@@ -20,6 +20,7 @@ from peers.nodes import Node, nodes
 
 RESULT = Path(__file__).parent / "results" / "daemons.md"
 START_TIMEOUT_S = 120.0
+SETTLE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ def measure(mode: str, num_nodes: int, seconds: float) -> Row:
         for node in running[1:]:
             node.run("join", str(created["ticket"]), "-d")
         ends = time.monotonic() + START_TIMEOUT_S
-        while (before := Reading.of(running, swarm)).epoch == 0:
+        while Reading.of(running, swarm).epoch == 0:
             if time.monotonic() > ends:
                 raise SystemExit(f"the first epoch has not come in {START_TIMEOUT_S:.0f} s")
             time.sleep(0.5)
+        time.sleep(SETTLE_S)
+        before = Reading.of(running, swarm)
         time.sleep(seconds)
         after = Reading.of(running, swarm)
     return Row(
@@ -108,7 +111,7 @@ def main() -> None:
         f"# Daemons: processor time of {options.nodes} nodes of one swarm, beside that of their workers",
         "",
         f"`{command}`, Python {platform.python_version()}, CartPole-v1, PPO,",
-        f"{platform.machine()} with {os.cpu_count()} cores, which all processes share. From the first epoch on.",
+        f"{platform.machine()} with {os.cpu_count()} cores, which all processes share.",
         "",
         "| mode | seconds | daemons, s | workers, s | ratio | epochs/s | env steps/s | daemons per epoch |",
         "|---|---|---|---|---|---|---|---|",

@@ -30,8 +30,8 @@ RELAY_CID: Final = Cid.of_block(b"shoal: nodes that relay, 1")
 """What relays announce in the DHT that they provide."""
 FIND_RELAYS_S: Final = 15.0
 FIND_RELAYS_MAX_S: Final = 120.0
-"""Between two looks into the DHT: twice as long after each one, for it asks every peer; and short again once peers came
-or went, or a relay was lost."""
+"""Between two looks into the DHT: four times as long after each one, for it asks every peer; and short again once peers
+came or went, or a relay was lost."""
 REFUSED_S: Final = 60.0
 """How long a relay that refused is not asked again."""
 
@@ -113,7 +113,7 @@ class HeldRelays:
         if since_s <= self._look_again_s:
             return False
         self._looked_among = peers
-        self._look_again_s = min(2 * self._look_again_s, FIND_RELAYS_MAX_S)
+        self._look_again_s = min(4 * self._look_again_s, FIND_RELAYS_MAX_S)
         return True
 
     def _let_all_go(self) -> None:
