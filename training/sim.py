@@ -381,7 +381,7 @@ class Swarm:
 def simulate(config: SimConfig, *, clean_epochs: int = 20) -> SimReport:
     """Run a swarm, and a clean one of the same machines to hold its waits against."""
     clean_wait_s = None
-    faults = {"loss": 0.0, "kills_per_hour": 0.0, "late": 0, "liars": 0.0}
+    faults = {"kills_per_hour": 0.0, "late": 0, "liars": 0.0}
     if any(getattr(config, name) != value for name, value in faults.items()):
         clean = Swarm(replace(config, epochs=min(config.epochs, clean_epochs), **faults))  # type: ignore[arg-type]
         clean.play(limit_s(clean.config))

@@ -110,6 +110,7 @@ class Round:
         "_awaited",
         "_awaited_stake",
         "_began_at",
+        "_by_cid",
         "_by_name",
         "_cast",
         "_created_at",
@@ -189,6 +190,7 @@ class Round:
         self._productive_s = 0.0
         self._offers: dict[PeerId, SignedOffer] = {}
         self._by_name: dict[bytes, SignedOffer] = {}
+        self._by_cid: dict[Cid, list[SignedOffer]] = {}
         self._held: set[Cid] = set()
         self._asked: set[Cid] = set()
         self._ask_at: dict[Cid, float] = {}  # again, for what did not come
@@ -276,7 +278,7 @@ class Round:
             case CannotBeHad(cid):
                 self._asked.discard(cid)
                 self._ask_at[cid] = now + ASK_PART * self._waits.silence_s
-                for signed in [each for each in self._offers.values() if each.offer.cid == cid]:
+                for signed in self._by_cid.get(cid, ()):
                     self._stop_waiting_for(signed.author)
             case Left(author):
                 self._leave(author)
@@ -301,7 +303,8 @@ class Round:
         if len(self._offers) >= 2 * MAX_OFFERS and signed.author not in self._stakes:
             return False
         self._offers[signed.author] = signed
-        self._turn_of.clear()
+        self._by_cid.setdefault(offer.cid, []).append(signed)
+        self._take_in_turn(signed.author)
         self._by_name[signed.name] = signed
         if offer.cid in self._held or signed.author == self._me:
             self._held.add(offer.cid)
@@ -319,9 +322,8 @@ class Round:
         if cid in self._held:
             return
         self._held.add(cid)
-        for signed in self._offers.values():
-            if signed.offer.cid == cid:
-                self._count_held(signed, now)
+        for signed in self._by_cid.get(cid, ()):
+            self._count_held(signed, now)
         for known in self._known.values():
             known.lacks.discard(cid)
 
@@ -526,9 +528,9 @@ class Round:
         outputs.append(Cast(vote))
 
     def _is_fair(self, known: _Known) -> bool:
-        """Whether it leaves out no more than half of what is held and would have fitted, by samples and by stake."""
-        if known.weight < FAIR_PART * min(self._held_weight, self._limits.ballot):
-            return False
+        """Whether it leaves out no more than half of the stake that is held; where nobody has any, of the samples."""
+        if self._held_stake <= _EPSILON:
+            return known.weight >= FAIR_PART * min(self._held_weight, self._limits.ballot)
         stake = sum(self._says.get(each.author, 0.0) for each in known.ballot.offers)
         return stake >= FAIR_PART * self._held_stake - _EPSILON
 
@@ -543,6 +545,19 @@ class Round:
                 self._candidates(), key=lambda peer: turn_rank("round", self.key, attempt, peer), default=None
             )
         return self._turn_of[attempt]
+
+    def _take_in_turn(self, author: PeerId) -> None:
+        """One more may propose: whose turn it is in each attempt, without ranking the others again."""
+        if author in self._gone:
+            return
+        for attempt, before in self._turn_of.items():
+            if before is not None and (before in self._stakes) != (author in self._stakes):
+                is_first = author in self._stakes
+            else:
+                rank = turn_rank("round", self.key, attempt, author)
+                is_first = before is None or rank < turn_rank("round", self.key, attempt, before)
+            if is_first:
+                self._turn_of[attempt] = author
 
     def _was_in_turn(self, proposed: _Proposed) -> bool:
         """Whether it was its author's turn, when it proposed or since."""
@@ -579,9 +594,10 @@ class Round:
         while now >= (ends_at := self._attempt_at + self._attempt_s()) and self._attempt < MAX_ATTEMPTS:
             self._attempt += 1
             self._attempt_at = ends_at if now < ends_at + self._attempt_s() else now  # after a sleep
-        others = self._votes.attempt_of(LOCK, lambda peer: peer not in self._gone)
-        if others > self._attempt:
-            self._attempt, self._attempt_at = others, now
+        if self._votes.latest > self._attempt:
+            others = self._votes.attempt_of(LOCK, lambda peer: peer not in self._gone)
+            if others > self._attempt:
+                self._attempt, self._attempt_at = others, now
         self._wake_at = self._attempt_at + self._attempt_s()
 
     def _attempt_s(self) -> float:

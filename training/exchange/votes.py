@@ -36,7 +36,7 @@ _EPSILON: Final = 1e-9
 class Votes:
     """What was voted in one round, as one member saw it."""
 
-    __slots__ = ("_behind", "_casts", "_committed", "_committed_stake", "_promised", "says")
+    __slots__ = ("_behind", "_casts", "_committed", "_committed_stake", "_promised", "latest", "says")
 
     def __init__(self, says: dict[PeerId, float]) -> None:
         """Start; ``says`` is what each voter counts for."""
@@ -44,6 +44,8 @@ class Votes:
         self._casts: dict[PeerId, dict[int, bytes]] = {}
         self._behind: dict[tuple[int, bytes], float] = {}
         self._promised: dict[PeerId, int] = {}
+        self.latest = -1
+        """The latest attempt at which anybody has arrived."""
         self._committed: dict[PeerId, bytes] = {}
         self._committed_stake: dict[bytes, float] = {}
 
@@ -69,6 +71,7 @@ class Votes:
         is_news = vote.attempt > self._promised.get(author, -1)
         if is_news:
             self._promised[author] = vote.attempt
+            self.latest = max(self.latest, vote.attempt)
         if vote.ballot == NO_BALLOT or author in self._committed:
             return is_news
         casts = self._casts.setdefault(author, {})
@@ -109,11 +112,13 @@ class Votes:
         stake = self.behind(attempt, name)
         if stake <= 0.0:
             return False
-        total = 0.0
+        most, total = (stake + _EPSILON) / QUORUM, 0.0
         for author, say in self.says.items():
             if is_there(author) or self._is_for(author, attempt, name):
                 total += say
-        return stake >= QUORUM * total - _EPSILON
+                if total > most:
+                    return False
+        return True
 
     def promised(self, attempt: int, is_there: Callable[[PeerId], bool]) -> tuple[float, float]:
         """Of those who are there: the stake of those who promised for an attempt or committed, and of all."""
