@@ -63,21 +63,25 @@ def is_follower(pace: Pace) -> bool:
 
 
 def others_are_ready(pace: Pace, current: Round, samples: int) -> bool:
-    """Whether those with most of the stake go on now, so that what is here has to do."""
-    electorate = pace.electorate
+    """Whether those with most of the stake go on now, so that what is here has to do.
+
+    A fast learner is not hurried by slow ones: they bring less than it would leave out.
+    """
+    electorate, own = pace.electorate, pace.electorate.get(pace.me)
+    least = HURRY_PART * own.stake if own is not None else 0.0
     others = [peer for peer in electorate if peer != pace.me and peer in pace.live]
     total = sum(electorate[peer].stake for peer in others)
     if not total:
         return False
+    most = max(HURRY_PART * total, least)
     offered = [peer for peer in others if peer in current.offers]
-    if sum(electorate[peer].stake for peer in offered) > HURRY_PART * total:
+    if sum(electorate[peer].stake for peer in offered) > most:
         return True
-    own = electorate.get(pace.me)
     usual_s = own.stake / own.rate if own is not None else 0.0
     if samples < share(pace) / 2 and pace.collect_s < usual_s:
         return False
     ready = [peer for peer in others if _is_updating(pace.live[peer], pace.epoch) or peer in current.offers]
-    return sum(electorate[peer].stake for peer in ready) > HURRY_PART * total
+    return sum(electorate[peer].stake for peer in ready) > most
 
 
 def _is_updating(facts: Facts, epoch: int) -> bool:

@@ -12,7 +12,7 @@ from shoal.training.manifest import Role
 from shoal.training.run_events import Collected
 from shoal.training.statements import MAX_RATE, Facts, Phase
 
-FACTS_GAP_S: Final = 0.5
+FACTS_GAP_S: Final = 1.0
 """Between two reports of progress, in a small swarm; as many reports reach a member of a large one."""
 FACTS_PEERS: Final = 8
 FEW: Final = 32
