@@ -22,7 +22,8 @@ import pytest
 from shoal.training.exchange.waits import FIRST_OFFERS_S
 from shoal.training.run import Run
 from shoal.training.run_events import Collect, Evaluate, Load, Merge, Update
-from shoal.training.sim import RESTART_S, Member, SimConfig, Swarm
+from shoal.training.sim import SimConfig, Swarm
+from shoal.training.sim_member import RESTART_S, Member
 
 EXPIRY_S = 3.0 + 1.0 + 1.0
 """Three heartbeats are missed, expiry is looked at with the own heartbeat, and the last record was on its way."""
