@@ -31,6 +31,8 @@ FORK_S: Final = 2.0
 RETRY_S: Final = 2.0
 MAX_RETRY_S: Final = 60.0
 MAX_REFUSED: Final = 4096
+MAX_PAST: Final = 8192
+"""Policies that were held, remembered."""
 _EPSILON: Final = 1e-9
 
 
@@ -70,6 +72,7 @@ class Lineage:
         "_fork_since",
         "_is_new",
         "_me",
+        "_past",
         "_refused",
         "_results",
         "_says",
@@ -87,6 +90,7 @@ class Lineage:
         self._me = me
         self._says: dict[PeerId, float] = {}
         self._results: dict[PeerId, Result] = {}
+        self._past: dict[Cid, None] = {}
         self._support: dict[Cid, float] = {}
         self._total = 0.0
         self._refused: dict[Cid | Result, _Refused] = {}
@@ -108,6 +112,9 @@ class Lineage:
             is_new: whether this node, in this life, made nothing itself yet.
         """
         self.own = own
+        self._past[own.cid] = None
+        if len(self._past) > MAX_PAST:
+            del self._past[next(iter(self._past))]
         self._is_new = is_new
         self._says = dict(says)
         for author, result in self._results.items():
@@ -203,11 +210,11 @@ class Lineage:
         own = self.own
         has_none = own is None or own.epoch == 0
         is_new = has_none or self._is_new
-        ours = 0 if own is None or has_none else sum(_same_line(own, each) for each in self._results.values())
+        ours = sum(self._is_on_own_line(each) for each in self._results.values()) if not has_none else 0
         ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
         for cid, result in ((each.cid, each) for each in self._distinct() if each.epoch > 0):
-            if self._is_refused(result, now) or (own is not None and _same_line(own, result)):
+            if self._is_refused(result, now) or self._is_on_own_line(result):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
             is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, cid)
@@ -226,6 +233,10 @@ class Lineage:
     def holders(self, cid: Cid) -> tuple[PeerId, ...]:
         """Who say that they hold a policy, or one made from it."""
         return tuple(sorted(author for author, each in self._results.items() if cid in (each.cid, each.parent)))
+
+    def _is_on_own_line(self, result: Result) -> bool:
+        """Whether a policy is next to the own one, or was held here before: its holder lags, or said no more yet."""
+        return result.cid in self._past or (self.own is not None and _same_line(self.own, result))
 
     def _distinct(self) -> list[Result]:
         """Every policy that somebody holds, as those with the most stake say of it."""
