@@ -115,7 +115,8 @@ class SimReport:
         epochs: that most honest learners were through.
         agreed: part of the decided rounds after which all honest members that took part held the same bytes.
         epochs_per_hour: by the simulated clock.
-        wait_ratio: the longest mean wait in rounds of an honest learner, to the mean wait of all in the clean run.
+        wait_ratio: the longest mean wait in rounds of an honest learner, to the mean wait of all in the clean run: of
+            the same machines and links, without kills, late members and liars.
         messages_per_announcement: messages of gossip that each member sends for one thing that one member says.
         bytes_per_peer_per_epoch: sent, contents included.
         lost_s_per_kill: by which the epochs with a kill were longer than the median one.

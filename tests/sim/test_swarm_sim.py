@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.training import sim_liars
+from shoal.training import sim, sim_liars
 from shoal.training.sim import SimConfig, SimReport, Swarm, limit_s, simulate
 
 MAX_MESSAGES = 16
@@ -21,7 +21,16 @@ def assert_it_held(report: SimReport, epochs: int) -> None:
 @pytest.mark.parametrize("seed", [1])
 def test_a_swarm_with_every_fault_at_once_agrees_on_every_round(seed: int) -> None:
     config = SimConfig(peers=32, epochs=25, loss=0.05, kills_per_hour=200, late=1, liars=0.1, seed=seed)
-    assert_it_held(simulate(config, clean_epochs=10), 25)
+    report = simulate(config, clean_epochs=10)
+    assert_it_held(report, 25)
+    assert report.wait_ratio <= 2, report
+
+
+def test_a_swarm_of_128_with_every_fault_at_once_agrees_and_gossips_no_more_than_a_small_one() -> None:
+    config = SimConfig(peers=128, epochs=6, loss=0.05, kills_per_hour=200, late=1, liars=0.1, seed=1)
+    swarm = Swarm(config)
+    swarm.play(limit_s(config))
+    assert_it_held(swarm.report(), 6)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -37,7 +46,7 @@ def played(kind: type[sim_liars.Liar] | None, monkeypatch: pytest.MonkeyPatch) -
     """Eight honest members, and one of this kind."""
     config = SimConfig(peers=9, epochs=25, loss=0.02, seed=3, liars=0.0 if kind is None else 1 / 9)
     if kind is not None:
-        monkeypatch.setattr(sim_liars, "KINDS", (kind,))
+        monkeypatch.setattr(sim, "KINDS", (kind,))
     swarm = Swarm(config)
     swarm.play(limit_s(config))
     return swarm.report()
