@@ -10,7 +10,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from shoal import __version__
-from shoal.cli import bench, demo, node, swarm
+from shoal.cli import bench, demo, node, sim, swarm
 from shoal.cli.common import INTERRUPTED, print_json
 from shoal.node.config import default_home
 from shoal.protocol.errors import ShoalError, UsageError
@@ -55,6 +55,7 @@ app.command("join")(swarm.join)
 app.command("leave")(swarm.leave)
 app.command("watch")(swarm.watch)
 app.command("demo")(demo.demo)
+app.command("sim")(sim.sim)
 app.add_typer(bench.bench_app, name="bench")
 
 

@@ -13,8 +13,9 @@ import typer
 from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, connect, console, print_json, profile_paths
 from shoal.cli.spawn import BackgroundNode, wait_gone
-from shoal.node.config import NodeConfig, ReachConfig, default_listen, parse_relay_limits
+from shoal.node.config import NodeConfig, default_listen, parse_relay_limits
 from shoal.node.lock import lock_holder
+from shoal.node.reach.settings import ReachConfig
 from shoal.protocol.errors import NoDaemonError, ShoalError
 
 if TYPE_CHECKING:

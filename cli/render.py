@@ -55,6 +55,14 @@ def ready(answer: dict[str, Any], *, detached: bool) -> RenderableType:
     return "\n".join(lines)
 
 
+def explained(rows: Sequence[tuple[str, float, str]]) -> RenderableType:
+    """Figures by name, and what each means."""
+    table = Table.grid(padding=(0, 2))
+    for name, value, meaning in rows:
+        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", f"{value:,}", f"[dim]{escape(meaning)}[/]")
+    return table
+
+
 def bench(result: BenchResult) -> RenderableType:
     """What was measured of the wire."""
     facts = Table.grid(padding=(0, 2))

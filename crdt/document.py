@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 import pycrdt
 
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
 from shoal.protocol.limits import MAX_NESTING, MAX_OP_BYTES
 
 GROWING: Final = frozenset({"evaluations"})
@@ -93,18 +93,20 @@ class Document:
 
         Raises:
             UsageError: if a name or a value is not one that a register can have. Nothing was changed.
-            LimitError: if it is too much for one update, or for the document. Nothing was changed.
+            TooLargeError: if it is too much for one update, or for the document. Nothing was changed.
         """
         packed = {key: _pack(key, value) for key, value in _flatten(registers)}
         if not packed:
             raise UsageError("there is nothing to write; name a register")
         num_bytes = sum(len(key.encode()) + len(data) + _OVERHEAD_BYTES for key, data in packed.items())
         if num_bytes + _OVERHEAD_BYTES > MAX_UPDATE_BYTES:
-            raise LimitError(f"{num_bytes} bytes of registers exceed the {MAX_UPDATE_BYTES} of one update; write less")
+            raise TooLargeError(
+                f"{num_bytes} bytes of registers exceed the {MAX_UPDATE_BYTES} of one update; write less"
+            )
         if self._chains + len(packed) > MAX_REGISTERS and self._chains + len(packed.keys() - set(self._map)) > (
             MAX_REGISTERS
         ):
-            raise LimitError(f"a document holds at most {MAX_REGISTERS} registers; this one is full")
+            raise TooLargeError(f"a document holds at most {MAX_REGISTERS} registers; this one is full")
         # What the transaction itself reports: `get_update` would repeat every deletion since the first.
         updates: list[bytes] = []
         subscription = self._doc.observe(lambda event: updates.append(event.update))
@@ -171,7 +173,7 @@ def _pack(key: str, value: Any) -> bytes:
         data = encode(value)
         _unpack(data)
     except LimitError as error:
-        raise LimitError(f"register {key!r:.80} is too much: {error}") from error
+        raise TooLargeError(f"register {key!r:.80} is too much: {error}") from error
     except (TypeError, ValueError, OverflowError, RecursionError, ProtocolError) as error:
         raise UsageError(f"register {key!r:.80} can hold only plain data: {error}") from error
     if key_bytes > MAX_KEY_BYTES:

@@ -1,24 +1,31 @@
 """The shared state of one swarm: every author's log and document, and what two nodes have to tell each other.
 
-Sync is anti-entropy over version vectors: one node says how far it is with each author (`SwarmDocs.version`), the other
-answers with what comes after (`SwarmDocs.missing`), and the first takes it in (`SwarmDocs.receive`). Ops may arrive
-in any order and any number of times. What cannot be placed yet is not kept: the next exchange brings it again, in
-order. So two nodes with the same version hold the same documents, byte for byte, as long as no author equivocates.
+Sync is anti-entropy over heads: one node says how far it is with each author and by which op (`SwarmDocs.version`),
+the other answers with what comes after (`SwarmDocs.missing`), and the first takes it in (`SwarmDocs.receive`). Ops may
+arrive in any order and any number of times. What cannot be placed yet is not kept: the next exchange brings it again,
+in order. So two nodes with the same version hold the same documents, byte for byte.
 
-Store before you acknowledge: the shell writes `Received.accepted`, and what `SwarmDocs.write` returns, to disk before
-it answers the sender or anybody's sync, or sends the op. `version` and `missing` show what is not stored yet too, so
-one lock has to be held from `receive` or `write` until it is stored, and around those. If storing fails, the shell
-throws this object away and builds one from what is stored; otherwise a node could sign two different ops with one
-number.
+Forks (`shoal.crdt.oplog.Fork`) travel the same way. Whoever sees that another's newest op is not the one that it holds
+itself at that place sends ops from there on backwards, in steps that double; the first that differ prove a fork at the
+lowest place among them, and since a lower fork counts more, a few exchanges find the first place at which the two logs
+part. A proof is sent as its two ops, side by side. A head says where its log is frozen, so what would be refused is not
+sent again; nor are ops of authors for whom the asker has no place.
+
+Store before you acknowledge: the shell writes `Received.forks` and `Received.accepted`, and what `SwarmDocs.write`
+returns, to disk before it answers the sender or anybody's sync, or sends the op. `version` and `missing` show what is
+not stored yet too, so one lock has to be held from `receive` or `write` until it is stored, and around those. If
+storing fails, the shell throws this object away and builds one from what is stored; otherwise a node could sign two
+different ops with one number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.crdt.oplog import KIND, MAX_LAMPORT, Op, OpLog, Outcome, open_op
+from shoal.crdt.oplog import KIND, MAX_LAMPORT, NO_OP, Fork, Op, OpLog, Outcome, open_op, prove
 from shoal.protocol.codec import encode
 from shoal.protocol.errors import LimitError, ProtocolError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
@@ -27,19 +34,59 @@ from shoal.protocol.signing import Signed, Signer
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """How far somebody is with one author.
+
+    Attributes:
+        seq: of the newest op held; 0 if there is none.
+        hash: its `op_hash`.
+        fork: the place at which the log is frozen; 0 if it is not.
+        stands: the `op_hash` of the op that stands there, whether it is held or not.
+    """
+
+    seq: int = 0
+    hash: bytes = NO_OP
+    fork: int = 0
+    stands: bytes = b""
+
+    def __post_init__(self) -> None:
+        lengths = len(self.hash), len(self.stands)
+        if self.seq < 0 or self.fork < 0 or lengths != (len(NO_OP), len(NO_OP) if self.fork else 0):
+            raise ProtocolError(f"number {self.seq}, fork {self.fork} cannot be of a log's head")
+
+    def counts_before(self, fork: Fork | None) -> bool:
+        """Whether it is frozen by a fork that counts more than this one."""
+        return self.fork > 0 and (fork is None or (self.fork, self.stands) < fork.rank)
+
+
+_NOTHING = Head()
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """How far somebody is.
+
+    Attributes:
+        heads: of every author of whom it holds something.
+        is_full: whether it has a place for no more authors.
+    """
+
+    heads: Mapping[PeerId, Head] = field(default_factory=dict)
+    is_full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """An op that was not taken in.
 
     Attributes:
-        author: who it says it is by; proven only if ``equivocation``.
+        author: who it says it is by; not proven.
         reason: for a log line.
-        equivocation: whether its author signed two different ops for one place.
         sealed: the op.
     """
 
     author: PeerId
     reason: str
-    equivocation: bool
     sealed: Signed
 
 
@@ -51,11 +98,13 @@ class Received:
         accepted: what is new, in an order in which it can be replayed; store it before you acknowledge anything.
         rejected: what will never fit.
         missing: authors of whom ops between those held and those offered are missing; ask somebody for them.
+        forks: of which each cuts a log; store them first.
     """
 
-    accepted: tuple[Signed, ...]
-    rejected: tuple[Rejected, ...]
-    missing: frozenset[PeerId]
+    accepted: tuple[Signed, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    missing: frozenset[PeerId] = frozenset()
+    forks: tuple[Fork, ...] = ()
 
 
 class SwarmDocs:
@@ -63,7 +112,7 @@ class SwarmDocs:
 
     __slots__ = ("_logs", "own", "swarm")
 
-    def __init__(self, swarm: SwarmId, own: PeerId, stored: Iterable[Signed] = ()) -> None:
+    def __init__(self, swarm: SwarmId, own: PeerId, stored: Iterable[Signed] = (), forks: Iterable[Fork] = ()) -> None:
         """Start from what is stored, in any order.
 
         Raises:
@@ -72,6 +121,8 @@ class SwarmDocs:
         self.swarm = swarm
         self.own = own
         self._logs = {own: OpLog(swarm, own)}
+        for fork in forks:
+            self._log_of(fork.author).freeze(fork)
         restored = self.receive(stored)
         if restored.rejected:
             raise ProtocolError(f"the stored state of {swarm} is damaged: {restored.rejected[0].reason}")
@@ -88,33 +139,54 @@ class SwarmDocs:
         """How many ops are held."""
         return sum(log.seq for log in self._logs.values())
 
-    def version(self) -> dict[PeerId, int]:
-        """The newest sequence number of every author of whom something is held."""
+    @property
+    def frozen(self) -> dict[PeerId, Fork]:
+        """The authors who were shown to keep two logs, by what shows it; of `own`, nothing more can be written."""
+        return {author: log.fork for author, log in sorted(self._logs.items()) if log.fork is not None}
+
+    def seqs(self) -> dict[PeerId, int]:
+        """The number of the newest op held of every author of whom there is one."""
         return {author: log.seq for author, log in sorted(self._logs.items()) if log.seq}
 
-    def is_behind(self, version: Mapping[PeerId, int]) -> bool:
-        """Whether somebody with this version has ops that are not here."""
-        return any(seq > self._seq(author) for author, seq in version.items())
+    def version(self) -> Version:
+        """How far this node is."""
+        heads = {
+            author: _head_of(log)
+            for author, log in sorted(self._logs.items())
+            if log.seq or log.fork is not None or self._is_full
+        }
+        return Version(heads, self._is_full)
 
-    def is_ahead(self, version: Mapping[PeerId, int]) -> bool:
-        """Whether ops are here that somebody with this version has not."""
-        return any(log.seq > version.get(author, 0) for author, log in self._logs.items())
+    def is_behind(self, theirs: Version) -> bool:
+        """Whether somebody with this version has what is not here and would be taken."""
+        return any(self._is_behind(author, head) for author, head in theirs.heads.items())
 
-    def missing(self, version: Mapping[PeerId, int], max_bytes: int) -> list[Signed]:
-        """What somebody with this version lacks: the oldest first, and no more than ``max_bytes``, but at least one."""
-        found = [
-            (lamport, author, sealed, num_bytes)
-            for author, log in self._logs.items()
-            for lamport, sealed, num_bytes in log.after(version.get(author, 0))
-        ]
-        found.sort(key=lambda item: item[:2])  # stable, so that the ops of one author stay in their order
+    def is_ahead(self, theirs: Version) -> bool:
+        """Whether there is something here that somebody with this version has not and would take."""
+        return any(next(units, None) is not None for units in self._lacking(theirs).values())
+
+    def missing(self, theirs: Version, max_bytes: int) -> list[Signed]:
+        """What somebody with this version lacks and would take: no more than ``max_bytes``, but at least one.
+
+        The ops of each author are in their order. No author comes before another by more than one op's bytes, so that
+        nobody keeps others from being heard by how much it has to say.
+        """
+        streams = self._lacking(theirs)
+        turns = [(0, author) for author in streams]
+        heapq.heapify(turns)
         ops: list[Signed] = []
         total = 0
-        for _, _, sealed, num_bytes in found:
-            total += num_bytes
+        while turns:
+            taken, author = heapq.heappop(turns)
+            unit = next(streams[author], None)
+            if unit is None:
+                continue
+            size = sum(num_bytes for _, num_bytes in unit)
+            total += size
             if ops and total > max_bytes:
                 break
-            ops.append(sealed)
+            ops += [sealed for sealed, _ in unit]
+            heapq.heappush(turns, (taken + size, author))
         return ops
 
     def receive(self, ops: Iterable[Signed]) -> Received:
@@ -122,32 +194,40 @@ class SwarmDocs:
         accepted: list[Signed] = []
         rejected: list[Rejected] = []
         missing: set[PeerId] = set()
-        opened: list[tuple[PeerId, int, Signed, Op]] = []
+        forks: list[Fork] = []
+        by_author: dict[PeerId, list[tuple[int, Signed, Op]]] = {}
         for sealed in ops:
             try:
-                op = open_op(sealed)
+                op = self._open(sealed)
             except ProtocolError as error:
-                rejected.append(Rejected(sealed.author, str(error), equivocation=False, sealed=sealed))
+                rejected.append(Rejected(sealed.author, str(error), sealed))
             else:
-                opened.append((op.author, op.seq, sealed, op))
-        opened.sort(key=lambda item: item[:2])
-        for author, seq, sealed, op in opened:
-            try:
-                outcome = self._append(sealed, op)
-            except ProtocolError as error:
-                rejected.append(Rejected(author, str(error), equivocation=False, sealed=sealed))
-                continue
-            match outcome:
-                case Outcome.APPENDED:
-                    accepted.append(sealed)
-                case Outcome.HELD:
-                    pass
-                case Outcome.GAP:
-                    missing.add(author)
-                case Outcome.EQUIVOCATION:
-                    reason = f"{author} signed two different ops {seq}; the one heard first stays"
-                    rejected.append(Rejected(author, reason, equivocation=True, sealed=sealed))
-        return Received(tuple(accepted), tuple(rejected), frozenset(missing))
+                by_author.setdefault(op.author, []).append((op.seq, sealed, op))
+        for author, offered in sorted(by_author.items()):
+            offered.sort(key=lambda item: item[0])
+            fork = self._find_fork(author, offered, rejected)
+            if fork is not None:
+                forks.append(fork)
+            accepted += self._settled(author)
+            for _, sealed, op in offered:
+                try:
+                    outcome = self._append(sealed, op)
+                except ProtocolError as error:
+                    rejected.append(Rejected(author, str(error), sealed))
+                    continue
+                match outcome:
+                    case Outcome.APPENDED:
+                        accepted.append(sealed)
+                        accepted += self._settled(author)
+                    case Outcome.HELD:
+                        pass
+                    case Outcome.GAP | Outcome.ASTRAY:
+                        missing.add(author)
+                    case Outcome.FORKED | Outcome.FROZEN:
+                        reason = f"{author} signed two logs; its op {op.seq} is not taken"
+                        if fork is None or sealed not in (fork.stands, fork.other):
+                            rejected.append(Rejected(author, reason, sealed))
+        return Received(tuple(accepted), tuple(rejected), frozenset(missing), tuple(forks))
 
     def write(self, signer: Signer, **registers: Any) -> Signed:
         """Set registers of the own document.
@@ -160,8 +240,9 @@ class SwarmDocs:
             The op. Store it before you send it to anybody.
 
         Raises:
-            UsageError: if the signer is another, or a value is not plain data.
-            LimitError: if it is too much for one op, or the log is full. As with any error, nothing was changed.
+            UsageError: if the signer is another, or a value is not plain data; as a `FrozenLogError`, if two logs were
+                signed with this key.
+            TooLargeError: if it is too much for one op, or the log is full. As with any error, nothing was changed.
         """
         if signer.peer_id != self.own:
             raise UsageError(f"only {self.own} writes here, not {signer.peer_id}")
@@ -178,18 +259,123 @@ class SwarmDocs:
         """The registers of every author, for `shoal.crdt.views`."""
         return {author: log.document.values() for author, log in sorted(self._logs.items()) if log.seq}
 
-    def _seq(self, author: PeerId) -> int:
+    # Inside.
+
+    def _open(self, sealed: Signed) -> Op:
+        op = open_op(sealed)
+        if op.swarm != self.swarm:
+            raise ProtocolError(f"an op of {op.author} in {op.swarm} was offered to {self.swarm}")
+        return op
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._logs) >= MAX_MEMBERS
+
+    def _is_behind(self, author: PeerId, theirs: Head) -> bool:
         log = self._logs.get(author)
-        return 0 if log is None else log.seq
+        if log is None:
+            return not self._is_full and theirs != _NOTHING
+        if theirs.counts_before(log.fork):
+            return True
+        if log.fork is not None and theirs.seq >= log.fork.seq:
+            return log.seq < log.fork.seq - (0 if theirs.fork == log.fork.seq and theirs.hash == theirs.stands else 1)
+        return theirs.seq > log.seq or (theirs.seq == log.seq and theirs.hash != log.head)
+
+    def _lacking(self, theirs: Version) -> dict[PeerId, Iterator[list[tuple[Signed, int]]]]:
+        return {
+            author: _units(log, theirs.heads.get(author, _NOTHING))
+            for author, log in self._logs.items()
+            if author in theirs.heads or not theirs.is_full
+        }
+
+    def _log_of(self, author: PeerId) -> OpLog:
+        log = self._logs.get(author)
+        if log is None:
+            if self._is_full:
+                raise LimitError(f"{self.swarm} has {MAX_MEMBERS} authors already; {author} is one too many")
+            log = self._logs[author] = OpLog(self.swarm, author)
+        return log
+
+    def _find_fork(
+        self, author: PeerId, offered: list[tuple[int, Signed, Op]], rejected: list[Rejected]
+    ) -> Fork | None:
+        """Freeze the author's log by the fork that counts most among those which these ops and those held show."""
+        log = self._logs.get(author)
+        by_seq: dict[int, list[Signed]] = {}
+        for seq, sealed, _ in offered:
+            if sealed not in (rivals := by_seq.setdefault(seq, [])):
+                rivals.append(sealed)
+        for seq, rivals in by_seq.items():  # in order, and the lowest counts
+            held = None if log is None else log.rival(seq)
+            if held is not None and held not in rivals:
+                rivals.append(held)
+            if log is not None and log.fork is not None and seq > log.fork.seq:
+                break
+            if len(rivals) < 2:
+                continue
+            if log is not None and log.fork is not None and {*rivals} <= {log.fork.stands, log.fork.other}:
+                continue
+            genuine = []
+            for sealed in rivals:
+                try:
+                    sealed.check(KIND)
+                except ProtocolError as error:
+                    rejected.append(Rejected(author, str(error), sealed))
+                else:
+                    genuine.append(sealed)
+            offered[:] = [item for item in offered if item[0] != seq or item[1] in genuine]
+            if len(genuine) < 2:
+                continue
+            fork = prove(*genuine)
+            try:
+                log = self._log_of(author)
+            except LimitError as error:
+                rejected += [Rejected(author, str(error), sealed) for sealed in genuine]
+                offered.clear()
+                return None
+            return fork if log.freeze(fork) else None
+        return None
+
+    def _settled(self, author: PeerId) -> list[Signed]:
+        log = self._logs.get(author)
+        settled = None if log is None else log.settle()
+        return [] if settled is None else [settled]
 
     def _append(self, sealed: Signed, op: Op) -> Outcome:
         log = self._logs.get(sealed.author)
         if log is not None:
             return log.append(sealed, op)
-        if len(self._logs) >= MAX_MEMBERS:
+        if self._is_full:
             raise LimitError(f"{self.swarm} has {MAX_MEMBERS} authors already; {sealed.author} is one too many")
         log = OpLog(self.swarm, sealed.author)
         outcome = log.append(sealed, op)
         if outcome is Outcome.APPENDED:  # nobody gets a place by a forged op
             self._logs[sealed.author] = log
         return outcome
+
+
+def _head_of(log: OpLog) -> Head:
+    if log.fork is None:
+        return Head(log.seq, log.head)
+    return Head(log.seq, log.head, log.fork.seq, log.fork.stands_hash)
+
+
+def _units(log: OpLog, theirs: Head) -> Iterator[list[tuple[Signed, int]]]:
+    """What somebody with this head lacks of a log and would take, with sizes; what must go together, together."""
+    end = log.seq
+    if theirs.counts_before(log.fork):
+        end = min(end, theirs.fork - 1)
+    elif log.fork is not None and (theirs.fork, theirs.stands) != log.fork.rank:
+        yield [(sealed, len(encode(sealed))) for sealed in (log.fork.stands, log.fork.other)]
+        if theirs.seq >= log.fork.seq:
+            return  # it will cut its log, and then say how far it is
+    if theirs.seq > end:
+        return
+    if theirs.hash == log.hash_at(theirs.seq):
+        for seq in range(theirs.seq + 1, end + 1):
+            yield [log.op_at(seq)]
+        return
+    seq, step = theirs.seq, 1
+    while seq > 0:
+        yield [log.op_at(seq)]
+        seq, step = seq - step, 2 * step

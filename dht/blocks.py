@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shoal.dht.manifests import ContentManifest, open_content_manifest
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError
+from shoal.protocol.errors import ProtocolError, TooLargeError
 from shoal.protocol.ids import Cid
 from shoal.protocol.limits import BLOCK_BYTES, MAX_CONTENT_BYTES
 
@@ -29,10 +29,10 @@ def split(data: bytes | memoryview) -> Content:
     """Cut bytes into blocks; equal bytes give an equal CID everywhere.
 
     Raises:
-        LimitError: if they are more than one content may have.
+        TooLargeError: if they are more than one content may have.
     """
     if len(data) > MAX_CONTENT_BYTES:
-        raise LimitError(f"a content of {len(data)} bytes exceeds the limit of {MAX_CONTENT_BYTES}; split it")
+        raise TooLargeError(f"a content of {len(data)} bytes exceeds the limit of {MAX_CONTENT_BYTES}; split it")
     if len(data) <= BLOCK_BYTES:
         cid = Cid.of_block(data)
         return Content(cid, {cid: bytes(data)})

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import platformdirs
-from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
-from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.mesh.addresses import check_listen, protocols_of
+from shoal.node.mesh.relay_limits import RelayLimits
+from shoal.node.reach.settings import ReachConfig
 from shoal.node.store.files import make_private_folder
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 
 LISTEN_IPV4: Final = "/ip4/0.0.0.0/tcp/0"
 LISTEN_IPV6: Final = "/ip6/::/tcp/0"
-RELAY_RULES: Final = ("auto", "on", "off")
 _PROFILE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -96,46 +95,6 @@ class ProfilePaths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReachConfig:
-    """What a node does to be reached, and to reach others better.
-
-    Raises:
-        UsageError: if a word or an address makes no sense.
-    """
-
-    relay: str = "auto"
-    """Whether it relays for others: ``on``, ``off``, or ``auto``: when everybody can dial it."""
-
-    relay_limits: RelayLimits = field(default_factory=RelayLimits)
-    """How much it relays."""
-
-    port_mapping: bool = True
-    """Whether to ask the router to forward the port (PCP, NAT-PMP, UPnP)."""
-
-    punch: bool = True
-    """Whether to punch holes by TCP."""
-
-    webrtc: bool = True
-    """Whether to try UDP by WebRTC."""
-
-    announce: tuple[str, ...] = ()
-    """Further multiaddrs at which others reach this node, for example a port that was forwarded by hand."""
-
-    stun_servers: tuple[str, ...] = ()
-    """``HOST:PORT`` of third parties to ask too how WebRTC's socket is seen; peers are asked anyway."""
-
-    def __post_init__(self) -> None:
-        if self.relay not in RELAY_RULES:
-            raise UsageError(f"{self.relay!r} is no rule for relaying; write one of {', '.join(RELAY_RULES)}")
-        for address in self.announce:
-            _check_listen(address)
-        for server in self.stun_servers:
-            host, _, port = server.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise UsageError(f"{server[:80]!r} is no STUN server; write HOST:PORT")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
     """How one node is set up.
 
@@ -177,7 +136,7 @@ class NodeConfig:
         if not self.listen:
             raise UsageError(f"a node listens on at least one address, for example {LISTEN_IPV4}")
         for address in self.listen:
-            _check_listen(address)
+            check_listen(address)
         for address in self.bootstrap:
             check_peer_address(address)
         if not 0 <= self.api_port <= 65535:
@@ -242,25 +201,8 @@ def check_peer_address(text: str) -> tuple[str, PeerId]:
     Raises:
         UsageError: if it is not one.
     """
-    names = _protocols(text)
+    names = protocols_of(text)
     if len(names) < 3 or names[-1] != "p2p":
         raise UsageError(f"{text[:120]!r} does not say whom to expect there; write /ip4/ADDRESS/tcp/PORT/p2p/PEER")
     transport, _, peer = text.rstrip("/").rpartition("/p2p/")
     return transport, PeerId.parse(peer)
-
-
-def _check_listen(text: str) -> None:
-    names = _protocols(text)
-    if len(names) != 2 or names[0] not in ("ip4", "ip6") or names[1] != "tcp":
-        raise UsageError(f"cannot listen on {text[:120]!r}; write /ip4/ADDRESS/tcp/PORT or /ip6/ADDRESS/tcp/PORT")
-
-
-def _protocols(text: str) -> list[str]:
-    try:
-        names = [protocol.name for protocol in Multiaddr(text).protocols()]
-    except (MultiaddrError, ValueError) as error:
-        reason = str(error).split(": ", 1)[-1].removesuffix(f" (string: {text})")
-        raise UsageError(f"{text[:120]!r} is not a multiaddr ({reason[:120]})") from error
-    if not names:
-        raise UsageError("an empty multiaddr; one looks like /ip4/192.0.2.1/tcp/4001")
-    return names

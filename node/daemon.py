@@ -9,7 +9,8 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -23,6 +24,7 @@ from shoal.node.api.schemas import (
     CurvePoint,
     DoctorInfo,
     Event,
+    FailureInfo,
     FamilyInfo,
     JoinedSwarm,
     JoinSwarm,
@@ -47,14 +49,15 @@ from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.doctor import examine
 from shoal.node.identity import load_or_create_identity
 from shoal.node.lock import hold_profile
+from shoal.node.mesh.circuits import parse_circuit
 from shoal.node.mesh.host import Connected, Host, open_host
 from shoal.node.mesh.paths import PathKind
 from shoal.node.metrics import MethodMetrics
 from shoal.node.reach.reach import Reach, open_reach
-from shoal.node.reach.relay import parse_circuit
 from shoal.node.store.database import Storage
+from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
-from shoal.node.swarm.swarms import Membership, Swarms
+from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
 from shoal.node.wire.bench import Bench, BenchServer
 from shoal.node.wire.channel import Router
@@ -62,8 +65,11 @@ from shoal.node.wire.contracts import NodeService
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, client
-from shoal.training.facts import Facts, Phase
+from shoal.training.statements import Facts, Phase
 from shoal.training.ticket import Ticket
+
+if TYPE_CHECKING:
+    from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +77,13 @@ EVENT_INTERVAL_S: Final = 0.1
 PING_TIMEOUT_S: Final = 10.0
 
 
-def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None]) -> None:
+def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None], fault_seam: FaultSeam | None = None) -> None:
     """Run a node until SIGINT, SIGTERM or its API stops it.
 
     Args:
         config: how it is set up.
         on_ready: told once when the node listens and its API answers.
+        fault_seam: lets a test make each task of the node fail.
 
     Raises:
         ShoalError: if it cannot start.
@@ -85,7 +92,7 @@ def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None]) -> None:
     paths.create()
     with hold_profile(paths.lock, config.profile):
         try:
-            trio.run(_run, config, on_ready)
+            trio.run(run_node, config, lambda node: on_ready(node.node()), fault_seam)
         except BaseExceptionGroup as group:
             error = unwrap(group)
             if isinstance(error, ShoalError):
@@ -93,14 +100,15 @@ def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None]) -> None:
             raise
 
 
-async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None:
+async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_seam: FaultSeam | None = None) -> None:
+    """As `run`, in a trio loop that is there already and under a profile that the caller holds."""
     paths = config.paths
     identity = load_or_create_identity(paths.identity)
     storage = Storage(paths.database)
     router = Router()
     try:
         async with (
-            trio.open_nursery() as nursery,
+            Supervisor(fault_seam).open("node") as domain,
             open_host(
                 secret=identity.secret,
                 listen=config.listen,
@@ -109,28 +117,26 @@ async def _run(config: NodeConfig, on_ready: Callable[[NodeInfo], None]) -> None
                 router=router,
                 relay_limits=config.reach.relay_limits,
                 max_peers=config.max_peers,
+                domain=domain,
             ) as host,
             open_reach(host, router, config.reach) as reach,
         ):
             content = ContentStore(storage, host)
             swarms = Swarms(
-                signer=identity.signer, host=host, storage=storage, content=content, paths=paths, nursery=nursery
+                signer=identity.signer, host=host, storage=storage, content=content, paths=paths, domain=domain
             )
             for service in swarms.services():
                 router.add(service)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
-            node = Node(config, host, reach, swarms, nursery.cancel_scope)
-            nursery.start_soon(_stop_on_signal, node)
-            nursery.start_soon(_follow_host, host, swarms)
+            node = Node(config, host, reach, swarms, domain)
+            domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
+            domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
             await swarms.take_up()
-            address = await nursery.start(
-                lambda task_status: serve_api(node, paths, port=config.api_port, task_status=task_status)
-            )
-            node.api_url = address.url
+            await domain.start("the local API", node.serve_api, policy=Policy.RESTART)
             log.info("node %s is ready; it listens on %s", host.peer_id, ", ".join(host.addresses()))
             gc.collect()
             gc.freeze()  # what is here by now stays; going through it again and again would hold up small calls
-            on_ready(node.node())
+            on_ready(node)
             await trio.sleep_forever()
     finally:
         storage.close()
@@ -157,13 +163,14 @@ async def _follow_host(host: Host, swarms: Swarms) -> None:
 class Node:
     """What the local API sees; see `shoal.node.api.app.NodeView`."""
 
-    def __init__(self, config: NodeConfig, host: Host, reach: Reach, swarms: Swarms, scope: trio.CancelScope) -> None:
+    def __init__(self, config: NodeConfig, host: Host, reach: Reach, swarms: Swarms, domain: Domain) -> None:
         self.api_url = ""
+        self._api_port = config.api_port
         self._config = config
         self._host = host
         self._reach = reach
         self._swarms = swarms
-        self._scope = scope
+        self._domain = domain
         self._started = time.monotonic()
 
     def node(self) -> NodeInfo:
@@ -211,8 +218,8 @@ class Node:
         for peer, state in self._host.connected.items():
             nodes[peer] = MeshNode(peer_id=peer, addresses=[state.address])
         for joined in self._swarms.joined.values():
-            for peer, facts in joined.replica.live.items():
-                nodes.setdefault(peer, MeshNode(peer_id=peer, addresses=list(facts.addresses)))
+            for peer in joined.replica.live:
+                nodes.setdefault(peer, MeshNode(peer_id=peer, addresses=list(joined.replica.addresses(peer))))
         for peer, node in nodes.items():
             in_swarms = [s for s, joined in self._swarms.joined.items() if peer == me or peer in joined.replica.live]
             nodes[peer] = node.model_copy(update={"swarms": in_swarms})
@@ -301,6 +308,10 @@ class Node:
         return MetricsInfo(
             served={name: _method_info(counted) for name, counted in sorted(metrics.served.items())},
             called={name: _method_info(counted) for name, counted in sorted(metrics.called.items())},
+            failures=[
+                FailureInfo(domain=domain, task=task, fault=str(fault), count=count)
+                for (domain, task, fault), count in sorted(self._domain.supervisor.failures.items())
+            ],
         )
 
     async def bench(self, request: BenchRequest) -> BenchResult:
@@ -355,9 +366,17 @@ class Node:
         """Say goodbye to the members and forget the run."""
         await self._swarms.leave(swarm)
 
+    async def serve_api(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the local API; started when it answers. When it begins again, it is at the same port."""
+        async with open_plain_nursery() as nursery:
+            address = await nursery.start(partial(serve_api, self, self._config.paths, port=self._api_port))
+            self.api_url = address.url
+            self._api_port = int(address.url.rpartition(":")[2])
+            task_status.started()
+
     def stop(self) -> None:
         """Begin to end the node; returns at once."""
-        self._scope.cancel()
+        self._domain.cancel()
 
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
@@ -380,56 +399,58 @@ class Node:
                 await self._swarms.changed.wait()
             await trio.sleep(EVENT_INTERVAL_S)
 
-    def _detail(self, joined: Membership) -> SwarmDetail:
-        run, manifest, status, replica = joined.run, joined.manifest, joined.run.status, joined.replica
+    def _detail(self, joined: Joined) -> SwarmDetail:
+        run, manifest, replica = joined.run, joined.manifest, joined.replica
+        policy, progress = run.policy, run.core.progress
         documents = replica.documents()
         found = evaluations(documents)
         points = [CurvePoint(epoch=int(p[0]), env_steps=int(p[1]), mean_return=p[2]) for p in run.curve()]
         people = self._members(joined)
-        mean_return = status.final.mean_return if status.final else (found[-1].mean_return if found else None)
+        mean_return = progress.final.mean_return if progress.final else (found[-1].mean_return if found else None)
         return SwarmDetail(
             swarm=run.swarm,
             task=manifest.task,
             algorithm=manifest.algorithm,
             role=str(run.role),
-            phase=str(replica.facts.phase),
-            epoch=status.epoch,
+            phase=str(joined.phase),
+            epoch=0 if policy is None else policy.epoch,
             mean_return=mean_return,
             target_return=manifest.target_return,
-            env_steps=status.env_steps,
+            env_steps=0 if policy is None else policy.env_steps,
             num_members=sum(member.live for member in people),
             alone=not replica.live,
-            solved=status.solved,
+            solved=progress.solved,
             mode=str(manifest.mode),
             owner=manifest.owner,
-            training_return=status.training_return,
+            training_return=run.training_return,
             max_env_steps=manifest.max_env_steps,
             batch_size=manifest.batch_size,
             steps_per_s=round(sum(member.steps_per_s for member in people if member.live), 1),
             members=people,
-            digest=status.digest,
-            policy_cid=status.cid,
-            alone_since=status.alone_since,
-            trained_alone=status.trained_alone,
+            digest=(policy.digest or None) if policy else None,
+            policy_cid=policy.cid if policy else None,
+            alone_since=run.alone_since,
+            trained_alone=run.core.trained_alone,
             curve=points,
-            results=None if status.results is None else str(status.results),
-            error=status.error,
+            results=None if run.results is None else str(run.results),
+            error=joined.error,
             ticket=self._swarms.ticket(run.swarm),
-            started_at=status.started_at,
-            elapsed_s=round((status.ended_at or time.time()) - status.started_at, 3),
+            started_at=run.started_at,
+            elapsed_s=round((run.ended_at or time.time()) - run.started_at, 3),
         )
 
-    def _members(self, joined: Membership) -> list[MemberInfo]:
+    def _members(self, joined: Joined) -> list[MemberInfo]:
         replica, me = joined.replica, self._host.peer_id
         documents = replica.documents()
         contributed = contributions(documents)
         total = sum(entry.env_steps for entry in contributed.values())
-        listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in replica.live.items()}
+        told = joined.run.core.live
+        listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in told.items()}
         listed |= {peer: known.role for peer, known in members(documents).items() if not known.left}
         listed[me] = str(joined.run.role)
         found = []
         for peer, role in sorted(listed.items()):
-            live: Facts | None = replica.facts if peer == me else replica.live.get(peer)
+            live: Facts | None = joined.run.core.facts() if peer == me else told.get(peer)
             given = contributed.get(peer)
             found.append(
                 MemberInfo(
@@ -438,7 +459,7 @@ class Node:
                     is_self=peer == me,
                     live=live is not None,
                     epoch=live.epoch if live else 0,
-                    phase=str(live.phase) if live else "gone",
+                    phase=str(joined.phase if peer == me else live.phase) if live else "gone",
                     env_steps=max(given.env_steps if given else 0, live.env_steps if live else 0),
                     samples=live.samples if live else 0,
                     steps_per_s=live.steps_per_s if live and live.phase is not Phase.DONE else 0.0,

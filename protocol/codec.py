@@ -1,8 +1,9 @@
 """Schemas on the wire: frozen dataclasses to MessagePack and back, strictly.
 
 A message type is a dataclass. It is written as a map from field name to value, so a later version may add
-a field with a default: an older reader ignores it, a newer one fills it in. Encoding is canonical (keys
-sorted, shortest integers, UTF-8), so the bytes of a value can be signed and named by CID.
+a field with a default: an older reader ignores it, a newer one fills it in. (Where `decode` is told to be strict, an
+older reader refuses it.) Encoding is canonical (keys sorted, shortest integers, UTF-8), so the bytes of a value can be
+signed and named by CID.
 
 Bulk bytes do not pass through MessagePack: a field of type `Attachment` travels beside the header, raw, and the
 header holds its number. Such a message is written by `encode_message` and read by `decode_message`.
@@ -26,7 +27,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import msgpack
 
-from shoal.protocol.errors import LimitError, ProtocolError, ShoalError
+from shoal.protocol.errors import LimitError, ProtocolError, ShoalError, UnknownFieldError
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_NESTING
 
 T = TypeVar("T")
@@ -59,14 +60,23 @@ def encode_message(value: object) -> tuple[bytes, list[Buffer]]:
     return pack(_plain(value, attachments)), attachments
 
 
-def decode(kind: type[T], data: Buffer, *, max_bytes: int = MAX_HEADER_BYTES) -> T:
+def decode(kind: type[T], data: Buffer, *, max_bytes: int = MAX_HEADER_BYTES, strict: bool = False) -> T:
     """Read one value of type ``kind``.
+
+    Args:
+        kind: a message type, or any other annotation that the codec supports.
+        data: MessagePack.
+        max_bytes: more is refused unread.
+        strict: refuse fields that ``kind`` does not have, at any depth, in place of ignoring them. For what everybody
+            must understand in the same way, such as the manifest of a run.
 
     Raises:
         LimitError: if the data is longer than ``max_bytes`` or nested deeper than `limits.MAX_NESTING`.
+        UnknownFieldError: if ``strict`` and there is a field that the type does not have.
         ProtocolError: if it is not MessagePack, or a field is missing or of the wrong type.
     """
-    return decode_message(kind, data, (), max_bytes=max_bytes)
+    value = unpack(data, kind.__name__, max_bytes=max_bytes)
+    return typing.cast(T, _reader_of(kind, strict=strict)(value, []))
 
 
 def decode_message(
@@ -189,16 +199,18 @@ def _is_raw(hint: Any) -> bool:
 
 
 _readers: dict[Any, _Reader] = {}
+_strict_readers: dict[Any, _Reader] = {}
 
 
-def _reader_of(kind: Any) -> _Reader:
-    reader = _readers.get(kind)
+def _reader_of(kind: Any, *, strict: bool = False) -> _Reader:
+    readers = _strict_readers if strict else _readers
+    reader = readers.get(kind)
     if reader is None:
-        reader = _readers[kind] = _reader(kind, kind.__name__, 0)
+        reader = readers[kind] = _reader(kind, kind.__name__, 0, strict)
     return reader
 
 
-def _reader(kind: Any, where: str, depth: int) -> _Reader:
+def _reader(kind: Any, where: str, depth: int, strict: bool) -> _Reader:
     """What checks a value against ``kind`` and builds it; ``where`` is its place, for the errors."""
     if depth > MAX_NESTING:
         raise TypeError(f"{where} is nested deeper than {MAX_NESTING}: the codec has no recursive types")
@@ -206,15 +218,15 @@ def _reader(kind: Any, where: str, depth: int) -> _Reader:
     if kind == Attachment:
         return _attachment_reader(where)
     if origin in (typing.Union, types.UnionType):
-        return _optional_reader(kind, where, depth)
+        return _optional_reader(kind, where, depth, strict)
     if origin in (tuple, list):
-        return _list_reader(kind, where, depth)
+        return _list_reader(kind, where, depth, strict)
     if origin is dict:
-        return _dict_reader(kind, where, depth)
+        return _dict_reader(kind, where, depth, strict)
     if kind is Any:
         return lambda value, _: _check_plain(value, where, depth)
     if dataclasses.is_dataclass(kind):
-        return _dataclass_reader(typing.cast(type, kind), where, depth)
+        return _dataclass_reader(typing.cast(type, kind), where, depth, strict)
     return _scalar_reader(kind, where)
 
 
@@ -231,9 +243,9 @@ def _attachment_reader(where: str) -> _Reader:
     return read
 
 
-def _optional_reader(kind: Any, where: str, depth: int) -> _Reader:
+def _optional_reader(kind: Any, where: str, depth: int, strict: bool) -> _Reader:
     (arm,) = (arm for arm in typing.get_args(kind) if arm is not type(None))
-    read_arm = _reader(arm, where, depth)
+    read_arm = _reader(arm, where, depth, strict)
 
     def read(value: Any, attachments: _Attachments) -> Any:
         return None if value is None else read_arm(value, attachments)
@@ -241,9 +253,9 @@ def _optional_reader(kind: Any, where: str, depth: int) -> _Reader:
     return read
 
 
-def _list_reader(kind: Any, where: str, depth: int) -> _Reader:
+def _list_reader(kind: Any, where: str, depth: int, strict: bool) -> _Reader:
     make = typing.get_origin(kind)
-    read_item = _reader(typing.get_args(kind)[0], f"{where}[]", depth + 1)
+    read_item = _reader(typing.get_args(kind)[0], f"{where}[]", depth + 1, strict)
 
     def read(value: Any, attachments: _Attachments) -> Any:
         if type(value) is not list:
@@ -253,8 +265,8 @@ def _list_reader(kind: Any, where: str, depth: int) -> _Reader:
     return read
 
 
-def _dict_reader(kind: Any, where: str, depth: int) -> _Reader:
-    read_item = _reader(typing.get_args(kind)[1], f"{where}{{}}", depth + 1)
+def _dict_reader(kind: Any, where: str, depth: int, strict: bool) -> _Reader:
+    read_item = _reader(typing.get_args(kind)[1], f"{where}{{}}", depth + 1, strict)
 
     def read(value: Any, attachments: _Attachments) -> Any:
         if type(value) is not dict or not all(type(key) is str for key in value):
@@ -264,21 +276,25 @@ def _dict_reader(kind: Any, where: str, depth: int) -> _Reader:
     return read
 
 
-def _dataclass_reader(kind: type, where: str, depth: int) -> _Reader:
+def _dataclass_reader(kind: type, where: str, depth: int, strict: bool) -> _Reader:
     hints = typing.get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
     fields = tuple(
         (
             field.name,
-            _reader(hints[field.name], f"{where}.{field.name}", depth + 1),
+            _reader(hints[field.name], f"{where}.{field.name}", depth + 1, strict),
             field.default is missing and field.default_factory is missing,
         )
         for field in dataclasses.fields(kind)
     )
+    known = frozenset(name for name, _, _ in fields)
 
     def read(value: Any, attachments: _Attachments) -> Any:
         if type(value) is not dict:
             raise _wrong(where, "a map", value)
+        if strict and not value.keys() <= known:
+            unknown = min(str(name) for name in value.keys() - known)
+            raise UnknownFieldError(f"{where} has the unknown field {unknown[:80]!r}")
         taken: dict[str, Any] = {}
         for name, read_field, is_required in fields:
             if name in value:

@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 import zstandard
 
 from shoal.protocol.codec import Buffer
-from shoal.protocol.errors import LimitError, ProtocolError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError
 from shoal.protocol.limits import MAX_ATTACHMENT_BYTES, MAX_ATTACHMENTS, MAX_HEADER_BYTES
 
 _PREFIX: Final = struct.Struct("!IBBIIH")
@@ -103,7 +103,7 @@ def encode_frame(
         max_attachment_bytes: of all attachments together.
 
     Raises:
-        LimitError: if the far side would refuse it.
+        TooLargeError: if the far side would refuse it.
     """
     kind, call_id, header, attachments, flags = frame
     header_bytes = len(header)
@@ -117,7 +117,7 @@ def encode_frame(
             prefix = _PREFIX_WITH_ONE.pack(length, kind, flags, call_id, header_bytes, 1, num_bytes)
             return [b"".join((prefix, header, small))]
     sizes = [memoryview(attachment).nbytes for attachment in attachments]  # len() counts a tensor's rows
-    _check_limits(header_bytes, sizes, max_attachment_bytes)
+    _check_limits(header_bytes, sizes, max_attachment_bytes, TooLargeError)
     pieces = list(attachments)
     marks = sizes
     if compress:
@@ -209,7 +209,7 @@ class FrameDecoder:
             attached = sum(marks) if max(marks) < _SIZE_COMPRESSED else sum(mark & _SIZE for mark in marks)
             at += 4 * num_attachments
         if header_bytes > MAX_HEADER_BYTES or attached > self._max_attachment_bytes:
-            _check_limits(header_bytes, (attached,), self._max_attachment_bytes)
+            _check_limits(header_bytes, (attached,), self._max_attachment_bytes, LimitError)
         if end != at + header_bytes + attached:
             raise ProtocolError("a frame's lengths contradict each other")
         self._wanted = end - start
@@ -274,10 +274,12 @@ def _decompress(piece: Buffer, max_bytes: int) -> bytes:
     return plain
 
 
-def _check_limits(header_bytes: int, sizes: Sequence[int], max_attachment_bytes: int) -> None:
+def _check_limits(
+    header_bytes: int, sizes: Sequence[int], max_attachment_bytes: int, error: type[LimitError | TooLargeError]
+) -> None:
     if header_bytes > MAX_HEADER_BYTES:
-        raise LimitError(f"a header of {header_bytes} bytes exceeds the limit of {MAX_HEADER_BYTES}")
+        raise error(f"a header of {header_bytes} bytes exceeds the limit of {MAX_HEADER_BYTES}")
     if len(sizes) > MAX_ATTACHMENTS:
-        raise LimitError(f"{len(sizes)} attachments exceed the limit of {MAX_ATTACHMENTS}")
+        raise error(f"{len(sizes)} attachments exceed the limit of {MAX_ATTACHMENTS}")
     if sum(sizes) > max_attachment_bytes:
-        raise LimitError(f"attachments of {sum(sizes)} bytes exceed the limit of {max_attachment_bytes}")
+        raise error(f"attachments of {sum(sizes)} bytes exceed the limit of {max_attachment_bytes}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import lru_cache
 from typing import Final, Self
 
 import base58
@@ -19,6 +20,9 @@ from shoal.protocol.errors import UsageError
 
 _PEER_PREFIX: Final = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])  # identity multihash, 36 bytes, protobuf Ed25519
 _MAX_PEER_CHARS: Final = 64  # an Ed25519 peer id has 52
+_MAX_REMEMBERED: Final = 4096
+"""Names of each kind whose bytes are at hand: a peer's is read with each signed thing of its author, a swarm's with
+each call about it."""
 _CID_PREFIX_RAW: Final = bytes([0x01, 0x55, 0x12, 0x20])  # CIDv1, raw, sha2-256, 32 bytes
 _CID_PREFIX_MSGPACK: Final = bytes([0x01, 0x81, 0x04, 0x12, 0x20])  # CIDv1, messagepack, sha2-256, 32 bytes
 
@@ -35,16 +39,7 @@ class PeerId(str):
         Raises:
             UsageError: if it is not the base58 form of an Ed25519 peer id.
         """
-        if len(text) > _MAX_PEER_CHARS:  # decoding takes time that grows with the square of the length
-            raise UsageError(f"{text[:80]!r}… is too long for a peer id; one looks like 12D3KooW…")
-        try:
-            raw = base58.b58decode(text)
-        except ValueError as error:
-            raise UsageError(f"{text[:80]!r} is not a peer id; one looks like 12D3KooW…") from error
-        if base58.b58encode(raw).decode() != text:  # the decoder drops white space; a name has one spelling
-            raise UsageError(f"{text[:80]!r} is not a peer id; leave out the white space")
-        if len(raw) != len(_PEER_PREFIX) + 32 or not raw.startswith(_PEER_PREFIX):
-            raise UsageError(f"{text[:80]!r} is not an Ed25519 peer id; one looks like 12D3KooW…")
+        _public_key_in(text)
         return cls(text)
 
     @classmethod
@@ -55,7 +50,22 @@ class PeerId(str):
     @property
     def public_key(self) -> bytes:
         """The raw 32-byte Ed25519 public key inside the name."""
-        return base58.b58decode(str(self))[len(_PEER_PREFIX) :]
+        return _public_key_in(str(self))
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _public_key_in(text: str) -> bytes:
+    if len(text) > _MAX_PEER_CHARS:  # decoding takes time that grows with the square of the length
+        raise UsageError(f"{text[:80]!r}… is too long for a peer id; one looks like 12D3KooW…")
+    try:
+        raw = base58.b58decode(text)
+    except ValueError as error:
+        raise UsageError(f"{text[:80]!r} is not a peer id; one looks like 12D3KooW…") from error
+    if base58.b58encode(raw).decode() != text:  # the decoder drops white space; a name has one spelling
+        raise UsageError(f"{text[:80]!r} is not a peer id; leave out the white space")
+    if len(raw) != len(_PEER_PREFIX) + 32 or not raw.startswith(_PEER_PREFIX):
+        raise UsageError(f"{text[:80]!r} is not an Ed25519 peer id; one looks like 12D3KooW…")
+    return raw[len(_PEER_PREFIX) :]
 
 
 class Cid(str):
@@ -70,7 +80,7 @@ class Cid(str):
         Raises:
             UsageError: if it is not a base32 CIDv1 (raw or messagepack) over sha2-256.
         """
-        cls(text).to_bytes()
+        _cid_bytes(str(text))
         return cls(text)
 
     @classmethod
@@ -100,34 +110,34 @@ class Cid(str):
 
     def to_bytes(self) -> bytes:
         """The binary form: version, codec, hash function, length, digest."""
-        text = str(self)
-        error = UsageError(f"{text[:80]!r} is not a CID; one looks like bafk…")
-        if len(text) > 70 or not text.startswith("b") or text != text.lower():
-            raise error
-        body = text[1:].upper()
-        try:
-            raw = base64.b32decode(body + "=" * (-len(body) % 8))
-        except ValueError as cause:
-            raise error from cause
-        prefix = _CID_PREFIX_MSGPACK if self._has_manifest_prefix(raw) else _CID_PREFIX_RAW
-        if len(raw) != len(prefix) + 32 or not raw.startswith(prefix):
-            raise error
-        if "b" + base64.b32encode(raw).decode().rstrip("=").lower() != text:
-            raise error
-        return raw
-
-    @staticmethod
-    def _has_manifest_prefix(raw: bytes) -> bool:
-        return raw.startswith(_CID_PREFIX_MSGPACK)
+        return _cid_bytes(str(self))
 
     @property
     def is_manifest(self) -> bool:
         """Whether the bytes describe something bigger than themselves."""
-        return self._has_manifest_prefix(self.to_bytes())
+        return self.to_bytes().startswith(_CID_PREFIX_MSGPACK)
 
     def matches(self, data: bytes | memoryview) -> bool:
         """Whether these are the bytes that the CID names."""
         return self.to_bytes()[-32:] == hashlib.sha256(data).digest()
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _cid_bytes(text: str) -> bytes:
+    error = UsageError(f"{text[:80]!r} is not a CID; one looks like bafk…")
+    if len(text) > 70 or not text.startswith("b") or text != text.lower():
+        raise error
+    body = text[1:].upper()
+    try:
+        raw = base64.b32decode(body + "=" * (-len(body) % 8))
+    except ValueError as cause:
+        raise error from cause
+    prefix = _CID_PREFIX_MSGPACK if raw.startswith(_CID_PREFIX_MSGPACK) else _CID_PREFIX_RAW
+    if len(raw) != len(prefix) + 32 or not raw.startswith(prefix):
+        raise error
+    if "b" + base64.b32encode(raw).decode().rstrip("=").lower() != text:
+        raise error
+    return raw
 
 
 class SwarmId(Cid):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shoal.protocol.codec import Buffer, decode, encode, pack, unpack
-from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status
+from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status, TooLargeError
 from shoal.protocol.frames import FROM_CALLER, Frame, FrameDecoder, FrameType, encode_frame
 from shoal.protocol.limits import (
     MAX_ATTACHMENT_BYTES,
@@ -232,7 +232,7 @@ class RpcConnection:
         """Start a call; returns its id, by which the outcome is told. An infinite ``timeout_s`` waits for ever.
 
         Raises:
-            LimitError: if the request is too big.
+            TooLargeError: if the request is too big.
         """
         call_id = self._next_call_id
         while call_id in self._ours:  # after 2**32 calls, an old one may still be open
@@ -257,7 +257,7 @@ class RpcConnection:
         """Answer a call of the far side; nothing is sent if it was withdrawn. Returns the bytes to be written.
 
         Raises:
-            LimitError: if the answer is too big; the call stays open, to be failed.
+            TooLargeError: if the answer is too big; the call stays open, to be failed.
         """
         call = self._theirs.get(call_id)
         num_bytes = 0
@@ -296,7 +296,7 @@ class RpcConnection:
         """Send the next message of our side's stream; without effect if the call is over.
 
         Raises:
-            LimitError: if the message is too big.
+            TooLargeError: if the message is too big.
         """
         call = self._open_stream(call_id, is_ours=is_ours)
         if call is None:
@@ -304,6 +304,8 @@ class RpcConnection:
         if not call.may_send or call.credit <= 0:
             raise ValueError("there is no credit for a message; wait for Writable")
         cost = _message_cost(body, attachments)
+        if cost > MAX_MESSAGE_BYTES:
+            raise TooLargeError(f"a message of {cost} bytes exceeds the limit of {MAX_MESSAGE_BYTES}; send it in bulk")
         self._send(FrameType.MESSAGE, call_id, body, tuple(attachments), FROM_CALLER if is_ours else 0)
         call.credit -= cost
 
@@ -482,6 +484,8 @@ class RpcConnection:
         if call.window <= 0:
             raise ProtocolError("a message beyond the credit of its stream")
         cost = _message_cost(frame.header, frame.attachments)
+        if cost > MAX_MESSAGE_BYTES:
+            raise LimitError(f"a message of {cost} bytes exceeds the limit of {MAX_MESSAGE_BYTES}; send it in bulk")
         call.window -= cost
         return Message(call_id, is_ours, frame.header, frame.attachments, cost)
 
@@ -502,7 +506,4 @@ def _remote_error(header: ErrorHeader) -> RemoteError:
 
 
 def _message_cost(body: Buffer, attachments: Attachments) -> int:
-    cost = MESSAGE_OVERHEAD_BYTES + len(body) + sum(memoryview(attachment).nbytes for attachment in attachments)
-    if cost > MAX_MESSAGE_BYTES:
-        raise LimitError(f"a message of {cost} bytes exceeds the limit of {MAX_MESSAGE_BYTES}; send it in bulk")
-    return cost
+    return MESSAGE_OVERHEAD_BYTES + len(body) + sum(memoryview(attachment).nbytes for attachment in attachments)

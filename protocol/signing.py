@@ -7,6 +7,7 @@ thing is never valid for another. Keys are Ed25519 (RFC 8032); the public key is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -72,13 +73,18 @@ def verify(author: PeerId, kind: str, payload: bytes, signature: bytes) -> None:
     Raises:
         SignatureError: if it did not.
     """
+    try:
+        _key_of(author).verify(signature, _message(kind, payload))
+    except (InvalidSignature, ValueError) as error:
+        raise SignatureError(f"a {kind} that claims to be by {author} is not signed by it") from error
+
+
+@lru_cache(maxsize=1024)
+def _key_of(author: PeerId) -> Ed25519PublicKey:
     key = author.public_key
     if int.from_bytes(key, "little") % 2**255 % _PRIME in _SMALL_ORDER:
         raise SignatureError(f"{author} is a key in whose name anybody could sign; it proves nothing")
-    try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, _message(kind, payload))
-    except (InvalidSignature, ValueError) as error:
-        raise SignatureError(f"a {kind} that claims to be by {author} is not signed by it") from error
+    return Ed25519PublicKey.from_public_bytes(key)
 
 
 def _message(kind: str, payload: bytes) -> bytes:

@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.protocol.codec import Attachment, Buffer
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -317,7 +317,7 @@ class ErrorFeedback:
         Raises:
             UsageError: as `encode_tensor`; also if a value is NaN or infinite, or the dtype or shape is not this
                 name's. The residual stays as it was.
-            LimitError: if one more residual would exceed ``max_bytes``; likewise.
+            TooLargeError: if one more residual would exceed ``max_bytes``; likewise.
         """
         array = np.asarray(array)
         if array.dtype.name not in ("float32", "float64"):
@@ -325,7 +325,7 @@ class ErrorFeedback:
         residual = self._residuals.get(name)
         if residual is None:
             if self._num_bytes + array.nbytes > self._max_bytes:
-                raise LimitError(
+                raise TooLargeError(
                     f"the residual of {name!r}, {array.nbytes} bytes, does not fit beside {self._num_bytes} others'"
                     f" under {self._max_bytes}: raise max_bytes, or drop what is no longer sent"
                 )

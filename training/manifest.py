@@ -2,6 +2,10 @@
 
 It names a task and an algorithm that the reader has installed; code never travels. Changing one byte makes
 another swarm, so all who hold the same `SwarmId` train the same thing.
+
+A manifest is read strictly: a field that is not known here could change what members compute, and a member that
+ignored it would merge otherwise than the rest and split the swarm. For the same reason it says which versions of what
+it names a member must have (`training.requirements`).
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ from enum import StrEnum
 from typing import Any, Final
 
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, UsageError
+from shoal.protocol.errors import TooLargeError, UnknownFieldError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
 
 KIND: Final = "manifest/1"
+MAX_REQUIREMENTS: Final = 64
+MAX_VERSION: Final = 2**31 - 1
 
 
 class Mode(StrEnum):
@@ -57,6 +63,7 @@ class Manifest:
         eval_interval: epochs between evaluations.
         max_env_steps: the run ends, unsolved, after this many steps by all learners together.
         created_at: Unix seconds by the owner's clock; tells apart runs that are alike.
+        requires: what a member must have, and of which version; see `training.requirements`.
         version: of this schema.
     """
 
@@ -73,6 +80,7 @@ class Manifest:
     eval_interval: int = 2
     max_env_steps: int = 10_000_000
     created_at: int = 0
+    requires: dict[str, int] = field(default_factory=dict)
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -92,6 +100,11 @@ class Manifest:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"{name.replace('_', ' ')} must be between {low} and {high}, not {value}")
+        if len(self.requires) > MAX_REQUIREMENTS:
+            raise UsageError(f"a manifest names at most {MAX_REQUIREMENTS} requirements, not {len(self.requires)}")
+        for name, version in self.requires.items():
+            if not 0 <= version <= MAX_VERSION:
+                raise UsageError(f"the version of {name[:80]!r} must be between 0 and {MAX_VERSION}, not {version}")
         if self.version != 1:
             raise UsageError(f"this manifest is of version {self.version}; update Shoal to join it")
 
@@ -101,13 +114,15 @@ def sign_manifest(manifest: Manifest, signer: Signer) -> tuple[SwarmId, bytes]:
 
     Raises:
         UsageError: if the signer is not the owner.
-        LimitError: if nobody could open it because it is too big.
+        TooLargeError: if nobody could open it because it is too big.
     """
     if manifest.owner != signer.peer_id:
         raise UsageError("a manifest is signed by its owner")
     data = encode(signer.seal(KIND, encode(manifest)))
     if len(data) > MAX_HEADER_BYTES:
-        raise LimitError(f"a manifest of {len(data)} bytes exceeds the {MAX_HEADER_BYTES}; set fewer hyper-parameters")
+        raise TooLargeError(
+            f"a manifest of {len(data)} bytes exceeds the {MAX_HEADER_BYTES}; set fewer hyper-parameters"
+        )
     return SwarmId.of_manifest(data), data
 
 
@@ -115,15 +130,19 @@ def open_manifest(swarm: SwarmId, data: bytes) -> Manifest:
     """Check bytes that somebody sent as the manifest of ``swarm``, and read them.
 
     Raises:
-        UsageError: if these are not the bytes that the name stands for.
+        UsageError: if these are not the bytes that the name stands for, or say something that only a newer version
+            understands.
         SignatureError: if the owner did not sign them.
         ProtocolError: if they are not a manifest.
     """
     if not swarm.matches(data):
         raise UsageError(f"these bytes are not the manifest of {swarm}")
-    signed = decode(Signed, data, max_bytes=MAX_HEADER_BYTES)
-    signed.check(KIND)
-    manifest = decode(Manifest, signed.payload, max_bytes=MAX_HEADER_BYTES)
+    try:
+        signed = decode(Signed, data, max_bytes=MAX_HEADER_BYTES, strict=True)
+        signed.check(KIND)
+        manifest = decode(Manifest, signed.payload, max_bytes=MAX_HEADER_BYTES, strict=True)
+    except UnknownFieldError as error:
+        raise UsageError(f"this run was started by a newer Shoal ({error}); update Shoal to join it") from error
     if manifest.owner != signed.author:
         raise UsageError(f"the manifest of {swarm} names {manifest.owner} as owner but {signed.author} signed it")
     return manifest

@@ -9,46 +9,69 @@ it (`training.worker_calls`) and replaces it when it dies. It ends when the sock
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from shoal.protocol.codec import decode_message, encode_message
-from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status
-from shoal.protocol.ids import PeerId
+from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
-from shoal.training.algorithms import Exchange, Learner, UpdateStats, load_algorithm
+from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
+from shoal.training.electorate import Delivered, Electorate
+from shoal.training.events import Events
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
+from shoal.training.exchange.outliers import outliers
+from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
+from shoal.training.statements import HASH_BYTES, NO_BALLOT
 from shoal.training.tasks import load_task
 from shoal.training.worker_calls import (
     ABANDON,
+    BEGIN,
     COLLECT,
     EVALUATE,
     FINISH,
     LOAD,
+    LOG,
+    MAX_COUNT,
     MERGE,
+    MERGE_FAILED,
     OPEN,
+    Abandon,
+    Begin,
     Collect,
     Collected,
     Evaluate,
     Evaluated,
     Finish,
     Load,
+    Log,
     Merge,
     MergeAnswer,
     Open,
     StateAnswer,
 )
+
+log = logging.getLogger(__name__)
+
+MAX_OVERSHOOT_BATCHES: Final = 256 * 8
+"""Of environment steps beyond those a run has: what 256 learners, each with a backlog, may bring in its last epoch."""
+
+MAX_IDLE_EPOCHS: Final = 2**20
+"""Epochs without an environment step in them; there are hardly any."""
 
 
 class Worker:
@@ -57,14 +80,21 @@ class Worker:
     def __init__(self) -> None:
         self._learner: Learner | None = None
         self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
-        self._template: Arrays = {}  # what contributions to the round under way look like
+        self._exchange = Exchange({}, 0, {})  # the round under way
+        self._events: Events | None = None
+        self._epoch = 0
+        self._next = _Descent()
+        self._is_counted = False
+        self._max_env_steps = 0
         self.methods: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
             COLLECT.name: (COLLECT.request, self.collect),
+            BEGIN.name: (BEGIN.request, self.begin),
             MERGE.name: (MERGE.request, self.merge),
             ABANDON.name: (ABANDON.request, self.abandon),
             EVALUATE.name: (EVALUATE.request, self.evaluate),
+            LOG.name: (LOG.request, self.log),
             FINISH.name: (FINISH.request, self.finish),
         }
 
@@ -78,44 +108,97 @@ class Worker:
     def open(self, request: Open) -> StateAnswer:
         """Set up the run and give its initial state."""
         manifest = request.manifest
-        task = load_task(manifest.task)
-        self._learner = load_algorithm(manifest.algorithm).learner(manifest, task, peer=request.peer)
-        return self._state(0, 0)
+        task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+        check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
+        self._learner = algorithm.learner(manifest, task, peer=request.peer)
+        self._update, self._epoch = None, 0
+        self.close()
+        self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
+        self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch_size, 1024)
+        return self._state(_Descent())
 
     def load(self, request: Load) -> StateAnswer:
         """Replace the learner's state."""
         arrays, meta = decode_arrays(bytes(request.state))
-        epoch, env_steps = meta.get("epoch"), meta.get("env_steps")
-        if type(epoch) is not int or type(env_steps) is not int or epoch < 0 or env_steps < 0:
-            raise ProtocolError("the state does not say its epoch and environment steps")
-        self._drop_update()
-        self.learner.import_state(arrays)
-        return StateAnswer(epoch, env_steps, digest(self.learner.policy_arrays()))
+        epoch, env_steps = _count("epoch", meta.get("epoch")), _count("env_steps", meta.get("env_steps"))
+        if env_steps > self._max_env_steps or epoch > env_steps + MAX_IDLE_EPOCHS:
+            raise ProtocolError(f"this run cannot have come to epoch {epoch} with {env_steps} environment steps")
+        descent = _Descent.read(meta)
+        keep_samples = request.keep_samples and epoch == self._epoch + 1
+        self.learner.import_state(arrays, keep_samples=keep_samples)
+        self._update = None
+        self._epoch = epoch
+        return descent.answer(digest(self.learner.policy_arrays()), epoch_samples=self.learner.samples)
 
     def collect(self, request: Collect) -> Collected:
         """Collect experience."""
-        collected = self.learner.collect(request.num_steps)
+        began = time.monotonic()
+        ends = math.inf if request.max_seconds is None else began + request.max_seconds
+        collected = self.learner.collect(request.num_steps, lambda: time.monotonic() >= ends)
         returns = tuple(float(value) for value in collected.episode_returns)
-        return Collected(collected.samples, collected.total, returns)
+        return Collected(collected.samples, collected.total, returns, time.monotonic() - began)
+
+    def begin(self, request: Begin) -> MergeAnswer:
+        """Start the update of the policy that the learner holds."""
+        if _count("epoch", request.epoch) != self._epoch:
+            raise RemoteError(Status.FAILED_PRECONDITION, f"the worker holds epoch {self._epoch}, not {request.epoch}")
+        before = _Descent(
+            request.epoch,
+            _count("env_steps", request.env_steps),
+            None,
+            NO_BALLOT,
+            Electorate.from_plain(request.electorate),
+        )
+        self._drop_update(keep_samples=True)
+        self._update = self.learner.update()
+        self._next = replace(before, epoch=before.epoch + 1, parent=request.parent)
+        self._is_counted = False
+        return self._go_on(None, ())
 
     def merge(self, request: Merge) -> MergeAnswer:
-        """Start the update, or send it the average that it waits for."""
+        """Send the update the average that it waits for."""
         rejected: list[PeerId] = []
+        average = self._average(request, rejected)
+        self._next = replace(self._next, ballot=request.ballot)
+        if not self._is_counted:  # the first exchange of an epoch says who put in what
+            self._is_counted = True
+            delivered = tuple(
+                Delivered(author, weight, seconds)
+                for author, weight, seconds in zip(request.authors, request.weights, request.seconds, strict=True)
+                if author not in rejected
+            )
+            self._next = replace(
+                self._next,
+                env_steps=self._next.env_steps + sum(each.weight for each in delivered),
+                electorate=self._next.electorate.after(delivered),
+            )
+        return self._go_on(average, tuple(rejected), request.authors)
+
+    def _go_on(
+        self, average: Arrays | None, rejected: tuple[PeerId, ...], authors: tuple[PeerId, ...] = ()
+    ) -> MergeAnswer:
+        """Run the update until it wants something averaged, or is done."""
         try:
-            if not request.authors:
-                self._drop_update(keep_samples=True)
-                self._update = self.learner.update()
-                exchange = next(self._update)
-            else:
-                exchange = self._running_update().send(self._average(request, rejected))
+            update = self._running_update()
+            self._exchange = next(update) if average is None else update.send(average)
         except StopIteration as end:
             self._update = None
+            self._epoch = self._next.epoch
             stats: UpdateStats = end.value
-            state = self._state(request.epoch, request.env_steps)
-            return MergeAnswer(state=state, stats=stats.metrics, rejected=tuple(rejected))
-        self._template = exchange.template
+            state = self._state(self._next)
+            values = {f"training/{name}": value for name, value in stats.metrics.items()}
+            self._note(values, self._next.env_steps)
+            return MergeAnswer(state=state, stats=stats.metrics, rejected=rejected)
+        except DivergedError as error:
+            self._update = None
+            merged = [author for author in authors if author not in rejected]
+            raise RemoteError(MERGE_FAILED, f"{error}; merged were {', '.join(merged)}") from error
+        except BaseException:
+            self._update = None
+            raise
+        exchange = self._exchange
         contribution = encode_arrays(exchange.arrays, {}) if exchange.weight > 0 else None
-        return MergeAnswer(weight=exchange.weight, contribution=contribution, rejected=tuple(rejected))
+        return MergeAnswer(weight=exchange.weight, contribution=contribution, rejected=rejected)
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
         if self._update is None:
@@ -123,22 +206,35 @@ class Worker:
         return self._update
 
     def _average(self, request: Merge, rejected: list[PeerId]) -> Arrays:
-        contributions = []
+        """What was contributed, merged; who is left out is put into ``rejected``."""
+        self._running_update()
+        exchange = self._exchange
+        numbers = {len(each) for each in (request.authors, request.weights, request.seconds, request.contributions)}
+        if len(numbers) > 1:
+            raise ProtocolError("what is to be merged is not of one number")
+        let_in = []
         for author, weight, data in zip(request.authors, request.weights, request.contributions, strict=True):
             try:
                 contribution = Contribution(author, weight, decode_arrays(bytes(data))[0])
-                validate(contribution, self._template)
-            except ProtocolError:
+                validate(contribution, exchange.template)
+                exchange.check(contribution)
+            except ProtocolError as error:
+                log.warning("%s", error)
                 rejected.append(author)
                 continue
-            contributions.append(contribution)
-        if not contributions:
-            raise RemoteError(Status.FAILED_PRECONDITION, "no contribution of the round is well-formed")
-        return merge(contributions)
+            let_in.append(contribution)
+        absurd = outliers(let_in, exchange.scales)
+        for author, reason in absurd.items():
+            log.warning("the contribution of %s is left out: %s", author, reason)
+            rejected.append(author)
+        let_in = [each for each in let_in if each.author not in absurd]
+        if not let_in:
+            raise RemoteError(Status.FAILED_PRECONDITION, "no contribution of the round is of any use")
+        return merge(let_in)
 
-    def abandon(self, _: Empty) -> Empty:
-        """Drop what was collected and any half-done update."""
-        self._drop_update()
+    def abandon(self, request: Abandon) -> Empty:
+        """Drop any half-done update, and what was collected unless it is to be kept."""
+        self._drop_update(keep_samples=request.keep_samples)
         return Empty()
 
     def _drop_update(self, *, keep_samples: bool = False) -> None:
@@ -153,6 +249,20 @@ class Worker:
         returns = self.learner.evaluate(request.episodes, request.seed)
         return Evaluated(tuple(float(value) for value in returns))
 
+    def log(self, request: Log) -> Empty:
+        """Note numbers of the node."""
+        self._note(request.values, _count("env_steps", request.env_steps))
+        return Empty()
+
+    def close(self) -> None:
+        """Close the files that are open."""
+        if self._events is not None:
+            self._events.close()
+
+    def _note(self, values: Mapping[str, float], env_steps: int) -> None:
+        if self._events is not None:
+            self._events.write(values, env_steps=env_steps, at=time.time())
+
     def finish(self, request: Finish) -> Empty:
         """Write the results of the run."""
         folder = Path(request.folder)
@@ -163,10 +273,58 @@ class Worker:
         _draw_curve(folder / "curve.png", request)
         return Empty()
 
-    def _state(self, epoch: int, env_steps: int) -> StateAnswer:
+    def _state(self, descent: _Descent) -> StateAnswer:
         learner = self.learner
-        data = encode_arrays(learner.export_state(), {"epoch": epoch, "env_steps": env_steps})
-        return StateAnswer(epoch, env_steps, digest(learner.policy_arrays()), data)
+        data = encode_arrays(learner.export_state(), descent.meta())
+        return descent.answer(digest(learner.policy_arrays()), state=data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Descent:
+    """What a state says of itself beside its arrays: where it comes from, and who counts in what follows."""
+
+    epoch: int = 0
+    env_steps: int = 0
+    parent: Cid | None = None
+    ballot: bytes = NO_BALLOT
+    electorate: Electorate = field(default_factory=Electorate)
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "env_steps": self.env_steps,
+            "parent": self.parent,
+            "ballot": self.ballot.hex(),
+            "electorate": self.electorate.to_plain(),
+        }
+
+    @classmethod
+    def read(cls, meta: Mapping[str, Any]) -> _Descent:
+        """The inverse of `meta`; `ProtocolError` if it is not that."""
+        parent, ballot = meta.get("parent"), meta.get("ballot")
+        try:
+            parent_cid = None if parent is None else Cid.parse(parent)
+            name = bytes.fromhex(ballot if isinstance(ballot, str) else "")
+        except (UsageError, ValueError, TypeError) as error:
+            raise ProtocolError(f"the state does not say what it was made from: {error}") from error
+        if len(name) != HASH_BYTES:
+            raise ProtocolError("the state does not say by which ballot it was made")
+        electorate = Electorate.from_plain(meta.get("electorate"))
+        return cls(
+            _count("epoch", meta.get("epoch")), _count("env_steps", meta.get("env_steps")), parent_cid, name, electorate
+        )
+
+    def answer(self, policy_digest: str, *, state: bytes | None = None, epoch_samples: int = 0) -> StateAnswer:
+        return StateAnswer(
+            self.epoch,
+            self.env_steps,
+            policy_digest,
+            self.parent,
+            self.ballot,
+            self.electorate.to_plain(),
+            state,
+            epoch_samples,
+        )
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -202,31 +360,59 @@ def serve(connection_socket: socket.socket) -> None:
     """Do calls until the far side closes the socket."""
     worker = Worker()
     connection = RpcConnection(max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
-    while data := connection_socket.recv(1 << 20):
-        for event in connection.receive_data(data, time.monotonic()):
-            if isinstance(event, Called):
-                _do(worker, connection, event)
-                for piece in connection.data_to_send():
-                    connection_socket.sendall(piece)
+    try:
+        while data := connection_socket.recv(1 << 20):
+            for event in connection.receive_data(data, time.monotonic()):
+                if isinstance(event, Called):
+                    _do(worker, connection, event)
+                    for piece in connection.data_to_send():
+                        connection_socket.sendall(piece)
+    finally:
+        worker.close()
 
 
 def _do(worker: Worker, connection: RpcConnection, call: Called) -> None:
+    """Do one call; whatever it raises is told to the node as what it is, and the worker lives on."""
+    if call.method not in worker.methods:
+        connection.fail(call.call_id, Status.UNIMPLEMENTED, f"a worker has no method {call.method}")
+        return
     try:
         request_type, method = worker.methods[call.method]
         body, attachments = encode_message(method(decode_message(request_type, call.body, call.attachments)))
         connection.answer(call.call_id, body, attachments)
-    except KeyError:
-        connection.fail(call.call_id, Status.UNIMPLEMENTED, f"a worker has no method {call.method}")
     except RemoteError as error:
         connection.fail(call.call_id, error.status, error.message)
     except ShoalError as error:
         connection.fail(call.call_id, Status.INVALID_ARGUMENT, str(error))
-    except OSError as error:
-        connection.fail(call.call_id, Status.RESOURCE_EXHAUSTED, f"{error.strerror}: {error.filename}")
+    except (OSError, MemoryError) as error:
+        log.exception("%s failed", call.method)
+        connection.fail(call.call_id, Status.RESOURCE_EXHAUSTED, _in_words(error))
+    except Exception as error:  # an environment, an algorithm or a defect of this program: any type
+        log.exception("%s failed", call.method)
+        connection.fail(call.call_id, Status.INTERNAL, _in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    match error:
+        case OSError(strerror=str(strerror), filename=filename) if filename is not None:
+            return f"{strerror}: {filename}"
+        case OSError(strerror=str(strerror)):
+            return strerror
+        case MemoryError():
+            return f"out of memory {error}".strip()
+    return f"{type(error).__name__}: {error}"
+
+
+def _count(what: str, value: object) -> int:
+    """A number that a state or a node gives, checked."""
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ProtocolError(f"the {what} is not a number from 0 to 2**53")
+    return value
 
 
 def main() -> None:
     """Serve the socket whose file descriptor is the only argument."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)  # stderr: the worker's log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the node, which closes the socket
     torch.set_num_threads(1)
     os.nice(5)  # the node that this worker belongs to comes first

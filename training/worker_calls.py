@@ -9,17 +9,24 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shoal.protocol.codec import Attachment
-from shoal.protocol.ids import PeerId
+from shoal.protocol.errors import Status
+from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, Method
 from shoal.training.manifest import Manifest
+from shoal.training.statements import NO_BALLOT
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Set up a run: task, algorithm and the initial state, which the manifest's seed fixes for everybody."""
+    """Set up a run: task, algorithm and the initial state, which the manifest's seed fixes for everybody.
+
+    Attributes:
+        folder: of the run on this machine; training metrics go into its ``tensorboard``. Empty: nowhere.
+    """
 
     manifest: Manifest
     peer: PeerId
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +37,49 @@ class StateAnswer:
         epoch: of the state.
         env_steps: by all learners together until then.
         digest: hex sha256 of the parameters now in the worker.
+        parent: CID of the state that it was made from; None for the initial one.
+        ballot: name of the last that was averaged on the way, 32 bytes.
+        electorate: who counts in what follows, as `shoal.training.electorate.Electorate.to_plain` gives it.
         state: the learner's whole state, if it is new to the node.
+        epoch_samples: environment steps that wait for the next update, kept from the policy before.
     """
 
     epoch: int
     env_steps: int
     digest: str
+    parent: Cid | None = None
+    ballot: bytes = NO_BALLOT
+    electorate: dict[str, Any] = field(default_factory=dict)
     state: Attachment | None = None
+    epoch_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Replace the learner's state."""
+    """Replace the learner's state. A state that is refused (INVALID_ARGUMENT) changes nothing.
+
+    Attributes:
+        state: that some learner exported.
+        keep_samples: keep what was collected in the epoch under way, if the state is of the epoch after it: so what a
+            slow member makes counts an epoch later. What is older is dropped. `StateAnswer.epoch_samples` says how
+            much was kept.
+    """
 
     state: Attachment
+    keep_samples: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Collect:
-    """Collect experience for about this many environment steps."""
+    """Collect experience.
+
+    Attributes:
+        num_steps: environment steps to take, rounded up to whole vector steps.
+        max_seconds: stop after the first vector step that ends later than this, be there more steps to take or not.
+    """
 
     num_steps: int
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +90,64 @@ class Collected:
         samples: environment steps of this call.
         epoch_samples: since the last update.
         episode_returns: of the episodes that ended in this call.
+        seconds: that it took.
     """
 
     samples: int
     epoch_samples: int
     episode_returns: tuple[float, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Start the update of the policy that the worker holds; answered as `Merge` is.
+
+    Attributes:
+        epoch: of the policy.
+        parent: its CID.
+        env_steps: by all learners together, that went into it.
+        electorate: of the policy, as `shoal.training.electorate.Electorate.to_plain` gives it.
+    """
+
+    epoch: int
+    parent: Cid
+    env_steps: int
+    electorate: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Go on with the update. Without contributions: start it.
+    """Go on with the update: average what a ballot lists.
+
+    If what was merged leads to numbers that are not finite, or to a state that nobody would take, the update is taken
+    back, samples and all, and the call fails with `MERGE_FAILED`; another one may be started, without whoever it was.
+    If no contribution is of any use, it fails with FAILED_PRECONDITION and the update still waits.
 
     Attributes:
-        epoch: the epoch that this update leads to.
-        env_steps: by all learners together, this update included.
+        ballot: its name, 32 bytes.
         authors: of the contributions.
         weights: of the contributions, in samples.
+        seconds: of work that went into each.
         contributions: to be averaged, in this order.
     """
 
-    epoch: int
-    env_steps: int
-    authors: tuple[PeerId, ...] = ()
-    weights: tuple[float, ...] = ()
-    contributions: tuple[Attachment, ...] = ()
+    ballot: bytes
+    authors: tuple[PeerId, ...]
+    weights: tuple[int, ...]
+    seconds: tuple[float, ...]
+    contributions: tuple[Attachment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Give up the update under way, if one is.
+
+    Attributes:
+        keep_samples: keep what was collected.
+    """
+
+    keep_samples: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +159,8 @@ class MergeAnswer:
         contribution: what is to be averaged; absent if this learner has nothing to give.
         state: says that the update is done.
         stats: of the update, by name.
-        rejected: authors whose contributions were malformed and left out.
+        rejected: authors whose contributions were left out, as malformed or as none that an honest learner makes. The
+            same at every member that merges the same contributions from the same state.
     """
 
     weight: float = 0.0
@@ -122,6 +186,19 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class Log:
+    """Note numbers that the node knows beside the training metrics, which the worker notes by itself.
+
+    Attributes:
+        env_steps: by all learners together: where in the run the numbers belong.
+        values: by name, for example ``evaluation/return``; finite.
+    """
+
+    env_steps: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Write the results of a run into a folder: checkpoint, curve and ``result.json``.
 
@@ -135,10 +212,18 @@ class Finish:
     result: dict[str, Any]
 
 
+MERGE_FAILED: Final = Status.ABORTED
+"""How `MERGE` fails if the update was taken back; the message names the authors that were merged."""
+
+MAX_COUNT: Final = 2**53
+"""More epochs or environment steps than this are refused wherever they are given."""
+
 OPEN: Final = Method("worker.open", Open, StateAnswer)
 LOAD: Final = Method("worker.load", Load, StateAnswer)
 COLLECT: Final = Method("worker.collect", Collect, Collected)
+BEGIN: Final = Method("worker.begin", Begin, MergeAnswer)
 MERGE: Final = Method("worker.merge", Merge, MergeAnswer)
-ABANDON: Final = Method("worker.abandon", Empty, Empty)
+ABANDON: Final = Method("worker.abandon", Abandon, Empty)
 EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated)
+LOG: Final = Method("worker.log", Log, Empty)
 FINISH: Final = Method("worker.finish", Finish, Empty)

@@ -129,11 +129,34 @@ class MethodInfo(Model):
     p99_ms: float
 
 
+class FailureInfo(Model):
+    """How often a task failed in one way.
+
+    Attributes:
+        domain: what it belongs to: ``node``, ``swarm bafy…``, or ``peer``, which stands for all peers.
+        task: its name.
+        fault: whose fault it was: ``own`` (this program's), ``remote`` (a peer's) or ``resource`` (the machine's).
+        count: since the node started.
+    """
+
+    domain: str
+    task: str
+    fault: str
+    count: int
+
+
 class MetricsInfo(Model):
-    """Calls since the node started, by method: those that peers made here, and those that this node made."""
+    """What happened since the node started.
+
+    Attributes:
+        served: calls that peers made here, by method.
+        called: calls that this node made, by method.
+        failures: tasks that failed; the log has the reasons.
+    """
 
     served: dict[str, MethodInfo]
     called: dict[str, MethodInfo]
+    failures: list[FailureInfo] = []
 
 
 class NodeInfo(Model):
@@ -308,7 +331,7 @@ class SwarmSummary(Model):
     role: str
     """What this node does in it: ``learner`` or ``storage``."""
     phase: str
-    """``waiting fetching collecting updating exchanging evaluating done failed left``."""
+    """``starting waiting fetching collecting updating exchanging evaluating storing done failed left``."""
     epoch: int
     mean_return: float | None = _named("mean_return", "return", default=None)
     """Of the newest evaluation."""
@@ -318,6 +341,8 @@ class SwarmSummary(Model):
     num_members: int = 0
     alone: bool = False
     solved: bool = False
+    error: str | None = None
+    """What is wrong, while it is; of a run that has failed, why."""
 
 
 class MemberInfo(Model):
@@ -370,7 +395,6 @@ class SwarmDetail(SwarmSummary):
     curve: list[CurvePoint] = []
     results: str | None = None
     """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
-    error: str | None = None
     ticket: str = ""
     started_at: float | None = None
     """Unix seconds."""
@@ -426,9 +450,9 @@ class JoinedSwarm(Model):
 
 
 class Event(Model):
-    """Something changed.
+    """Something changed: ``node`` or ``swarm``, with the whole of it as it is now, or ``left`` with ``{"swarm": id}``.
 
-    ``swarm`` (data: ``{"swarm": id}``), ``peers`` and ``node`` are hints to ask again, so losing one does no harm.
+    Losing one does no harm, as the next has all that it had.
     """
 
     name: str

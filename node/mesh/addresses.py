@@ -1,4 +1,4 @@
-"""What can be told of a multiaddr without asking anybody. Pure, but for those of this machine."""
+"""What can be told of a multiaddr without asking anybody. Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import socket
 from collections.abc import Iterable
 from typing import Final
 
-import ifaddr
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
 
-from shoal.node.reach.nat import Endpoint
+from shoal.node.mesh.endpoint import Endpoint
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
 
@@ -83,15 +84,31 @@ def dialable(addresses: Iterable[str]) -> list[str]:
     return list(found.values())
 
 
-def interface_ips() -> list[str]:
-    """The addresses of this machine's interfaces, in their order, but for link-local ones."""
-    known = [each.ip if isinstance(each.ip, str) else each.ip[0] for a in ifaddr.get_adapters() for each in a.ips]
-    return [ip for ip in known if not ipaddress.ip_address(ip).is_link_local]
+def check_listen(text: str) -> None:
+    """Whether a node could listen on a multiaddr.
+
+    Raises:
+        UsageError: if not.
+    """
+    names = protocols_of(text)
+    if len(names) != 2 or names[0] not in ("ip4", "ip6") or names[1] != "tcp":
+        raise UsageError(f"cannot listen on {text[:120]!r}; write /ip4/ADDRESS/tcp/PORT or /ip6/ADDRESS/tcp/PORT")
 
 
-def local_ips() -> frozenset[str]:
-    """The same, to compare."""
-    return frozenset(interface_ips())
+def protocols_of(text: str) -> list[str]:
+    """The names of the protocols that a multiaddr is made of.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    try:
+        names = [protocol.name for protocol in Multiaddr(text).protocols()]
+    except (MultiaddrError, ValueError) as error:
+        reason = str(error).split(": ", 1)[-1].removesuffix(f" (string: {text})")
+        raise UsageError(f"{text[:120]!r} is not a multiaddr ({reason[:120]})") from error
+    if not names:
+        raise UsageError("an empty multiaddr; one looks like /ip4/192.0.2.1/tcp/4001")
+    return names
 
 
 def _is_ip(family: str, text: str) -> bool:

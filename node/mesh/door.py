@@ -8,24 +8,28 @@
           until the asker ends it, so that its NAT keeps the mapping that it asked about
 
 The last is STUN (RFC 8489) for TCP: asked *from* this node's port, it tells where its NAT puts that port, which is
-where a peer has to dial to punch a hole (RFC 5128, section 3.4).
+where a peer has to dial to punch a hole (RFC 5128, section 3.4). From one port there can be one connection to another
+one, so those who ask the same node at the same time share one question.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import secrets
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
 from libp2p.abc import INetworkService
 from multiaddr import Multiaddr
 
+from shoal.node.mesh.interfaces import local_ips
 from shoal.node.wire.lanes import TLS_HANDSHAKE, peek_first_byte
 from shoal.protocol.errors import ShoalError
 
@@ -37,6 +41,7 @@ MAX_SILENT_PER_IP: Final = 32
 """Connections that have not sent a byte yet; over that, a new one is closed."""
 QUESTION_S: Final = 30.0
 """How long an answered question stays open at most."""
+ASK_AGAIN_S: Final = 0.05
 NONCE_BYTES: Final = 16
 MAX_ANSWER_BYTES: Final = 64
 
@@ -50,6 +55,26 @@ class ListenError(ShoalError):
     """An address to listen on cannot be had."""
 
 
+@dataclass(slots=True, eq=False)
+class _Question:
+    """How one node sees one port of this node, asked once for all who want to know it at the same time.
+
+    Attributes:
+        answer: the local end, and the end as the other node sees it.
+    """
+
+    num_askers: int = 0
+    is_asking: trio.Lock = field(default_factory=trio.Lock)
+    stream: trio.SocketStream | None = None
+    answer: tuple[tuple[str, int], tuple[str, int]] | None = None
+
+    def is_over(self) -> bool:
+        """Whether the other node has ended it, or it was asked from an address that is not this machine's any more."""
+        if self.stream is None or self.answer is None:
+            return False
+        return self.stream.socket.is_readable() or self.answer[0][0] not in local_ips()
+
+
 class Door:
     """Listens, and hands on what comes in."""
 
@@ -58,6 +83,7 @@ class Door:
         self._silent: Counter[str] = Counter()  # by IP
         self._knocks: dict[bytes, trio.Event] = {}
         self._ports: dict[socket.AddressFamily, int] = {}
+        self._questions: dict[tuple[str, int, int | None], _Question] = {}  # to IP and port, from a spare port
 
     async def listen(self, network: INetworkService, address: str) -> None:
         """Listen on a multiaddr.
@@ -90,27 +116,41 @@ class Door:
         finally:
             del self._knocks[nonce]
 
-    async def dial(self, ip: str, port: int, *, from_port: bool = False) -> trio.SocketStream:
+    @contextmanager
+    def spare_port(self) -> Iterator[int]:
+        """A free local port that nobody else gets meanwhile, to dial from as from the one that this node listens on.
+
+        Raises:
+            OSError: if there is none.
+        """
+        with socket.socket(next(iter(self._ports), socket.AF_INET)) as holder:
+            _share_port(holder)
+            holder.bind(("", 0))
+            yield holder.getsockname()[1]
+
+    async def dial(
+        self, ip: str, port: int, *, from_port: bool = False, spare_port: int | None = None
+    ) -> trio.SocketStream:
         """A TCP connection to a numeric address.
 
         Args:
             ip: of the far end.
             port: of the far end.
             from_port: dial from the port that this node listens on, or not at all.
+            spare_port: dial from this port of `spare_port`.
 
         Raises:
             OSError: if it does not come to be.
         """
         family = _family(ip)
-        own = self.port(ip) if from_port else None
+        own = self.port(ip) if from_port else spare_port
         if from_port and own is None:
             raise OSError(f"this node does not listen on {family.name}")
         sock = trio.socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if own is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                _share_port(sock)
                 await sock.bind(("::" if family is socket.AF_INET6 else "0.0.0.0", own))  # noqa: S104  the route decides
             await sock.connect((ip, port))
         except BaseException:
@@ -119,24 +159,50 @@ class Door:
         return trio.SocketStream(sock)
 
     @asynccontextmanager
-    async def seen_by(self, ip: str, port: int) -> AsyncIterator[tuple[tuple[str, int], tuple[str, int]]]:
-        """How another node sees this node's port: the local end, and the end as it sees it; kept as long as inside.
+    async def seen_by(
+        self, ip: str, port: int, *, spare_port: int | None = None
+    ) -> AsyncIterator[tuple[tuple[str, int], tuple[str, int]]]:
+        """How another node sees this node's port, or a spare one.
+
+        An earlier question may be just ending, for which this waits: the caller sets a limit.
+
+        Returns:
+            The local end, and the end as the other node sees it; the mapping is kept in use as long as inside.
 
         Raises:
             OSError: if it cannot be asked, or answers nonsense.
         """
-        stream = await self.dial(ip, port, from_port=True)
-        async with stream:
+        key = ip, port, spare_port
+        question = self._questions.get(key)
+        if question is None or question.is_over():
+            question = self._questions[key] = _Question()
+        question.num_askers += 1
+        try:
+            async with question.is_asking:
+                if question.answer is None:
+                    question.stream = await self._dial_to_ask(ip, port, spare_port)
+                    try:
+                        question.answer = await _ask(question.stream)
+                    except BaseException:
+                        await trio.aclose_forcefully(question.stream)
+                        raise
+            yield question.answer
+        finally:
+            question.num_askers -= 1
+            if not question.num_askers:
+                if self._questions.get(key) is question:
+                    del self._questions[key]
+                if question.stream is not None:
+                    await question.stream.aclose()
+
+    async def _dial_to_ask(self, ip: str, port: int, spare_port: int | None) -> trio.SocketStream:
+        while True:
             try:
-                await stream.send_all(QUESTION)
-                line = await _read_line(stream)
-                if line.startswith(QUESTION.decode()):
-                    # The far side asked at the same moment from the same port: both questions share one connection.
-                    await stream.send_all(_answer(stream.socket))
-                    line = line[1:] or await _read_line(stream)
-            except trio.BrokenResourceError as error:
-                raise OSError("it broke off") from error
-            yield stream.socket.getsockname()[:2], _read_endpoint(line)
+                return await self.dial(ip, port, from_port=spare_port is None, spare_port=spare_port)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+            await trio.sleep(ASK_AGAIN_S)  # a connection between the same two ends is there until its end is confirmed
 
     def _share(self, listener: Any) -> None:
         libp2p = listener.handler
@@ -191,6 +257,25 @@ async def knock(ip: str, port: int, nonce: bytes, *, timeout_s: float) -> bool:
         else:
             return True
     return False
+
+
+async def _ask(stream: trio.SocketStream) -> tuple[tuple[str, int], tuple[str, int]]:
+    try:
+        await stream.send_all(QUESTION)
+        line = await _read_line(stream)
+        if line.startswith(QUESTION.decode()):
+            # The far side asked at the same moment from the same port: both questions share one connection.
+            await stream.send_all(_answer(stream.socket))
+            line = line[1:] or await _read_line(stream)
+    except trio.BrokenResourceError as error:
+        raise OSError("it broke off") from error
+    return stream.socket.getsockname()[:2], _read_endpoint(line)
+
+
+def _share_port(sock: Any) -> None:
+    """Let a socket use a port that others of this process use too."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def _answer(sock: trio.socket.SocketType) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from libp2p.abc import INetStream
 
-from shoal.node.reach.relay import BROKEN
+from shoal.node.mesh.circuits import BROKEN
 from shoal.node.wire.channel import StreamClosedError
 from shoal.protocol.codec import Buffer
 

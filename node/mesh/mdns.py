@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Container, Sequence
+from typing import Any, Protocol
 
 import trio
+from libp2p.abc import IHost
 from libp2p.discovery.events.peerDiscovery import peerDiscovery
 from libp2p.discovery.mdns.mdns import MDNSDiscovery
 from libp2p.peer.peerinfo import PeerInfo
 
 from shoal.node.mesh.addresses import ip_of, ip_port, is_loopback
+from shoal.node.supervise import Policy
 from shoal.protocol.errors import NoPeersError, UsageError
 from shoal.protocol.ids import PeerId
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Host
 
 log = logging.getLogger(__name__)
 
 
-async def run_mdns(host: Host) -> None:
+class Neighbour(Protocol):
+    """What finding others on the local network needs of the host."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Its name."""
+
+    @property
+    def libp2p(self) -> IHost:
+        """Libp2p's own host."""
+
+    @property
+    def connected(self) -> Container[PeerId]:
+        """Who is connected."""
+
+    def own_addresses(self) -> Sequence[str]:
+        """The full multiaddrs of this node's own interfaces, at which it listens."""
+
+    def spawn(self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any, policy: Policy) -> None:
+        """Run a task for as long as the host stands."""
+
+    async def connect(self, addresses: Sequence[str]) -> PeerId:
+        """Connect to the one peer that these full multiaddrs name."""
+
+
+async def run_mdns(host: Neighbour) -> None:
     """Until cancelled."""
     token = trio.lowlevel.current_trio_token()
     # Its own choice would be the listen addresses as they are, and nobody can dial 0.0.0.0.
@@ -30,8 +55,11 @@ async def run_mdns(host: Host) -> None:
         log.info("mDNS is off: this node listens on loopback alone")
         return
 
+    def meet(info: PeerInfo) -> None:
+        host.spawn("meeting a neighbour on the LAN", found_on_lan, host, info, policy=Policy.DROP)
+
     def discovered(info: PeerInfo) -> None:
-        token.run_sync_soon(host.spawn, found_on_lan, host, info)
+        token.run_sync_soon(meet, info)
 
     try:
         # Zeroconf probes the network for a second, blocking, when it starts.
@@ -51,7 +79,7 @@ async def run_mdns(host: Host) -> None:
             await trio.to_thread.run_sync(discovery.zeroconf.close)
 
 
-async def found_on_lan(host: Host, info: PeerInfo) -> None:
+async def found_on_lan(host: Neighbour, info: PeerInfo) -> None:
     """Connect to what announces itself; anything may call itself libp2p there."""
     try:
         peer = PeerId.parse(str(info.peer_id))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 from libp2p.network.connection.raw_connection import RawConnection
@@ -17,20 +17,20 @@ from libp2p.network.exceptions import SwarmException
 from multiaddr import Multiaddr
 
 from shoal.node.mesh.addresses import CIRCUIT, ip_of, is_loopback, tcp_address
+from shoal.node.mesh.circuits import BROKEN
+from shoal.node.mesh.host import Connected, Host
 from shoal.node.mesh.paths import PathKind, Rung
 from shoal.node.reach.nat import Mapping, NatSummary, NatType, can_punch
 from shoal.node.reach.probing import Probe
 from shoal.node.reach.punch import Puncher, PunchError
-from shoal.node.reach.relay import BROKEN
-from shoal.node.reach.webrtc import PendingPipe, WebRtc, WebRtcError
+from shoal.node.reach.webrtc import PendingPipe, WebRtc
+from shoal.node.reach.webrtc_pipe import WebRtcError
 from shoal.node.signals import Signal
+from shoal.node.supervise import Policy
 from shoal.node.wire.contracts import Introduction, ReachService, SessionDescription
 from shoal.protocol.errors import RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import client
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Connected, Host
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +69,13 @@ class Climber:
         self._further_servers = stun_servers
         self._introduced = introduced
         self._news = news
-        self._climbing: set[PeerId] = set()
+        self._climbing: dict[PeerId, Connected] = {}
 
     def path_changed(self, peer: PeerId, state: Connected) -> None:
         """A peer is connected, by another path than before."""
-        if state.kind is not PathKind.DIRECT and peer not in self._climbing:
-            self._climbing.add(peer)
-            self._host.spawn(self._keep_climbing, peer, state)
+        if state.kind is not PathKind.DIRECT and self._climbing.get(peer) is not state:
+            self._climbing[peer] = state
+            self._host.spawn("climbing", self._keep_climbing, peer, state, policy=Policy.DROP)
 
     async def _keep_climbing(self, peer: PeerId, state: Connected) -> None:
         try:
@@ -94,7 +94,8 @@ class Climber:
                 if state.kind is PathKind.PUNCHED:
                     return  # as good as direct, until something changes
         finally:
-            self._climbing.discard(peer)
+            if self._climbing.get(peer) is state:
+                del self._climbing[peer]
 
     async def _climb(self, peer: PeerId, state: Connected) -> None:
         introduction = await self._introduction_of(peer)
@@ -217,7 +218,7 @@ class Climber:
             pending = await self._webrtc.answer(sdp, self._stun_servers())
         except WebRtcError as error:
             raise RemoteError(Status.INVALID_ARGUMENT, str(error)) from error
-        self._host.spawn(self._await_webrtc, peer, pending)
+        self._host.spawn("awaiting WebRTC", self._await_webrtc, peer, pending, policy=Policy.DROP)
         return pending.sdp
 
     async def _await_webrtc(self, peer: PeerId, pending: PendingPipe) -> None:

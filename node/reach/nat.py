@@ -22,8 +22,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, IntEnum, StrEnum
-from typing import Final, Literal, Self
+from typing import Final, Literal
 
+from shoal.node.mesh.endpoint import Endpoint, Family, IpAddress, parse_ip
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
 
@@ -37,12 +38,10 @@ MAX_ADDRESSES: Final = 4
 MAX_EVIDENCE: Final = 16
 """Sentences for each family."""
 
-_MAX_IP_CHARS: Final = 45
 _NETWORK_BITS: Final = {4: 16, 6: 32}
 _NEIGHBOUR_BITS: Final = {4: 24, 6: 48}
 
-Transport = Literal["tcp", "udp"]
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+TcpOrUdp = Literal["tcp", "udp"]
 
 
 class Reachability(StrEnum):
@@ -75,13 +74,6 @@ class NatType(StrEnum):
     UDP_BLOCKED = "UDP blocked"
 
 
-class Family(IntEnum):
-    """IP's versions."""
-
-    IPV4 = 4
-    IPV6 = 6
-
-
 class PokeSource(StrEnum):
     """Who sent a datagram that nobody had asked for."""
 
@@ -89,34 +81,6 @@ class PokeSource(StrEnum):
     """A peer to which nothing had gone over UDP, see `shoal.node.reach.stun.Stun.is_stranger`."""
     OTHER_PORT = "other port"
     """A peer that this node had asked, from a port that it had not."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Endpoint:
-    """An address and a port."""
-
-    ip: str
-    port: int
-
-    @classmethod
-    def parse(cls, ip: str, port: int) -> Self:
-        """Check and take an endpoint, in the one spelling of its address (IPv4 inside IPv6 becomes IPv4).
-
-        Raises:
-            UsageError: if this is not a unicast address with a port.
-        """
-        address = _parse_ip(ip)
-        if address is None or address.is_unspecified or address.is_multicast or not 0 < port < 65536:
-            raise UsageError(f"{ip[:_MAX_IP_CHARS]!r}, port {port}, is not an endpoint such as 192.0.2.1, port 4001")
-        return cls(str(address), port)
-
-    @property
-    def family(self) -> Family:
-        """Which IP."""
-        return Family.IPV6 if ":" in self.ip else Family.IPV4
-
-    def __str__(self) -> str:
-        return f"[{self.ip}]:{self.port}" if self.family is Family.IPV6 else f"{self.ip}:{self.port}"
 
 
 # --- events ---
@@ -132,7 +96,7 @@ class Seen:
             not known; for TCP always the port that this node listens on, for UDP that of `shoal.node.reach.stun`.
     """
 
-    protocol: Transport
+    protocol: TcpOrUdp
     by: PeerId
     observer_ip: str
     local: Endpoint
@@ -263,7 +227,7 @@ class NatReport:
         return NatSummary(self.udp, self.tcp_mapping)
 
 
-def can_punch(ours: NatSummary, theirs: NatSummary, protocol: Transport) -> str | None:
+def can_punch(ours: NatSummary, theirs: NatSummary, protocol: TcpOrUdp) -> str | None:
     """Whether a hole can be punched between two nodes, in theory: None, or the reason why not, in one line.
 
     Whoever is behind an endpoint-dependent mapping sends from a port that nobody knows before, so the other side must
@@ -312,7 +276,7 @@ class _Record:
     kind: _Kind
     by: PeerId
     at: float
-    observer: _Address
+    observer: IpAddress
     endpoint: Endpoint | None
     local: Endpoint | None
     arrived: bool
@@ -364,7 +328,7 @@ class NatKnowledge:
         arrived: bool = False,
         stranger: bool = True,
     ) -> None:
-        observer = _parse_ip(event.observer_ip)
+        observer = parse_ip(event.observer_ip)
         if observer is None:
             return
         if endpoint is not None:
@@ -393,7 +357,7 @@ class NatKnowledge:
         self._records = {key: record for key, record in self._records.items() if record.by != leaves}
 
     def _change_addresses(self, local_ips: Iterable[str]) -> None:
-        addresses = {address for address in map(_parse_ip, local_ips) if address is not None}
+        addresses = {address for address in map(parse_ip, local_ips) if address is not None}
         ips = frozenset(map(str, addresses))
         changed = {ipaddress.ip_address(ip).version for ip in ips ^ self._local_ips}
         self._records = {key: record for key, record in self._records.items() if key[1] not in changed}
@@ -529,21 +493,11 @@ def _attested(records: list[_Record]) -> list[tuple[Endpoint, int]]:
     return Counter(record.endpoint for record in newest_first if record.endpoint is not None).most_common()
 
 
-def _parse_ip(text: str) -> _Address | None:
-    if len(text) > _MAX_IP_CHARS or "%" in text:  # a zone is free text, and names an interface of somebody else's
-        return None
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def _prefix(address: _Address, bits: dict[int, int]) -> str:
+def _prefix(address: IpAddress, bits: dict[int, int]) -> str:
     return str(ipaddress.ip_network((address, bits[address.version]), strict=False))
 
 
-def _scope(address: _Address) -> _Scope:
+def _scope(address: IpAddress) -> _Scope:
     if address.is_loopback:
         return _Scope.MACHINE
     return _Scope.INTERNET if address.is_global else _Scope.PRIVATE

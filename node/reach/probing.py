@@ -10,21 +10,20 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
 from shoal.node.mesh.addresses import endpoint, ip_of, ip_port, is_global, network_of
+from shoal.node.mesh.endpoint import Endpoint
+from shoal.node.mesh.host import Host
 from shoal.node.mesh.paths import PathKind
-from shoal.node.reach.nat import DialedBack, Endpoint, Event, NatKnowledge, NatReport, Poked, PokeSource, Seen, Silent
+from shoal.node.reach.nat import DialedBack, Event, NatKnowledge, NatReport, Poked, PokeSource, Seen, Silent
 from shoal.node.reach.stun import TOKEN_BYTES, Stun, StunError
 from shoal.node.wire.contracts import DialBack, Introduction, Poke, ReachService
 from shoal.protocol.errors import RemoteError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import client
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Host
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ Nodes help each other with `ReachService`; there is no server in it that is not 
 - Peers introduce themselves: addresses, circuits, what NAT they are behind, whether they relay.
 - A node finds out what it is behind by asking peers: to dial back, how they see its ports, to poke
   (`shoal.node.reach.nat` judges the answers).
-- A node that nobody can dial holds reservations on two relays in different networks, found among its peers and in the
-  DHT, the near and the idle first, and renews and replaces them. One that everybody can dial relays.
+- A node that nobody can dial holds reservations on relays (`shoal.node.reach.held_relays`). One that everybody can dial
+  relays.
 - To a peer that is reached worse than directly it climbs: the peer's addresses, hole punching, WebRTC
   (`shoal.node.reach.climb`).
 - When the network changes or the machine wakes up, paths are checked at once and all of this is found out anew.
@@ -19,34 +19,33 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
-from shoal.node.config import ReachConfig
 from shoal.node.mesh.addresses import (
-    CIRCUIT,
-    dialable,
     endpoint,
-    full_address,
     ip_of,
     is_global,
     is_loopback,
-    local_ips,
-    network_of,
     tcp_address,
 )
 from shoal.node.mesh.door import NONCE_BYTES, knock
+from shoal.node.mesh.host import Connected, Host
+from shoal.node.mesh.interfaces import local_ips
 from shoal.node.mesh.paths import PathKind
 from shoal.node.reach.climb import Climber
+from shoal.node.reach.gateway import PortMapping
+from shoal.node.reach.held_relays import RELAY_CID, HeldRelays, relay_addresses
 from shoal.node.reach.nat import AddressesChanged, FamilyReport, Mapping, NatReport, NatType, Reachability
-from shoal.node.reach.portmap import MapAttempt, PortMapping, keep_port_mapped
+from shoal.node.reach.portmap import MapAttempt, keep_port_mapped
 from shoal.node.reach.probing import MAX_OBSERVERS, Probe
 from shoal.node.reach.punch import Puncher
-from shoal.node.reach.relay import RelayError
+from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES, Stun, StunError, open_stun
 from shoal.node.reach.webrtc import WebRtc, open_webrtc
 from shoal.node.signals import Signal
+from shoal.node.supervise import Domain, Policy
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import (
     DialBack,
@@ -57,12 +56,9 @@ from shoal.node.wire.contracts import (
     SeenAt,
     SessionDescription,
 )
-from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
-from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.errors import RemoteError, Status
+from shoal.protocol.ids import PeerId
 from shoal.protocol.services import Empty, client, current_call
-
-if TYPE_CHECKING:
-    from shoal.node.mesh.host import Connected, Host
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +68,7 @@ SETTLE_S: Final = 0.2
 MAX_INTRODUCED_ADDRESSES: Final = 16
 MAX_ADDRESS_CHARS: Final = 300
 
-NUM_RELAYS: Final = 2
-RELAY_CID: Final = Cid.of_block(b"shoal: nodes that relay, 1")
-"""What relays announce in the DHT that they provide."""
-FIND_RELAYS_S: Final = 15.0
 PROVIDE_S: Final = 600.0
-REFUSED_S: Final = 60.0
-"""How long a relay that refused is not asked again."""
-
 PROBE_AGAIN_S: Final = 600.0
 KNOCK_S: Final = 2.0
 
@@ -87,14 +76,6 @@ WATCH_S: Final = 1.0
 ASLEEP_S: Final = 4.0
 """A pause of this process that long means that others may have given up on it."""
 CHECK_S: Final = 2.0
-
-
-@dataclass(slots=True)
-class _Held:
-    """A relay that this node is reached through; ``renew_at`` in trio time."""
-
-    addresses: tuple[str, ...]
-    renew_at: float
 
 
 @dataclass(slots=True)
@@ -131,19 +112,22 @@ async def open_reach(host: Host, router: Router, config: ReachConfig) -> AsyncIt
                     answers=True,
                     ip_v4=bound.get("ip4", "0.0.0.0"),  # noqa: S104  as for TCP
                     ip_v6=bound.get("ip6", "::"),
+                    domain=host.domain,
                 )
             )
         except StunError as error:
             log.warning("no UDP: %s", error)
         webrtc = await stack.enter_async_context(open_webrtc()) if config.webrtc else None
-        nursery = await stack.enter_async_context(trio.open_nursery())
         reach = Reach(host, config, stun=stun, webrtc=webrtc)
         router.add(_ReachCalls(host, reach))
-        nursery.start_soon(reach.run)
+        domain = host.domain.inside("node", "reach")
+        reach.begin(domain)
         try:
             yield reach
         finally:
-            nursery.cancel_scope.cancel()
+            domain.cancel()
+            with trio.CancelScope(shield=True):
+                await domain.wait_gone()
 
 
 class Reach:
@@ -156,36 +140,34 @@ class Reach:
         self._introduced: dict[PeerId, Introduction] = {}
         self._news = Signal()  # for the tasks below: something that they decide by has changed
         self.probe = Probe(host, stun, self._introduced)
-        puncher = Puncher(host) if config.punch else None
+        puncher = Puncher(host, self._seen_before) if config.punch else None
         self._climber = Climber(host, self.probe, puncher, webrtc, _servers(config), self._introduced, self._news)
         self.answer_webrtc = self._climber.answer_webrtc
-        self._held: dict[PeerId, _Held] = {}
-        self._refused: dict[PeerId, float] = {}
+        self._held = HeldRelays(host, self._introduced, self._news, self._announce_addresses)
         self._mapping: PortMapping | None = None
         self._map_attempts: list[MapAttempt] = []
         self._mapping_scope = trio.CancelScope()
         self._told: Introduction | None = None
         self._local_ips = local_ips()
         self._must_probe = False
-        host.on_path = self._on_path
+        host.follow_paths(self._on_path)
 
-    async def run(self) -> None:
-        """Until cancelled."""
+    def begin(self, domain: Domain) -> None:
+        """Find out, tell and climb from now on, by tasks in this domain."""
         if self._config.relay == "on":
             self._host.relay.open()
         self.probe.handle(AddressesChanged(self._local_ips))
         self._announce_addresses()
         for peer in list(self._host.connected):
             self._on_path(peer)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_probing)
-            nursery.start_soon(self._keep_relays)
-            nursery.start_soon(self._keep_telling)
-            nursery.start_soon(self._keep_provided)
-            nursery.start_soon(self._watch)
-            port = self._host.door.port("0.0.0.0")  # noqa: S104  names a family
-            if self._config.port_mapping and port is not None and not all(map(_is_loopback, self._host.listened())):
-                nursery.start_soon(self._keep_mapped, port)
+        domain.start_soon("probing", self._keep_probing, policy=Policy.RESTART)
+        domain.start_soon("holding relays", self._held.run, self._needs_relays, policy=Policy.RESTART)
+        domain.start_soon("introducing this node", self._keep_telling, policy=Policy.RESTART)
+        domain.start_soon("providing the relay", self._keep_provided, policy=Policy.RESTART)
+        domain.start_soon("watching the network", self._watch, policy=Policy.RESTART)
+        port = self._host.door.port("0.0.0.0")  # noqa: S104  names a family
+        if self._config.port_mapping and port is not None and not all(map(_is_loopback, self._host.listened())):
+            domain.start_soon("mapping the port", self._keep_mapped, port, policy=Policy.RESTART)
 
     def report(self) -> ReachReport:
         """What is known now."""
@@ -196,7 +178,7 @@ class Reach:
             num_reservations=relay.ledger.num_reservations,
             num_circuits=relay.ledger.num_circuits,
             relayed_bytes=relay.num_bytes,
-            held_relays=list(self._held),
+            held_relays=self._held.names(),
             mapping=self._mapping,
             map_attempts=list(self._map_attempts),
         )
@@ -204,6 +186,10 @@ class Reach:
     def nat(self) -> NatReport:
         """What this node is behind."""
         return self.probe.report()
+
+    def _seen_before(self) -> list[tuple[str, int]]:
+        """Where peers saw the port that this node listens on, if all saw it there."""
+        return [(each.ip, each.port) for each in self.nat().public_addresses]
 
     def introduction(self, peer: PeerId) -> Introduction | None:
         """What a peer said of itself."""
@@ -219,14 +205,12 @@ class Reach:
         state = self._host.connected.get(peer)
         if state is None:
             self._introduced.pop(peer, None)
-            if self._held.pop(peer, None) is not None:
-                self._host.unwant(peer, "relay")
-                self._announce_addresses()
+            self._held.peer_down(peer)
             self._news.set()
             return
         if peer not in self._introduced:
             if state.outbound:
-                self._host.spawn(self._meet, peer)
+                self._host.spawn("meeting a peer", self._meet, peer, policy=Policy.DROP)
         else:
             self._note_relay(peer)
         self._climber.path_changed(peer, state)
@@ -268,9 +252,9 @@ class Reach:
         if introduction is None or state is None:
             return
         if introduction.relays and state.kind is not PathKind.RELAYED:
-            self._host.relays[peer] = _relay_addresses(peer, introduction, state)[0]
+            self._host.note_relay(peer, relay_addresses(peer, introduction, state)[0])
         else:
-            self._host.relays.pop(peer, None)
+            self._host.note_relay(peer, None)
 
     def me(self) -> Introduction:
         """What this node says of itself."""
@@ -308,9 +292,7 @@ class Reach:
             if report.reachability is Reachability.PUBLIC:
                 found += [tcp_address(each.ip, each.port) for each in report.public_addresses]
         full = [f"{address}/p2p/{self._host.peer_id}" for address in found]
-        for held in self._held.values():
-            full += [f"{address}{CIRCUIT}/p2p/{self._host.peer_id}" for address in held.addresses]
-        self._host.announced = tuple(dict.fromkeys(full))
+        self._host.announce(full + self._held.circuits())
 
     # --- what this node is behind ---
 
@@ -323,6 +305,7 @@ class Reach:
             if names and (is_due or self._must_probe or (not names <= probed and len(probed) < MAX_OBSERVERS)):
                 self._must_probe = False
                 await trio.sleep(SETTLE_S)  # others may come at the same moment
+                names = frozenset(observer.peer for observer in self.probe.observers()) or names
                 probed = names if is_due else probed | names
                 probed_at = trio.current_time()
                 await self.probe.round()
@@ -362,6 +345,10 @@ class Reach:
             each.ip in self._local_ips or each == self.probe.forwarded for each in report.public_addresses
         )
 
+    def _needs_relays(self) -> bool:
+        """Whether there is an IP by which this node cannot be dialed, since there are peers that have only that."""
+        return not all(map(self._is_public_by, self.nat().families))
+
     def _open_or_close_relay(self) -> None:
         is_public = self._is_public()
         if self._config.relay != "auto" or is_public == self._host.relay.is_open:
@@ -372,89 +359,6 @@ class Reach:
         else:
             log.info("this node cannot be reached by everybody any more, so it stops relaying")
             self._host.relay.close()
-
-    async def _keep_relays(self) -> None:
-        """Hold reservations on relays for as long as they are needed."""
-        looked_at = -FIND_RELAYS_S
-        while True:
-            now = trio.current_time()
-            if all(map(self._is_public_by, self.nat().families)):
-                self._let_relays_go()
-            else:  # there is an IP by which this node cannot be dialed, and peers that have only that
-                for peer in [peer for peer, held in self._held.items() if held.renew_at <= now]:
-                    await self._reserve(peer)
-                while (best := self._best_relay()) is not None:
-                    await self._reserve(best)
-                if len(self._held) < NUM_RELAYS and self._host.connected and now - looked_at > FIND_RELAYS_S:
-                    looked_at = now
-                    self._host.spawn(self._find_relays)
-            renew_s = min((held.renew_at - now for held in self._held.values()), default=FIND_RELAYS_S)
-            await self._wait_for_news(max(0.1, min(renew_s, FIND_RELAYS_S)))
-
-    def _let_relays_go(self) -> None:
-        for peer in self._held:
-            self._host.unwant(peer, "relay")
-        if self._held:
-            self._held = {}
-            self._announce_addresses()
-
-    def _best_relay(self) -> PeerId | None:
-        """The relay to ask next: the nearest and most idle, in another network than those held.
-
-        If none of those held listens on port 443, the one way out of the strictest networks, one that does is held too.
-        """
-        now = trio.current_time()
-        held = [address for each in self._held.values() for address in each.addresses]
-        must_be_open = len(self._held) >= NUM_RELAYS
-        if must_be_open and any(map(_is_at_443, held)):
-            return None
-        networks = {network_of(ip_of(address)) for address in held}
-        scored = []
-        for peer in self._host.relays:
-            state, introduction = self._host.connected.get(peer), self._introduced.get(peer)
-            if state is None or introduction is None or peer in self._held or self._refused.get(peer, 0) > now:
-                continue
-            addresses = _relay_addresses(peer, introduction, state)
-            is_near = any(network_of(ip_of(address)) in networks for address in addresses)
-            if must_be_open and not any(map(_is_at_443, addresses)):
-                continue
-            rtt_ms = 1000.0 if state.rtt_ms is None else state.rtt_ms
-            scored.append((is_near, rtt_ms * (1 + 4 * introduction.load), peer))
-        return min(scored)[2] if scored else None
-
-    async def _reserve(self, peer: PeerId) -> None:
-        try:
-            reservation = await self._host.relay.reserve(peer)
-        except RelayError as error:
-            log.info("no reservation: %s", error)
-            self._refused = {each: at for each, at in self._refused.items() if at > trio.current_time()}
-            self._refused[peer] = trio.current_time() + REFUSED_S
-            if self._held.pop(peer, None) is not None:
-                self._host.unwant(peer, "relay")
-                self._announce_addresses()
-                self._news.set()
-            return
-        state, introduction = self._host.connected.get(peer), self._introduced.get(peer)
-        if state is None or introduction is None:
-            return
-        is_new = peer not in self._held
-        addresses = _relay_addresses(peer, introduction, state)
-        self._held[peer] = _Held(addresses, trio.current_time() + max(5.0, reservation.expires_s * 2 / 3))
-        self._host.want(peer, "relay")
-        if is_new:
-            log.info("others reach this node through %s", peer)
-            self._announce_addresses()
-            self._news.set()
-
-    async def _find_relays(self) -> None:
-        for addresses in await self._host.find_providers(RELAY_CID):
-            peer = PeerId(addresses[0].rpartition("/p2p/")[2])
-            if peer in self._host.connected or len(self._host.relays) >= 2 * NUM_RELAYS:
-                continue
-            try:
-                await self._host.connect([address for address in addresses if CIRCUIT not in address])
-            except (NoPeersError, UsageError, IndexError) as error:
-                log.debug("a relay of the DHT: %s", error)
 
     async def _keep_provided(self) -> None:
         """Announce in the DHT that this node relays, as long as it does."""
@@ -504,7 +408,7 @@ class Reach:
                     state.ladder.something_changed()
                     self._climber.path_changed(peer, state)
                 self._news.set()
-                self._host.spawn(self._check_paths)
+                self._host.spawn("checking paths", self._check_paths, policy=Policy.DROP)
 
     async def _check_paths(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -518,7 +422,7 @@ class Reach:
         except RemoteError as error:
             if error.status in (Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE):
                 log.info("%s does not answer any more by its path (%s)", peer, path.kind)
-                await path.connection.close()
+                await self._host.close_path(path)
 
 
 class _ReachCalls(ReachService):
@@ -576,13 +480,3 @@ def _checked(addresses: Iterable[str], peer: PeerId) -> list[str]:
 
 def _is_loopback(address: str) -> bool:
     return is_loopback(ip_of(address))
-
-
-def _is_at_443(address: str) -> bool:
-    return "/tcp/443/" in address
-
-
-def _relay_addresses(peer: PeerId, introduction: Introduction, state: Connected) -> tuple[str, ...]:
-    """By which addresses others should dial a relay: one of each IP family, and one on port 443."""
-    found = [*dialable(introduction.addresses), *dialable(filter(_is_at_443, introduction.addresses))]
-    return tuple(dict.fromkeys(found)) or (full_address(state.address, peer),)

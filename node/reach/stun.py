@@ -26,8 +26,9 @@ from typing import Final
 
 import trio
 
-from shoal.node.reach.nat import Endpoint, Family
-from shoal.node.reach.relay_limits import user_of
+from shoal.node.mesh.endpoint import Endpoint, Family
+from shoal.node.mesh.relay_limits import user_of
+from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.protocol.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -388,6 +389,7 @@ async def open_stun(
     answers: bool,
     ip_v4: str = "0.0.0.0",  # noqa: S104  a node listens on all its addresses, as it does for TCP
     ip_v6: str = "::",
+    domain: Domain | None = None,
 ) -> AsyncIterator[Stun]:
     """The sockets of a node, open inside the block.
 
@@ -397,6 +399,7 @@ async def open_stun(
         answers: whether Binding requests are answered.
         ip_v4: the address to bind.
         ip_v6: the address to bind.
+        domain: in which its tasks may fail; by default one of its own.
 
     Raises:
         StunError: if there is no socket at all.
@@ -415,13 +418,18 @@ async def open_stun(
         if not sockets:
             raise StunError("there is no address for a UDP socket; is the network up?")
         stun = Stun(sockets, answers=answers)
-        async with trio.open_nursery() as nursery:
+        async with contextlib.AsyncExitStack() as outer:
+            if domain is None:
+                domain = await outer.enter_async_context(Supervisor().open("node"))
+            hearing = domain.inside("node", "STUN")
             for sock in sockets.values():
-                nursery.start_soon(stun._receive, sock)
+                hearing.start_soon("hearing datagrams", stun._receive, sock, policy=Policy.RESTART)
             try:
                 yield stun
             finally:
-                nursery.cancel_scope.cancel()
+                hearing.cancel()
+                with trio.CancelScope(shield=True):
+                    await hearing.wait_gone()
 
 
 async def _bind_or_other(family: Family, ip: str, port: int) -> trio.socket.SocketType:

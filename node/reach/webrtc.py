@@ -26,7 +26,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -34,8 +33,20 @@ import trio
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
 
-from shoal.node.mesh.addresses import interface_ips, is_loopback
-from shoal.protocol.errors import ShoalError
+from shoal.node.mesh.addresses import is_loopback
+from shoal.node.mesh.interfaces import interface_ips
+from shoal.node.reach.webrtc_pipe import (
+    GRANT_BYTES,
+    MESSAGE_BYTES,
+    MESSAGE_COST,
+    WINDOW_BYTES,
+    CreditGranted,
+    PipeEnded,
+    PipeNews,
+    PipeOpened,
+    StunServer,
+    WebRtcError,
+)
 
 if TYPE_CHECKING:
     from shoal.node.reach.webrtc_end import End
@@ -43,45 +54,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-StunServer = tuple[str, int]
-
-WINDOW_BYTES: Final = 1024 * 1024
-"""Sent and not read yet at most, in each direction; on a path of 50 ms it allows 20 MB/s, what aiortc can do."""
-GRANT_BYTES: Final = WINDOW_BYTES // 4
-MESSAGE_BYTES: Final = 16 * 1024
-"""In one message at most: the size that every implementation of WebRTC takes (RFC 8831, section 6.6)."""
-MESSAGE_COST: Final = 1024
-"""What a message weighs beside its bytes, so that a window of small ones is not too much to keep and to sort."""
 GATHER_S: Final = 1.0
 STOP_S: Final = 0.8
-
-
-class WebRtcError(ShoalError):
-    """No path by WebRTC, or a malformed offer or answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The channel is open."""
-
-    address: tuple[str, int] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """The far end may be sent messages up to this sum of costs."""
-
-    cost: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """Nothing more comes or goes."""
-
-    reason: str
-
-
-News = bytes | Opened | Granted | Ended
 
 
 class _Crossing(Generic[T]):
@@ -115,8 +89,10 @@ class WebRtcPipe(ReadWriteCloser):
     this end is closed; writing then raises libp2p's ``ConnectionClosedError``. At most `WINDOW_BYTES` wait to be read.
     """
 
-    def __init__(self, trio_token: trio.lowlevel.TrioToken, make_end: Callable[[Callable[[News], None]], End]) -> None:
-        inbox = _Crossing[News](trio_token.run_sync_soon, self._take)
+    def __init__(
+        self, trio_token: trio.lowlevel.TrioToken, make_end: Callable[[Callable[[PipeNews], None]], End]
+    ) -> None:
+        inbox = _Crossing[PipeNews](trio_token.run_sync_soon, self._take)
         self._end = make_end(inbox.put)
         self._outbox = _Crossing[bytes | str](self._end.loop.call_soon_threadsafe, self._end.send)
         self._unread: deque[bytes] = deque()
@@ -175,7 +151,7 @@ class WebRtcPipe(ReadWriteCloser):
 
     async def close(self) -> None:
         """End both directions. What was written still goes out, for `LINGER_S` at most, in the background."""
-        self._take(Ended("closed here"))
+        self._take(PipeEnded("closed here"))
         self._unread.clear()
         self._head = memoryview(b"")
         self._end.close_soon()
@@ -191,17 +167,17 @@ class WebRtcPipe(ReadWriteCloser):
         if self._ended is not None:
             raise WebRtcError(f"no path by WebRTC: {self._ended}")
 
-    def _take(self, news: News) -> None:
+    def _take(self, news: PipeNews) -> None:
         match news:
             case bytes():
                 if self._ended is None:
                     self._unread.append(news)
-            case Granted():
+            case CreditGranted():
                 self._allowed = news.cost
-            case Opened():
+            case PipeOpened():
                 self._is_open = True
                 self._address = news.address
-            case Ended():
+            case PipeEnded():
                 self._ended = self._ended or news.reason
         self._changed.unpark_all()
 
@@ -355,7 +331,7 @@ class _Thread:
     """The asyncio loop, seen from trio."""
 
     def __init__(self, trio_token: trio.lowlevel.TrioToken, addresses: Callable[[], Sequence[str]]) -> None:
-        self.new_end: Callable[[Callable[[News], None]], End]
+        self.new_end: Callable[[Callable[[PipeNews], None]], End]
         self.loop: asyncio.AbstractEventLoop
         self._trio = trio_token
         self._addresses = addresses

@@ -27,15 +27,15 @@ from aiortc import RTCConfiguration, RTCDataChannel, RTCPeerConnection, RTCSctpT
 from aiortc import rtcsctptransport as wire
 from aiortc.sdp import SessionDescription
 
-from shoal.node.reach.webrtc import (
+from shoal.node.reach.webrtc_pipe import (
     GRANT_BYTES,
     MESSAGE_BYTES,
     MESSAGE_COST,
     WINDOW_BYTES,
-    Ended,
-    Granted,
-    News,
-    Opened,
+    CreditGranted,
+    PipeEnded,
+    PipeNews,
+    PipeOpened,
     StunServer,
     WebRtcError,
 )
@@ -84,7 +84,7 @@ class End:
         loop: asyncio.AbstractEventLoop,
         ends: set[End],
         addresses: Callable[[], Sequence[str]],
-        tell: Callable[[News], None],
+        tell: Callable[[PipeNews], None],
     ) -> None:
         self.loop = loop
         self.granted = WINDOW_BYTES
@@ -173,7 +173,7 @@ class End:
 
     def _channel_opened(self) -> None:
         pair = self._ice._nominated.get(1)
-        self._tell(Opened(pair.remote_addr if pair else None))
+        self._tell(PipeOpened(pair.remote_addr if pair else None))
 
     def _channel_closed(self) -> None:
         self._is_channel_closed.set()
@@ -200,7 +200,7 @@ class End:
             self._cut_off("a grant that cannot be")
         else:
             self._allowed = granted
-            self._tell(Granted(granted))
+            self._tell(CreditGranted(granted))
 
     def send(self, message: bytes | str) -> None:
         """Send bytes or a grant."""
@@ -229,7 +229,7 @@ class End:
         """End the connection, once; what was sent has so long to arrive."""
         if not self._is_over:
             self._is_over = True
-            self._tell(Ended(reason))
+            self._tell(PipeEnded(reason))
             self._closing = self.loop.create_task(self._close(linger_s))  # kept, or it might be collected
 
     async def _close(self, linger_s: float) -> None:

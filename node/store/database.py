@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from shoal.crdt.oplog import open_op
+from shoal.crdt.oplog import Fork, open_op, prove
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, ShoalError
+from shoal.protocol.errors import LimitError, ProtocolError, ResourceError, ShoalError
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES, MAX_OP_BYTES
 from shoal.protocol.signing import Signed
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _SCHEMA: Final = """
 CREATE TABLE swarms (
@@ -42,9 +42,21 @@ CREATE INDEX blocks_by_use ON blocks (pinned, last_used);
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 """
 
+_FORKS: Final = """
+CREATE TABLE forks (
+    swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, stands BLOB NOT NULL, other BLOB NOT NULL,
+    PRIMARY KEY (swarm, author)
+) STRICT, WITHOUT ROWID;
+"""
+"""The proof that an author signed two logs; new in schema 2."""
+
 
 class StorageError(ShoalError):
     """The node's file cannot be read or written; what was written before is still there, unless it is damaged."""
+
+
+class StorageFullError(StorageError, ResourceError):
+    """There is no space to write into the node's file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,14 +167,29 @@ class Storage:
 
     # --- ops ---
 
-    def append_ops(self, swarm: SwarmId, ops: Iterable[Signed]) -> None:
+    def append_ops(self, swarm: SwarmId, ops: Iterable[Signed], forks: Iterable[Fork] = ()) -> None:
         """Keep ops that were accepted, all or none; those kept already are no error.
+
+        Args:
+            swarm: of all of them.
+            ops: in order for each author.
+            forks: kept before the ops, each in the place of an earlier one of its author; ops from a fork on go.
 
         Raises:
             StorageError: if the swarm was not added, or another op is kept in the place of one of these.
         """
         rows = [(str(swarm), str(sealed.author), open_op(sealed).seq, encode(sealed)) for sealed in ops]
         with self._transaction() as db:
+            for fork in forks:
+                db.execute(
+                    "INSERT INTO forks VALUES (?, ?, ?, ?) ON CONFLICT (swarm, author) DO UPDATE SET"
+                    " stands = excluded.stands, other = excluded.other",
+                    (str(swarm), str(fork.author), encode(fork.stands), encode(fork.other)),
+                )
+                db.execute(
+                    "DELETE FROM ops WHERE swarm = ? AND author = ? AND seq >= ?",
+                    (str(swarm), str(fork.author), fork.seq),
+                )
             for row in rows:
                 added = db.execute("INSERT INTO ops VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount
                 if added == 0:
@@ -179,6 +206,12 @@ class Storage:
         rows = self._rows("SELECT sealed FROM ops WHERE swarm = ? ORDER BY author, seq", (str(swarm),))
         with self._explained():
             return [decode(Signed, sealed, max_bytes=MAX_OP_BYTES) for (sealed,) in rows]
+
+    def load_forks(self, swarm: SwarmId) -> list[Fork]:
+        """The fork kept of each author of a swarm who signed two logs."""
+        rows = self._rows("SELECT stands, other FROM forks WHERE swarm = ? ORDER BY author", (str(swarm),))
+        with self._explained():
+            return [prove(*(decode(Signed, sealed, max_bytes=MAX_OP_BYTES) for sealed in row)) for row in rows]
 
     # --- blocks ---
 
@@ -292,7 +325,9 @@ class Storage:
         if version == 0:
             if db.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 raise StorageError(f"{self.path} is a database of something else; choose another place for it")
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {_FORKS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version == 1:
+            db.executescript(f"BEGIN IMMEDIATE; {_FORKS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
     def _set_pinned(self, cids: Iterable[Cid], pinned: int) -> None:
         with self._transaction() as db:
@@ -322,7 +357,8 @@ class Storage:
         try:
             yield
         except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: {_advice(error)}") from error
+            is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            raise (StorageFullError if is_full else StorageError)(f"{self.path}: {_advice(error)}") from error
         except ProtocolError as error:
             raise StorageError(f"{self.path} is damaged ({error}); move it away, and the node starts afresh") from error
 

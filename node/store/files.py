@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import ResourceError, ShoalError
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
@@ -58,7 +58,7 @@ def _sync_folder(path: Path) -> None:
 def storage_error(path: Path, error: OSError) -> ShoalError:
     """What the system refused, as one line that says what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ShoalError(f"no space left to write {path}; free some, or set SHOAL_HOME to a folder with space")
+        return ResourceError(f"no space left to write {path}; free some, or set SHOAL_HOME to a folder with space")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ShoalError(f"{path} is not writable; set SHOAL_HOME to a folder that is, or correct its permissions")
     return ShoalError(f"{path} cannot be written: {error.strerror or error}; SHOAL_HOME names another place")

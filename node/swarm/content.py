@@ -17,8 +17,9 @@ from shoal.dht.blocks import split
 from shoal.dht.fetch import BlockArrived, BlockFailed, Done, Drop, Failed, Fetch, Request, Store, Tick, Wake
 from shoal.node.mesh.host import Host
 from shoal.node.store.database import Storage
+from shoal.node.supervise import open_plain_nursery
 from shoal.node.wire.contracts import Block, BlockRequest, ContentService
-from shoal.protocol.errors import RemoteError, ShoalError, Status
+from shoal.protocol.errors import Fault, RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import client
 
@@ -32,6 +33,8 @@ EVICT_AFTER: Final = 1 / 16
 
 class UnavailableError(ShoalError):
     """Nobody who could be asked gave the content."""
+
+    fault = Fault.REMOTE
 
 
 class ContentStore(ContentService):
@@ -72,14 +75,20 @@ class ContentStore(ContentService):
 
         Raises:
             UnavailableError: if no source gave it in time.
+            StorageError: if the disk cannot be read or written.
         """
+        held = self._memory.get(cid)
+        if held is not None and not keep and (is_plain or not cid.is_manifest):
+            return held  # one block, checked when it came: what a round merges, each time
         deadline = trio.current_time() + timeout_s
-        fetch = Fetch(cid, sources, deadline=deadline, have=_Here(self), is_plain=is_plain)
+        # What is needed for one round only was never on disk, and asking the disk would hold up the whole node.
+        here = _Here(self) if keep or not sources else self._memory
+        fetch = Fetch(cid, sources, deadline=deadline, have=here, is_plain=is_plain)
         arrivals_in, arrivals = trio.open_memory_channel[BlockArrived | BlockFailed](64)
         received: dict[Cid, bytes] = {}
         event: BlockArrived | BlockFailed | Tick = Tick()
         result: bytes | str | None = None
-        async with trio.open_nursery() as nursery:
+        async with open_plain_nursery() as nursery:
             while result is None:
                 wake_at = deadline
                 for output in fetch.handle(event, trio.current_time()):
@@ -141,7 +150,9 @@ class ContentStore(ContentService):
 
     async def block(self, request: BlockRequest) -> Block:
         """Answer a peer that asks for a block."""
-        block = self.find(request.cid)
+        block = self._memory.get(request.cid)
+        if block is None:
+            block = await trio.to_thread.run_sync(self._storage.get_block, request.cid)
         if block is None:
             raise RemoteError(Status.NOT_FOUND, f"this node does not hold {request.cid}")
         return Block(block)

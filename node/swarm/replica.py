@@ -1,8 +1,14 @@
-"""One swarm's shared state on this node: documents and presence, kept in step with the other members.
+"""One swarm's shared state on this node: documents, presence and gossip, kept in step with the other members.
 
-New ops and presence are pushed at once to every connected member and forwarded the first time they are seen, so they
-reach members that are not connected to their author. What a push loses, sync repairs: on connect, and at random
-intervals with a random member. An op is on disk before it is acknowledged, forwarded or acted on.
+The shell of three cores. `shoal.crdt.presence` judges what is news of who is there, `shoal.crdt.sync` keeps the
+documents, `shoal.crdt.gossip` says who is told what. Here are the calls, the queues, the clock and the disk.
+
+A peer is *met* when it has shown that it knows the swarm, by a sync in either direction, and a *member* once there is
+something signed by it, presence or an op: only then is it gossiped with and kept connected. What gossip loses, sync
+repairs: when a peer is met, at random intervals with a random member, and when something does not fit what is held.
+An op is on disk before it is acknowledged, passed on or acted on.
+
+While a swarm is small every live member is dialed; in a larger one, whom gossip wants as neighbours.
 """
 
 from __future__ import annotations
@@ -10,93 +16,89 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import trio
 
-from shoal.crdt.presence import PresenceTable
-from shoal.crdt.sync import SwarmDocs
-from shoal.crdt.views import members
+from shoal.crdt.gossip import Gossip, GossipStatistics
+from shoal.crdt.gossip_messages import (
+    ITEM_ID_BYTES,
+    ContactDown,
+    ContactUp,
+    Control,
+    Dial,
+    Event,
+    Item,
+    ItemId,
+    Known,
+    Published,
+    Push,
+    Pushed,
+    Tell,
+    Tick,
+    Told,
+    Wake,
+)
+from shoal.crdt.oplog import Fork, FrozenLogError, op_hash
+from shoal.crdt.presence import Excess, Fresh, Outdone, PresenceTable, Stale, open_record, record_hash
+from shoal.crdt.presence import Known as Heard
+from shoal.crdt.sync import Received, SwarmDocs
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
+from shoal.node.supervise import Domain, Policy
+from shoal.node.swarm.counters import ReplicaStatistics
+from shoal.node.swarm.journal import Journal
+from shoal.node.swarm.members import Members
+from shoal.node.swarm.waiting import PUSH_BYTES, Waiting, in_parts
 from shoal.node.wire.contracts import (
-    OpsPush,
-    PresencePush,
+    GossipPush,
     SwarmService,
     SyncAnswer,
     SyncRequest,
+    plain_version,
     typed_version,
 )
-from shoal.protocol.codec import to_plain
-from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import client
 from shoal.protocol.signing import Signed, Signer
-from shoal.training.facts import Facts, read_facts
-
-if TYPE_CHECKING:
-    from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
 
 log = logging.getLogger(__name__)
 
+FACTS: Final = "facts"
+"""The topic that is repeated when a node has said nothing for a while."""
+ADDRESSES: Final = "addresses"
+"""The topic on which this node says where it is reached: ``{"addresses": [full multiaddrs]}``."""
+
 HEARTBEAT_S: Final = 1.0
-MIN_ANNOUNCE_GAP_S: Final = 0.02
+HEARTBEAT_MEMBERS: Final = 64
+"""With more live members than this, each speaks less often, so that all together say as much."""
+REANNOUNCE_S: Final = 1.0
+REPEAT_S: Final = 0.2
+"""After what was said last, and a newcomer may have missed."""
 SYNC_INTERVAL_S: Final = 5.0
-DIAL_INTERVAL_S: Final = 1.0
-DIAL_AGAIN_MAX_S: Final = 5.0
-MISSED_S: Final = 600.0
-"""How long a member is dialed again and again after it was lost."""
+EXPIRE_INTERVAL_S: Final = 0.25
 CALL_TIMEOUT_S: Final = 5.0
-SYNC_BYTES: Final = 200 * 1024
-SEAL_BYTES: Final = 160
-"""What an author's name, a signature and MessagePack add to a payload, rounded up."""
-MAX_QUEUED_OPS: Final = 1024
-
-
-@dataclass(slots=True)
-class _Missed:
-    """A member that is not connected; in trio time."""
-
-    since: float
-    next_at: float = 0.0
-    num_tries: int = 0
-
-
-class _Neighbour:
-    """What waits to be sent to one connected member; presence is only ever the newest of each author."""
-
-    def __init__(self) -> None:
-        self.presence: dict[PeerId, Signed] = {}
-        self.ops: list[Signed] = []
-        self.wake = trio.Event()
-
-    def clear(self) -> tuple[tuple[Signed, ...], tuple[Signed, ...]]:
-        """Take all that waits."""
-        presence, ops = tuple(self.presence.values()), tuple(self.ops)
-        self.presence, self.ops, self.wake = {}, [], trio.Event()
-        return presence, ops
-
-
-def in_parts(records: Sequence[Signed]) -> Iterator[tuple[Signed, ...]]:
-    """Records as many as go into one call, in order."""
-    part: list[Signed] = []
-    num_bytes = 0
-    for record in records:
-        size = len(record.payload) + SEAL_BYTES
-        if part and num_bytes + size > SYNC_BYTES:
-            yield tuple(part)
-            part, num_bytes = [], 0
-        part.append(record)
-        num_bytes += size
-    if part:
-        yield tuple(part)
+PUSH_TRIES: Final = 3
+PUSH_AGAIN_S: Final = 0.2
+PEER_TRIES: Final = 3
+MAX_RECENT_OPS: Final = 2048
+"""Ops that can be passed on by name; who is asked for an older one leaves it to sync."""
+MAX_ADDRESSES: Final = 16
 
 
 class Replica:
-    """Documents and presence of one swarm."""
+    """Documents and presence of one swarm.
+
+    Attributes:
+        changed: set at every change of presence, documents or neighbours.
+        on_heard: told of every news by another member: (author, topic, facts, hash of the record).
+        on_gone: told of every member of whom nothing was heard for too long, or whose connection is gone.
+        on_documents: told when documents have changed, and are on disk.
+        counters: what went wrong.
+    """
 
     def __init__(
         self,
@@ -106,89 +108,163 @@ class Replica:
         presence: PresenceTable,
         storage: Storage,
         host: Host,
-        facts: Facts,
+        domain: Domain,
+        *,
+        rng: random.Random | None = None,
     ) -> None:
+        """Take over what is stored; `begin` does the rest.
+
+        Args:
+            swarm: whose state it is.
+            signer: of this node.
+            docs: made of what is stored.
+            presence: empty; its topics must have `ADDRESSES`, and `FACTS` if anything is published on it.
+            storage: where ops are kept.
+            host: carries the calls.
+            domain: where its tasks may fail; `end` when it ends.
+            rng: for whom to sync with, and for gossip.
+        """
         self.swarm = swarm
         self.changed = Signal()
-        self.facts = facts
+        self.counters = ReplicaStatistics()
+        self.on_heard: Callable[[PeerId, str, Mapping[str, Any], bytes], None] = lambda *_: None
+        self.on_gone: Callable[[PeerId], None] = lambda _: None
+        self.on_documents: Callable[[], None] = lambda: None
         self._signer = signer
-        self._docs = docs
+        self._journal = Journal(swarm, signer, docs, storage)
         self._presence = presence
-        self._storage = storage
         self._host = host
-        self._neighbours: dict[PeerId, _Neighbour] = {}
-        self._missed: dict[PeerId, _Missed] = {}
-        self._announce = trio.Event()
-        self._store_lock = trio.Lock()
-        self._nursery: trio.Nursery | None = None
-        self._live: dict[PeerId, Facts] = {}
-        self._documents: dict[PeerId, dict[str, Any]] | None = None
-        self._rng = random.Random()  # noqa: S311  picks whom to sync with
+        self._rng = rng or random.Random()  # noqa: S311  picks whom to talk to
+        self._gossip = Gossip(signer.peer_id, self._rng)
+        self._met: dict[PeerId, Waiting] = {}
+        self._contacts: set[PeerId] = set()
+        self._members = Members(swarm, signer.peer_id, host)
+        self._syncing: set[PeerId] = set()
+        self._refusals: dict[PeerId, int] = {}
+        self._recent_ops: dict[ItemId, Signed] = {}
+        self._domain = domain
+        self._published_at = -math.inf
+        self._must_reannounce = False
+        self._must_repeat = False
+        self._speak = Signal()
+        self._tick_at = math.inf
+        self._retime = Signal()
+        self._said_frozen = False
 
     # What the rest of the node reads.
 
     @property
     def neighbours(self) -> frozenset[PeerId]:
         """Connected members."""
-        return frozenset(self._neighbours)
+        return frozenset(self._contacts)
 
     @property
-    def live(self) -> dict[PeerId, Facts]:
-        """The facts of every other member that was heard of lately."""
-        return self._live
+    def live(self) -> Mapping[PeerId, Mapping[str, Mapping[str, Any]]]:
+        """What every other member that was heard of lately said last, by topic. Not a copy."""
+        return self._presence.live(trio.current_time())
+
+    @property
+    def own_facts(self) -> Mapping[str, Mapping[str, Any]]:
+        """What this node said last, by topic."""
+        return self._presence.own_facts
+
+    @property
+    def every_s(self) -> float:
+        """How often this node speaks at least: less often in a swarm of very many."""
+        return HEARTBEAT_S * max(1.0, (1 + len(self.live)) / HEARTBEAT_MEMBERS)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether two logs were signed with this node's key, so that nobody takes its ops any more."""
+        return self._signer.peer_id in self._journal.frozen
+
+    @property
+    def frozen(self) -> dict[PeerId, Fork]:
+        """The members who were shown to keep two logs, by what shows it."""
+        return self._journal.frozen
+
+    def statements(self, author: PeerId, topic: str) -> list[tuple[Mapping[str, Any], bytes]]:
+        """What is held of a live member on a topic, oldest first: the facts, and the record's hash."""
+        return self._presence.statements(author, topic)
+
+    def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """The full multiaddrs at which a member says that it is reached."""
+        return self._members.addresses(peer)
 
     def documents(self) -> dict[PeerId, dict[str, Any]]:
         """Every author's registers."""
-        if self._documents is None:
-            self._documents = self._docs.documents()
-        return self._documents
+        return self._journal.documents()
 
     def version(self) -> dict[PeerId, int]:
         """The newest sequence number held of each author."""
-        return self._docs.version()
+        return self._journal.seqs()
+
+    def gossip_statistics(self) -> GossipStatistics:
+        """Counters of the gossip."""
+        return self._gossip.statistics()
 
     # What the rest of the node says.
 
-    def announce(self, **changes: Any) -> None:
-        """Change what this node's presence says, and say it soon."""
-        self.facts = replace(self.facts, **changes)
-        self._announce.set()
-        self.changed.set()
+    def publish(self, topic: str, facts: Mapping[str, Any]) -> bytes:
+        """Say something to all members, signed.
 
-    async def write(self, **registers: Any) -> None:
-        """Set registers of this node's document; returns when they are on disk."""
-        async with self._store_lock:
-            op = self._docs.write(self._signer, **registers)
-            self._documents = None
-            await self._store([op])
-        self._spread_ops([op], but=None)
-        self.changed.set()
+        Returns:
+            The record's hash, by which others may refer to it.
 
-    async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep in step with the others until cancelled."""
+        Raises:
+            UsageError: if the topic is unknown, or the facts are not plain data or too much for it.
+        """
+        sealed = self._presence.announce(self._signer, topic, facts, self.every_s)
+        self._say([sealed])
+        self.changed.set()
+        return record_hash(sealed)
+
+    async def write(self, **registers: Any) -> bool:
+        """Set registers of this node's document; returns when they are on disk.
+
+        Returns:
+            Whether they were written: not if two logs were signed with this node's key, see `is_frozen`.
+
+        Raises:
+            UsageError: if a register is not plain data.
+            LimitError: if it is too much.
+            StorageError: if the disk fails. Nothing was changed then, as after any error.
+        """
         try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._announce_loop)
-                nursery.start_soon(self._sync_loop)
-                nursery.start_soon(self._dial_loop)
-                nursery.start_soon(self._expire_loop)
-                task_status.started()
-        finally:
-            for peer in {*self._neighbours, *self._missed}:
-                self._forget(peer)
+            op = await self._journal.write(registers)
+        except FrozenLogError as error:
+            self._say_frozen(error)
+            return False
+        self._spread_ops([op], source=None)
+        return True
+
+    def begin(self) -> None:
+        """Keep in step with the others from now on."""
+        domain = self._domain
+        domain.start_soon("speaking", self._speak_loop, policy=Policy.RESTART)
+        domain.start_soon("timing gossip", self._tick_loop, policy=Policy.RESTART)
+        domain.start_soon("syncing", self._sync_loop, policy=Policy.RESTART)
+        domain.start_soon("dialing members", self._dial_loop, policy=Policy.RESTART)
+        domain.start_soon("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
+
+    def end(self) -> None:
+        """Forget the members, now that the tasks have ended."""
+        for peer in list(self._met):
+            self._unmeet(peer)
+        self._members.forget_all()
 
     # Peers come and go.
 
     async def peer_up(self, peer: PeerId) -> None:
-        """A connection stands; find out whether the peer is a member, and catch up with it if so."""
-        for _ in range(3):
+        """A connection stands; find out whether the peer is in the swarm, and catch up with it if so."""
+        for attempt in range(PEER_TRIES):
             try:
                 await self.sync_with(peer)
             except RemoteError as error:
                 if error.status in (Status.NOT_FOUND, Status.UNIMPLEMENTED):
-                    return  # not a member
-                await trio.sleep(0.2)
+                    self._left(peer)
+                    return
+                await trio.sleep(PUSH_AGAIN_S * 2**attempt)
             except ShoalError as error:
                 log.warning("catching up with %s failed: %s", peer, error)
                 return
@@ -197,10 +273,15 @@ class Replica:
 
     def peer_down(self, peer: PeerId) -> None:
         """The last connection to a peer is gone."""
-        if self._neighbours.pop(peer, None) is not None:
-            self._missed[peer] = _Missed(trio.current_time())
-            self._presence.drop(peer)
-            self._refresh_live()
+        self._refusals.pop(peer, None)
+        was_member = peer in self._contacts
+        self._unmeet(peer)
+        self._handle(ContactDown(peer))
+        if was_member:
+            self._members.lost(peer, trio.current_time())
+            if self._members.is_small(len(self.live)) and self._presence.drop(peer):
+                self._say_gone(peer)
+            self.changed.set()
 
     async def sync_with(self, peer: PeerId) -> None:
         """Take what a peer has and give it what it lacks.
@@ -208,189 +289,378 @@ class Replica:
         Raises:
             RemoteError: if it cannot be asked, NOT_FOUND if it is not in this swarm.
             ProtocolError: if its answer breaks the protocol.
+            StorageError: if what it has cannot be stored.
         """
         while True:
-            async with self._store_lock:  # nothing is told that is not on disk yet
-                version = {str(author): seq for author, seq in self._docs.version().items()}
-            answer = await self._service_of(peer).sync(SyncRequest(self.swarm, version))
+            ours = await self._journal.version()
+            answer = await self._service_of(peer).sync(SyncRequest(self.swarm, plain_version(ours), ours.is_full))
+            theirs = typed_version(answer)
             self._meet(peer)
-            took = await self._take_ops(answer.ops, peer)
-            if not took:
+            received = await self._take_ops(answer.ops, peer)
+            if not received.accepted and not received.forks:
                 break
-        async with self._store_lock:
-            lacks = self._docs.missing(typed_version(answer.version), SYNC_BYTES)
-        self._queue(peer, ops=lacks)
+        lacks = await self._journal.missing(theirs, PUSH_BYTES)
+        waiting = self._met.get(peer)
+        if waiting is not None and lacks:
+            waiting.add(ops=[(_op_id(op), op) for op in lacks])
 
     def _service_of(self, peer: PeerId) -> SwarmService:
         return client(SwarmService, self._host.at(peer), timeout_s=CALL_TIMEOUT_S)
 
     def _meet(self, peer: PeerId) -> None:
-        if peer in self._neighbours or self._nursery is None:
+        """It knows the swarm: it hears what is known, and is a member once it has said something itself."""
+        if peer in self._met or peer == self._signer.peer_id or self._domain.is_over:
             return
-        neighbour = self._neighbours[peer] = _Neighbour()
-        self._missed.pop(peer, None)
+        waiting = self._met[peer] = Waiting()
+        self._of(peer).start_soon("pushing to a peer", self._push_loop, peer, waiting, policy=Policy.RESTART)
+        if self._presence.knows(peer) or peer in self._journal.seqs():
+            self._welcome(peer)
+        self._must_repeat = True  # if it took this node for gone, only something new changes its mind
+        self._speak.set()
+
+    def _welcome(self, peer: PeerId) -> None:
+        """It has signed something in this swarm; if it is met, it is a member that is connected."""
+        if peer in self._contacts or peer not in self._met:
+            return
+        self._contacts.add(peer)
+        self._members.back(peer)
         self._host.want(peer, self.swarm)
-        self._nursery.start_soon(self._push_loop, peer, neighbour)
-        self._queue(peer, presence=self._presence.newest())
-        self._announce.set()
+        self._handle(ContactUp(peer))
+        self.changed.set()
+
+    def _unmeet(self, peer: PeerId) -> None:
+        waiting = self._met.pop(peer, None)
+        if waiting is not None:
+            waiting.close()
+            self.counters.dropped += waiting.num_dropped
+        self._contacts.discard(peer)
+
+    def _left(self, peer: PeerId) -> None:
+        """A peer says that it is not in the swarm, or not any more."""
+        was_met = peer in self._met
+        self._unmeet(peer)
+        self._handle(ContactDown(peer))
+        self._members.forget(peer)
+        if was_met and self._presence.drop(peer):  # else it may be about to join
+            self._say_gone(peer)
+        self.changed.set()
 
     # What peers call.
 
     async def serve_sync(self, peer: PeerId, request: SyncRequest) -> SyncAnswer:
-        """A member asks for what it lacks."""
-        theirs = typed_version(request.version)
-        if peer not in self._neighbours:
-            self._meet(peer)
-        async with self._store_lock:  # nothing is told that is not on disk yet
-            ours = self._docs.version()
-            ops = self._docs.missing(theirs, SYNC_BYTES)
-            is_behind = self._docs.is_behind(theirs)
-        if is_behind and self._nursery is not None:
-            self._nursery.start_soon(self._sync_quietly, peer)
-        return SyncAnswer(tuple(ops), {str(author): seq for author, seq in ours.items()})
+        """A peer asks for what it lacks.
 
-    async def serve_ops(self, peer: PeerId, push: OpsPush) -> None:
-        """A member pushes new ops."""
-        await self._take_ops(push.ops, peer)
-
-    async def serve_presence(self, peer: PeerId, push: PresencePush) -> None:
-        """A member pushes presence, its own and others'."""
-        news = [record for record in push.records if self._is_news(record)]
-        if news:
-            for other in self._neighbours:
-                self._queue(other, presence=[record for record in news if other not in (peer, record.author)])
-            self._refresh_live()
-
-    def _is_news(self, record: Signed) -> bool:
-        # The own records too: from them the table learns of an earlier life of this node under a later clock.
-        return self._presence.receive(record, trio.current_time()) is not None
-
-    # Inside.
-
-    async def _take_ops(self, ops: Sequence[Signed], source: PeerId) -> int:
-        async with self._store_lock:
-            received = self._docs.receive(ops)
-            self._documents = None
-            if received.accepted:
-                await self._store(received.accepted)
-        for rejected in received.rejected:
-            log.warning("an op that %s sent is refused: %s", source, rejected.reason)
-        if received.accepted:
-            self._spread_ops(received.accepted, but=source)
-            self.changed.set()
-        return len(received.accepted)
-
-    async def _store(self, ops: Sequence[Signed]) -> None:
+        Raises:
+            ProtocolError: if its version is none.
+            RemoteError: UNAVAILABLE if this node cannot read its own state.
+        """
+        theirs = typed_version(request)
+        self._meet(peer)
         try:
-            await trio.to_thread.run_sync(self._storage.append_ops, self.swarm, ops)
-        except StorageError:
-            # What is not on disk must not be known either, or this node could sign two ops with one number.
-            stored = await trio.to_thread.run_sync(self._storage.load_ops, self.swarm)
-            self._docs = SwarmDocs(self.swarm, self._signer.peer_id, stored)
-            self._documents = None
-            raise
+            # In this order: what comes in between is sent, and not told of, rather than the other way round.
+            ours = await self._journal.version()
+            ops = await self._journal.missing(theirs, PUSH_BYTES)
+            is_behind = await self._journal.is_behind(theirs)
+        except StorageError as error:
+            raise RemoteError(Status.UNAVAILABLE, "the state of this swarm cannot be read now") from error
+        if is_behind:
+            self._sync_soon(peer)
+        return SyncAnswer(tuple(ops), plain_version(ours), ours.is_full)
 
-    def _spread_ops(self, ops: Sequence[Signed], but: PeerId | None) -> None:
-        for other in self._neighbours:
-            if other != but:
-                self._queue(other, ops=ops)
-
-    def _queue(self, peer: PeerId, *, ops: Sequence[Signed] = (), presence: Sequence[Signed] = ()) -> None:
-        neighbour = self._neighbours.get(peer)
-        if neighbour is None or not (ops or presence):
+    async def serve_gossip(self, peer: PeerId, push: GossipPush) -> None:
+        """A peer pushes news. What is bad in it is refused, and the rest is taken and passed on."""
+        if peer not in self._met:
+            self._sync_soon(peer)
+        now = trio.current_time()
+        fresh: list[Item] = []
+        known: list[ItemId] = []
+        for sealed in push.records:
+            self._hear(peer, sealed, now, fresh, known)
+        self._pushed(peer, fresh, known)
+        if peer in self._contacts:
+            for control in push.control:
+                self._handle(Told(peer, control))
+        if not push.ops:
             return
-        room = MAX_QUEUED_OPS - len(neighbour.ops)  # what does not fit, sync brings
-        neighbour.ops += ops[:room]
-        for record in presence:
-            neighbour.presence[record.author] = record
-        neighbour.wake.set()
+        names = {_op_id(op): op for op in push.ops}
+        held = [name for name in names if name in self._recent_ops]
+        unknown = [op for name, op in names.items() if name not in self._recent_ops]
+        try:
+            received = await self._take_ops(unknown, peer, also_known=held)
+        except StorageError:
+            self.counters.not_stored += 1
+            log.exception("ops from %s cannot be stored now", peer)
+        else:
+            if received.missing:
+                self._sync_soon(peer)
 
-    async def _push_loop(self, peer: PeerId, neighbour: _Neighbour) -> None:
-        while self._neighbours.get(peer) is neighbour:
-            await neighbour.wake.wait()
-            presence, ops = neighbour.clear()
-            try:
-                for records in in_parts(presence):
-                    await self._service_of(peer).push_presence(PresencePush(self.swarm, records))
-                for part in in_parts(ops):
-                    await self._service_of(peer).push_ops(OpsPush(self.swarm, part))
-            except RemoteError as error:
-                if error.status is Status.NOT_FOUND:
-                    self.peer_down(peer)  # it left the swarm
-                    self._forget(peer)
+    def _hear(self, peer: PeerId, sealed: Signed, now: float, fresh: list[Item], known: list[ItemId]) -> None:
+        try:
+            heard = self._presence.receive(sealed, now)
+        except ProtocolError as error:
+            self.counters.refused_records += 1
+            self._refuse(peer, str(error))
+            return
+        match heard:
+            case Fresh(presence, name):
+                fresh.append(Item(name[:ITEM_ID_BYTES], self._presence.key_of(presence)))
+                if presence.topic == ADDRESSES:
+                    self._members.told(presence.author, presence.facts)
+                self._welcome(presence.author)
+                news = (presence.author, presence.topic, presence.facts, name)
+                self._domain.call("telling news", self.on_heard, *news)
+                self.changed.set()
+            case Heard(name):
+                known.append(name[:ITEM_ID_BYTES])
+            case Stale(_, newest):
+                self.counters.stale += 1
+                waiting = self._met.get(peer)
+                if sealed.author == peer and waiting is not None:
+                    waiting.add(records=[record_hash(record)[:ITEM_ID_BYTES] for record in newest])
+            case Excess():
+                pass  # the table counts it
+            case Outdone():
+                self._must_reannounce = True
+                self._speak.set()
+
+    def _pushed(self, peer: PeerId, fresh: Sequence[Item], known: Sequence[ItemId]) -> None:
+        if peer in self._contacts:
+            if fresh or known:
+                self._handle(Pushed(peer, tuple(fresh), tuple(known)))
+        elif fresh:
+            self._handle(Published(tuple(fresh)))
+
+    def _refuse(self, peer: PeerId, reason: str) -> None:
+        count = self._refusals[peer] = self._refusals.get(peer, 0) + 1
+        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th…: it may be very many
+            log.warning("what %s sent is refused, for the %d. time: %s", peer, count, reason)
+
+    # Documents.
+
+    async def _take_ops(self, ops: Sequence[Signed], source: PeerId, also_known: Sequence[ItemId] = ()) -> Received:
+        received = await self._journal.receive(ops) if ops else Received()
+        for rejected in received.rejected:
+            self.counters.refused_ops += 1
+            self._refuse(source, rejected.reason)
+        for fork in received.forks:
+            log.error("%s has signed two different ops %d: nothing after that is taken of it", fork.author, fork.seq)
+            if fork.author == self._signer.peer_id:
+                self._say_frozen(None)
+        not_known = {*received.accepted, *(rejected.sealed for rejected in received.rejected)}
+        known = [_op_id(op) for op in ops if op not in not_known and op.author not in received.missing]
+        shown = [op for fork in received.forks for op in (fork.stands, fork.other)]
+        self._spread_ops([*shown, *received.accepted], source, known=[*also_known, *known])
+        return received
+
+    def _spread_ops(self, ops: Sequence[Signed], source: PeerId | None, known: Sequence[ItemId] = ()) -> None:
+        """These are on disk: act on them, and pass them on."""
+        items = []
+        for op in ops:
+            name = _op_id(op)
+            self._recent_ops[name] = op
+            items.append(Item(name, f"op/{name.hex()}"))
+            self._welcome(op.author)
+        while len(self._recent_ops) > MAX_RECENT_OPS:
+            del self._recent_ops[next(iter(self._recent_ops))]
+        if source is None:
+            self._handle(Published(tuple(items)))
+        else:
+            self._pushed(source, items, known)
+        if ops:
+            self._domain.call("telling of documents", self.on_documents)
+            self.changed.set()
+
+    def _say_frozen(self, error: FrozenLogError | None) -> None:
+        if not self._said_frozen:
+            self._said_frozen = True
+            log.error(
+                "%s: what this node writes is not taken by anybody any more. Two nodes have used this profile, or it "
+                "was restored from a backup; leave the swarm %s and join it again with a new profile%s",
+                *(self._signer.peer_id, self.swarm, f" ({error})" if error else ""),
+            )
+
+    # Gossip.
+
+    def _say(self, records: Iterable[Signed]) -> None:
+        """Own records: to the members by gossip, and to those who have yet to hear who this is."""
+        items = []
+        for sealed in records:
+            opened = open_record(sealed)
+            items.append(Item(opened.record_hash[:ITEM_ID_BYTES], self._presence.key_of(opened.presence)))
+        for peer, waiting in self._met.items():
+            if peer not in self._contacts:
+                waiting.add(records=[item.id for item in items])
+        self._published_at = trio.current_time()
+        self._handle(Published(tuple(items)))
+
+    def _handle(self, event: Event) -> None:
+        """Tell the gossip of an event, and do what it wants."""
+        for output in self._gossip.handle(event, trio.current_time()):
+            match output:
+                case Push(peer, ids):
+                    waiting = self._met.get(peer)
+                    if waiting is not None:
+                        ops = [(name, self._recent_ops[name]) for name in ids if name in self._recent_ops]
+                        waiting.add(records=[name for name in ids if name not in self._recent_ops], ops=ops)
+                case Tell(peer, message):
+                    waiting = self._met.get(peer)
+                    if waiting is not None:
+                        waiting.add(controls=[message])
+                case Dial(peer):
+                    self._domain.start_soon("reaching a neighbour", self._dial_for_gossip, peer, policy=Policy.DROP)
+                case Wake(at):
+                    self._tick_at = at
+                    self._retime.set()
+
+    async def _dial_for_gossip(self, peer: PeerId) -> None:
+        try:
+            if await self._members.connect(peer) and peer not in self._contacts:
+                await self._sync_quietly(peer)
+        finally:  # gossip waits for the outcome, whatever it is
+            self._handle(ContactUp(peer) if peer in self._contacts else ContactDown(peer))
+
+    async def _push_loop(self, peer: PeerId, waiting: Waiting) -> None:
+        """Send all that is known of who is there, and then what waits."""
+        records = self._presence.newest()
+        ops: list[Signed] = []
+        controls: list[Control] = []
+        while self._met.get(peer) is waiting:
+            for part in in_parts(self.swarm, records, ops, controls):
+                if not await self._push(peer, part, waiting):
                     return
-                log.debug("a push to %s failed: %s", peer, error)
-                await trio.sleep(0.1)
+            names, ops, controls = await waiting.take()
+            records = [sealed for name in names if (sealed := self._presence.find(name)) is not None]
 
-    async def _announce_loop(self) -> None:
+    async def _push(self, peer: PeerId, part: GossipPush, waiting: Waiting) -> bool:
+        """Whether this queue goes on."""
+        for attempt in range(PUSH_TRIES):
+            if self._met.get(peer) is not waiting:
+                return False
+            try:
+                await self._service_of(peer).gossip(part)
+            except RemoteError as error:
+                self.counters.failed_pushes += 1
+                log.debug("a push to %s failed: %s", peer, error)
+                if error.status is Status.NOT_FOUND:
+                    self._left(peer)
+                    return False
+                if error.status is Status.INVALID_ARGUMENT:
+                    return True  # it refuses this part, and would refuse it again
+                await trio.sleep(PUSH_AGAIN_S * 2**attempt)
+            else:
+                return True
+        if self._met.get(peer) is waiting:
+            self._give_up(peer)
+        return False
+
+    def _give_up(self, peer: PeerId) -> None:
+        """A member takes no pushes: it counts as lost until it is met again."""
+        log.info("%s takes no news of %s any more; it is met again when it answers", peer, self.swarm)
+        self.counters.lost += 1
+        was_member = peer in self._contacts
+        self._unmeet(peer)
+        self._handle(ContactDown(peer))
+        if was_member:
+            self._members.lost(peer, trio.current_time())
+        self.changed.set()
+
+    # Loops.
+
+    async def _speak_loop(self) -> None:
+        """Say where this node is reached when that changes, and repeat oneself before one is forgotten."""
+        reannounced_at = -math.inf
+        said: list[str] | None = None
         while True:
-            self._announce = trio.Event()
-            facts = replace(self.facts, addresses=self._host.addresses())
-            record = self._presence.announce(self._signer, to_plain(facts))
-            for peer in self._neighbours:
-                self._queue(peer, presence=[record])
-            await trio.sleep(MIN_ANNOUNCE_GAP_S)
-            with trio.move_on_after(HEARTBEAT_S):
-                await self._announce.wait()
+            now = trio.current_time()
+            if self._must_reannounce and now - reannounced_at >= REANNOUNCE_S:
+                reannounced_at = now
+                self._reannounce()
+            addresses = list(self._host.addresses()[:MAX_ADDRESSES])
+            if addresses != said:
+                said = addresses
+                self.publish(ADDRESSES, {"addresses": addresses})
+            repeat_at = self._published_at + (min(REPEAT_S, self.every_s) if self._must_repeat else self.every_s)
+            if now >= repeat_at:
+                self._must_repeat = False
+                topic = FACTS if FACTS in self.own_facts else ADDRESSES
+                self.publish(topic, self.own_facts[topic])
+                repeat_at = now + self.every_s
+            self._handle(Known(tuple(peer for peer in self.live if self._members.addresses(peer))))
+            with trio.move_on_at(min(now + HEARTBEAT_S, repeat_at)):
+                await self._speak.wait()
+
+    def _reannounce(self) -> None:
+        self._must_reannounce = False
+        say = log.warning if self._presence.num_outdone == 1 else log.error
+        say(
+            "others have heard newer things in the name of this node than it has said (%d times): its clock was set "
+            "back, or another node uses the same profile; stop that one if there is one",
+            self._presence.num_outdone,
+        )
+        self._say(self._presence.reannounce(self._signer, self.every_s))
+
+    async def _tick_loop(self) -> None:
+        while True:
+            with trio.move_on_at(self._tick_at):
+                await self._retime.wait()
+            if trio.current_time() >= self._tick_at:
+                self._tick_at = math.inf
+                self._handle(Tick())
 
     async def _sync_loop(self) -> None:
         while True:
             await trio.sleep(SYNC_INTERVAL_S * self._rng.uniform(0.5, 1.5))
-            if self._neighbours:
-                await self._sync_quietly(self._rng.choice(sorted(self._neighbours)))
+            if self._contacts:
+                await self._sync_quietly(self._rng.choice(sorted(self._contacts)))
 
     async def _sync_quietly(self, peer: PeerId) -> None:
+        if peer in self._syncing or peer == self._signer.peer_id:
+            return
+        self._syncing.add(peer)
         try:
             await self.sync_with(peer)
-        except ShoalError as error:
+        except RemoteError as error:
+            if error.status is Status.NOT_FOUND:
+                self._left(peer)
             log.debug("sync with %s failed: %s", peer, error)
+        except ShoalError as error:
+            log.info("sync with %s failed: %s", peer, error)
+        finally:
+            self._syncing.discard(peer)
 
     async def _dial_loop(self) -> None:
-        """Be connected to every live member, and to those that were lost lately."""
+        """Be connected to every live member of a small swarm, and to those that were lost."""
         while True:
-            now = trio.current_time()
-            known = members(self.documents()) if self._missed else {}
-            for peer, missed in list(self._missed.items()):
-                if now - missed.since > MISSED_S or (peer in known and known[peer].left):
-                    self._forget(peer)
-            for peer in {*self._live, *self._missed}:
-                if peer not in self._host.connected:
-                    missed = self._missed.setdefault(peer, _Missed(now))
-                    if missed.next_at <= now:
-                        missed.next_at = math.inf  # until this try is over
-                        self._host.spawn(self._dial, peer, missed)
-                elif peer not in self._neighbours:
-                    await self._sync_quietly(peer)
-            with trio.move_on_after(DIAL_INTERVAL_S):
-                await self._host.wait_for_change()
+            for peer in self._members.due(self.live, self._contacts, self.documents(), trio.current_time()):
+                self._domain.start_soon("reaching a member", self._dial, peer, policy=Policy.DROP)
+            await self._members.wait()
 
-    async def _dial(self, peer: PeerId, missed: _Missed) -> None:
-        facts = self._live.get(peer)
-        told = [] if facts is None else [each for each in facts.addresses if each.endswith(f"/p2p/{peer}")]
-        addresses = [*told, *self._host.known_addresses(peer)]
+    async def _dial(self, peer: PeerId) -> None:
         try:
-            if addresses:
-                await self._host.connect(list(dict.fromkeys(addresses)))
-        except (NoPeersError, UsageError) as error:
-            log.debug("dialing a member failed: %s", error)
-        missed.num_tries += 1
-        missed.next_at = trio.current_time() + min(DIAL_INTERVAL_S * 2**missed.num_tries, DIAL_AGAIN_MAX_S)
-
-    def _forget(self, peer: PeerId) -> None:
-        self._missed.pop(peer, None)
-        self._host.unwant(peer, self.swarm)
+            if await self._members.connect(peer) and peer not in self._contacts:
+                await self._sync_quietly(peer)
+        finally:
+            self._members.tried(peer, trio.current_time())
 
     async def _expire_loop(self) -> None:
         while True:
-            await trio.sleep(0.25)
-            if self._presence.expire(trio.current_time()):
-                self._refresh_live()
+            await trio.sleep(EXPIRE_INTERVAL_S)
+            gone = self._presence.expire(trio.current_time())
+            for peer in gone:
+                self._say_gone(peer)
+            if gone:
+                self.changed.set()
 
-    def _refresh_live(self) -> None:
-        live = {}
-        for peer, presence in self._presence.live(trio.current_time()).items():
-            facts = read_facts(presence.facts) if peer != self._signer.peer_id else None
-            if facts is not None:
-                live[peer] = facts
-        self._live = live
-        self.changed.set()
+    def _of(self, peer: PeerId) -> Domain:
+        """Where what fails with one peer ends."""
+        return self._domain.inside("peer", f"{peer} in {self.swarm}")
+
+    def _sync_soon(self, peer: PeerId) -> None:
+        self._of(peer).start_soon("syncing with a peer", self._sync_quietly, peer, policy=Policy.DROP)
+
+    def _say_gone(self, peer: PeerId) -> None:
+        self._domain.call("telling who is gone", self.on_gone, peer)
+
+
+def _op_id(op: Signed) -> ItemId:
+    return op_hash(op)[:ITEM_ID_BYTES]

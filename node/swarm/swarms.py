@@ -1,5 +1,9 @@
 """The swarms that this node is in: created, joined, left, taken up again after a restart.
 
+Each swarm is a failure domain. One that ends by a failure, or that cannot be taken up again, is shown as failed with
+its reason; the node and its other swarms go on. It stays joined, and is taken up again at the next start, or when a
+person joins it anew. Only leaving is for good.
+
 Also the services that peers call: content, documents and presence.
 """
 
@@ -9,11 +13,13 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from shoal.crdt.oplog import Fork
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
@@ -21,23 +27,19 @@ from shoal.node.config import ProfilePaths
 from shoal.node.mesh.host import Host, HostEvent, PeerDown, PeerUp
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StoredSwarm
+from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
-from shoal.node.swarm.learner import Run
 from shoal.node.swarm.replica import Replica
+from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
-from shoal.node.wire.contracts import (
-    OpsPush,
-    PresencePush,
-    SwarmService,
-    SyncAnswer,
-    SyncRequest,
-)
-from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
+from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, Service, current_call
-from shoal.protocol.signing import Signer
-from shoal.training.facts import Facts
+from shoal.protocol.signing import Signed, Signer
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
+from shoal.training.requirements import check_here
+from shoal.training.statements import TOPIC_RULES, Phase
 from shoal.training.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -45,22 +47,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROVIDE_INTERVAL_S: Final = 60.0
-PROVIDE_RETRY_S: Final = 5.0
-PROVIDE_PAUSE_S: Final = 1.0
 LOOKUPS: Final = 3
+LOOKUP_PAUSE_S: Final = 1.0
 TICKET_ADDRESSES: Final = 8
 
 
 @dataclass(slots=True)
-class Membership:
-    """One swarm that this node is in."""
+class Joined:
+    """One swarm that this node is in.
+
+    Attributes:
+        home: the failure domain in which it is entered, and entered again if the machine lacked something.
+        domain: the failure domain of its tasks; none while it does not run.
+        failure: why it does not run, if a failure keeps it from it.
+    """
 
     manifest: Manifest
-    run: Run
+    run: Runner
     replica: Replica
-    scope: trio.CancelScope
-    done: trio.Event
+    home: Domain
+    domain: Domain | None = None
+    failure: str | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """What this node does in it now."""
+        return self.run.core.progress.phase if self.failure is None else Phase.FAILED
+
+    @property
+    def error(self) -> str | None:
+        """What is wrong, if something is."""
+        return self.run.error if self.failure is None else self.failure
 
 
 class Swarms:
@@ -74,19 +91,18 @@ class Swarms:
         storage: Storage,
         content: ContentStore,
         paths: ProfilePaths,
-        nursery: trio.Nursery,
+        domain: Domain,
     ) -> None:
-        self.joined: dict[SwarmId, Membership] = {}
+        self.joined: dict[SwarmId, Joined] = {}
         self.changed = Signal()
-        self._peer_came = Signal()
         self._signer = signer
         self._host = host
         self._storage = storage
         self._content = content
         self._paths = paths
-        self._nursery = nursery
+        self._domain = domain
 
-    def get(self, swarm: SwarmId) -> Membership:
+    def get(self, swarm: SwarmId) -> Joined:
         """One of them.
 
         Raises:
@@ -100,8 +116,9 @@ class Swarms:
     def ticket(self, swarm: SwarmId) -> str:
         """A ticket for a swarm, with this node's and some other members' addresses."""
         addresses = [*self._host.addresses()]
-        for facts in self.get(swarm).replica.live.values():
-            addresses += facts.addresses
+        replica = self.get(swarm).replica
+        for member in replica.live:
+            addresses += replica.addresses(member)
         return str(Ticket(swarm, tuple(dict.fromkeys(addresses))[:TICKET_ADDRESSES]))
 
     # What a person does.
@@ -113,7 +130,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         role = self._role(request.role)
-        target_return = await self._check_task(request.task, request.algorithm)
+        target_return, requires = await self._check_task(request.task, request.algorithm)
         manifest = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
@@ -128,13 +145,14 @@ class Swarms:
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
             created_at=int(time.time()),
+            requires=requires,
         )
         swarm, data = sign_manifest(manifest, self._signer)
-        await self._enter(swarm, data, role, addresses=())
+        await self._enter(self._entry(swarm, data, role), is_new=True)
         return swarm
 
     async def join(self, ticket: Ticket, role_name: str) -> tuple[SwarmId, Role]:
-        """Take part in a run.
+        """Take part in a run; in one that has failed on this node, again.
 
         Raises:
             NoPeersError: if no member can be reached.
@@ -142,13 +160,17 @@ class Swarms:
         """
         role = self._role(role_name)
         known = self.joined.get(ticket.swarm)
-        if known is not None:
+        if known is not None and known.failure is None:
             return ticket.swarm, known.run.role
         held = await trio.to_thread.run_sync(self._storage.list_swarms)
         stored = next((entry for entry in held if entry.swarm == ticket.swarm), None)
         peers = await self._reach(ticket, must=stored is None)
         data = stored.manifest if stored is not None else await self._fetch_manifest(ticket.swarm, peers)
-        await self._enter(ticket.swarm, data, role, addresses=ticket.addresses)
+        if known is not None:
+            known.home.cancel()
+            await known.home.wait_gone()
+        entry = self._entry(ticket.swarm, data, role, ticket.addresses)
+        await self._enter(entry, is_new=stored is None or stored.has_left)
         return ticket.swarm, role
 
     async def leave(self, swarm: SwarmId) -> None:
@@ -158,11 +180,17 @@ class Swarms:
             UsageError: if this node is not in it.
         """
         membership = self.get(swarm)
-        await membership.replica.write(member={"role": str(membership.run.role), "left": True})
-        await trio.sleep(0.2)  # for the goodbye to go out; who misses it, hears it by sync from the others
+        if membership.domain is not None:
+            try:
+                await membership.replica.write(member={"role": str(membership.run.role), "left": True})
+            except ShoalError as error:
+                log.warning("%s is left without a goodbye: %s", swarm, error)
+            await trio.sleep(0.2)  # for the goodbye to go out; who misses it, hears it by sync from the others
         await trio.to_thread.run_sync(self._storage.set_left, swarm)
-        membership.scope.cancel()
-        await membership.done.wait()
+        membership.home.cancel()
+        await membership.home.wait_gone()
+        self.joined.pop(swarm, None)
+        self.changed.set()
 
     async def take_up(self) -> None:
         """Go on with the runs that this node was in when it stopped."""
@@ -170,11 +198,14 @@ class Swarms:
             if stored.has_left:
                 continue
             try:
-                await self._enter(stored.swarm, stored.manifest, Role(stored.role), stored.addresses, wait=False)
+                manifest = open_manifest(stored.swarm, stored.manifest)
             except ShoalError:
                 log.exception("swarm %s cannot be taken up again", stored.swarm)
                 continue
-            self._nursery.start_soon(self._reach_quietly, Ticket(stored.swarm, stored.addresses))
+            home = self._domain.inside("swarm", str(stored.swarm))
+            home.start_soon("living", self._take_up, home, stored, manifest, policy=Policy.RESTART)
+            ticket = Ticket(stored.swarm, stored.addresses)
+            home.start_soon("reaching members", self._reach_quietly, ticket, policy=Policy.RESTART)
 
     # Entering.
 
@@ -189,8 +220,8 @@ class Swarms:
             require_training()
         return role
 
-    async def _check_task(self, task: str, algorithm: str) -> float | None:
-        """Whether both are installed here; gives the task's own target."""
+    async def _check_task(self, task: str, algorithm: str) -> tuple[float | None, dict[str, int]]:
+        """Whether both are installed here; gives the task's own target, and what members of a run must have."""
         require_training()
         result = await trio.run_process(
             [sys.executable, "-m", "shoal.training.tasks", task, algorithm],
@@ -205,88 +236,113 @@ class Swarms:
             raise ShoalError(f"the task {task!r} could not be looked up; the node's log says why") from error
         if "error" in answer:
             raise UsageError(answer["error"])
-        target: float | None = answer["target_return"]
-        return target
+        return answer["target_return"], answer["requires"]
 
-    async def _enter(
-        self, swarm: SwarmId, data: bytes, role: Role, addresses: tuple[str, ...], *, wait: bool = True
-    ) -> None:
-        manifest = open_manifest(swarm, data)
-        stored = await trio.to_thread.run_sync(self._storage.load_ops, swarm)
-        me = self._signer.peer_id
-        facts = Facts(role=role)
-        replica = Replica(
-            swarm,
-            self._signer,
-            SwarmDocs(swarm, me, stored),
-            PresenceTable(swarm, me, started_at=int(time.time() * 1000)),
-            self._storage,
-            self._host,
-            facts,
-        )
-        run = Run(manifest, swarm, me, role, replica, self._content, self._paths.swarm(swarm))
-        membership = Membership(manifest, run, replica, trio.CancelScope(), trio.Event())
-        if wait:
-            await self._nursery.start(self._live, membership, data, addresses)
-        else:
-            self._nursery.start_soon(self._live, membership, data, addresses)
+    @staticmethod
+    def _entry(swarm: SwarmId, data: bytes, role: Role, addresses: tuple[str, ...] = ()) -> StoredSwarm:
+        return StoredSwarm(swarm=swarm, manifest=data, role=str(role), joined_at=time.time(), addresses=addresses)
+
+    async def _enter(self, entry: StoredSwarm, *, is_new: bool) -> None:
+        """Be in a swarm from now on; returns when all of it runs.
+
+        Raises:
+            ShoalError: if it cannot be entered. A new one is then as if it had been left; another one has failed.
+        """
+        manifest = open_manifest(entry.swarm, entry.manifest)
+        home = self._domain.inside("swarm", str(entry.swarm))
+        await trio.to_thread.run_sync(self._storage.add_swarm, entry)
+        try:
+            await home.start("living", self._live, home, entry, manifest, policy=Policy.RESTART)
+        except Exception:
+            if is_new:
+                self.joined.pop(entry.swarm, None)
+                self.changed.set()
+                await trio.to_thread.run_sync(self._storage.set_left, entry.swarm)
+            raise
+
+    async def _take_up(self, home: Domain, entry: StoredSwarm, manifest: Manifest) -> None:
+        """Enter a swarm again after the node was restarted.
+
+        Raises:
+            ResourceError: if this machine lacks something for it now, so that it is to be tried again.
+        """
+        try:
+            await self._live(home, entry, manifest)
+        except ShoalError as error:
+            if error.fault is Fault.RESOURCE:
+                raise
+            log.warning("swarm %s is not taken up: %s", entry.swarm, error)
 
     async def _live(
         self,
-        membership: Membership,
-        data: bytes,
-        addresses: tuple[str, ...],
+        home: Domain,
+        entry: StoredSwarm,
+        manifest: Manifest,
         task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """One swarm from entering to leaving. A run that this node cannot take part in counts as left."""
-        run, replica = membership.run, membership.replica
-        started = False
-        entry = StoredSwarm(
-            swarm=run.swarm, manifest=data, role=str(run.role), joined_at=time.time(), addresses=addresses
-        )
-        await trio.to_thread.run_sync(self._storage.add_swarm, entry)
+        """One swarm from entering it until it is left, or until a failure ends it."""
+        has_begun = False
+        # Shown from now on; nothing may be written before what is stored has been read.
+        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), (), home)
         try:
-            with membership.scope:
-                async with trio.open_nursery() as nursery:
-                    self.joined[run.swarm] = membership
-                    await nursery.start(replica.run)
-                    for peer in self._host.connected:
-                        nursery.start_soon(replica.peer_up, peer)
-                    await nursery.start(run.run)
-                    await self._content.put(data, keep=True, is_plain=True)
-                    register = {"role": str(run.role), "left": False}
-                    if replica.documents().get(self._signer.peer_id, {}).get("member") != register:
-                        await replica.write(member=register)
-                    nursery.start_soon(self._provide, run.swarm)
-                    nursery.start_soon(self._forward_changes, replica)
-                    started = True
-                    task_status.started()
-        except BaseExceptionGroup as group:
-            if started:
-                raise
-            await trio.to_thread.run_sync(self._storage.set_left, run.swarm)
-            raise unwrap(group) from None
+            check_here(manifest, Role(entry.role))
+            stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
+            forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
+            async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
+                membership = self._membership(home, entry, manifest, stored, forks, domain)
+                membership.domain = domain
+                self.joined[entry.swarm] = membership
+                await self._begin(membership, domain, entry)
+                has_begun = True
+                task_status.started()
+            if domain.failure is not None:
+                if not has_begun:
+                    raise ShoalError(str(domain.failure))  # noqa: TRY301  the caller waits for this to begin
+                membership.failure = f"{domain.failure}; restart the node, or join again, to go on"
+        except Exception as error:
+            membership.failure = reason_of(error)
+            raise
         finally:
-            self.joined.pop(run.swarm, None)
+            membership.domain = None
+            membership.replica.end()
+            if membership.failure is None:
+                self.joined.pop(entry.swarm, None)
             self.changed.set()
-            membership.done.set()
 
-    async def _forward_changes(self, replica: Replica) -> None:
-        while True:
-            self.changed.set()
-            await replica.changed.wait()
+    def _membership(
+        self,
+        home: Domain,
+        entry: StoredSwarm,
+        manifest: Manifest,
+        stored: Sequence[Signed],
+        forks: Sequence[Fork],
+        domain: Domain,
+    ) -> Joined:
+        swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
+        docs = SwarmDocs(swarm, me, stored, forks)
+        presence = PresenceTable(swarm, me, int(time.time() * 1000), TOPIC_RULES)
+        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, domain)
+        folder = self._paths.swarm(swarm)
+        run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
+        replica.changed = run.changed = self.changed
+        return Joined(manifest, run, replica, home)
 
-    async def _provide(self, swarm: SwarmId) -> None:
-        """Be found in the DHT by those whose ticket's addresses are all gone."""
-        while True:
-            try:
-                provided = bool(self._host.connected) and await self._host.provide(swarm)
-            except Exception as error:
-                log.info("announcing %s in the DHT failed: %s", swarm, error)
-                provided = False
-            with trio.move_on_after(PROVIDE_INTERVAL_S if provided else PROVIDE_RETRY_S):
-                await self._peer_came.wait()
-                await trio.sleep(PROVIDE_PAUSE_S)  # several come at once
+    async def _begin(self, membership: Joined, domain: Domain, entry: StoredSwarm) -> None:
+        run, replica = membership.run, membership.replica
+        replica.begin()
+        for peer in self._host.connected:
+            self._catch_up(membership, peer)
+        await domain.start("run", run.run, policy=Policy.RESTART)
+        await self._content.put(entry.manifest, keep=True, is_plain=True)
+        register = {"role": str(run.role), "left": False}
+        if replica.documents().get(self._signer.peer_id, {}).get("member") != register:
+            await replica.write(member=register)
+        domain.start_soon("providing", self._host.keep_provided, run.swarm, policy=Policy.RESTART)
+
+    def _catch_up(self, membership: Joined, peer: PeerId) -> None:
+        if membership.domain is not None:
+            of_peer = membership.domain.inside("peer", f"{peer} in {membership.run.swarm}")
+            of_peer.start_soon("catching up", membership.replica.peer_up, peer, policy=Policy.DROP)
 
     # Reaching members.
 
@@ -301,7 +357,7 @@ class Swarms:
                 break
             reached = await self._connect_any([list(a) for a in await self._host.find_providers(ticket.swarm)])
             if not reached:
-                await trio.sleep(PROVIDE_PAUSE_S)
+                await trio.sleep(LOOKUP_PAUSE_S)
         if not reached and must:
             raise NoPeersError(
                 f"no member of {ticket.swarm} can be reached: tried {', '.join(ticket.addresses) or 'no addresses'}; "
@@ -312,12 +368,12 @@ class Swarms:
     async def _connect_any(self, groups: list[list[str]]) -> list[PeerId]:
         """Dial all; returns those that answered by the time the first did."""
         reached: list[PeerId] = []
-        async with trio.open_nursery() as nursery:
+        async with open_plain_nursery() as nursery:
 
             async def dial(addresses: list[str]) -> None:
                 try:
                     peer = await self._host.connect(addresses)
-                except (NoPeersError, ValueError) as error:
+                except (ShoalError, ValueError) as error:  # whatever a ticket or the DHT gives for an address
                     log.info("%s", error)
                     return
                 if peer != self._signer.peer_id:
@@ -346,23 +402,23 @@ class Swarms:
     def handle(self, event: HostEvent) -> None:
         """A peer came or went."""
         for membership in list(self.joined.values()):
+            if membership.domain is None:
+                continue
             match event:
                 case PeerUp(peer):
-                    self._nursery.start_soon(membership.replica.peer_up, peer)
+                    self._catch_up(membership, peer)
                 case PeerDown(peer):
-                    membership.replica.peer_down(peer)
-        if isinstance(event, PeerUp):
-            self._peer_came.set()
+                    membership.domain.call("losing a peer", membership.replica.peer_down, peer)
         self.changed.set()
 
     def replica(self, swarm: SwarmId) -> Replica:
         """The state of a swarm that this node is in.
 
         Raises:
-            RemoteError: NOT_FOUND if it is in no such swarm.
+            RemoteError: NOT_FOUND if it is in no such swarm, or if that does not run.
         """
         membership = self.joined.get(swarm)
-        if membership is None:
+        if membership is None or membership.domain is None:
             raise RemoteError(Status.NOT_FOUND, f"this node is not in {swarm}")
         return membership.replica
 
@@ -376,10 +432,6 @@ class _SwarmCalls(SwarmService):
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         return await self._swarms.replica(request.swarm).serve_sync(current_call().peer, request)
 
-    async def push_ops(self, request: OpsPush) -> Empty:
-        await self._swarms.replica(request.swarm).serve_ops(current_call().peer, request)
-        return Empty()
-
-    async def push_presence(self, request: PresencePush) -> Empty:
-        await self._swarms.replica(request.swarm).serve_presence(current_call().peer, request)
+    async def gossip(self, request: GossipPush) -> Empty:
+        await self._swarms.replica(request.swarm).serve_gossip(current_call().peer, request)
         return Empty()

@@ -36,6 +36,7 @@ from typing import Final, Literal, Protocol
 import outcome
 import trio
 
+from shoal.node.signals import Signal
 from shoal.node.wire.channel import ByteStream, StreamClosedError
 from shoal.node.wire.lanes import TlsByteStream
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
@@ -74,7 +75,7 @@ NICE: Final = 5
 _REQUEST: Final = struct.Struct("!16sQQ")
 _OK: Final = b"\x00"
 
-Buffer = bytes | bytearray | memoryview
+AnyBuffer = bytes | bytearray | memoryview
 Transport = Literal["auto", "libp2p"]
 Abort = Callable[[], None]
 
@@ -175,13 +176,13 @@ class Bulk:
         self._offers: dict[bytes, _Offer] = {}
         self._peers: dict[PeerId, _Peer] = {}
         self._num_served = 0
-        self._is_reaping = False
+        self._kept = Signal()
         self._is_closed = False
 
     # --- owning ---
 
     @asynccontextmanager
-    async def offer(self, peer: PeerId, buffer: Buffer) -> AsyncIterator[BulkRef]:
+    async def offer(self, peer: PeerId, buffer: AnyBuffer) -> AsyncIterator[BulkRef]:
         """Let one peer pull these bytes, as often as it likes, until the context ends.
 
         The end breaks off what is still being sent, and waits, shielded, until no thread reads the buffer any more:
@@ -276,7 +277,7 @@ class Bulk:
         self,
         peer: PeerId,
         ref: BulkRef,
-        into: Buffer,
+        into: AnyBuffer,
         *,
         offset: int = 0,
         timeout_s: float,
@@ -420,21 +421,20 @@ class Bulk:
 
     def _keep(self, tls: ssl.SSLSocket, state: _Peer) -> None:
         state.idle.append((trio.current_time() + IDLE_S, tls))
-        if not self._is_reaping:
-            self._is_reaping = True
-            trio.lowlevel.spawn_system_task(self._reap)
+        self._kept.set()
 
-    async def _reap(self) -> None:
-        """Close idle lanes when their time has come; ends when there are none."""
-        try:
-            while until := [state.idle[0][0] for state in self._peers.values() if state.idle]:
-                await trio.sleep_until(min(until))
-                now = trio.current_time()
-                for state in self._peers.values():
-                    while state.idle and state.idle[0][0] <= now:
-                        state.idle.pop(0)[1].close()
-        finally:
-            self._is_reaping = False
+    async def reap(self) -> None:
+        """Close idle lanes when their time has come; until cancelled."""
+        while True:
+            until = [state.idle[0][0] for state in self._peers.values() if state.idle]
+            if not until:
+                await self._kept.wait()
+                continue
+            await trio.sleep_until(min(until))
+            now = trio.current_time()
+            for state in self._peers.values():
+                while state.idle and state.idle[0][0] <= now:
+                    state.idle.pop(0)[1].close()
 
 
 class _Pull:
@@ -615,6 +615,6 @@ async def _close(stream: ByteStream) -> None:
         await stream.close()
 
 
-def _as_bytes(buffer: Buffer) -> memoryview:
+def _as_bytes(buffer: AnyBuffer) -> memoryview:
     view = memoryview(buffer)
     return view.cast("B") if view.nbytes else memoryview(bytearray())

@@ -50,9 +50,8 @@ log = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-TICK_S: Final = 0.05
+DRAIN_TICK_S: Final = 0.01
 RETIRE_TICK_S: Final = 1.0
-"""Deadlines are kept to within this."""
 
 # Enum members are looked up slowly (CPython 3.11), and these once a call.
 _OK, _CANCELLED = Status.OK, Status.CANCELLED
@@ -146,7 +145,8 @@ class Channel:
         self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope()
         self._to_start: list[tuple[Callable[..., Awaitable[None]], tuple[Any, ...]]] = []
-        self._idle_timer: trio.lowlevel.Task | None = None
+        self._timer: trio.lowlevel.Task | None = None  # asleep until `_timer_at`
+        self._timer_at = math.inf
 
     @property
     def is_open(self) -> bool:
@@ -182,7 +182,7 @@ class Channel:
         Raises:
             RemoteError: with the far side's status; DEADLINE_EXCEEDED when the time is over; UNAVAILABLE when the
                 stream is gone; INTERNAL if the answer is not of the method's type.
-            LimitError: if the request is too big.
+            TooLargeError: if the request is too big.
         """
         body, attachments = encode_message(request)
         return self._call(method, body, attachments, timeout_s)
@@ -292,7 +292,7 @@ class Channel:
         self._ours[call_id] = ours
         if method.kind:
             ours.writable = trio.lowlevel.ParkingLot()
-        if self._idle_timer is not None:
+        if now + timeout_s < self._timer_at:
             self._wake_timer()
         if is_lone:
             self._outbox.flush_now()
@@ -402,7 +402,7 @@ class Channel:
         self._connection.drain()
         self._outbox.flush_soon()
         while not self._outbox.is_closed and (self._server.calls or not self._outbox.is_empty):  # noqa: ASYNC110  it changes in many places
-            await trio.sleep(TICK_S / 5)
+            await trio.sleep(DRAIN_TICK_S)
 
     def stop(self) -> None:
         """End `run`, and with it every call."""
@@ -450,32 +450,30 @@ class Channel:
 
     async def _watch_deadlines(self) -> None:
         while True:
-            deadline = self._connection.next_deadline()
-            if deadline == math.inf:
-                self._idle_timer = trio.lowlevel.current_task()
+            self._timer_at = self._connection.next_deadline()
+            with trio.move_on_at(self._timer_at):
+                self._timer = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._stop_timer)
-                continue
-            # A call that comes meanwhile may have less time, so this looks again in a moment.
-            await trio.sleep_until(min(deadline, trio.current_time() + TICK_S))
             for event in self._connection.expire(trio.current_time()):
                 self._dispatch(event)
             if self._connection.unsent_bytes:
                 self._outbox.flush_soon()
 
     def _wake_timer(self) -> None:
-        if self._idle_timer is not None:
-            timer, self._idle_timer = self._idle_timer, None
+        """A call has less time than the timer sleeps for."""
+        if self._timer is not None:
+            timer, self._timer = self._timer, None
             trio.lowlevel.reschedule(timer)
 
     def _stop_timer(self, _: Any) -> trio.lowlevel.Abort:
-        self._idle_timer = None
+        self._timer = None
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, Answered):
             self._settle(event.call_id, event)
         elif isinstance(event, Called):
-            if self._idle_timer is not None:
+            if event.deadline < self._timer_at:
                 self._wake_timer()
             self._server.admit(event)
         elif isinstance(event, Failed):

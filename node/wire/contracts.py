@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from shoal.crdt.gossip_messages import Control
+from shoal.crdt.sync import Head, Version
 from shoal.node.wire.lanes import LaneKind, LaneTicket
 from shoal.protocol.codec import Attachment
+from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, unary
@@ -31,44 +34,57 @@ class SyncRequest:
     """Asks for the ops that the caller lacks.
 
     Attributes:
-        version: the caller's newest sequence number, by author.
+        swarm: of which.
+        version: how far the caller is, by author.
+        is_full: whether it has a place for no more authors.
     """
 
     swarm: SwarmId
-    version: dict[str, int]
+    version: dict[str, Head]
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SyncAnswer:
-    """Ops that the caller lacks, in order (maybe not all of them), and the answerer's own version."""
+    """Ops that the caller lacks, in order (maybe not all of them), and how far the answerer is itself."""
 
     ops: tuple[Signed, ...]
-    version: dict[str, int]
+    version: dict[str, Head]
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class OpsPush:
-    """New ops."""
+class GossipPush:
+    """Everything that waits for one member.
+
+    Attributes:
+        swarm: of which.
+        records: presence.
+        ops: of documents; those of a fork side by side.
+        control: for the receiver's gossip, in order.
+    """
 
     swarm: SwarmId
-    ops: tuple[Signed, ...]
+    records: tuple[Signed, ...] = ()
+    ops: tuple[Signed, ...] = ()
+    control: tuple[Control, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PresencePush:
-    """New presence records."""
-
-    swarm: SwarmId
-    records: tuple[Signed, ...] = field(default=())
-
-
-def typed_version(version: dict[str, int]) -> dict[PeerId, int]:
-    """A version vector as it came from a peer, checked.
+def typed_version(message: SyncRequest | SyncAnswer) -> Version:
+    """How far a peer says it is, checked.
 
     Raises:
-        UsageError: if an author is not a peer id.
+        ProtocolError: if an author is not a peer id.
     """
-    return {PeerId.parse(author): seq for author, seq in version.items()}
+    try:
+        return Version({PeerId.parse(author): head for author, head in message.version.items()}, message.is_full)
+    except UsageError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def plain_version(version: Version) -> dict[str, Head]:
+    """The heads as they go into a message."""
+    return {str(author): head for author, head in version.heads.items()}
 
 
 class NodeService(Service, name="node"):
@@ -98,13 +114,8 @@ class SwarmService(Service, name="swarm"):
         raise NotImplementedError
 
     @unary(idempotent=True)
-    async def push_ops(self, request: OpsPush) -> Empty:
-        """Take new ops."""
-        raise NotImplementedError
-
-    @unary(idempotent=True)
-    async def push_presence(self, request: PresencePush) -> Empty:
-        """Take new presence records."""
+    async def gossip(self, request: GossipPush) -> Empty:
+        """Take news, and hear what the caller's gossip has to say."""
         raise NotImplementedError
 
 

@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from shoal.node.wire.channel import StreamClosedError
 from shoal.protocol.codec import Buffer
-from shoal.protocol.errors import RemoteError, ShoalError, Status
+from shoal.protocol.errors import Fault, RemoteError, ShoalError, Status
 from shoal.protocol.ids import PeerId
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class LaneKind(IntEnum):
 
 class LaneError(ShoalError):
     """A lane could not be had; calls go on by libp2p."""
+
+    fault = Fault.REMOTE
 
 
 @dataclass(frozen=True, slots=True)

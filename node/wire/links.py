@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol, TypeVar
 import trio
 
 from shoal.node.metrics import Metrics
+from shoal.node.supervise import Domain, Policy
 from shoal.node.wire.bulk import Bulk
 from shoal.node.wire.channel import Account, ByteStream, Channel, Router, StreamClosedError, UnknownProtocolError
 from shoal.node.wire.contracts import LaneInvitation, LaneRequest, LaneService
@@ -82,6 +83,7 @@ class Paths(Protocol):
 class _Link:
     """One peer."""
 
+    domain: Domain
     account: Account = field(default_factory=Account)
     opening: trio.Lock = field(default_factory=trio.Lock)
     stream: Channel | None = None
@@ -103,17 +105,18 @@ class _Link:
 class Links:
     """The streams to all peers. `close` ends them."""
 
-    def __init__(self, paths: Paths, router: Router, nursery: trio.Nursery, *, lanes: bool = True) -> None:
+    def __init__(self, paths: Paths, router: Router, domain: Domain, *, lanes: bool = True) -> None:
         self.metrics = Metrics()
         self.bulk = Bulk(self)
         self._paths = paths
         self._router = router
-        self._nursery = nursery
+        self._domain = domain
         self._lanes = lanes
         self._is_draining = False
         self._door = LaneDoor()
         self._links: dict[PeerId, _Link] = {}
         router.add(_LaneCalls(self))
+        domain.start_soon("closing idle lanes", self.bulk.reap, policy=Policy.RESTART)
 
     def at(self, peer: PeerId) -> Caller:
         """What carries calls to a peer."""
@@ -141,9 +144,9 @@ class Links:
 
     def peer_up(self, peer: PeerId) -> None:
         """A first connection stands."""
-        link = self._links.setdefault(peer, _Link())
+        link = self._link_of(peer)
         if self._lanes and self._paths.dialed_address(peer) is not None:
-            self._nursery.start_soon(self._keep_calls_lane, peer, link)
+            link.domain.start_soon("keeping a lane", self._keep_calls_lane, peer, link, policy=Policy.RESTART)
 
     def path_changed(self, peer: PeerId) -> None:
         """Another connection is the best now: what begins goes by it, what is under way ends where it is."""
@@ -152,9 +155,9 @@ class Links:
             return
         old, link.stream = link.stream, None
         if old is not None:
-            self._nursery.start_soon(self._let_go, old)
+            link.domain.start_soon("letting a stream go", self._let_go, old, policy=Policy.DROP)
         if self._lanes and not link.has_lane_keeper and self._paths.dialed_address(peer) is not None:
-            self._nursery.start_soon(self._keep_calls_lane, peer, link)
+            link.domain.start_soon("keeping a lane", self._keep_calls_lane, peer, link, policy=Policy.RESTART)
 
     async def _let_go(self, channel: Channel) -> None:
         """Stop a channel when the calls that are under way on it are over."""
@@ -168,6 +171,7 @@ class Links:
         if link is not None:
             for channel in list(link.channels):
                 channel.stop()
+            link.domain.cancel()
             self.bulk.drop_peer(peer)
 
     async def close(self) -> None:
@@ -215,7 +219,7 @@ class Links:
         if self._is_draining or not self._paths.is_connected(peer):
             await stream.close()
             return
-        link = self._links.setdefault(peer, _Link())
+        link = self._link_of(peer)
         if link.num_streams >= MAX_STREAMS:
             log.warning("%s opens more than %d streams; one is closed", peer, MAX_STREAMS)
             await stream.close()
@@ -235,7 +239,13 @@ class Links:
     def _link(self, peer: PeerId) -> _Link:
         if not self._paths.is_connected(peer):
             raise RemoteError(Status.UNAVAILABLE, f"{peer} is not connected")
-        return self._links.setdefault(peer, _Link())
+        return self._link_of(peer)
+
+    def _link_of(self, peer: PeerId) -> _Link:
+        link = self._links.get(peer)
+        if link is None:
+            link = self._links[peer] = _Link(self._domain.inside("peer", peer))
+        return link
 
     async def _dial_stream(self, peer: PeerId, link: _Link, protocol: str) -> Channel:
         try:
@@ -244,8 +254,11 @@ class Links:
             raise RemoteError(Status.UNIMPLEMENTED, str(error)) from error
         except StreamClosedError as error:
             raise RemoteError(Status.UNAVAILABLE, f"no stream to {peer}: {error}") from error
+        if link.domain.is_over:
+            await stream.close()
+            raise RemoteError(Status.UNAVAILABLE, f"{peer} went away while a stream to it was opened")
         channel = self._new_channel(peer, link, stream)
-        self._nursery.start_soon(self._run, link, channel)
+        link.domain.start_soon("running a stream", self._run, link, channel, policy=Policy.DROP)
         return channel
 
     def _new_channel(self, peer: PeerId, link: _Link, stream: ByteStream) -> Channel:
@@ -384,7 +397,11 @@ class Links:
             tls = await dial_lane(*address, invitation.ticket, invitation.kind, timeout_s=LANE_TIMEOUT_S)
         except LaneError as error:
             raise RemoteError(Status.UNAVAILABLE, str(error)) from error
-        self._nursery.start_soon(self.bulk.serve_lane, peer, tls)
+        link = self._links.get(peer)
+        if link is None:
+            tls.close()
+            raise RemoteError(Status.UNAVAILABLE, "the last connection has ended")
+        link.domain.start_soon("serving a bulk lane", self.bulk.serve_lane, peer, tls, policy=Policy.DROP)
 
 
 class _LaneCalls(LaneService):

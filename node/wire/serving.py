@@ -25,8 +25,10 @@ from shoal.protocol.errors import (
     ProtocolError,
     RefusedError,
     RemoteError,
+    ResourceError,
     ShoalError,
     Status,
+    TooLargeError,
     UsageError,
     unwrap,
 )
@@ -402,7 +404,7 @@ def _failure(error: BaseException, method: str) -> tuple[Status, str]:
     match error:
         case RemoteError():
             return error.status, error.message
-        case LimitError():
+        case LimitError() | TooLargeError() | ResourceError():
             return Status.RESOURCE_EXHAUSTED, str(error)
         case RefusedError():
             return Status.PERMISSION_DENIED, str(error)

@@ -20,11 +20,11 @@ _INSTRUMENTED: Final = [
     "shoal.dht",
     "shoal.crdt",
     "shoal.node.wire.bulk",
+    "shoal.training.electorate",
     "shoal.training.exchange.averager",
-    "shoal.training.exchange.rounds",
-    "shoal.training.facts",
     "shoal.training.manifest",
     "shoal.training.state",
+    "shoal.training.statements",
     "shoal.training.ticket",
     "base58",
 ]

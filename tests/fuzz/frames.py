@@ -14,7 +14,7 @@ from typing import Final
 import zstandard
 
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import ProtocolError
+from shoal.protocol.errors import ProtocolError, TooLargeError
 from shoal.protocol.frames import Frame, FrameDecoder, FrameType, encode_frame
 from shoal.protocol.limits import MAX_ATTACHMENTS, MAX_HEADER_BYTES
 
@@ -131,7 +131,7 @@ def _mutate(data: bytes, max_bytes: int, rng: Random, mutate_bytes: MutateBytes)
             b"".join(encode_frame(frame, compress=rng.random() < 0.5, max_attachment_bytes=_MAX_ATTACHMENT_BYTES))
             for frame in frames
         )
-    except ProtocolError:
+    except TooLargeError:
         return mutate_bytes(data, max_bytes)
     changed = (data[:_CUT_BYTES] if rng.random() < 0.8 else rng.randbytes(_CUT_BYTES)) + stream
     return changed if len(changed) <= max_bytes else mutate_bytes(data, max_bytes)

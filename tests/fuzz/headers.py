@@ -26,9 +26,8 @@ from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.rpc import read_request_header, request_header
 from shoal.protocol.services import CallKind, Method, Service
 from shoal.protocol.signing import Signed
-from shoal.training.exchange.rounds import Proposal
-from shoal.training.facts import Facts
 from shoal.training.manifest import Manifest
+from shoal.training.statements import TOPICS
 from shoal.training.ticket import Ticket
 
 from .harness import FindingError, MutateBytes, Target, refusing, require
@@ -42,7 +41,8 @@ _MODULES: Final = (shoal.node.wire.bench, shoal.node.wire.contracts, shoal.proto
 def _kinds() -> dict[str, type[Any]]:
     """All types by their names: those signed or stored, those of the modules, and what these are made of."""
     found: dict[str, type[Any]] = {}
-    kinds: list[object] = [Signed, Op, Presence, Facts, Proposal, Manifest, ContentManifest, Ticket, OfferedTensor]
+    kinds: list[object] = [Signed, Op, Presence, Manifest, ContentManifest, Ticket, OfferedTensor]
+    kinds += TOPICS.values()
     for module in _MODULES:
         for name, value in vars(module).items():
             methods = value.methods.values() if isinstance(value, type) and issubclass(value, Service) else ()

@@ -15,28 +15,22 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
+from shoal.node.mesh.circuits import RelayError, parse_circuit
 from shoal.node.mesh.door import _read_endpoint
-from shoal.node.reach.nat import Endpoint
-from shoal.node.reach.portmap import (
-    MAX_SERVICES,
-    Wanted,
-    decode_description,
-    decode_nat_pmp,
-    decode_pcp,
-    decode_ssdp,
-    encode_nat_pmp,
-    encode_pcp,
-)
+from shoal.node.mesh.endpoint import Endpoint
+from shoal.node.reach.gateway import MappingWish
+from shoal.node.reach.nat_pmp import decode_nat_pmp, encode_nat_pmp
+from shoal.node.reach.pcp import decode_pcp, encode_pcp
 from shoal.node.reach.punch import MAX_ADDRESSES, _connect, _endpoints
-from shoal.node.reach.relay import RelayError, parse_circuit
 from shoal.node.reach.stun import StunAnswer, StunRequest, decode_stun, encode_stun
+from shoal.node.reach.upnp import MAX_SERVICES, decode_description, decode_ssdp
 
 from .harness import MutateBytes, Target, refusing, require
 from .identities import ALICE, BOB
 
 KINDS: Final = b"spndxlca"
 GATEWAY: Final = "192.168.1.1"
-WANTED: Final = Wanted(protocol="tcp", internal_port=4001, external_port=4001, lifetime_s=3600, nonce=bytes(12))
+WANTED: Final = MappingWish(protocol="tcp", internal_port=4001, external_port=4001, lifetime_s=3600, nonce=bytes(12))
 DESCRIPTION: Final = """<root><device><serviceList><service>
 <serviceType>urn:schemas-upnp-org:service:WANIPConnection:1</serviceType><controlURL>/ctl/IPConn</controlURL>
 </service></serviceList></device></root>"""

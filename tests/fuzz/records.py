@@ -9,6 +9,7 @@ documents.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any, Final
 
@@ -16,22 +17,25 @@ import msgpack
 
 from shoal.crdt import oplog, presence, views
 from shoal.crdt.document import MAX_REGISTERS, Document
-from shoal.crdt.oplog import NO_OP, Op, op_hash
-from shoal.crdt.presence import PresenceTable
-from shoal.crdt.sync import SwarmDocs
+from shoal.crdt.oplog import NO_OP, Fork, Op, op_hash, open_op
+from shoal.crdt.presence import Excess, Fresh, PresenceTable
+from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_MEMBERS
 from shoal.protocol.signing import Signed, Signer
-from shoal.training.facts import Facts, Phase, read_facts
-from shoal.training.manifest import Role
+from shoal.training.statements import TOPIC_OF, TOPIC_RULES, TOPICS, read_statement
 
 from .harness import FindingError, MutateBytes, Target, check_text, refusing, require
 from .identities import ALICE, BOB, OTHER_SWARM, OWN, SWARM
 from .mutators import Step, mutate_packed, mutate_steps, pack_steps, read_steps
+from .samples import sample
 
 _SIGNERS: Final = (ALICE, BOB, OWN)
+_TOPICS: Final = {topic: replace(rule, per_s=1, burst=4) for topic, rule in TOPIC_RULES.items()}
+"""Those of a run, so slow that one input can be too fast."""
+_TOPIC_NAMES: Final = tuple(_TOPICS)
 _MAX_STEPS: Final = 16  # each costs a signature or two
 
 # The first byte of a step's bytes says who speaks, and in what way it lies.
@@ -51,8 +55,9 @@ class _Scene:
         self.authors = {signer.peer_id: SwarmDocs(SWARM, signer.peer_id) for signer in _SIGNERS}
         self.heads = {signer.peer_id: NO_OP for signer in _SIGNERS}
         self.accepted: list[Signed] = []
-        self.table = PresenceTable(SWARM, OWN.peer_id, started_at=1_000)
-        self.announcers = {signer.peer_id: PresenceTable(SWARM, signer.peer_id, started_at=1) for signer in _SIGNERS}
+        self.forks: dict[PeerId, Fork] = {}
+        self.table = PresenceTable(SWARM, OWN.peer_id, 1_000, _TOPICS)
+        self.announcers = {signer.peer_id: PresenceTable(SWARM, signer.peer_id, 1, _TOPICS) for signer in _SIGNERS}
         self.now = 0.0
 
     def receive(self, *ops: Signed) -> None:
@@ -60,18 +65,25 @@ class _Scene:
         received = self.docs.receive(ops)
         for rejected in received.rejected:
             check_text(rejected.reason)
+        for fork in received.forks:
+            require(fork.author in self.authors, "a fork was shown of somebody who signed nothing")
+            self.forks[fork.author] = fork
+            self.accepted = [op for op in self.accepted if op.author != fork.author or open_op(op).seq < fork.seq]
+            self.authors[fork.author].receive([fork.stands, fork.other])
         for sealed in received.accepted:
             require(sealed.author in self.authors, "an op was taken that nobody here signed")
             self.accepted.append(sealed)
             self.heads[sealed.author] = op_hash(sealed)
             again = self.authors[sealed.author].receive([sealed])
-            require(sealed in again.accepted or not again.missing, "one node takes an op that another one refuses")
-        require(not self.docs.receive(received.accepted).accepted, "an op was taken twice")
+            is_astray = sealed.author in self.authors[sealed.author].frozen or sealed.author in self.forks
+            require(sealed in again.accepted or not again.missing or is_astray, "one takes an op that another refuses")
+        again = self.docs.receive([*received.accepted, *(op for f in received.forks for op in (f.stands, f.other))])
+        require(not again.accepted and not again.forks, "an op or a fork was taken twice")
 
     def next_op(self, signer: Signer, lies: int, update: bytes) -> Signed:
         """The author's next op with any update, and with lies beside it."""
         author = signer.peer_id
-        seq = self.docs.version().get(author, 0) + 1
+        seq = self.docs.seqs().get(author, 0) + 1
         seq += (1 if lies & _LIE_GAP else 0) - (1 if lies & _LIE_REWRITE and seq > 1 else 0)
         op = Op(
             swarm=OTHER_SWARM if lies & _LIE_SWARM else SWARM,
@@ -104,9 +116,9 @@ def _step_honest_write(scene: _Scene, signer: Signer, _: int, data: bytes) -> No
     if not isinstance(registers, dict) or not all(isinstance(name, str) for name in registers):
         return
     author = scene.authors[signer.peer_id]
-    if author.version().get(signer.peer_id, 0) != scene.docs.version().get(signer.peer_id, 0):
+    if author.version().heads.get(signer.peer_id) != scene.docs.version().heads.get(signer.peer_id):
         return  # it wrote something that the node did not take
-    with refusing(UsageError, LimitError):
+    with refusing(UsageError):  # a `FrozenLogError` among them
         sealed = author.write(signer, **{name: value for name, value in registers.items() if name != "signer"})
         scene.receive(sealed)
         require(sealed in scene.accepted, "an honest op was refused")
@@ -135,7 +147,7 @@ def _step_sealed(scene: _Scene, _: Signer, __: int, data: bytes) -> None:
     with refusing(ProtocolError):
         sealed = decode(Signed, data)
         scene.receive(sealed)
-        scene.table.receive(sealed, scene.now)
+        _hear(scene, sealed)
 
 
 def _step_presence(scene: _Scene, signer: Signer, lies: int, data: bytes) -> None:
@@ -143,25 +155,27 @@ def _step_presence(scene: _Scene, signer: Signer, lies: int, data: bytes) -> Non
     _hear(scene, _seal(signer, presence.KIND, data, lies))
 
 
-def _step_announce(scene: _Scene, signer: Signer, _: int, data: bytes) -> None:
+def _step_announce(scene: _Scene, signer: Signer, lies: int, data: bytes) -> None:
     """Facts, in MessagePack, announced as a node announces them."""
     facts = _unpacked(data)
+    topic = _TOPIC_NAMES[(lies >> 2) % len(_TOPIC_NAMES)]
     if isinstance(facts, dict):
-        with refusing(UsageError, LimitError):
-            _hear(scene, scene.announcers[signer.peer_id].announce(signer, facts))
+        with refusing(UsageError):
+            _hear(scene, scene.announcers[signer.peer_id].announce(signer, topic, facts, 1.0))
 
 
-def _step_version(scene: _Scene, _: Signer, __: int, data: bytes) -> None:
+def _step_version(scene: _Scene, _: Signer, lies: int, data: bytes) -> None:
     """Somebody's version vector."""
     with refusing(ProtocolError, UsageError):
-        version = {PeerId.parse(author): seq for author, seq in decode(_VERSION, data).items()}
+        heads = {PeerId.parse(author): head for author, head in decode(_VERSION, data).items()}
+        version = Version(heads, is_full=bool(lies & 1))
         missing = scene.docs.missing(version, max_bytes=1000)
-        require(len(missing) <= len(scene.accepted), "more is missing than there is")
+        require(len(missing) <= len(scene.accepted) + 2 * len(scene.forks), "more is missing than there is")
         require(bool(missing) == scene.docs.is_ahead(version), "is_ahead and missing disagree")
         scene.docs.is_behind(version)
 
 
-_VERSION: Final[Any] = dict[str, int]
+_VERSION: Final[Any] = dict[str, Head]
 
 _STEPS: Final[tuple[Callable[[_Scene, Signer, int, bytes], None], ...]] = (
     *(_step_honest_write, _step_update, _step_registers, _step_op),
@@ -172,14 +186,24 @@ _STEPS: Final[tuple[Callable[[_Scene, Signer, int, bytes], None], ...]] = (
 def _hear(scene: _Scene, sealed: Signed) -> None:
     with refusing(ProtocolError):
         heard = scene.table.receive(sealed, scene.now)
-        if heard is not None:
-            require(scene.table.receive(sealed, scene.now) is None, "a record was news twice")
-            require(heard.author in scene.table.live(scene.now), "who was just heard is not there")
-            facts = read_facts(heard.facts)
-            if facts is not None:
-                facts.view(heard.author)
+        again = scene.table.receive(sealed, scene.now)
+        require(not isinstance(again, Fresh), "a record was news twice")
+        if isinstance(heard, Fresh):
+            author, topic = heard.presence.author, heard.presence.topic
+            require(author in scene.table.live(scene.now), "who was just heard is not there")
+            held = scene.table.statements(author, topic)
+            require(len(held) <= _TOPICS[topic].keep, "more statements are held than are kept")
+            require(heard.record_hash in [name for _, name in held], "what is news is not held")
+            statement = read_statement(topic, heard.presence.facts)
+            if statement is not None:
+                require(TOPIC_OF[type(statement)] == topic, "a statement was read that another topic is for")
+                again_read = read_statement(topic, decode(_FACTS, encode(statement)))
+                require(again_read == statement, "what a member says is read differently when it is said again")
+        elif isinstance(heard, Excess):
+            require(isinstance(again, Excess), "what came too fast was taken a moment later")
     scene.table.expire(scene.now)
-    require(len(scene.table.newest()) <= MAX_MEMBERS, "the table of presence is over its limit")
+    bound = MAX_MEMBERS * sum(rule.keep for rule in _TOPICS.values())
+    require(len(scene.table.newest()) <= bound, "the table of presence is over its limit")
 
 
 def _check_documents(scene: _Scene) -> None:
@@ -187,7 +211,7 @@ def _check_documents(scene: _Scene) -> None:
     for registers in documents.values():
         require(len(registers) <= MAX_REGISTERS, "a document is over its limit")
     try:
-        rebuilt = SwarmDocs(SWARM, OWN.peer_id, reversed(scene.accepted))
+        rebuilt = SwarmDocs(SWARM, OWN.peer_id, reversed(scene.accepted), scene.forks.values())
     except ProtocolError as error:
         raise FindingError(f"what was accepted cannot be stored and read again: {error}") from error
     require(rebuilt.version() == scene.docs.version(), "what was accepted does not make the same version")
@@ -247,19 +271,22 @@ def _seeds() -> list[bytes]:
         "contributions": {"env_steps": 400, "rounds": 3},
     }
     raw = {"member": encode(registers["member"]), "evaluations/12": encode({"return": 1.0}), "odd": b"\xc1"}
-    facts = Facts(role=Role.LEARNER, phase=Phase.COLLECTING, addresses=("/ip4/127.0.0.1",), speed=10.0)
+    said = {topic: encode(sample(kind)) for topic, kind in TOPICS.items()}
     write = (0, b"\0" + encode(registers))
     update = Document().set(registers)
-    heard = PresenceTable(SWARM, BOB.peer_id, started_at=1).announce(BOB, decode(_FACTS, encode(facts)))
+    bob = PresenceTable(SWARM, BOB.peer_id, 1, _TOPICS)
+    heard = bob.announce(BOB, "facts", decode(_FACTS, said["facts"]), 1.0)
+    vote = bob.announce(BOB, "vote", decode(_FACTS, said["vote"]), 1.0)
     first = SwarmDocs(SWARM, BOB.peer_id).write(BOB, **registers)
-    version = encode({str(ALICE.peer_id): 0, str(BOB.peer_id): 7})
-    announce = (6, b"\1" + encode(facts))
+    version = encode({str(ALICE.peer_id): Head(), str(BOB.peer_id): Head(7, bytes(32), 9, bytes(32))})
+    announced = [(6, bytes([1 | index << 2]) + said[topic]) for index, topic in enumerate(_TOPIC_NAMES)]
     scenes: list[list[Step]] = [
         [write, (0, b"\0" + encode({"member": {"left": True}})), (7, b"\0" + version)],
         [(1, b"\1" + update), (1, bytes([1 | _LIE_GAP]) + update)],
         [(2, b"\1" + encode(raw)), (2, b"\1" + encode({"member": b"\x80"}))],
         [(3, b"\1" + first.payload), (4, b"\0" + encode(first)), (5, b"\1" + heard.payload)],
-        [announce, announce, (4, b"\0" + encode(heard))],
+        [*announced, (4, b"\0" + encode(heard))],
+        [(4, b"\0" + encode(vote)), (4, b"\0" + encode(heard)), *[announced[0]] * 6],
         [write, *((2, bytes([lie]) + encode(raw)) for lie in (_LIE_PREV, _LIE_REWRITE, _LIE_LAMPORT, _LIE_SIGNATURE))],
     ]
     return [pack_steps(scene) for scene in scenes]

@@ -15,7 +15,7 @@ from typing import Final
 
 from shoal.protocol.budget import Budget
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, Status
+from shoal.protocol.errors import ProtocolError, Status, TooLargeError
 from shoal.protocol.frames import FROM_CALLER, Frame, FrameDecoder, FrameType, encode_frame
 from shoal.protocol.limits import (
     MAX_ATTACHMENTS,
@@ -358,7 +358,7 @@ def _step_message(shell: _Shell, data: bytes) -> None:
     kind = shell.ours[call_id] if is_ours else shell.theirs[call_id].kind
     is_stream = kind.streams_requests and call_id not in shell.finished if is_ours else kind.streams_answers
     if is_stream and not shell.connection.is_stopped(call_id, is_ours=is_ours):
-        with refusing(LimitError):
+        with refusing(TooLargeError):
             attachments = [_ZEROS[: 10_000 * _byte(data, 2)]]
             shell.connection.send_message(call_id, data[3:], attachments, is_ours=is_ours)
 

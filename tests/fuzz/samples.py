@@ -8,30 +8,40 @@ import types
 import typing
 from typing import Any
 
+from shoal.crdt.gossip_messages import Ask, Control, Walk
 from shoal.crdt.oplog import Op
 from shoal.crdt.presence import Presence
+from shoal.crdt.sync import Head
 from shoal.dht.manifests import ContentManifest
 from shoal.node.wire.bulk import ID_BYTES, BulkRef
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
-from shoal.training.exchange.rounds import Offer, Proposal
-from shoal.training.facts import Facts, Phase
 from shoal.training.manifest import Manifest, Role
+from shoal.training.statements import NO_BALLOT, Facts, Phase, Proposal, Result, RoundKey, Vote, first_after
 
-from .identities import ALICE, BOB, SWARM
+from .identities import ALICE, SWARM
 
-_OFFERS = tuple(Offer(peer, Cid.of_block(peer.encode()), 7) for peer in sorted((ALICE.peer_id, BOB.peer_id)))
-_PROPOSAL = Proposal(epoch=1, step=2, attempt=0, offers=_OFFERS)
+_POLICY = Cid.of_block(b"policy")
+_ROUND = RoundKey(epoch=1, step=0, after=first_after(_POLICY))
+_PROPOSAL = Proposal(key=_ROUND, attempt=0, offers=(bytes([1] * 32), bytes([2] * 32)))
 
 _WHOLE: tuple[object, ...] = (
     ALICE.seal("op/1", b"\x80"),
     Manifest(owner=ALICE.peer_id, task="gym:CartPole-v1", algorithm="ppo", hyperparameters={"gamma": 0.9}),
     ContentManifest(size=BLOCK_BYTES + 1, blocks=(Cid.of_block(b"a"), Cid.of_block(b"b"))),
     Op(swarm=SWARM, author=ALICE.peer_id, seq=1, prev=bytes(32), lamport=1, update=b"\0"),
-    Presence(swarm=SWARM, author=ALICE.peer_id, started_at=1, seq=1, facts={"role": "learner"}),
-    _PROPOSAL,
+    Presence(
+        swarm=SWARM, author=ALICE.peer_id, topic="facts", started_at=1, seq=1, every_s=1.0, facts={"role": "learner"}
+    ),
+    Head(seq=7, hash=bytes(32), fork=9, stands=bytes(32)),
+    Walk(ALICE.peer_id, 3),
+    Control(have=(bytes(16),), want=(bytes(16),), neighbour=Ask.JOIN, walks=(Walk(ALICE.peer_id, 3),)),
     BulkRef(bytes(ID_BYTES), 7),
-    Facts(role=Role.LEARNER, phase=Phase.EXCHANGING, addresses=("/ip4/127.0.0.1",), proposal=_PROPOSAL),
+    Facts(role=Role.LEARNER, phase=Phase.EXCHANGING, epoch=1, samples=256, speed=10.0),
+    _ROUND,
+    _PROPOSAL,
+    Vote(key=_ROUND, ballot=_PROPOSAL.ballot, attempt=2, cast=1),
+    Result(epoch=1, cid=_POLICY, parent=Cid.of_block(b"initial"), ballot=NO_BALLOT, env_steps=256),
 )
 """Of types whose fields must fit together, one that does."""
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import ProtocolError
+from shoal.training.electorate import Delivered, Electorate, says_of
 from shoal.training.exchange.averager import Arrays, Contribution, Moments, merge, validate
 from shoal.training.state import check_fit, decode_arrays, digest, encode_arrays
 
@@ -46,6 +47,7 @@ def _run(data: bytes) -> None:
     require(json.dumps(meta_again, sort_keys=True) == json.dumps(meta, sort_keys=True), "metadata comes back changed")
     _check_fit(arrays)
     _check_merge(arrays, meta.get("weight"))
+    _check_electorate(meta.get("electorate"))
 
 
 def _check_fit(arrays: Arrays) -> None:
@@ -76,6 +78,18 @@ def _check_merge(arrays: Arrays, weight: object) -> None:
         require(np.isfinite(array).all(), "what was merged is not finite")
 
 
+def _check_electorate(plain: object) -> None:
+    """Who counts, says the metadata: what is taken of it can be counted with, and said again."""
+    electorate = unless_refused(lambda: Electorate.from_plain(plain), ProtocolError)
+    if electorate is None:
+        return
+    require(Electorate.from_plain(electorate.to_plain()) == electorate, "an electorate comes back changed")
+    following = electorate.after((Delivered(ALICE.peer_id, 7, 0.0),))
+    require(Electorate.from_plain(following.to_plain()) == following, "an electorate leads to one that cannot be")
+    require(all(say > 0 for say in says_of(following.stakes).values()), "a member of an electorate has no say")
+    require(1 <= following.share(ALICE.peer_id, 256, 0.0) <= 256, "a share is not from 1 to the batch")
+
+
 def _kind(array: np.ndarray[Any, Any]) -> tuple[np.dtype[Any], tuple[int, ...]]:
     return array.dtype, array.shape
 
@@ -86,7 +100,8 @@ def _seeds() -> list[bytes]:
         "empty": np.zeros((0, 4), np.float16),
         "mask": np.array([True, False]),
     }
-    meta = {"epoch": 3, "env_steps": 7, "weight": 0.5, "ü": [1, None, {"a": "é"}]}
+    electorate = {ALICE.peer_id: [256.0, 100.0, 0], BOB.peer_id: [64.0, 25.0, 2]}
+    meta = {"epoch": 3, "env_steps": 7, "weight": 0.5, "ü": [1, None, {"a": "é"}], "electorate": electorate}
     files = [encode_arrays(_TEMPLATE, {}), encode_arrays(_TEMPLATE, meta), encode_arrays(others, meta)]
     return [*files, encode_arrays({}, {})]
 

@@ -90,7 +90,7 @@ def test_without_the_train_extra_a_node_says_how_to_get_it_and_can_still_store(t
             """
         )
     )
-    bare = {"PYTHONPATH": str(blocker)}
+    bare = {"PYTHONPATH": os.pathsep.join([str(blocker), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
     learner, storage = tmp_path / "learner", tmp_path / "bare"
     try:
         assert shoal(learner, "up", "-d", *LOOPBACK).returncode == 0
@@ -101,6 +101,17 @@ def test_without_the_train_extra_a_node_says_how_to_get_it_and_can_still_store(t
         assert_one_line(shoal(storage, "join", created["ticket"], "-d", "--role", "learner", **bare), 1, "shoal[train]")
         joined = shoal(storage, "join", created["ticket"], "-d", "--json", **bare)
         assert json.loads(joined.stdout)["role"] == "storage"
+
+        assert shoal(learner, "down").returncode == 0
+        assert shoal(learner, "up", "-d", *LOOPBACK, **bare).returncode == 0
+        (run,) = json.loads(shoal(learner, "swarm", "ls", "--json").stdout)
+        assert run["phase"] == "failed"
+        shown = json.loads(shoal(learner, "swarm", "show", created["swarm"], "--json").stdout)
+        assert "shoal[train]" in shown["error"]
+        assert shoal(learner, "down").returncode == 0
+        assert shoal(learner, "up", "-d", *LOOPBACK).returncode == 0
+        (run,) = json.loads(shoal(learner, "swarm", "ls", "--json").stdout)
+        assert run["phase"] != "failed", "with the packages back, the run goes on"
     finally:
         for home in (learner, storage):
             shoal(home, "down")

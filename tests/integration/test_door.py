@@ -119,19 +119,87 @@ async def test_another_node_says_from_where_it_sees_this_ones_port() -> None:
         assert local == seen == ("127.0.0.1", port_of(one))
 
 
-async def test_the_question_stays_open_as_long_as_it_is_asked_and_no_longer() -> None:
+async def test_those_who_ask_at_the_same_time_share_one_question_and_it_stays_open_for_the_last() -> None:
     async with host(1) as one, host(2) as other:
-        async with one.door.seen_by("127.0.0.1", port_of(other)):
-            with pytest.raises(OSError, match=r"."):  # the same two ends once more
-                async with one.door.seen_by("127.0.0.1", port_of(other)):
-                    pytest.fail("the first one was not kept")
+        asked = ("127.0.0.1", port_of(other))
+        answers = []
+        is_first_out, may_last_go = trio.Event(), trio.Event()
+
+        async def first() -> None:
+            async with one.door.seen_by(*asked) as answer:
+                answers.append(answer)
+            is_first_out.set()
+
+        async def last() -> None:
+            async with one.door.seen_by(*asked) as answer:
+                answers.append(answer)
+                await may_last_go.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(last)
+            nursery.start_soon(first)
+            await is_first_out.wait()
+            with pytest.raises(OSError, match="assign"):  # the same two ends once more
+                await one.door.dial(*asked, from_port=True)
+            may_last_go.set()
+        assert answers == 2 * [(("127.0.0.1", port_of(one)),) * 2]
         with trio.fail_after(GENEROUS_S):
-            while True:  # the mapping ends with the block, a moment later
-                try:
-                    async with one.door.seen_by("127.0.0.1", port_of(other)):
-                        return
-                except OSError:
-                    await trio.sleep(0.01)
+            async with one.door.seen_by(*asked):  # which waits until the last one's end is confirmed
+                pass
+
+
+async def test_a_question_that_fails_leaves_the_next_one_to_ask_for_itself() -> None:
+    num_asked = 0
+
+    async def answer_the_second(stream: trio.SocketStream) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        await stream.receive_some()
+        await stream.send_all(b"nonsense\n" if num_asked == 1 else b"192.0.2.1 80\n")
+        await stream.receive_some()
+
+    async with host(1) as one, listening(answer_the_second) as port:
+        outcomes: list[object] = []
+
+        async def ask_once() -> None:
+            try:
+                async with one.door.seen_by("127.0.0.1", port) as (_, seen):
+                    outcomes.append(seen)
+            except OSError as error:
+                outcomes.append(str(error))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_once)
+            nursery.start_soon(ask_once)
+        assert outcomes == ["it answered nonsense", ("192.0.2.1", 80)]
+
+
+async def test_a_question_that_the_other_node_has_ended_is_asked_anew() -> None:
+    num_asked = 0
+
+    async def end_at_once(stream: trio.SocketStream) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        await stream.receive_some()
+        await stream.send_all(b"192.0.2.1 80\n")
+
+    async with host(1) as one, listening(end_at_once) as port:
+        async with one.door.seen_by("127.0.0.1", port):
+            await trio.sleep(A_MOMENT_S)
+            with trio.move_on_after(A_MOMENT_S):  # the old one's ends are taken until it is let go
+                async with one.door.seen_by("127.0.0.1", port):
+                    pytest.fail("what is over was shared")
+        async with one.door.seen_by("127.0.0.1", port):
+            assert num_asked == 2
+
+
+async def test_a_spare_port_is_asked_about_and_dialed_from_beside_the_one_listened_on() -> None:
+    async with host(1) as one, host(2) as other:
+        asked = ("127.0.0.1", port_of(other))
+        with one.door.spare_port() as spare:
+            assert spare != port_of(one)
+            async with one.door.seen_by(*asked), one.door.seen_by(*asked, spare_port=spare) as (local, seen):
+                assert local == seen == ("127.0.0.1", spare)
 
 
 async def test_a_question_is_not_kept_open_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

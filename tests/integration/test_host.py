@@ -17,12 +17,13 @@ from typing import Any
 import libp2p.network.swarm
 import pytest
 import trio
+import trio.testing
+from libp2p.bitswap.cid import parse_cid
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
 
-from shoal.node.mesh import door, libp2p_repairs
-from shoal.node.mesh import host as host_module
+from shoal.node.mesh import door, keepalive, libp2p_repairs
 from shoal.node.mesh.door import ListenError
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.mesh.mdns import found_on_lan
@@ -290,6 +291,33 @@ async def test_the_dht_finds_who_said_that_it_holds_something() -> None:
         assert await other.find_providers(Cid.of_block(b"something else")) == []
 
 
+async def test_a_provider_that_can_be_no_node_costs_a_lookup_nothing() -> None:
+    cid = Cid.of_block(b"weights")
+    secp256k1 = ID(bytes([0x00, 0x25, 0x08, 0x02, 0x12, 0x21, 0x02]) + bytes(32))
+    async with two_connected() as (one, other):
+        assert one.kademlia is not None
+        assert await one.provide(cid)
+        assert await other.provide(cid)
+        liar = PeerInfo(secp256k1, [Multiaddr("/ip4/127.0.0.1/tcp/1")])
+        one.kademlia.libp2p.provider_store.add_provider(parse_cid(str(cid)).multihash, liar)
+        while (found := await one.find_providers(cid)) == []:  # noqa: ASYNC110  it asks
+            await trio.sleep(0.05)
+        assert found == [other.addresses()]
+        assert secp256k1 in {info.peer_id for info in await one.kademlia.libp2p.find_providers(str(cid))}
+
+
+async def test_what_is_held_is_announced_as_soon_as_somebody_can_take_it() -> None:
+    cid = Cid.of_block(b"weights")
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one, host(2) as other, trio.open_nursery() as nursery:
+            nursery.start_soon(one.keep_provided, cid)
+            await trio.testing.wait_all_tasks_blocked()
+            await other.connect(one.addresses())
+            while not await other.find_providers(cid):  # noqa: ASYNC110  it asks
+                await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
+
+
 async def test_alone_there_is_nobody_to_tell_the_dht() -> None:
     async with host(1) as one:
         assert not await one.provide(Cid.of_block(b"weights"))
@@ -305,8 +333,8 @@ async def test_round_trips_are_measured() -> None:
 
 @pytest.fixture
 def _short_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "KEEPALIVE_INTERVAL_S", 0.25)
-    monkeypatch.setattr(host_module, "KEEPALIVE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(keepalive, "KEEPALIVE_INTERVAL_S", 0.25)
+    monkeypatch.setattr(keepalive, "KEEPALIVE_TIMEOUT_S", 0.5)
 
 
 async def until_called(method: MethodMetrics, times: int) -> None:

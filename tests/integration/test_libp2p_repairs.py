@@ -136,7 +136,7 @@ async def test_a_circuits_address_is_announced_whole() -> None:
     cid = Cid.of_block(b"a circuit")
     async with host(1) as one, host(2) as other:
         circuit = f"/ip4/192.0.2.1/tcp/4001/p2p/{relay}/p2p-circuit/p2p/{one.peer_id}"
-        one.announced = (circuit,)
+        one.announce([circuit])
         await connect(one, other)
         assert await one.provide(cid)
         (found,) = await other.find_providers(cid)

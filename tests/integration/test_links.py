@@ -23,7 +23,7 @@ from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTr
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from shoal.node.mesh import host as host_module
+from shoal.node.mesh import keepalive
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.wire import links as links_module
 from shoal.node.wire.bulk import BulkRef, Transport
@@ -567,8 +567,8 @@ async def test_a_node_that_stops_answers_what_is_under_way(lanes: bool) -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> float:
     """Keepalive with shorter times; gives the longest that a silent death may take to be seen."""
-    monkeypatch.setattr(host_module, "KEEPALIVE_INTERVAL_S", 0.5)
-    monkeypatch.setattr(host_module, "KEEPALIVE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(keepalive, "KEEPALIVE_INTERVAL_S", 0.5)
+    monkeypatch.setattr(keepalive, "KEEPALIVE_TIMEOUT_S", 0.5)
     return 4 * 0.5 + 1.0
 
 

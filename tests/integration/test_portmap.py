@@ -22,30 +22,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.node.reach import portmap
-from shoal.node.reach.portmap import (
-    MAX_HTTP_BYTES,
-    MapAttempt,
-    NatPmpAnswer,
-    PcpAnswer,
-    PortMapError,
-    PortMapping,
-    UpnpService,
-    Wanted,
-    decode_description,
-    decode_nat_pmp,
-    decode_pcp,
-    decode_ssdp,
-    default_gateway,
-    encode_nat_pmp,
-    encode_pcp,
-    keep_port_mapped,
-    map_port,
-    unmap_port,
-)
+from shoal.node.reach.gateway import MappingWish, PortMapError, PortMapping, UpnpService, default_gateway
+from shoal.node.reach.nat_pmp import NatPmpAnswer, decode_nat_pmp, encode_nat_pmp
+from shoal.node.reach.pcp import PcpAnswer, decode_pcp, encode_pcp
+from shoal.node.reach.portmap import MapAttempt, keep_port_mapped, map_port, unmap_port
+from shoal.node.reach.upnp import MAX_HTTP_BYTES, decode_description, decode_ssdp
 from shoal.protocol.errors import UsageError
 
 NONCE = b"twelve bytes"
-TCP = Wanted("tcp", 4001, 4001, 3600, NONCE)
+TCP = MappingWish("tcp", 4001, 4001, 3600, NONCE)
 UDP = replace(TCP, protocol="udp")
 
 

@@ -15,16 +15,21 @@ from libp2p.abc import INetStream
 from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 
 from shoal.node.api.schemas import PingRequest
-from shoal.node.config import NodeConfig, ReachConfig
+from shoal.node.config import NodeConfig
 from shoal.node.daemon import Node
+from shoal.node.mesh.address_book import MAX_KNOWN_ADDRESSES, MAX_KNOWN_PEERS
+from shoal.node.mesh.circuits import BROKEN, end_stream, read_message, write_message
 from shoal.node.mesh.door import NONCE_BYTES
-from shoal.node.mesh.host import MAX_KNOWN_ADDRESSES, MAX_KNOWN_PEERS, Host, open_host
+from shoal.node.mesh.host import Host, open_host
 from shoal.node.mesh.paths import PathKind, Rung
+from shoal.node.mesh.relay import STOP_PROTOCOL
 from shoal.node.reach import reach as reach_module
-from shoal.node.reach.reach import MAX_INTRODUCED_ADDRESSES, NUM_RELAYS, RELAY_CID, Reach, open_reach
-from shoal.node.reach.relay import BROKEN, STOP_PROTOCOL, end_stream, read_message, write_message
+from shoal.node.reach.held_relays import NUM_RELAYS, RELAY_CID
+from shoal.node.reach.reach import MAX_INTRODUCED_ADDRESSES, Reach, open_reach
+from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES
 from shoal.node.store.database import Storage
+from shoal.node.supervise import Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
@@ -800,17 +805,17 @@ async def shown(one: Peer, home: Path) -> AsyncIterator[Node]:
     config.paths.create()
     storage = Storage(config.paths.database)
     try:
-        async with trio.open_nursery() as nursery:
+        async with Supervisor().open("node") as domain:
             swarms = Swarms(
                 signer=Signer(bytes([1]) * 32),
                 host=one.host,
                 storage=storage,
                 content=ContentStore(storage, one.host),
                 paths=config.paths,
-                nursery=nursery,
+                domain=domain,
             )
-            yield Node(config, one.host, one.reach, swarms, nursery.cancel_scope)
-            nursery.cancel_scope.cancel()
+            yield Node(config, one.host, one.reach, swarms, domain)
+            domain.cancel()
     finally:
         storage.close()
 

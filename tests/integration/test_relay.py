@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import trio
 
+from shoal.node.mesh.circuits import RelayError
 from shoal.node.mesh.host import Host, open_host
 from shoal.node.mesh.paths import PathKind
-from shoal.node.reach.relay import RelayError
-from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.wire.bulk_tensors import offer_tensor, pull_tensor_into
 from shoal.node.wire.channel import Router
 from shoal.protocol.codec import Attachment
@@ -154,7 +154,7 @@ async def test_a_better_path_takes_over_without_a_failed_call_and_a_worse_one_wh
             assert one.connected[other.peer_id].kind is PathKind.DIRECT
             await trio.sleep(0.2)
             before = num_answered
-            await one.connected[other.peer_id].best.connection.close()
+            await one.close_path(one.connected[other.peer_id].best)
             assert one.connected[other.peer_id].kind is PathKind.RELAYED
             await trio.sleep(0.5)
             assert num_answered > before

@@ -14,10 +14,9 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from shoal.node.mesh.endpoint import Endpoint, Family
 from shoal.node.reach.nat import (
     AddressesChanged,
-    Endpoint,
-    Family,
     NatKnowledge,
     NatType,
     Poked,

@@ -28,16 +28,8 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from shoal.node.reach.webrtc import (
-    MESSAGE_BYTES,
-    MESSAGE_COST,
-    WINDOW_BYTES,
-    WebRtc,
-    WebRtcError,
-    WebRtcPipe,
-    local_addresses,
-    open_webrtc,
-)
+from shoal.node.reach.webrtc import WebRtc, WebRtcPipe, local_addresses, open_webrtc
+from shoal.node.reach.webrtc_pipe import MESSAGE_BYTES, MESSAGE_COST, WINDOW_BYTES, WebRtcError
 
 pytestmark = pytest.mark.trio
 

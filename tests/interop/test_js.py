@@ -193,11 +193,11 @@ async def test_two_nodes_find_each_others_content_through_js_alone(folder: Path)
 
 async def test_a_value_that_one_put_into_the_dht_is_there_for_the_other(folder: Path) -> None:
     async with connected(folder) as (one, js):
-        assert one._dht is not None
-        one._dht.register_validator("interop", AnyValue())
+        assert one.kademlia is not None
+        one.kademlia.libp2p.register_validator("interop", AnyValue())
         assert (await js.ask("put", key="/interop/of-js", value="kept by a node"))["taken"] == 1
-        assert await one._dht.get_value("/interop/of-js") == b"kept by a node"
-        await one._dht.put_value("/interop/of-a-node", b"kept by js")
+        assert await one.kademlia.libp2p.get_value("/interop/of-js") == b"kept by a node"
+        await one.kademlia.libp2p.put_value("/interop/of-a-node", b"kept by js")
         assert await js.ask("get", key="/interop/of-a-node") == {"value": "kept by js", "from": js.peer_id}
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from .expected import expected
+from .expected import LADDER, expected
 from .rules import KINDS, PAIRED
 
 FIRST_BYTE_TARGET_S: Final = 1.0
@@ -30,6 +30,7 @@ class Result:
         first_byte_s: until the first call was answered.
         best_path_s: until the path was as good as expected; None if it never was.
         problem: what went wrong, for people.
+        reasons: where a better path than this one was hoped for: what either node knew, and what came of each rung.
     """
 
     a: str
@@ -39,11 +40,18 @@ class Result:
     first_byte_s: float | None = None
     best_path_s: float | None = None
     problem: str = ""
+    reasons: tuple[str, ...] = ()
 
     @property
     def is_good(self) -> bool:
         """Whether they are connected as well as theory allows."""
         return self.connected and expected(self.a, self.b).is_met_by(self.path)
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no better path could be hoped for, where several are good enough; a punched one is like a direct."""
+        paths = expected(self.a, self.b).paths
+        return self.is_good and LADDER.index("punched" if "punched" in paths else paths[0]) >= LADDER.index(self.path)
 
     def record(self) -> dict[str, object]:
         """What is written for programs."""
@@ -93,7 +101,8 @@ def show(results: Sequence[Result], console: Console) -> None:
     console.print(f"connected {connected} of {len(results)}; as good as theory allows {good} of {len(results)}")
     for result in results:
         if not result.is_good:
-            console.print(line(result), result.problem, style="red", markup=False, highlight=False, soft_wrap=True)
+            told = "\n".join((line(result), result.problem, *result.reasons))
+            console.print(told, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _cell(result: Result | None) -> str:

@@ -7,8 +7,9 @@
 
 Three public nodes stand on the internet of the lab and relay. For each pair, two fresh nodes start with the ordinary
 command and know nothing but these. Once both know how they are reached, ``shoal ping`` on one names the other, and its
-peers are watched until the path is as good as `expected` says, or `SETTLE_S` have passed. Exit status: 0 all pairs are
-as expected, 1 one is not, 2 the lab cannot run here.
+peers are watched until the path is as good as `expected` says, or `SETTLE_S` have passed. Where it is not the best that
+could be hoped for, both nodes are asked what they know of their NATs and what came of each rung of the ladder. Exit
+status: 0 all pairs are as expected, 1 one is not, 2 the lab cannot run here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final, NoReturn
 
@@ -37,6 +39,7 @@ from lab.netns import LabError
 from lab.nodes import POLL_S, LabNode, Relays, listen_addresses
 from lab.report import Result, line, show, write
 from lab.rules import KINDS, PAIRED
+from lab.stage import peer_of
 from shoal.node.api.client import Client
 from shoal.protocol.errors import ShoalError
 
@@ -104,14 +107,35 @@ def measure(one: str, other: str, a: LabNode, b: LabNode) -> Result:
         ping.communicate()
     path = seen[-1][1] if seen else ""
     if pong is None:
-        return Result(one, other, connected=False, path=path, problem=problem)
+        return Result(one, other, connected=False, path=path, problem=problem, reasons=_reasons(a, b))
     answered_at, first_byte_s = pong
     began = answered_at - first_byte_s
     good = [when - began for when, path in seen if wanted.is_met_by(path)]
     best_path_s = max(first_byte_s, good[0]) if good else None
     if best_path_s is None:
         problem = f"{wanted.why}; the end of the caller's log:\n{a.log(6)}"
-    return Result(one, other, True, path, round(first_byte_s, 3), best_path_s and round(best_path_s, 3), problem)
+    result = Result(one, other, True, path, round(first_byte_s, 3), best_path_s and round(best_path_s, 3), problem)
+    return result if result.is_best else replace(result, reasons=_reasons(a, b))
+
+
+def _reasons(a: LabNode, b: LabNode) -> tuple[str, ...]:
+    """What both know of their NATs, and what came of each rung by which one tried to reach the other."""
+    told: list[str] = []
+    for name, node, peer in (("a", a, b), ("b", b, a)):
+        try:
+            with node.client() as client:
+                nat, known = client.nat(), peer_of(client, peer.peer_id)
+        except ShoalError as error:
+            told.append(f"{name} does not say why: {error}")
+            continue
+        told += [
+            f"{name} by {each.family}: {each.reachability}, UDP {each.udp}, TCP ports {each.tcp_mapping}"
+            for each in nat.families
+            if (each.reachability, each.udp, each.tcp_mapping) != ("unknown", "unknown", "unknown")
+        ]
+        tried = [] if known is None else known.tried
+        told += [f"{name} tried {each.rung}: {each.failure or 'it worked'}, {each.ago_s:.1f} s ago" for each in tried]
+    return tuple(told)
 
 
 def _follow(
@@ -179,9 +203,8 @@ def _run(options: argparse.Namespace, console: Console) -> list[Result]:
             else:
                 result = Result(one, other, connected=False, problem="not tried: the time for the whole run was over")
             results.append(result)
-            console.print(
-                f"{number:>3}/{len(options.pairs)} {line(result)}", markup=False, highlight=False, soft_wrap=True
-            )
+            told = "\n        ".join((line(result), *result.reasons))
+            console.print(f"{number:>3}/{len(options.pairs)} {told}", markup=False, highlight=False, soft_wrap=True)
         show(results, console)
         write(results, options.json)
         console.print(f"written: {options.json}", highlight=False)

@@ -31,6 +31,14 @@ def test_a_better_path_than_expected_is_good_and_a_worse_one_or_none_is_not():
     assert not Result("open", "open", connected=False, path="direct").is_good
 
 
+def test_reasons_are_asked_for_where_a_path_is_good_enough_but_a_better_one_could_be_hoped_for():
+    kinds = ("port_restricted", "port_restricted")
+    best = {path: Result(*kinds, connected=True, path=path).is_best for path in (*LADDER, "")}
+    assert best == {"direct": True, "punched": True, "webrtc": False, "relayed": False, "": False}
+    assert Result("symmetric", "symmetric", connected=True, path="relayed").is_best
+    assert Result("full_cone", "port_restricted", connected=True, path="punched").is_best, "as good as a direct one"
+
+
 def test_programs_read_what_is_promised_of_every_pair(tmp_path):
     written = tmp_path / "build" / "lab.json"
     write([Result("open", "symmetric", connected=True, path="direct", first_byte_s=0.1, best_path_s=0.2)], written)

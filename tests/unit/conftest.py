@@ -1,7 +1,20 @@
-"""An assertion that fails in what tests share tells its values, as one in a test does."""
+"""What unit tests share: an assertion that fails in it tells its values, as one in a test does."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 pytest.register_assert_rewrite("tests.unit.channels", "tests.unit.connections")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch as a worker has it; several threads only get into each other's way with arrays as small as a test's."""
+    import torch  # most tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -14,11 +14,11 @@ from shoal.node.mesh.addresses import (
     ip_port,
     is_global,
     is_loopback,
-    local_ips,
     network_of,
     tcp_address,
 )
-from shoal.node.reach.nat import Endpoint
+from shoal.node.mesh.endpoint import Endpoint
+from shoal.node.mesh.interfaces import local_ips
 from shoal.protocol.signing import Signer
 
 ANN, BOB = (Signer(bytes([seed]) * 32).peer_id for seed in (1, 2))

@@ -157,6 +157,7 @@ async def owner_and_puller(lanes: int = 1, **owner: object) -> AsyncIterator[tup
         await trio.testing.wait_all_tasks_blocked()
         links = Links(there, nursery, lanes)
         here = Bulk(links)
+        nursery.start_soon(here.reap)
         with trio.fail_after(GENEROUS_S):
             yield there, here, links
             await here.aclose()

@@ -13,7 +13,16 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.protocol.errors import LimitError, RefusedError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.errors import (
+    LimitError,
+    RefusedError,
+    RemoteError,
+    ResourceError,
+    ShoalError,
+    Status,
+    TooLargeError,
+    UsageError,
+)
 from shoal.protocol.limits import MAX_ANSWER_BYTES, MAX_ATTACHMENT_BYTES, MAX_CALLS_IN_FLIGHT, MAX_MESSAGE_BYTES
 from shoal.protocol.services import (
     Call,
@@ -292,6 +301,8 @@ async def test_an_answer_of_the_wrong_type_fails_the_call_and_nothing_else() -> 
     [
         (RemoteError(Status.NOT_FOUND, "its words"), Status.NOT_FOUND),
         (LimitError("its words"), Status.RESOURCE_EXHAUSTED),
+        (TooLargeError("its words"), Status.RESOURCE_EXHAUSTED),
+        (ResourceError("its words"), Status.RESOURCE_EXHAUSTED),
         (RefusedError("its words"), Status.PERMISSION_DENIED),
         (UsageError("its words"), Status.INVALID_ARGUMENT),
         (ShoalError("its words"), Status.INTERNAL),
@@ -429,11 +440,11 @@ async def test_an_answer_is_not_larger_than_its_method_says() -> None:
 
 async def test_a_request_that_is_too_big_is_the_callers_own_error_and_reaches_nobody() -> None:
     async with pair_of_channels() as pair:
-        with pytest.raises(LimitError):
+        with pytest.raises(TooLargeError):
             await pair.to_bob.echo(Parcel(bytes(MAX_ATTACHMENT_BYTES + 1)))
-        with pytest.raises(LimitError):
+        with pytest.raises(TooLargeError):
             await pair.to_bob.collect(aiter_of([Parcel(bytes(MAX_MESSAGE_BYTES))]))
-        with pytest.raises(LimitError):
+        with pytest.raises(TooLargeError):
             await anext(aiter(pair.to_bob.pass_back(aiter_of([Parcel(bytes(MAX_MESSAGE_BYTES))]))))
         assert pair.ann.num_calls == 0
         await still_works(pair.to_bob)

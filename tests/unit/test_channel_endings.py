@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node.wire.channel import TICK_S, Account, Channel, Router
+from shoal.node.wire.channel import Account, Channel, Router
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import Status
 from shoal.protocol.frames import Frame, FrameType
@@ -63,9 +63,9 @@ async def test_the_deadline_reaches_the_handler(autojump_clock: trio.testing.Moc
     async with pair_of_channels(Asked(slow)) as pair:
         error = await failure(client(Probe, pair.ann, timeout_s=1.5).ask(Empty()))
         assert error.status is Status.DEADLINE_EXCEEDED
-        assert trio.current_time() - began == pytest.approx(1.5, abs=2 * TICK_S)
+        assert trio.current_time() - began == pytest.approx(1.5, abs=0.01)
         await trio.testing.wait_all_tasks_blocked()
-        assert stopped_after_s == [pytest.approx(1.5, abs=2 * TICK_S)]
+        assert stopped_after_s == [pytest.approx(1.5, abs=0.01)]
         assert pair.metrics.called["probe.ask"].errors == {Status.DEADLINE_EXCEEDED: 1}
         await still_works(pair.to_bob)
 
@@ -83,7 +83,7 @@ async def test_a_call_that_says_nothing_waits_as_long_as_its_method_says(
     async with pair_of_channels(Asked(trio.sleep_forever)) as pair:
         error = await failure(client(Brief, pair.ann).ask(Empty()))
         assert error.status is Status.DEADLINE_EXCEEDED
-        assert trio.current_time() - began == pytest.approx(3, abs=2 * TICK_S)
+        assert trio.current_time() - began == pytest.approx(3, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
@@ -118,7 +118,7 @@ async def test_the_deadline_of_a_stream_ends_it_on_both_sides(
         }
         assert (await failure(calls[kind]())).status is Status.DEADLINE_EXCEEDED
         await trio.testing.wait_all_tasks_blocked()
-        assert ended == [pytest.approx(2, abs=2 * TICK_S)]
+        assert ended == [pytest.approx(2, abs=0.01)]
 
 
 async def test_a_handler_is_stopped_at_the_deadline_though_its_caller_does_not_withdraw_the_call(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.protocol.codec import Attachment, decode, decode_message, encode, encode_message, from_plain, to_plain
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, UnknownFieldError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.limits import MAX_NESTING
 from shoal.protocol.signing import Signed, Signer
@@ -304,3 +304,24 @@ def test_an_attachment_named_twice_is_refused() -> None:
 
 def test_an_attachment_that_no_field_names_is_a_newer_versions() -> None:
     assert decode_message(Part, encode({"label": "a", "data": 1}), [b"new", b"x"]) == Part("a", b"x")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"newer": 1},
+        {"inners": [{"name": "a"}, {"name": "b", "newer": 1}]},
+        {"table": {"a": {"name": "a", "newer": 1}}},
+    ],
+)
+def test_a_strict_reader_refuses_what_others_ignore(changes: dict[str, Any]) -> None:
+    data = msgpack.packb(plain_thing(**changes))
+    decode(Thing, data)
+    with pytest.raises(UnknownFieldError, match="unknown field 'newer'"):
+        decode(Thing, data, strict=True)
+    decode(Thing, data)
+
+
+@given(things)
+def test_a_strict_reader_reads_all_that_is_known(thing: Thing) -> None:
+    assert decode(Thing, encode(thing), strict=True) == thing

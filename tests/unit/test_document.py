@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shoal.crdt import document as module
 from shoal.crdt.document import MAX_KEY_BYTES, MAX_UPDATE_BYTES, Document
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
 
 texts = st.text(st.sampled_from("aZ0 /.é鱼😀\0\u2028"), max_size=6)
 plain = st.recursive(
@@ -110,7 +110,7 @@ def test_what_is_not_plain_data_is_not_written(registers: dict[str, Any]) -> Non
 
 def test_an_update_that_is_too_big_is_not_written() -> None:
     document = Document()
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         document.set({"x": "x" * MAX_UPDATE_BYTES})
     assert document.values() == {}
     Document([document.set({"x": 1})])
@@ -120,7 +120,7 @@ def test_nesting_is_bounded() -> None:
     value: Any = 1
     for _ in range(40):
         value = [value]
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         Document().set({"x": value})
 
 
@@ -132,7 +132,7 @@ def test_registers_of_one_document_are_bounded(monkeypatch: pytest.MonkeyPatch) 
         bounded.apply(update)
     with pytest.raises(LimitError):
         bounded.apply(free[3])
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         bounded.set({"new": 1})
     bounded.set({"evaluations": {"0": 2}})
     assert bounded.values()["evaluations"] == {"0": 2, "1": 1, "2": 1}

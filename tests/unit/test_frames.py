@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.protocol.errors import LimitError, ProtocolError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError
 from shoal.protocol.frames import (
     COMPRESS_UP_TO_BYTES,
     COPY_BELOW_BYTES,
@@ -125,7 +125,7 @@ def test_the_largest_frame_goes_through() -> None:
     ids=["header", "number of attachments", "bytes of attachments"],
 )
 def test_what_the_far_side_would_refuse_is_not_sent(frame: Frame) -> None:
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         encode_frame(frame)
 
 

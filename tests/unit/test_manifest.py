@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.protocol.codec import encode, to_plain
-from shoal.protocol.errors import LimitError, ProtocolError, ShoalError, SignatureError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, ShoalError, SignatureError, TooLargeError, UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -120,7 +119,7 @@ def test_what_a_manifest_says_reaches_no_terminal_as_it_is() -> None:
 def test_a_manifest_is_bounded() -> None:
     with pytest.raises(LimitError):
         open_manifest(*named(bytes(MAX_HEADER_BYTES + 1)))
-    with pytest.raises(ShoalError):
+    with pytest.raises(TooLargeError):
         sign_manifest(a_manifest(hyperparameters={"x": "x" * MAX_HEADER_BYTES}), ANN)
 
 
@@ -130,6 +129,28 @@ def test_garbage_is_refused(data: bytes) -> None:
         open_manifest(*named(data))
 
 
-def test_unknown_fields_of_a_newer_version_are_ignored() -> None:
-    swarm, data = sealed(new_field=1)
-    assert open_manifest(swarm, data) == dataclasses.replace(a_manifest())
+def test_an_unknown_field_refuses_to_join_and_says_what_to_update() -> None:
+    signed = ANN.seal(KIND, encode(a_manifest()))
+    wrapped = named(encode(to_plain(signed) | {"second_signature": b""}))
+    for swarm, data in (sealed(clip_merges=True), sealed(**{"\x1b[2J\n" * 99: 1}), wrapped):
+        with pytest.raises(UsageError, match="update Shoal to join") as refused:
+            open_manifest(swarm, data)
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 300
+
+
+def test_what_a_run_requires_is_part_of_its_name_and_bounded() -> None:
+    plain, strict = (sign_manifest(a_manifest(requires=each), ANN) for each in ({}, {"exchange": 1}))
+    assert plain[0] != strict[0]
+    assert open_manifest(*strict).requires == {"exchange": 1}
+    for senseless in ({"exchange": -1}, {"exchange": 2**31}, {str(n): 1 for n in range(65)}):
+        with pytest.raises(UsageError):
+            a_manifest(requires=senseless)
+    for wrong in ({"exchange": "1"}, {"exchange": 2**63}, ["exchange"]):
+        with pytest.raises(ProtocolError):
+            open_manifest(*sealed(requires=wrong))
+
+
+def test_a_manifest_from_before_there_were_requirements_is_still_read() -> None:
+    plain = {name: value for name, value in to_plain(a_manifest()).items() if name != "requires"}
+    assert open_manifest(*named(encode(ANN.seal(KIND, encode(plain))))) == a_manifest()

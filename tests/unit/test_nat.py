@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.node.mesh.endpoint import Endpoint
 from shoal.node.reach.nat import (
     EXPIRY_S,
     MAX_ADDRESSES,
@@ -14,7 +15,6 @@ from shoal.node.reach.nat import (
     ROUND_S,
     AddressesChanged,
     DialedBack,
-    Endpoint,
     Event,
     Mapping,
     NatKnowledge,
@@ -26,7 +26,7 @@ from shoal.node.reach.nat import (
     Reachability,
     Seen,
     Silent,
-    Transport,
+    TcpOrUdp,
     can_punch,
 )
 from shoal.protocol.errors import UsageError
@@ -44,7 +44,7 @@ OWN = Endpoint("5.9.0.1", 4001)
 OWN_V6 = Endpoint("2a09:1::7", 4001)
 
 
-def seen(by: PeerId, as_: Endpoint, *, local: Endpoint = LOCAL, protocol: Transport = "udp", ip: str = "") -> Seen:
+def seen(by: PeerId, as_: Endpoint, *, local: Endpoint = LOCAL, protocol: TcpOrUdp = "udp", ip: str = "") -> Seen:
     return Seen(protocol=protocol, by=by, observer_ip=ip or IPS[by], local=local, seen=as_)
 
 

@@ -9,9 +9,21 @@ import pytest
 
 from shoal.crdt import document, oplog
 from shoal.crdt.document import Document
-from shoal.crdt.oplog import KIND, MAX_LAMPORT, NO_OP, Op, OpLog, Outcome, op_hash, open_op
+from shoal.crdt.oplog import (
+    KIND,
+    MAX_LAMPORT,
+    NO_OP,
+    Fork,
+    FrozenLogError,
+    Op,
+    OpLog,
+    Outcome,
+    op_hash,
+    open_op,
+    prove,
+)
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, SignatureError
+from shoal.protocol.errors import LimitError, ProtocolError, SignatureError, TooLargeError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed, Signer
@@ -66,16 +78,77 @@ def test_an_op_after_a_gap_is_refused_until_the_gap_is_closed() -> None:
     assert log.append(third) is Outcome.APPENDED
 
 
-def test_a_different_op_at_a_held_place_is_equivocation() -> None:
-    log = a_log(chain(3))
-    assert log.append(chain(3, "other")[1]) is Outcome.EQUIVOCATION
+def test_a_different_op_at_a_held_place_is_a_fork() -> None:
+    log, other = a_log(chain(3)), chain(3, "other")[1]
+    assert log.append(other) is Outcome.FORKED
     assert log.document.values() == {"policy": "3"}
+    assert log.rival(2) == chain(3)[1]
 
 
-def test_an_op_after_a_different_past_is_equivocation() -> None:
+def test_an_op_after_a_different_past_is_not_taken() -> None:
     log = a_log(chain(2))
-    assert log.append(chain(3, "other")[2]) is Outcome.EQUIVOCATION
+    assert log.append(chain(3, "other")[2]) is Outcome.ASTRAY
     assert log.seq == 2
+
+
+def fork_at(seq: int, *starts: str) -> Fork:
+    return prove(*(chain(seq, start)[-1] for start in starts))
+
+
+def test_a_fork_cuts_the_log_and_its_lower_op_stands() -> None:
+    ops = chain(4)
+    sides = [ops[1], seal(seq=2, prev=op_hash(ops[0]), lamport=2, update=open_op(chain(2, "other")[1]).update)]
+    fork = prove(*sides)
+    assert fork == prove(*reversed(sides))
+    assert fork.stands_hash == min(map(op_hash, sides))
+    log = a_log(ops)
+    assert log.freeze(fork)
+    assert (log.seq, log.document.values()) == (1, {"policy": "1"})
+    assert log.settle() == fork.stands
+    assert log.settle() is None
+    assert (log.seq, log.num_bytes) == (2, sum(len(encode(sealed)) for sealed in (ops[0], fork.stands)))
+    assert log.append(ops[2]) is Outcome.FROZEN
+    assert log.append(fork.other) is Outcome.FROZEN
+    assert log.append(fork.stands) is Outcome.HELD
+    with pytest.raises(FrozenLogError):
+        log.check_room()
+
+
+def test_of_several_forks_the_lowest_counts() -> None:
+    log = a_log(chain(4))
+    assert log.freeze(fork_at(3, "", "other"))
+    assert not log.freeze(fork_at(4, "", "other"))
+    assert not log.freeze(fork_at(3, "", "other"))
+    assert log.freeze(fork_at(1, "", "other"))
+    assert log.seq == 0
+    assert log.settle() == fork_at(1, "", "other").stands
+    three = sorted((seal(update=Document().set({"policy": n})) for n in range(3)), key=op_hash)
+    log = a_log([three[2]])
+    assert log.freeze(prove(*three[1:]))
+    assert log.settle() == three[1]
+    assert log.append(three[2]) is Outcome.FROZEN
+    assert log.append(three[0]) is Outcome.FORKED
+    assert log.freeze(prove(*three[:2]))
+    assert log.settle() == three[0]
+
+
+def test_where_the_lower_op_of_a_fork_does_not_fit_nothing_stands() -> None:
+    ops = chain(3)
+    wild = min((seal(seq=2, prev=bytes([n]) * 32) for n in range(64)), key=op_hash)
+    log = a_log(ops)
+    fork = prove(wild, ops[1])
+    assert fork.stands == wild
+    assert log.freeze(fork)
+    assert log.settle() is None
+    assert log.seq == 1
+
+
+def test_only_different_ops_of_one_author_at_one_place_are_a_fork() -> None:
+    one, two = chain(2)
+    forged = dataclasses.replace(seal(update=Document().set({"policy": 5})), signature=bytes(64))
+    for pair in ((one, one), (one, two), (one, seal(swarm=OTHER)), (one, forged), (one,)):
+        with pytest.raises(ProtocolError):
+            prove(*pair)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +198,7 @@ def test_a_log_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     log = a_log(ops[:2])
     with pytest.raises(LimitError):
         log.append(ops[2])
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         log.check_room()
     assert log.seq == 2
 

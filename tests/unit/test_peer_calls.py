@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.node.supervise import Supervisor
 from shoal.node.wire.channel import ByteStream, Channel, Router, SocketByteStream
 from shoal.node.wire.links import RPC_PROTOCOL, STREAM_PROTOCOL, Links
 from shoal.protocol.codec import Attachment, Buffer
@@ -68,11 +69,12 @@ class Paths:
 @asynccontextmanager
 async def links_over(paths: Paths, service: Service | None = None) -> AsyncIterator[tuple[Links, trio.Nursery]]:
     with trio.fail_after(GENEROUS_S):
-        async with trio.open_nursery() as nursery:
-            links = Links(paths, Router(service or Probe()), nursery, lanes=False)
+        async with Supervisor().open("node", "mesh") as domain, trio.open_nursery() as nursery:
+            links = Links(paths, Router(service or Probe()), domain, lanes=False)
             links.peer_up(BOB)
             yield links, nursery
             nursery.cancel_scope.cancel()
+            domain.cancel()
 
 
 def stream_pair() -> tuple[SocketByteStream, trio.SocketStream]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from shoal.cli import main, spawn
 from shoal.cli import node as node_commands
-from shoal.node.config import NodeConfig, ReachConfig, parse_relay_limits, relay_limit_words
-from shoal.node.reach.relay_limits import RelayLimits
+from shoal.node.config import NodeConfig, parse_relay_limits, relay_limit_words
+from shoal.node.mesh.relay_limits import RelayLimits
+from shoal.node.reach.settings import ReachConfig
 from shoal.protocol.errors import UsageError
 from shoal.protocol.signing import Signer
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from shoal.node.reach.relay_limits import (
+from shoal.node.mesh.relay_limits import (
     MAX_PIECE_BYTES,
     FairShare,
     RelayLedger,

@@ -1,319 +1,353 @@
-"""One learner's part in one round, fed by hand: what it waits for, whom it passes over, what it takes."""
+"""Learners in one round, with the messages between them carried by hand: what they wait for, vote for and decide."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+from collections.abc import Iterable
 
 import pytest
 
-from shoal.protocol.errors import ProtocolError
-from shoal.protocol.ids import Cid, PeerId, SwarmId
-from shoal.training.exchange.rounds import (
-    FIRST_PATIENCE_S,
-    MAX_PATIENCE_S,
-    MIN_PATIENCE_S,
+from shoal.protocol.ids import Cid, PeerId
+from shoal.training.exchange.ballots import (
+    Ballot,
+    Begin,
+    CannotBeHad,
+    Cast,
+    Committed,
     Decide,
-    Fetch,
-    LearnerView,
-    Offer,
-    Output,
-    Patience,
-    Proposal,
+    Held,
+    Joined,
+    Left,
+    Limits,
+    Obtain,
+    OfferHeard,
+    ProposalHeard,
     Propose,
-    Round,
-    RoundKey,
-    choose,
-    rendezvous_rank,
+    RoundEvent,
+    SignedOffer,
+    Tick,
+    VoteHeard,
 )
+from shoal.training.exchange.rounds import Round
+from shoal.training.exchange.waits import Waits
+from shoal.training.statements import Offer, Proposal, RoundKey, Vote, first_after, turn_rank
 
-SWARM = SwarmId.of_manifest(b"a run")
-KEY = RoundKey(4, 2)
-PATIENCE_S = 1.0
-
-# By rank in this round: FIRST proposes, then SECOND, and so on.
-FIRST, SECOND, THIRD, FOURTH = sorted(
-    (PeerId.of_public_key(bytes([n]) * 32) for n in range(4)),
-    key=lambda peer: rendezvous_rank(SWARM, "round", KEY.epoch, KEY.step, peer),
-)
-ABSENT = LearnerView(RoundKey(KEY.epoch, 0))
-EMPTY_HANDED = LearnerView(KEY, is_ready=True)
+KEY = RoundKey(4, 0, first_after(Cid.of_block(b"policy")))
+BATCH = 400
+LIMITS = Limits.of_batch(BATCH)
+SILENCE_S = 1.0
+OFFERS_S = 0.5
 
 
-def offer_of(peer: PeerId, weight: int = 10) -> Offer:
-    return Offer(peer, Cid.of_block(peer.encode()), weight)
+def by_turn(number: int, attempt: int = 0) -> list[PeerId]:
+    peers = [PeerId.of_public_key(bytes([n]) * 32) for n in range(number)]
+    return sorted(peers, key=lambda peer: turn_rank("round", KEY, attempt, peer))
 
 
-def offering(peer: PeerId, proposal: Proposal | None = None) -> LearnerView:
-    return LearnerView(KEY, is_ready=True, offer=offer_of(peer), proposal=proposal)
+FIRST, SECOND, THIRD, FOURTH = by_turn(4)
+"""In the order of their turns in the first attempt."""
 
 
-def proposal_of(*peers: PeerId, attempt: int = 0) -> Proposal:
-    return Proposal(KEY.epoch, KEY.step, attempt, tuple(sorted(map(offer_of, peers), key=lambda offer: offer.author)))
+def learned() -> Waits:
+    waits = Waits()
+    for _ in range(8):
+        waits.learn(OFFERS_S, SILENCE_S)
+    return waits
 
 
-def round_of(me: PeerId, *, offers: bool = True) -> Round:
-    return Round(SWARM, me, KEY, offer_of(me) if offers else None, PATIENCE_S, now=0.0)
+def offer_of(peer: PeerId, weight: int = 100) -> SignedOffer:
+    name = hashlib.sha256(f"{peer} {weight}".encode()).digest()
+    return SignedOffer(peer, name, Offer(key=KEY, cid=Cid.of_block(name), weight=weight, seconds=1.0))
 
 
-def round_holding(me: PeerId, *peers: PeerId, offers: bool = True) -> Round:
-    """A round in which the offers of these peers have been fetched."""
-    one = round_of(me, offers=offers)
-    for peer in peers:
-        one.hold(offer_of(peer).cid)
-    return one
+class Table:
+    """Learners around a table: all of what one says reaches every other that is there, at once and in order."""
+
+    def __init__(self, stakes: dict[PeerId, float], *, peers: Iterable[PeerId] | None = None) -> None:
+        self.now = 0.0
+        self.heard_at: dict[PeerId, dict[PeerId, float]] = {}
+        self.rounds: dict[PeerId, Round] = {}
+        self.decided: dict[PeerId, Ballot] = {}
+        self.said: list[tuple[PeerId, Proposal | Vote]] = []
+        self.deaf: set[tuple[PeerId, PeerId]] = set()
+        """Who does not hear whom."""
+        for peer in stakes if peers is None else peers:
+            self.heard_at[peer] = dict.fromkeys(stakes, 0.0)
+            self.rounds[peer] = Round(peer, KEY, stakes, LIMITS, learned(), 0.0, heard_at=self.heard_at[peer])
+
+    def give(self, peer: PeerId, event: RoundEvent) -> None:
+        """One event for one learner, and all that comes of it."""
+        for output in self.rounds[peer].handle(event, self.now):
+            match output:
+                case Obtain(cid, sources):
+                    is_given = any(source in self.rounds and (peer, source) not in self.deaf for source in sources)
+                    self.give(peer, Held(cid) if is_given else CannotBeHad(cid))
+                case Propose(proposal):
+                    self.said.append((peer, proposal))
+                    self.tell(peer, ProposalHeard(peer, proposal))
+                case Cast(vote):
+                    self.said.append((peer, vote))
+                    self.tell(peer, VoteHeard(peer, vote))
+                case Decide(ballot):
+                    assert peer not in self.decided
+                    self.decided[peer] = ballot
+
+    def tell(self, author: PeerId, event: RoundEvent) -> None:
+        """Something that everybody hears but its author."""
+        for peer in list(self.rounds):
+            if peer != author and (peer, author) not in self.deaf:
+                self.heard_at[peer][author] = self.now
+                self.give(peer, event)
+
+    def arrive(self, *peers: PeerId, weight: int = 100, begins: bool = True) -> None:
+        """These offer."""
+        for peer in peers:
+            offer = OfferHeard(offer_of(peer, weight))
+            if peer in self.rounds:
+                self.give(peer, offer)
+            self.tell(peer, offer)
+            if peer in self.rounds and begins:
+                self.give(peer, Begin(1.0))
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass."""
+        until = self.now + seconds
+        while (
+            at := min((each.next_wake for peer, each in self.rounds.items() if peer not in self.decided), default=until)
+        ) < until:
+            self.now = max(self.now + 1e-3, at)
+            for peer in list(self.rounds):
+                self.give(peer, Tick())
+        self.now = until
+        for peer in list(self.rounds):
+            self.give(peer, Tick())
+
+    def die(self, peer: PeerId, *, is_noticed: bool = True) -> None:
+        """One is gone."""
+        del self.rounds[peer]
+        if is_noticed:
+            for other in list(self.rounds):
+                self.give(other, Left(peer))
+
+    def proposers(self) -> list[PeerId]:
+        return [author for author, each in self.said if isinstance(each, Proposal)]
+
+    def authors(self, peer: PeerId) -> set[PeerId]:
+        return {each.author for each in self.decided[peer].offers}
 
 
-def without_fetches(outputs: list[Output]) -> list[Output]:
-    return [output for output in outputs if not isinstance(output, Fetch)]
+def table_of(*peers: PeerId, **kwargs: object) -> Table:
+    return Table(dict.fromkeys(peers, 100.0))
 
 
 def test_a_learner_that_is_alone_decides_at_once_on_its_own_offer() -> None:
-    alone = proposal_of(FIRST)
-    assert round_of(FIRST).update({}, now=0.0) == [Propose(alone), Decide(alone)]
+    table = table_of(FIRST)
+    table.arrive(FIRST)
+    assert table.authors(FIRST) == {FIRST}
 
 
-def test_a_round_that_is_decided_says_nothing_more() -> None:
-    one = round_of(FIRST)
-    one.update({}, now=0.0)
-    assert one.update({SECOND: offering(SECOND)}, now=1.0) == []
+def test_all_decide_on_the_same_ballot_when_all_have_offered_and_nobody_waits() -> None:
+    table = table_of(FIRST, SECOND, THIRD)
+    table.arrive(THIRD, SECOND, FIRST)
+    assert table.now == 0.0
+    assert set(table.decided) == {FIRST, SECOND, THIRD}
+    assert len({ballot.name for ballot in table.decided.values()}) == 1
+    assert table.authors(FIRST) == {FIRST, SECOND, THIRD}
+    assert table.proposers() == [FIRST]
 
 
-def test_the_proposer_fetches_an_offer_from_its_author_then_proposes_both_in_the_order_of_authors() -> None:
-    one = round_of(FIRST)
-    views = {SECOND: offering(SECOND)}
-    assert one.update(views, now=0.0) == [Fetch(offer_of(SECOND), (SECOND,))]
-    assert one.update(views, now=0.1) == []
-    one.hold(offer_of(SECOND).cid)
-    both = proposal_of(FIRST, SECOND)
-    assert one.update(views, now=0.2) == [Propose(both), Decide(both)]
-    assert [offer.author for offer in both.offers] == sorted([FIRST, SECOND])
+def test_a_round_that_is_decided_proposes_and_votes_no_more() -> None:
+    table = table_of(FIRST, SECOND)
+    table.arrive(FIRST, SECOND)
+    before = list(table.said)
+    table.wait(60.0)
+    assert table.said == before
 
 
-def test_the_proposer_waits_for_those_who_are_still_on_their_way() -> None:
-    one = round_holding(FIRST, SECOND)
-    views = {SECOND: offering(SECOND), THIRD: ABSENT}
-    assert one.update(views, now=0.0) == []
-    one.hold(offer_of(THIRD).cid)
-    everybody = proposal_of(FIRST, SECOND, THIRD)
-    assert one.update({**views, THIRD: offering(THIRD)}, now=0.5) == [Propose(everybody), Decide(everybody)]
+def test_who_is_late_is_waited_for_only_as_long_as_it_is_worth() -> None:
+    """Item 7: one of a hundredth of the stake holds nobody up for more than a hundredth of the time."""
+    table = Table({FIRST: 100.0, SECOND: 1.0})
+    table.arrive(FIRST)
+    table.wait(0.011)
+    assert table.authors(FIRST) == {FIRST}
 
 
-def test_the_proposer_does_not_wait_for_an_offer_of_one_that_has_none() -> None:
-    one = round_holding(FIRST, SECOND)
-    both = proposal_of(FIRST, SECOND)
-    assert Decide(both) in one.update({SECOND: offering(SECOND), THIRD: EMPTY_HANDED}, now=0.0)
+def test_of_equals_the_last_one_is_waited_for_as_others_were_before() -> None:
+    """Item 4, ATTACKS row 15: not longer, however often it is late."""
+    table = table_of(FIRST, SECOND, THIRD, FOURTH)
+    table.arrive(FIRST, SECOND, THIRD)
+    table.wait(0.9 / 3)  # what is missing is worth a third of the second that the others worked
+    assert not table.decided
+    table.wait(OFFERS_S)
+    assert table.authors(FIRST) == {FIRST, SECOND, THIRD}
 
 
-def test_the_proposer_does_not_wait_for_learners_of_another_epoch_or_ahead() -> None:
-    one = round_of(FIRST)
-    elsewhere = {
-        SECOND: LearnerView(RoundKey(KEY.epoch - 1, 0)),
-        THIRD: LearnerView(RoundKey(KEY.epoch + 1, 0)),
-        FOURTH: LearnerView(RoundKey(KEY.epoch, KEY.step + 1)),
-    }
-    assert Decide(proposal_of(FIRST)) in one.update(elsewhere, now=0.0)
+def test_rounds_in_which_one_is_late_do_not_make_the_waits_longer() -> None:
+    """Item 4, ATTACKS row 15: from 0.75 s to 30 s in 30 rounds, for ever."""
+    waits = learned()
+    before = waits.offers_s
+    for _ in range(60):
+        heard_at = dict.fromkeys((FIRST, SECOND, THIRD), 0.0)
+        one = Round(FIRST, KEY, dict.fromkeys(heard_at, 100.0), LIMITS, waits, 0.0, heard_at=heard_at)
+        second = offer_of(SECOND)
+        one.handle(OfferHeard(offer_of(FIRST)), 0.0)
+        one.handle(Begin(1.0), 0.0)
+        one.handle(OfferHeard(second), 0.1)
+        one.handle(Held(second.offer.cid), 0.1)
+        now, said = 0.1, one.handle(Tick(), 0.1)
+        while not any(isinstance(output, Propose) for output in said):
+            now = max(now + 0.01, one.next_wake)
+            assert now < 5.0
+            said = one.handle(Tick(), now)
+        ballot = next(output.proposal.ballot for output in said if isinstance(output, Propose))
+        one.handle(VoteHeard(SECOND, Vote(key=KEY, ballot=ballot)), now + 0.05)
+        assert one.decided is not None
+    assert waits.offers_s <= before
 
 
-def test_a_silent_learner_is_left_out_after_the_wait() -> None:
-    one = round_holding(FIRST, SECOND)
-    views = {SECOND: offering(SECOND), THIRD: ABSENT}
-    assert one.update(views, now=0.99 * PATIENCE_S) == []
-    assert one.next_wake == pytest.approx(PATIENCE_S)
-    assert one.update(views, now=PATIENCE_S) == [
-        Propose(proposal_of(FIRST, SECOND)),
-        Decide(proposal_of(FIRST, SECOND)),
-    ]
+def test_when_the_proposer_is_silent_the_next_one_proposes() -> None:
+    table = table_of(FIRST, SECOND, THIRD)
+    table.arrive(FIRST, begins=False)  # it offered, and then its core hangs
+    table.die(FIRST, is_noticed=False)
+    table.arrive(SECOND, THIRD)
+    assert not table.decided
+    table.wait(SILENCE_S * 10)
+    assert table.decided[SECOND].name == table.decided[THIRD].name
 
 
-def test_an_offer_that_is_not_here_in_time_is_left_out() -> None:
-    one = round_of(FIRST)
-    views = {SECOND: offering(SECOND)}
-    one.update(views, now=0.0)
-    assert Decide(proposal_of(FIRST)) in one.update(views, now=PATIENCE_S)
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_the_last_survivor_goes_on_alone(is_noticed: bool) -> None:
+    """Item 10, ATTACKS row 1: it stood still for ever."""
+    table = table_of(FIRST, SECOND)
+    table.arrive(SECOND)
+    table.die(FIRST, is_noticed=is_noticed)
+    table.wait(12 * SILENCE_S)
+    assert table.authors(SECOND) == {SECOND}
 
 
-def test_who_is_not_the_proposer_waits_for_it() -> None:
-    one = round_holding(SECOND, FIRST)
-    assert one.update({FIRST: offering(FIRST)}, now=0.0) == []
-    assert one.update({FIRST: offering(FIRST)}, now=1.99 * PATIENCE_S) == []
+def test_whose_turn_it_is_not_is_not_heard() -> None:
+    """Item 2, ATTACKS row 4."""
+    table = table_of(FIRST, SECOND, THIRD)
+    table.arrive(SECOND, begins=False)
+    table.tell(THIRD, OfferHeard(offer_of(THIRD)))
+    usurped = Proposal(key=KEY, attempt=0, offers=(offer_of(THIRD).name,))
+    turn = min((SECOND, THIRD), key=lambda peer: turn_rank("round", KEY, 0, peer))
+    table.give(FIRST, OfferHeard(offer_of(FIRST)))
+    assert turn != FIRST
+    table.tell(THIRD, ProposalHeard(THIRD, usurped))
+    assert not [each for author, each in table.said if isinstance(each, Vote)]
 
 
-def test_a_proposer_seen_to_be_gone_makes_the_next_hash_propose_at_once() -> None:
-    one = round_holding(SECOND, FIRST, THIRD)
-    views = {FIRST: offering(FIRST), THIRD: offering(THIRD)}
-    assert one.update(views, now=0.0) == []
-    del views[FIRST]
-    rest = proposal_of(SECOND, THIRD)
-    assert one.update(views, now=0.01) == [Propose(rest), Decide(rest)]
+def test_a_proposal_of_offers_that_nobody_signed_gathers_no_votes() -> None:
+    """Items 1 and 2, ATTACKS rows 3 and 4: invented authors, and other members' names under one's own bytes."""
+    table = Table(dict.fromkeys((FIRST, SECOND, THIRD), 100.0), peers=(SECOND, THIRD))
+    table.arrive(FIRST)
+    invented = tuple(sorted(hashlib.sha256(b"%d" % n).digest() for n in range(116)))
+    table.tell(FIRST, ProposalHeard(FIRST, Proposal(key=KEY, attempt=0, offers=invented)))
+    table.arrive(SECOND, THIRD)
+    assert not table.decided
+    table.wait(8 * SILENCE_S)
+    assert {SECOND, THIRD} <= table.authors(SECOND)
+    assert table.decided[SECOND].name == table.decided[THIRD].name
 
 
-def test_a_silent_proposer_is_passed_over_only_after_it_had_the_time_to_leave_others_out() -> None:
-    one = round_holding(SECOND, THIRD)
-    views = {FIRST: ABSENT, THIRD: offering(THIRD)}
-    one.update(views, now=0.0)
-    assert one.next_wake == pytest.approx(2 * PATIENCE_S)
-    rest = proposal_of(SECOND, THIRD, attempt=1)
-    assert one.update(views, now=2 * PATIENCE_S) == [Propose(rest), Decide(rest)]
+def test_a_proposal_that_leaves_out_more_than_half_is_not_voted_for() -> None:
+    table = table_of(FIRST, SECOND, THIRD, FOURTH)
+    table.arrive(FIRST, SECOND, THIRD, begins=False)
+    table.tell(FIRST, ProposalHeard(FIRST, Proposal(key=KEY, attempt=0, offers=(offer_of(FIRST).name,))))
+    assert not [each for _, each in table.said if isinstance(each, Vote)]
 
 
-def test_whoever_passed_over_a_proposer_still_takes_its_late_proposal() -> None:
-    one = round_holding(THIRD, FIRST)
-    views = {FIRST: offering(FIRST), SECOND: ABSENT}
-    one.update(views, now=0.0)
-    one.update(views, now=2 * PATIENCE_S)
-    late = proposal_of(FIRST, THIRD)
-    outputs = one.update({**views, FIRST: offering(FIRST, late)}, now=2.1 * PATIENCE_S)
-    assert outputs == [Propose(late), Decide(late)]
+def test_an_offer_heavier_than_a_learner_can_make_is_not_heard() -> None:
+    """Item 2: four batches of samples were accepted, of each of 116 names."""
+    table = table_of(FIRST, SECOND)
+    table.tell(SECOND, OfferHeard(offer_of(SECOND, LIMITS.offer + 1)))
+    assert SECOND not in table.rounds[FIRST].offers
 
 
-def test_what_is_accepted_is_said_again_and_fetched_from_whoever_may_hold_it() -> None:
-    one = round_of(SECOND)
-    said = proposal_of(FIRST, SECOND, THIRD)
-    outputs = one.update({FIRST: offering(FIRST, said), THIRD: offering(THIRD)}, now=0.0)
-    anywhere = (FIRST, THIRD)
-    assert outputs[0] == Propose(said)
-    assert set(outputs[1:]) == {Fetch(offer_of(FIRST), anywhere), Fetch(offer_of(THIRD), anywhere)}
-    one.hold(offer_of(FIRST).cid)
-    assert one.update({}, now=0.1) == []
-    one.hold(offer_of(THIRD).cid)
-    assert one.update({}, now=0.2) == [Decide(said)]
+def test_a_newcomer_that_has_shown_nothing_is_averaged_but_has_no_vote() -> None:
+    table = Table({FIRST: 100.0, SECOND: 100.0}, peers=(FIRST, SECOND, THIRD))
+    table.arrive(THIRD)
+    table.arrive(FIRST, SECOND)
+    assert table.authors(FIRST) == {FIRST, SECOND, THIRD}
+    assert THIRD not in [author for author, each in table.said if isinstance(each, Vote)]
 
 
-def test_a_proposal_outlives_its_proposer_in_the_presence_of_those_who_went_on_with_it() -> None:
-    one = round_holding(SECOND, FIRST, THIRD)
-    said = proposal_of(FIRST, SECOND, THIRD)
-    gone_on = LearnerView(RoundKey(KEY.epoch + 1, 0), proposal=said)
-    assert one.update({THIRD: gone_on}, now=0.0) == [Propose(said), Decide(said)]
+def test_where_nobody_has_shown_anything_who_joins_counts_like_the_others() -> None:
+    table = table_of(FIRST)
+    table.give(FIRST, Joined(SECOND, 100.0))
+    table.arrive(FIRST)
+    table.wait(OFFERS_S / 2)
+    assert not table.decided
 
 
-def test_a_fetch_that_failed_is_tried_again_and_not_before() -> None:
-    one = round_of(SECOND)
-    views = {FIRST: offering(FIRST)}
-    ask = Fetch(offer_of(FIRST), (FIRST,))
-    assert one.update(views, now=0.0) == [ask]
-    assert one.update(views, now=0.1) == []
-    one.spoil(offer_of(FIRST).cid)
-    assert one.update(views, now=0.2) == [ask]
+def test_what_one_decided_on_stays_decided_when_the_others_never_heard_the_votes() -> None:
+    """The one that decided lives on: the others come to the same ballot in a later attempt."""
+    table = table_of(FIRST, SECOND, THIRD)
+    table.deaf = {(THIRD, FIRST), (THIRD, SECOND), (SECOND, FIRST)}
+    table.arrive(THIRD, SECOND, FIRST)
+    # FIRST proposes; nobody but itself knows. Then only SECOND hears of it, votes, and FIRST decides.
+    table.deaf = {(THIRD, FIRST), (THIRD, SECOND)}
+    proposal = next(each for _, each in table.said if isinstance(each, Proposal))
+    for offer in (FIRST, SECOND, THIRD):
+        table.give(SECOND, OfferHeard(offer_of(offer)))
+    table.give(SECOND, ProposalHeard(FIRST, proposal))
+    assert FIRST in table.decided
+    assert THIRD not in table.decided
+    table.deaf = set()
+    for author in (FIRST, SECOND):
+        table.give(THIRD, OfferHeard(offer_of(author)))
+    table.wait(12 * SILENCE_S)
+    assert {ballot.name for ballot in table.decided.values()} == {table.decided[FIRST].name}
+    assert set(table.decided) == {FIRST, SECOND, THIRD}
 
 
-def test_an_accepted_proposal_that_cannot_be_fetched_is_given_up_for_the_next_attempt() -> None:
-    one = round_holding(SECOND, THIRD)
-    lost = proposal_of(FIRST, SECOND, THIRD)
-    views = {FIRST: offering(FIRST, lost), THIRD: offering(THIRD)}
-    assert Propose(lost) in one.update(views, now=0.5)
-    assert one.next_wake == pytest.approx(0.5 + 2 * PATIENCE_S)
-    views[FIRST] = LearnerView(KEY, proposal=lost)
-    rest = proposal_of(SECOND, THIRD, attempt=1)
-    assert without_fetches(one.update(views, now=one.next_wake)) == [Propose(rest), Decide(rest)]
+def test_an_earlier_life_that_may_have_voted_has_no_say_in_the_first_attempt() -> None:
+    heard_at = dict.fromkeys((FIRST, SECOND), 0.0)
+    one = Round(
+        FIRST, KEY, dict.fromkeys(heard_at, 100.0), LIMITS, learned(), 0.0, heard_at=heard_at, may_have_voted=True
+    )
+    offer = offer_of(SECOND)
+    said = [one.handle(OfferHeard(offer_of(FIRST)), 0.0), one.handle(Begin(1.0), 0.0)]
+    said += [one.handle(OfferHeard(offer), 0.0), one.handle(Held(offer.offer.cid), 0.0)]
+    assert not [each for outputs in said for each in outputs if isinstance(each, Propose | Cast)]
+    later = one.handle(Tick(), SILENCE_S * 1.01)
+    assert [each for each in later if isinstance(each, Cast)]
 
 
-def test_of_competing_proposals_everybody_with_the_same_view_takes_the_same() -> None:
-    small, big, late = proposal_of(FIRST), proposal_of(SECOND, THIRD), proposal_of(FIRST, SECOND, THIRD, attempt=1)
-    says = {FIRST: offering(FIRST, small), SECOND: offering(SECOND, big), THIRD: offering(THIRD, late)}
-    for me in (FIRST, SECOND, THIRD, FOURTH):
-        for order in (list(says), list(reversed(says))):
-            one = round_of(me)
-            outputs = one.update({peer: says[peer] for peer in order}, now=0.0)
-            assert outputs[0] == Propose(big), "the lowest attempt, and of those the one with the most offers"
+def test_who_says_what_it_made_of_a_ballot_voted_for_it() -> None:
+    table = Table({FIRST: 200.0, SECOND: 100.0}, peers=(SECOND,))
+    table.arrive(FIRST, SECOND)
+    proposal = Proposal(key=KEY, attempt=0, offers=tuple(sorted(offer_of(each).name for each in (FIRST, SECOND))))
+    table.heard_at[FIRST] = {}
+    table.rounds[FIRST] = Round(FIRST, KEY, {}, LIMITS, learned(), 0.0, heard_at={})  # so that its bytes can be had
+    table.give(SECOND, ProposalHeard(FIRST, proposal))
+    assert table.decided == {}
+    table.give(SECOND, Committed(FIRST, proposal.ballot))
+    assert table.decided[SECOND].name == proposal.ballot
 
 
-def test_a_proposal_for_another_round_is_none_for_this_one() -> None:
-    one = round_holding(SECOND, FIRST)
-    for other in (RoundKey(KEY.epoch, KEY.step - 1), RoundKey(KEY.epoch - 1, KEY.step)):
-        stale = replace(proposal_of(FIRST), epoch=other.epoch, step=other.step)
-        assert one.update({FIRST: offering(FIRST, stale)}, now=0.0) == []
+def test_bytes_that_did_not_come_are_asked_for_of_those_who_voted_for_them() -> None:
+    heard_at = dict.fromkeys((FIRST, SECOND, THIRD), 0.0)
+    one = Round(THIRD, KEY, dict.fromkeys(heard_at, 100.0), LIMITS, learned(), 0.0, heard_at=heard_at)
+    offers = [offer_of(FIRST), offer_of(SECOND)]
+    for each in offers:
+        assert one.handle(OfferHeard(each), 0.0) == [Obtain(each.offer.cid, (each.author,))]
+    proposal = Proposal(key=KEY, attempt=0, offers=tuple(sorted(each.name for each in offers)))
+    one.handle(ProposalHeard(FIRST, proposal), 0.0)
+    one.handle(Left(FIRST), 0.0)
+    one.handle(VoteHeard(SECOND, Vote(key=KEY, ballot=proposal.ballot)), 0.0)
+    one.handle(CannotBeHad(offers[0].offer.cid), 0.0)
+    assert one.next_wake < SILENCE_S
+    assert one.handle(Tick(), one.next_wake) == [Obtain(offers[0].offer.cid, (SECOND,))]
 
 
-def test_a_learner_without_an_offer_follows() -> None:
-    one = round_holding(SECOND, FIRST, offers=False)
-    said = proposal_of(FIRST)
-    assert one.update({FIRST: offering(FIRST)}, now=0.0) == []
-    assert one.update({FIRST: offering(FIRST, said)}, now=0.1) == [Propose(said), Decide(said)]
-
-
-def test_a_learner_without_an_offer_proposes_those_of_others_in_its_turn() -> None:
-    one = round_holding(FIRST, SECOND, THIRD, offers=False)
-    others = proposal_of(SECOND, THIRD)
-    assert Decide(others) in one.update({SECOND: offering(SECOND), THIRD: offering(THIRD)}, now=0.0)
-
-
-def test_where_nobody_has_an_offer_nothing_is_proposed_and_the_shell_may_sleep() -> None:
-    one = round_of(FIRST, offers=False)
-    for now in (0.0, PATIENCE_S, 5 * PATIENCE_S):
-        assert one.update({SECOND: EMPTY_HANDED}, now=now) == []
-        assert one.next_wake > now
-
-
-@pytest.mark.parametrize("me", [FIRST, SECOND, THIRD])
-def test_an_undecided_round_always_wakes_later_than_now(me: PeerId) -> None:
-    one = round_of(me)
-    views = {peer: ABSENT for peer in (FIRST, SECOND, THIRD) if peer != me}
-    now = 0.0
-    for _ in range(6):
-        if any(isinstance(output, Decide) for output in one.update(views, now)):
-            return
-        assert one.next_wake > now
-        now = one.next_wake
-    pytest.fail("no decision after six waits")
-
-
-def test_a_round_is_a_learners_turn_and_the_turn_passes_on() -> None:
-    peers = [FIRST, SECOND, THIRD, FOURTH]
-    turns = {choose(SWARM, "evaluate", epoch, peers) for epoch in range(100)}
-    assert turns == set(peers)
-    assert choose(SWARM, "evaluate", 1, peers) == choose(SWARM, "evaluate", 1, reversed(peers))
-    assert choose(SWARM, "evaluate", 1, []) is None
-
-
-@pytest.mark.parametrize(
-    "offers",
-    [
-        (),
-        (offer_of(FIRST), offer_of(FIRST)),
-        tuple(sorted(map(offer_of, (FIRST, SECOND)), key=lambda offer: offer.author, reverse=True)),
-        (offer_of(FIRST, weight=0),),
-        (offer_of(FIRST, weight=-3),),
-    ],
-    ids=["none", "twice", "out of order", "weightless", "negative"],
-)
-def test_a_proposal_that_could_not_be_averaged_cannot_be_made(offers: tuple[Offer, ...]) -> None:
-    with pytest.raises(ProtocolError):
-        Proposal(0, 0, 0, offers)
-
-
-def test_a_proposal_cannot_come_before_the_first_attempt() -> None:
-    with pytest.raises(ProtocolError):
-        proposal_of(FIRST, attempt=-1)
-
-
-def test_patience_starts_long_and_is_learned_from_three_rounds_on() -> None:
-    patience = Patience()
-    for _ in range(2):
-        patience.learn(2.0)
-        assert patience.seconds == FIRST_PATIENCE_S
-    patience.learn(2.0)
-    assert patience.seconds == 2.0
-
-
-def test_patience_is_the_median_and_four_deviations() -> None:
-    patience = Patience()
-    for duration_s in (2.0, 3.0, 4.0, 5.0, 100.0):
-        patience.learn(duration_s)
-    assert patience.seconds == 4.0 + 4 * 1.0
-
-
-@pytest.mark.parametrize(("duration_s", "patience_s"), [(0.001, MIN_PATIENCE_S), (1e6, MAX_PATIENCE_S)])
-def test_patience_has_bounds(duration_s: float, patience_s: float) -> None:
-    patience = Patience()
-    for _ in range(3):
-        patience.learn(duration_s)
-    assert patience.seconds == patience_s
-
-
-def test_patience_forgets_what_was_long_ago() -> None:
-    patience = Patience()
-    for _ in range(100):
-        patience.learn(20.0)
-    for _ in range(32):
-        patience.learn(2.0)
-    assert patience.seconds == 2.0
+def test_a_learner_that_slept_does_not_run_through_all_the_attempts_it_missed() -> None:
+    table = table_of(FIRST, SECOND)
+    table.arrive(SECOND)
+    one = table.rounds[SECOND]
+    one.handle(Tick(), 1000.0)
+    attempt = one.attempt
+    assert attempt <= 2
+    one.handle(Tick(), 1000.0 + SILENCE_S / 2)
+    assert one.attempt <= attempt + 1

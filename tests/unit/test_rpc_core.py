@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status
+from shoal.protocol.errors import LimitError, ProtocolError, RemoteError, Status, TooLargeError
 from shoal.protocol.frames import Frame, FrameType
 from shoal.protocol.limits import (
     MAX_ATTACHMENT_BYTES,
@@ -360,9 +360,9 @@ def test_answering_twice_sends_once(caller: RpcConnection, server: RpcConnection
 
 
 def test_a_request_that_is_too_big_is_no_call(caller: RpcConnection) -> None:
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         call(caller, b"", [bytes(MAX_ATTACHMENT_BYTES + 1)])
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         call(caller, bytes(MAX_HEADER_BYTES))
     assert caller.num_open_calls == 0
     assert caller.unsent_bytes == 0
@@ -373,7 +373,7 @@ def test_a_request_that_is_too_big_is_no_call(caller: RpcConnection) -> None:
 def test_an_answer_that_is_too_big_leaves_the_call_to_be_failed(caller: RpcConnection, server: RpcConnection) -> None:
     call_id = call(caller)
     carry(caller, server)
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         server.answer(call_id, b"", [bytes(MAX_ATTACHMENT_BYTES + 1)])
     server.fail(call_id, Status.RESOURCE_EXHAUSTED, "too big")
     assert [failure(event) for event in carry(server, caller)] == [(call_id, Status.RESOURCE_EXHAUSTED)]
@@ -381,7 +381,7 @@ def test_an_answer_that_is_too_big_leaves_the_call_to_be_failed(caller: RpcConne
 
 def test_more_than_this_streams_attachments_may_have_is_refused_by_both_sides() -> None:
     small, usual = RpcConnection(max_attachment_bytes=100_000), RpcConnection()
-    with pytest.raises(LimitError):
+    with pytest.raises(TooLargeError):
         call(small, b"", [bytes(100_001)])
     call(usual, b"", [bytes(100_001)])
     with pytest.raises(LimitError):

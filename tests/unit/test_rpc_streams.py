@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shoal.protocol.codec import Buffer, encode
-from shoal.protocol.errors import LimitError, ProtocolError, Status
+from shoal.protocol.errors import LimitError, ProtocolError, Status, TooLargeError
 from shoal.protocol.frames import FROM_CALLER, Frame, FrameType, encode_frame
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAM_HELD_BYTES, STREAM_WINDOW_BYTES
 from shoal.protocol.rpc import MESSAGE_OVERHEAD_BYTES, Answered, Ended, Message, RpcConnection, Writable
@@ -237,11 +237,11 @@ def test_a_message_that_is_too_big_is_not_sent_and_costs_nothing(caller: RpcConn
     call_id = call(caller, kind=UP)
     carry(caller, server)
     over = MAX_MESSAGE_BYTES - MESSAGE_OVERHEAD_BYTES + 1
-    with pytest.raises(LimitError, match="in bulk"):
+    with pytest.raises(TooLargeError, match="in bulk"):
         caller.send_message(call_id, b"", [bytes(over)], is_ours=True)
-    with pytest.raises(LimitError, match="in bulk"):
+    with pytest.raises(TooLargeError, match="in bulk"):
         caller.send_message(call_id, b"", [array("d", [0.0] * (over // 8 + 1))], is_ours=True)  # type: ignore[list-item]
-    with pytest.raises(LimitError, match="header"):
+    with pytest.raises(TooLargeError, match="header"):
         caller.send_message(call_id, bytes(MAX_HEADER_BYTES + 1), is_ours=True)
     assert caller.unsent_bytes == 0
     for _ in range(2):

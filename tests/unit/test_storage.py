@@ -85,7 +85,10 @@ def test_ops_survive_in_order_and_once(path: Path) -> None:
         assert len(loaded) == 5
         assert set(loaded) == {*anns, *bobs}
         restored = SwarmDocs(SWARM, ANN.peer_id, loaded)
-        assert restored.version() == {ANN.peer_id: 3, BOB.peer_id: 2}
+        assert {author: head.seq for author, head in restored.version().heads.items()} == {
+            ANN.peer_id: 3,
+            BOB.peer_id: 2,
+        }
         assert storage.load_ops(OTHER) == []
 
 
@@ -99,6 +102,38 @@ def test_ops_are_kept_all_or_none(path: Path) -> None:
         assert storage.load_ops(SWARM) == ops[:2]
         with pytest.raises(StorageError, match="add the swarm first"):
             storage.append_ops(OTHER, ops)
+
+
+def test_a_fork_cuts_what_is_kept_and_survives(path: Path) -> None:
+    ops, other = some_ops(4), some_ops(4, start="other")
+    docs = SwarmDocs(SWARM, BOB.peer_id, ops)
+    with Storage(path) as storage:
+        storage.add_swarm(a_swarm())
+        storage.append_ops(SWARM, ops)
+        for shown in (other[2:3], other[:1]):
+            received = docs.receive(shown)
+            assert len(received.forks) == 1
+            storage.append_ops(SWARM, received.accepted, received.forks)
+    with Storage(path) as storage:
+        assert storage.load_forks(OTHER) == []
+        again = SwarmDocs(SWARM, BOB.peer_id, storage.load_ops(SWARM), storage.load_forks(SWARM))
+        assert again.frozen[ANN.peer_id].seq == 1
+        assert again.version() == docs.version()
+        assert again.documents() == docs.documents()
+
+
+def test_a_file_of_the_first_schema_is_taken_over(path: Path) -> None:
+    with Storage(path) as storage:
+        storage.add_swarm(a_swarm())
+        storage.append_ops(SWARM, some_ops())
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE forks")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with Storage(path) as storage:
+        assert storage.load_ops(SWARM) == some_ops()
+        assert storage.load_forks(SWARM) == []
+        assert storage._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
 
 
 def test_blocks(path: Path) -> None:

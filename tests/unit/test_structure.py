@@ -37,6 +37,24 @@ MAY_IMPORT = {
 }
 ROOMS = tuple(MAY_IMPORT)
 
+# The rooms inside node/ and the files beside them, lowest first: each may import those before it. Whatever of node/ is
+# not named here is the process itself, above all of them.
+NODE_LAYERS = (
+    ("shoal.node.signals", "shoal.node.metrics", "shoal.node.supervise"),
+    ("shoal.node.store",),
+    ("shoal.node.wire",),
+    ("shoal.node.mesh",),
+    ("shoal.node.reach",),
+    ("shoal.node.config", "shoal.node.identity", "shoal.node.lock", "shoal.node.logs"),
+    ("shoal.node.api",),
+    ("shoal.node.swarm",),
+)
+# What decides in node/ is as pure as the cores in the other rooms.
+NODE_CORES = (
+    *("shoal.node.mesh.address_book", "shoal.node.mesh.connections", "shoal.node.mesh.paths"),
+    *("shoal.node.mesh.endpoint", "shoal.node.mesh.relay_limits", "shoal.node.reach.nat"),
+)
+
 TORCH_FOLDERS = ("shoal.training.tasks", "shoal.training.algorithms", "shoal.training.models")
 WORKER_SHELL = "shoal.training.worker"
 
@@ -209,6 +227,216 @@ def test_a_downward_import_is_let_through() -> None:
     assert upward_imports(modules) == []
 
 
+# --- no circle of imports ------------------------------------------------------------------------------------------
+
+
+def for_types_only(module: Module) -> set[int]:
+    """The lines under ``if TYPE_CHECKING``: nothing is imported by them when the module runs."""
+    found: set[int] = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            found.update(range(node.lineno, node.body[-1].end_lineno + 1))
+    return found
+
+
+def import_graph(modules: Iterable[Module]) -> dict[str, set[str]]:
+    """Which of some modules each imports, wherever in it: a late import only hides a circle."""
+    by_name = {module.name: module for module in modules}
+    graph: dict[str, set[str]] = {}
+    for name, module in by_name.items():
+        ignored = for_types_only(module)
+        graph[name] = set()
+        for _, full, line in imports(module):
+            found = full
+            while found and found not in by_name:  # it may be something inside a module
+                found = found.rpartition(".")[0]
+            if found not in ("", "shoal", name) and line not in ignored:
+                graph[name].add(found)
+    return graph
+
+
+def circles(modules: Iterable[Module]) -> list[list[str]]:
+    """Groups of modules that each lead to all others of the group."""
+    graph = import_graph(modules)
+
+    def reached_from(start: str) -> set[str]:
+        found: set[str] = set()
+        ahead = [*graph[start]]
+        while ahead:
+            name = ahead.pop()
+            if name not in found:
+                found.add(name)
+                ahead += graph[name]
+        return found
+
+    reached = {name: reached_from(name) for name in graph}
+    groups = {tuple(sorted(each for each in reached[name] if name in reached[each])) for name in graph}
+    return sorted(list(group) for group in groups if group)
+
+
+def layer_in_node(name: str) -> int:
+    return next((number for number, layer in enumerate(NODE_LAYERS) if within(name, layer)), len(NODE_LAYERS))
+
+
+def imports_up_in_node(modules: Iterable[Module]) -> list[str]:
+    graph = import_graph(modules)
+    return sorted(
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        for other in others
+        if within(name, ["shoal.node"]) and within(other, ["shoal.node"])
+        if layer_in_node(other) > layer_in_node(name)
+    )
+
+
+def test_no_imports_go_round_in_circles() -> None:
+    assert circles(product_modules()) == []
+
+
+def test_the_rooms_of_the_node_have_an_order() -> None:
+    modules = product_modules()
+    assert imports_up_in_node(modules) == []
+    named = [package for layer in NODE_LAYERS for package in layer if package != "shoal.node.supervise"]
+    assert all(any(within(module.name, [package]) for module in modules) for package in named)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        "from shoal.node.mesh.one import One",
+        "from . import one",
+        "import shoal.node.mesh.one",
+        "def late():\n    from shoal.node.mesh import one",
+        "from shoal.node.mesh.three import Three",
+    ],
+)
+def test_a_circle_is_caught(second: str) -> None:
+    modules = [
+        planted("shoal.node.mesh.one", "from shoal.node.mesh.two import Two"),
+        planted("shoal.node.mesh.two", second),
+        planted("shoal.node.mesh.three", "import shoal.node.mesh.one as one"),
+    ]
+    assert len(circles(modules)) == 1
+
+
+def test_what_only_the_type_checker_imports_closes_no_circle() -> None:
+    modules = [
+        planted("shoal.dht.one", "from shoal.dht.two import Two"),
+        planted("shoal.dht.two", "if TYPE_CHECKING:\n    from shoal.dht.one import One\nfrom shoal.dht import three"),
+        planted("shoal.dht.three", ""),
+    ]
+    assert circles(modules) == []
+    assert import_graph(modules)["shoal.dht.two"] == {"shoal.dht.three"}
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("shoal.node.mesh.planted", "from shoal.node.reach.upper import thing"),
+        ("shoal.node.wire.planted", "from ..mesh.lower import thing"),
+        ("shoal.node.signals", "def late():\n    from shoal.node.mesh import lower"),
+        ("shoal.node.reach.planted", "from shoal.node.daemon import Daemon"),
+    ],
+)
+def test_a_room_of_the_node_that_looks_up_is_caught(name: str, source: str) -> None:
+    others = [planted(f"shoal.node.{name}", "") for name in ("mesh.lower", "reach.upper", "daemon")]
+    assert imports_up_in_node([planted(name, source), *others])
+    assert not imports_up_in_node([planted("shoal.node.reach.planted", "import shoal.node.mesh.lower"), *others])
+
+
+# --- nobody outside the mesh writes into the host ---------------------------------------------------------------------
+
+
+def writes_into_host(modules: Iterable[Module]) -> list[str]:
+    """Where, outside the mesh, an attribute of a node's host is set, or an entry of one."""
+    found = []
+    for module in modules:
+        if within(module.name, ["shoal.node.mesh"]) or not within(module.name, ["shoal.node", "shoal.cli"]):
+            continue
+        for node in ast.walk(module.tree):
+            is_written = isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load)
+            if is_written and re.search(r"\b_?host\.\w", ast.unparse(node)):
+                found.append(f"{module.name}:{node.lineno} writes {ast.unparse(node)}")
+    return found
+
+
+def test_the_host_is_changed_by_its_methods_alone() -> None:
+    assert writes_into_host(product_modules()) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["self._host.announced = ()", "host.relays[peer] = address", "del node.host.wanted[peer]", "host.n += 1"]
+)
+def test_a_write_into_the_host_is_caught(source: str) -> None:
+    assert writes_into_host([planted("shoal.node.reach.planted", source)])
+
+
+# --- every task of the node stands in a failure domain ---------------------------------------------------------------
+
+# Nurseries of a single call: it ends with them, and its caller gets what fails in them.
+NURSERIES = {
+    "shoal.node.supervise.start_soon": "the nursery under all failure domains",
+    "shoal.node.api.app.__call__": "one answer to a client of the local API",
+    "shoal.node.api.server._serve": "the local API, which is a task as a whole",
+    "shoal.node.mesh.dialing._dial_all": "one attempt to reach a peer",
+    "shoal.node.mesh.libp2p_repairs.write_frame": "one write",
+    "shoal.node.mesh.relay.run": "both ways of one circuit, which is served in libp2p's task",
+    "shoal.node.reach.climb._climb": "one climb, which is a task",
+    "shoal.node.reach.climb._try_direct": "one climb, which is a task",
+    "shoal.node.reach.portmap._map_port": "one question to the router",
+    "shoal.node.reach.probing.round": "one round of questions to peers",
+    "shoal.node.reach.punch._dial_all": "one punch",
+    "shoal.node.reach.reach._check_paths": "one check of all paths, which is a task",
+    "shoal.node.reach.reach._keep_telling": "one round of introductions",
+    "shoal.node.swarm.content.get": "one fetch",
+    "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
+    "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
+    "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
+    "shoal.node.wire.bench._echo": "one measurement that somebody asked for",
+    "shoal.node.wire.bench.load": "one measurement that somebody asked for",
+    "shoal.node.wire.bulk._pull_by_lanes": "one transfer",
+    "shoal.node.wire.channel._spawn": "one stream, which is a task as a whole",
+    "shoal.node.wire.channel.run": "one stream, which is a task as a whole",
+    "shoal.node.wire.links.close": "the end of all streams",
+}
+
+
+def unsupervised(modules: Iterable[Module]) -> set[str]:
+    """The functions of the node that begin a task in a nursery, or as a system task, and so in no failure domain."""
+    found = set()
+
+    def look(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = f"{module.name}.{node.name}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            starts = node.func.attr in ("start_soon", "spawn_system_task")
+            if starts and not any(keyword.arg == "policy" for keyword in node.keywords):
+                found.add(function)
+        for child in ast.iter_child_nodes(node):
+            look(child, function)
+
+    for module in modules:
+        if module.room == "node":
+            look(module.tree, module.name)
+    return found
+
+
+def test_every_task_of_the_node_stands_in_a_failure_domain() -> None:
+    assert unsupervised(product_modules()) == NURSERIES.keys()
+
+
+@pytest.mark.parametrize(
+    "source", ["nursery.start_soon(run)", "self._nursery.start_soon(run, 1)", "trio.lowlevel.spawn_system_task(run)"]
+)
+def test_a_task_outside_of_any_failure_domain_is_caught(source: str) -> None:
+    assert unsupervised([planted("shoal.node.planted", f"def begin():\n    {source}")]) == {"shoal.node.planted.begin"}
+
+
+def test_a_task_in_a_failure_domain_is_let_through() -> None:
+    source = "def begin():\n    domain.start_soon('a', run, policy=Policy.DROP)"
+    assert unsupervised([planted("shoal.node.planted", source)]) == set()
+
+
 # --- cores are pure --------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +444,8 @@ def impurities(modules: Iterable[Module]) -> list[str]:
     """Loops, wires, clocks and chance in cores; PyTorch's files in training/ are let off the last two only."""
     found = []
     for module in modules:
-        if module.room not in ("protocol", "crdt", "dht", "training") or module.name == WORKER_SHELL:
+        is_core = module.room in ("protocol", "crdt", "dht", "training") or module.name in NODE_CORES
+        if not is_core or module.name == WORKER_SHELL:
             continue
         uses_torch = within(module.name, TORCH_FOLDERS) and mentions([module], ["torch"])
         banned = LOOPS_AND_WIRES if uses_torch else LOOPS_AND_WIRES + CLOCKS_AND_CHANCE
@@ -226,6 +455,15 @@ def impurities(modules: Iterable[Module]) -> list[str]:
 
 def test_cores_have_no_loop_no_wire_no_clock_and_no_global_random() -> None:
     assert impurities(product_modules()) == []
+    assert set(NODE_CORES) <= {module.name for module in product_modules()}
+
+
+def test_the_cores_of_the_node_know_no_libp2p() -> None:
+    assert mentions((module for module in product_modules() if module.name in NODE_CORES), ["libp2p"]) == []
+
+
+def test_an_impure_core_of_the_node_is_caught() -> None:
+    assert impurities([planted("shoal.node.mesh.connections", "import trio")])
 
 
 @pytest.mark.parametrize(

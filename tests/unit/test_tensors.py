@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shoal.protocol.codec import decode_message, encode_message
-from shoal.protocol.errors import LimitError, ProtocolError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
 from shoal.protocol.tensors import (
     DEFAULT_BLOCK_SIZE,
     MAX_BLOCK_SIZE,
@@ -626,7 +626,7 @@ def test_error_feedback_is_bounded_and_counts() -> None:
     feedback.encode("a", normal(10), INT8)
     feedback.encode("b", normal(15), INT8)
     assert feedback.num_bytes == 100
-    with pytest.raises(LimitError, match="max_bytes"):
+    with pytest.raises(TooLargeError, match="max_bytes"):
         feedback.encode("c", normal(1), INT8)
     feedback.encode("a", normal(10), INT8)
     assert feedback.num_bytes == 100

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from shoal.training.algorithms.base import Algorithm, Collected, Exchange, Learner, Update, UpdateStats
+from shoal.training.algorithms.base import Algorithm, Collected, DivergedError, Exchange, Learner, Update, UpdateStats
 from shoal.training.plugins import load_plugin
 
-__all__ = ["Algorithm", "Collected", "Exchange", "Learner", "Update", "UpdateStats", "load_algorithm"]
+__all__ = ["Algorithm", "Collected", "DivergedError", "Exchange", "Learner", "Update", "UpdateStats", "load_algorithm"]
 
 
 def load_algorithm(name: str) -> Algorithm:

@@ -8,13 +8,21 @@ parameters.
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import numpy as np
 
+from shoal.protocol.errors import ProtocolError
 from shoal.training.tasks.base import Floats
 
-_BETA1 = 0.9
-_BETA2 = 0.999
+_BETA1: Final = 0.9
+_BETA2: Final = 0.999
+_MAX_RATIO: Final = 7.35
+"""|first| / √second, whatever the gradients were: by Cauchy and Schwarz it is at most
+(1 - β₁) / √((1 - β₂)(1 - β₁² / β₂)) = 7.27; the rest is for rounding. Averages of such states keep to it as well."""
+_UNDERFLOW: Final = 1e-15  # the squares of gradients smaller than this may be 0 in float32
+_ROUNDING: Final = 1.001
+_MAX_STEP: Final = 2**40
 
 
 class Adam:
@@ -44,6 +52,36 @@ class Adam:
         correction = math.sqrt(1 - _BETA2**self.step)
         step_size = np.float32(self._learning_rate * correction / (1 - _BETA1**self.step))
         parameters -= step_size * self.first / (np.sqrt(self.second) + np.float32(self._epsilon * correction))
+
+    def max_change(self, steps: int) -> float:
+        """How far ``steps`` steps can move a parameter; rounding at most doubles what the learning rate allows."""
+        return 2 * _MAX_RATIO * self._learning_rate * steps
+
+
+def check_adam(first: Floats, second: Floats, *, max_norm: float) -> None:
+    """Check that a state from elsewhere is one that gradients of at most ``max_norm`` can lead to.
+
+    One that is not could be made so that the next honest step is endless.
+
+    Raises:
+        ProtocolError: if it is not.
+    """
+    if not (second >= 0).all():
+        raise ProtocolError("Adam's second moment is negative or no number")
+    if not (second <= _ROUNDING * max_norm**2).all() or not (np.abs(first) <= _ROUNDING * max_norm).all():
+        raise ProtocolError(f"Adam's moments are of gradients longer than {max_norm:g}")
+    if not (np.abs(first) <= np.float32(_MAX_RATIO) * np.sqrt(second) + np.float32(_UNDERFLOW)).all():
+        raise ProtocolError("Adam's first moment is too large for the second")
+
+
+def check_adam_step(step: int) -> None:
+    """Check a number of steps from elsewhere.
+
+    Raises:
+        ProtocolError: if nobody can have taken so many.
+    """
+    if not 0 <= step <= _MAX_STEP:
+        raise ProtocolError(f"Adam cannot have taken {step} steps")
 
 
 def clip_by_norm(gradient: Floats, max_norm: float) -> tuple[Floats, float]:

@@ -6,14 +6,24 @@ answers every `Exchange` with the merge of whatever contributions there are, its
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
-from shoal.training.exchange.averager import Arrays
+from shoal.training.exchange.averager import Arrays, Contribution
+from shoal.training.exchange.outliers import Scale
 from shoal.training.manifest import Manifest
 from shoal.training.tasks import Task
+
+
+class DivergedError(ShoalError):
+    """What was merged leads to numbers that are not finite, or that no peer would take; it was taken back."""
+
+
+def _let_through(_: Contribution) -> None:
+    """There is nothing that an honest learner could not have made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +34,16 @@ class Exchange:
         arrays: named as `shoal.training.exchange.averager` says; empty where the learner has nothing to add.
         weight: in samples; 0 where it has nothing to add, and then it contributes nothing but takes the result.
         template: what everybody's ``arrays`` look like (names, shapes, dtypes); given even where they are empty.
+        check: raises `ProtocolError` for a contribution that fits and that no honest learner could have made.
+        scales: how honest contributions compare with each other; see `shoal.training.exchange.outliers`. Like ``check``
+            these depend on nothing but the state that all peers share, so that all leave out the same.
     """
 
     arrays: Arrays
     weight: float
     template: Arrays
+    check: Callable[[Contribution], None] = _let_through
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +82,15 @@ Update: TypeAlias = Generator[Exchange, Arrays, UpdateStats]
 class Learner(Protocol):
     """One peer's part in learning a manifest's task."""
 
-    def collect(self, num_steps: int) -> Collected:
+    @property
+    def samples(self) -> int:
+        """Environment steps that wait for the next update."""
+        ...
+
+    def collect(self, num_steps: int, is_over: Callable[[], bool] = ...) -> Collected:
         """Take ``num_steps`` environment steps, rounded up to whole vector steps, where the last call left off.
+
+        After each vector step, of which there is at least one, ``is_over`` is asked whether to stop early.
 
         Raises:
             UsageError: while an update is under way, or when far more than a batch waits for one.
@@ -84,6 +106,7 @@ class Learner(Protocol):
 
         Raises:
             ProtocolError: if the merged arrays do not fit.
+            DivergedError: if they fit, and the state that they lead to is of no use.
         """
         ...
 
@@ -99,11 +122,16 @@ class Learner(Protocol):
         """
         ...
 
-    def import_state(self, arrays: Arrays) -> None:
-        """Take a state that some peer exported. Drops collected samples, which another policy made.
+    def import_state(self, arrays: Arrays, *, keep_samples: bool = False) -> None:
+        """Take a state that some peer exported. A half-done update is dropped.
+
+        Args:
+            arrays: as `export_state` gives them.
+            keep_samples: keep what the present policy collected, for the next update, as well as the algorithm can use
+                what another policy made; what an earlier policy made is dropped. Without it, all is.
 
         Raises:
-            ProtocolError: if it does not fit this manifest.
+            ProtocolError: if it does not fit this manifest, or holds what no peer would export. Nothing has changed.
         """
         ...
 
@@ -121,6 +149,7 @@ class Algorithm(Protocol):
 
     name: str
     version: int
+    """Raised when the same samples and merges would lead to other parameters, or its state has another form."""
 
     def learner(self, manifest: Manifest, task: Task, *, peer: PeerId) -> Learner:
         """A learner in its initial state, which is the same on every peer.

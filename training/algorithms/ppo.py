@@ -18,12 +18,23 @@ the value loss isn't clipped; an episode that hits a time limit is worth the val
 normalisers of observations and rewards are running moments that are merged exactly with the exchanges of the epoch,
 and stand still within it. Old log-probabilities and values are computed when the update starts, from the parameters
 that acted, so collecting needs the actor alone.
+
+Stale samples: a learner that the others did not wait for may keep what it collected when it takes their policy, so that
+it counts in the next epoch. These samples are then one policy version old, never more. Their old log-probabilities are
+of the policy that acted, computed with its parameters and normaliser before these are replaced, so r is the ratio that
+the paper means; there is no other correction (V-trace, a decoupled objective) at this age. Their advantages are GAE
+with the values of the new critic. An update without such samples is the same, bit for bit, as if they did not exist.
+
+What other peers contribute, and every state, is held to what honest ones can make (`plausible`): parameters no further
+from the epoch's than Adam's steps reach, moments of Adam that clipped gradients lead to, as many samples in the
+normalisers as the weight says. What was merged is tried on own samples before it becomes the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -33,10 +44,12 @@ import torch
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.training.algorithms.adam import Adam, clip_by_norm
-from shoal.training.algorithms.base import Collected, Exchange, Update, UpdateStats
+from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
+from shoal.training.algorithms.plausible import Limits
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
-from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed
+from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
 from shoal.training.exchange.averager import Arrays, Moments
+from shoal.training.exchange.outliers import Scale, root_mean_square
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import check_fit
@@ -46,14 +59,8 @@ from shoal.training.tasks.base import Actions, Floats
 _MAX_BACKLOG: Final = 8  # batches that may wait for an update
 _MAX_EVAL_ENVS: Final = 32
 _MAX_EVAL_STEPS: Final = 100_000  # of one episode; one that goes on is counted with what it has earned by then
-_NEVER_NEGATIVE: Final = (
-    "adam/second",
-    "adam/step",
-    "moments/observation/count",
-    "moments/observation/m2",
-    "moments/return/count",
-    "moments/return/m2",
-)
+_GRADIENT_FACTOR: Final = 100.0  # gradients of few samples are tens of times as long as those of many, now and then
+_MOMENTS_FACTOR: Final = 1000.0
 _CLIP: Final = 10.0  # normalised observations and rewards beyond this are outliers
 
 
@@ -118,22 +125,30 @@ class PPOLearner:
             for name in streams
         ]
         self._set_normalizers(Moments.none((task.observation_size,)), Moments.none())
+        self._limits = Limits(
+            config.max_grad_norm,
+            self._adam.max_change(config.update_epochs * config.num_minibatches),
+            {"observation": config.normalize_observations, "return": config.normalize_returns},
+        )
         self._running: Update | None = None
         self._eval_envs: dict[int, VectorEnv] = {}
 
     @property
-    def _samples(self) -> int:
+    def samples(self) -> int:
+        """Environment steps that wait for the next update."""
         return sum(stream.samples for stream in self._streams)
 
-    def collect(self, num_steps: int) -> Collected:
+    def collect(self, num_steps: int, is_over: Callable[[], bool] = never) -> Collected:
         """Take steps, shared evenly by the streams; see `Learner.collect`."""
         self._require_idle()
-        if self._samples + num_steps > self._max_samples:
-            raise UsageError(f"{self._samples} samples wait for an update; call update() or abandon() first")
-        before, finished = self._samples, list[float]()
+        if num_steps < 1:
+            raise UsageError(f"{num_steps} steps cannot be taken; ask for one at least")
+        if self.samples + num_steps > self._max_samples:
+            raise UsageError(f"{self.samples} samples wait for an update; call update() or abandon() first")
+        before, finished = self.samples, list[float]()
         for stream in self._streams:
-            finished += stream.collect(-(-num_steps // len(self._streams)), self._act)[1]
-        return Collected(self._samples - before, self._samples, tuple(finished))
+            finished += stream.collect(-(-num_steps // len(self._streams)), self._act, is_over)[1]
+        return Collected(self.samples - before, self.samples, tuple(finished))
 
     def update(self) -> Update:
         """Optimise on what was collected; see `Learner.update` and the head of this module."""
@@ -154,12 +169,26 @@ class PPOLearner:
         self._require_idle()
         return {name: array.copy() for name, array in self._state().items()}
 
-    def import_state(self, arrays: Arrays) -> None:
-        """Take a state that some peer exported, and drop collected samples."""
-        check_fit(arrays, self._state())
-        _check_not_negative(arrays, _NEVER_NEGATIVE)
-        self.abandon()
+    def import_state(self, arrays: Arrays, *, keep_samples: bool = False) -> None:
+        """Take a state that some peer exported; see `Learner.import_state` and the head of this module."""
+        self._check_state(arrays)
+        if not keep_samples:
+            self.abandon()
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        for stream in self._streams:
+            if stream.samples:
+                stream.keep(self._log_probs(stream))
         self._load(arrays)
+
+    def _log_probs(self, stream: Stream) -> Floats:
+        """``[T, N]``, of the actions in a stream under the present policy."""
+        rollout = stream.rollout()
+        observations = _flat(self._normalize(rollout.observations[:-1]))
+        with torch.inference_mode():
+            flat: Floats = self._model.evaluate(observations, _flat(rollout.actions))[0].numpy()
+        return flat.reshape(rollout.rewards.shape)
 
     def policy_arrays(self) -> Arrays:
         """The parameters and, where observations are normalised, their moments, copied."""
@@ -202,7 +231,7 @@ class PPOLearner:
         return stats
 
     def _update(self) -> Update:
-        samples = self._samples
+        samples = self.samples
         increments = self._normalizer_increments()
         batch = self._batch() if samples else None
         metrics: dict[str, float] = {}
@@ -215,6 +244,7 @@ class PPOLearner:
                 self._observation_moments.merge(Moments.from_arrays(merged, "observation")),
                 self._return_moments.merge(Moments.from_arrays(merged, "return")),
             )
+        self._require_sane(batch)
         steps = self.config.update_epochs * self.config.num_minibatches
         if batch is None:
             return UpdateStats(samples, steps)
@@ -226,6 +256,7 @@ class PPOLearner:
         """Optimise on own samples, then average the outcome."""
         before = {name: array.copy() for name, array in self._state().items()}
         model, adam, config = self._model, self._adam, self.config
+        start = model.flat.copy()
         if batch is not None:
             batch = batch.normalized(Moments.of(batch.advantages.numpy()))
             for indices in self._minibatches():
@@ -237,14 +268,17 @@ class PPOLearner:
             "nonneg/adam/second": adam.second,
         } | increments
         arrays = {name: array.copy() for name, array in template.items()}
-        merged = yield Exchange(arrays if batch is not None else {}, self._samples, arrays)
+        steps = config.update_epochs * config.num_minibatches
+        check = partial(self._limits.check_contribution, start=start)
+        scales = self._moment_scales()
+        merged = yield Exchange(arrays if batch is not None else {}, self.samples, arrays, check, scales)
         if not merged:  # nobody had any samples
             self._load(before)
             return {}
         _check_merged(merged, arrays)
         model.flat[:] = merged["mean/parameters"]
         adam.first[:], adam.second[:] = merged["mean/adam/first"], merged["nonneg/adam/second"]
-        adam.step = int(before["adam/step"]) + config.update_epochs * config.num_minibatches
+        adam.step = int(before["adam/step"]) + steps
         return merged
 
     def _optimise_together(
@@ -253,17 +287,20 @@ class PPOLearner:
         """Normalise advantages over the joint batch, then average the gradient of every minibatch."""
         own = Moments.none() if batch is None else Moments.of(batch.advantages.numpy())
         arrays = own.to_arrays("advantage") | increments
-        merged = yield Exchange(arrays if batch is not None else {}, self._samples, arrays)
+        scales = self._moment_scales() | {"moments/advantage": Scale(_MOMENTS_FACTOR)}
+        check = partial(self._limits.check_contribution, start=self._model.flat)
+        merged = yield Exchange(arrays if batch is not None else {}, self.samples, arrays, check, scales)
         if merged:
             _check_merged(merged, arrays)
             if batch is not None:
                 batch = batch.normalized(Moments.from_arrays(merged, "advantage"))
         template: Arrays = {"mean/gradient": np.zeros_like(self._model.flat)}
+        scales = {"mean/gradient": Scale(_GRADIENT_FACTOR)}
         for indices in self._minibatches():
             gradient: Arrays = {}
             if batch is not None and len(indices):
                 gradient = {"mean/gradient": self._gradient(batch, indices, metrics)}
-            joint = yield Exchange(gradient, len(indices), template)
+            joint = yield Exchange(gradient, len(indices), template, scales=scales)
             if joint:
                 _check_merged(joint, template)
                 self._step(joint["mean/gradient"].astype(np.float32, copy=False), metrics)
@@ -325,9 +362,44 @@ class PPOLearner:
         )
         with torch.no_grad():
             log_probs = self._model.evaluate(observations_, actions)[0]
+        offset = 0
+        for stream in self._streams:
+            kept = stream.kept_log_probs
+            if kept is not None:
+                log_probs[offset : offset + kept.size] = _flat(kept)
+            offset += stream.samples
         variance = float(returns.var(correction=0))
         explained = 1 - float(advantage_.var(correction=0)) / variance if variance > 0 else 0.0
         return _Batch(observations_, actions, log_probs, advantage_, returns, explained)
+
+    def _check_state(self, arrays: Arrays) -> None:
+        check_fit(arrays, self._state())
+        self._limits.check_state(arrays)
+
+    def _require_sane(self, batch: _Batch | None) -> None:
+        """Check the state that was merged, and what it makes of own samples, before anybody gets it.
+
+        Raises:
+            DivergedError: if it is of no use.
+        """
+        try:
+            self._check_state(self._state())
+        except ProtocolError as error:
+            raise DivergedError(f"what was merged leads to a state that nobody would take: {error}") from error
+        if batch is None:
+            return
+        with torch.inference_mode():
+            judged = self._model.evaluate(batch.observations, batch.actions)
+        if not all(bool(torch.isfinite(each).all()) for each in judged):
+            raise DivergedError("what was merged leads to probabilities or values that are not finite")
+
+    def _moment_scales(self) -> dict[str, Scale]:
+        """How the moments of honest peers compare: with each other, and with all that the run has seen."""
+        seen = {"observation": self._observation_moments, "return": self._return_moments}
+        return {
+            f"moments/{name}": Scale(_MOMENTS_FACTOR, _MOMENTS_FACTOR * root_mean_square(moments))
+            for name, moments in seen.items()
+        }
 
     def _normalizer_increments(self) -> Arrays:
         """The moments of what was collected since the last update; of nothing, where there is nothing to normalise."""
@@ -387,10 +459,6 @@ def _flat(rows: npt.NDArray[np.generic]) -> torch.Tensor:
 
 def _check_merged(merged: Arrays, template: Arrays) -> None:
     check_fit(merged, template)
-    _check_not_negative(merged, [name for name in merged if name.startswith("nonneg/")])
-
-
-def _check_not_negative(arrays: Arrays, names: Sequence[str]) -> None:
-    for name in names:
-        if (arrays[name].astype(np.float64) < 0).any():
-            raise ProtocolError(f"{name!r} is negative; take another state")
+    for name, array in merged.items():
+        if name.startswith("nonneg/") and (array.astype(np.float64) < 0).any():
+            raise ProtocolError(f"{name!r} is negative; leave out who contributed it")

@@ -4,6 +4,9 @@ A stream is what one peer contributes: a few environments, and one random genera
 seeded from the run's seed and the stream's name. So a process that owns the streams of two peers sees exactly what
 the two peers see.
 
+When the policy changes while steps wait for an update, they may be kept once (`Stream.keep`), with the
+log-probabilities that the policy that acted gave to its actions.
+
 Advantages are GAE (arXiv 1506.02438). An episode that was cut off by a time limit is worth the value of its final
 observation from there on (Pardo et al., arXiv 1712.00378), and so is one that still runs when the update comes.
 """
@@ -21,6 +24,12 @@ from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Floats
 
 Policy = Callable[[Floats, np.random.Generator], Actions]
+IsOver = Callable[[], bool]
+
+
+def never() -> bool:
+    """No reason to stop early."""
+    return False
 
 
 def derive_seed(*parts: object) -> int:
@@ -62,11 +71,14 @@ class Stream:
     Attributes:
         rng: for actions and for shuffling.
         samples: environment steps since the last update.
+        kept_log_probs: ``[S, N]``, what the policy before gave to the actions of the first S steps, which it made; the
+            present one made the rest. None if there are no such steps.
     """
 
     def __init__(self, task: Task, *, num_envs: int, gamma: float, seed: int, name: str) -> None:
         self.rng = np.random.default_rng(derive_seed(seed, name, "actions"))
         self.samples = 0
+        self.kept_log_probs: Floats | None = None
         self._num_envs = num_envs
         self._gamma = np.float32(gamma)
         self._env = task.make(num_envs)
@@ -76,14 +88,14 @@ class Stream:
         self._finals: list[Floats] = []
         self._steps: list[tuple[Floats, Actions, Floats, npt.NDArray[np.bool_], npt.NDArray[np.bool_], Floats]] = []
 
-    def collect(self, num_steps: int, policy: Policy) -> tuple[int, list[float]]:
-        """Take at least ``num_steps`` steps.
+    def collect(self, num_steps: int, policy: Policy, is_over: IsOver = never) -> tuple[int, list[float]]:
+        """Take at least ``num_steps`` steps, or fewer if ``is_over`` says so after a step of all environments.
 
         Returns:
             How many it took, and the returns of the episodes that ended.
         """
         vector_steps = -(-num_steps // self._num_envs)
-        finished: list[float] = []
+        before, finished = self.samples, list[float]()
         for _ in range(vector_steps):
             actions = policy(self._observations, self.rng)
             step = self._env.step(actions)
@@ -101,9 +113,10 @@ class Stream:
                     self._discounted[index] = 0.0
                     if step.truncated[index]:
                         self._finals.append(observation)
-        taken = vector_steps * self._num_envs
-        self.samples += taken
-        return taken, finished
+            self.samples += self._num_envs
+            if is_over():
+                break
+        return self.samples - before, finished
 
     def rollout(self) -> Rollout:
         """All steps since the last update, of which there must be some."""
@@ -119,10 +132,23 @@ class Stream:
             np.stack(self._finals) if self._finals else np.zeros((0, size), np.float32),
         )
 
+    def keep(self, log_probs: Floats) -> None:
+        """The policy changes. Keep the steps that the present one made, and drop those of the one before it.
+
+        Args:
+            log_probs: ``[T, N]`` of all actions since the last update, under the present policy.
+        """
+        old = 0 if self.kept_log_probs is None else len(self.kept_log_probs)
+        num_truncated = sum(int(truncated.sum()) for _, _, _, _, truncated, _ in self._steps[:old])
+        del self._steps[:old], self._finals[:num_truncated]
+        self.samples = len(self._steps) * self._num_envs
+        self.kept_log_probs = log_probs[old:].copy() if self._steps else None
+
     def drop(self) -> None:
         """Forget the steps since the last update; running episodes go on."""
         self._steps.clear()
         self._finals.clear()
+        self.kept_log_probs = None
         self.samples = 0
 
     def shuffled(self, parts: int) -> list[npt.NDArray[np.int64]]:

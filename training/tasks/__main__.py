@@ -1,26 +1,29 @@
-"""``python -m shoal.training.tasks TASK ALGORITHM``: whether both are installed, and the task's own target, as JSON.
+"""``python -m shoal.training.tasks TASK ALGORITHM``: what a run of both needs, as JSON.
 
-A node asks in a process of its own, because a task's packages may be heavy and are none of the node's business.
+That is the task's own target, and the versions that are installed here; or why there can be no such run. A node
+asks in a process of its own, because their packages may be heavy and are none of the node's business.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 
-from shoal.protocol.errors import ShoalError, UsageError
+from shoal.protocol.errors import ShoalError
+from shoal.training.algorithms import load_algorithm
+from shoal.training.requirements import requirements
 from shoal.training.tasks import load_task
 
 
 def main() -> None:
-    """Print ``{"target_return": …}`` or ``{"error": …}``."""
-    task_name, algorithm = sys.argv[1:]
+    """Print ``{"target_return": …, "requires": {…}}`` or ``{"error": …}``."""
+    task_name, algorithm_name = sys.argv[1:]
     try:
-        algorithms = sorted(importlib.metadata.entry_points(group="shoal.algorithms").names)
-        if algorithm not in algorithms:
-            raise UsageError(f"there is no algorithm {algorithm[:80]!r}; installed: {', '.join(algorithms)}")
-        answer: dict[str, object] = {"target_return": load_task(task_name).target_return}
+        task, algorithm = load_task(task_name), load_algorithm(algorithm_name)
+        answer: dict[str, object] = {
+            "target_return": task.target_return,
+            "requires": requirements(algorithm_name, algorithm.version, task_name, task.version),
+        }
     except ShoalError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

@@ -75,6 +75,8 @@ class Task(Protocol):
     """Something to be learned."""
 
     name: str
+    version: int
+    """Of all tasks of its scheme: raised when one of the same name shows, rewards or ends otherwise than before."""
     observation_size: int
     action_space: ActionSpace
     target_return: float | None

@@ -29,6 +29,8 @@ class GymTask:
         UsageError: if the id is not registered, what it needs is not installed, or its spaces are of another kind.
     """
 
+    version = 1
+
     def __init__(self, env_id: str) -> None:
         env = _make(env_id)
         try:

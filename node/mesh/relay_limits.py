@@ -65,7 +65,7 @@ class _Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Circuit:
+class _CircuitEnds:
     source: PeerId
     target: PeerId
 
@@ -76,7 +76,7 @@ class RelayLedger:
     def __init__(self, limits: RelayLimits) -> None:
         self.limits = limits
         self._reservations: dict[PeerId, _Reservation] = {}
-        self._circuits: dict[int, _Circuit] = {}
+        self._circuits: dict[int, _CircuitEnds] = {}
         self._next_circuit = 1
 
     @property
@@ -137,7 +137,7 @@ class RelayLedger:
                 raise RelayRefusedError(f"{ends[end]} circuits of {end} stand", full=False)
         number = self._next_circuit
         self._next_circuit += 1
-        self._circuits[number] = _Circuit(source, target)
+        self._circuits[number] = _CircuitEnds(source, target)
         return number
 
     def close_circuit(self, number: int) -> None:

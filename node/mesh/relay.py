@@ -4,9 +4,11 @@ Source: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md (voucher
 out; they are optional there). The three parts:
 
 - **hop**: this node relays. A peer reserves, and others may then be connected to it through this node, which passes
-  bytes on that it cannot read, within `RelayLimits` and with fair turns (`shoal.node.reach.relay_limits`).
+  bytes on that it cannot read, within `RelayLimits` and with fair turns (`shoal.node.mesh.relay_limits`).
 - **stop**: this node is the far end of a circuit that another one opened.
 - **client**: `reserve` and `dial`.
+
+What the three share, down to how their messages lie on a stream, is `shoal.node.mesh.circuits`.
 
 A circuit is a byte stream; libp2p's ordinary upgrade (noise, then yamux) makes it a connection like any other, so both
 ends prove who they are to each other, and everything works over it. libp2p's own implementation is not used: it keeps
@@ -18,28 +20,34 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import trio
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from libp2p.abc import IHost, IMuxedConn, INetConn, INetStream
-from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
-from libp2p.exceptions import BaseLibp2pError
-from libp2p.io.abc import ReadWriteCloser
-from libp2p.io.exceptions import ConnectionClosedError
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
-from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
 from shoal.node.mesh.addresses import CIRCUIT, full_address
-from shoal.node.reach.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
+from shoal.node.mesh.circuits import (
+    BROKEN,
+    RelayError,
+    close_stream,
+    closed_on_failure,
+    end_stream,
+    parse_circuit,
+    raw_connection,
+    read_message,
+    write_message,
+)
+from shoal.node.mesh.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLedger, RelayLimits, RelayRefusedError
+from shoal.node.supervise import Domain
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 
@@ -48,19 +56,9 @@ log = logging.getLogger(__name__)
 HOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/hop")
 STOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/stop")
 
-MAX_MESSAGE_BYTES: Final = 4096
 MESSAGE_TIMEOUT_S: Final = 10.0
 MAX_HANDSHAKES_PER_PEER: Final = 16
 DIAL_TIMEOUT_S: Final = 10.0
-CLOSE_TIMEOUT_S: Final = 1.0
-BROKEN: Final = (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError)
-"""What libp2p raises when a stream or its connection is gone."""
-
-M = TypeVar("M", bound=Message)
-
-
-class RelayError(ShoalError):
-    """A relay did not do what it was asked; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +85,21 @@ class Relay:
         host: of libp2p; it need not listen yet.
         limits: of what this node relays.
         addresses: gives the full multiaddrs that a client may hand out to reach this relay.
+        domain: where what fails in serving a peer ends.
     """
 
-    def __init__(self, host: IHost, limits: RelayLimits, addresses: Any) -> None:
+    def __init__(self, host: IHost, limits: RelayLimits, addresses: Any, domain: Domain) -> None:
         self.ledger = RelayLedger(limits)
         self.num_bytes = 0
         """Relayed so far."""
         self._host = host
         self._addresses = addresses
+        self._domain = domain
         self._share = FairShare(limits.bytes_per_s)
         self._asked = trio.Event()
         self._is_open = False
         self._handshakes: Counter[PeerId] = Counter()
-        host.set_stream_handler(STOP_PROTOCOL, self._serve_stop)
+        host.set_stream_handler(STOP_PROTOCOL, self._take_stop)
 
     @property
     def is_open(self) -> bool:
@@ -109,7 +109,7 @@ class Relay:
     def open(self) -> None:
         """Relay for others from now on."""
         self._is_open = True
-        self._host.set_stream_handler(HOP_PROTOCOL, self._serve_hop)
+        self._host.set_stream_handler(HOP_PROTOCOL, self._take_hop)
 
     def close(self) -> None:
         """Take no new reservations and circuits; those that stand go on."""
@@ -168,7 +168,7 @@ class Relay:
                     type=pb.HopMessage.CONNECT, peer=pb.PeerId(id=ID.from_base58(str(target)).to_bytes())
                 )
                 stream, _ = await self._exchange(relay, request)
-                raw = _raw_connection(stream, address, is_initiator=True)
+                raw = raw_connection(stream, address, is_initiator=True)
                 network = self._host.get_network()
                 async with closed_on_failure(raw):
                     return await network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(target)))
@@ -207,6 +207,10 @@ class Relay:
 
     # --- stop ---
 
+    async def _take_stop(self, stream: INetStream) -> None:
+        if not await self._domain.serve("taking a circuit", self._serve_stop, stream):
+            await end_stream(stream)
+
     async def _serve_stop(self, stream: INetStream) -> None:
         relay = PeerId(str(stream.muxed_conn.peer_id))
         muxed = None
@@ -233,7 +237,7 @@ class Relay:
             seen = [str(a) for c in self._connections(relay) for a in c.get_transport_addresses()]
             via = next((address for address in seen if CIRCUIT not in address), "")
             address = f"{full_address(via, relay)}{CIRCUIT}/p2p/{source}"
-            raw = _raw_connection(stream, address, is_initiator=False)
+            raw = raw_connection(stream, address, is_initiator=False)
             network: Any = self._host.get_network()
             muxed: IMuxedConn = await network.upgrade_inbound_raw_conn(raw, Multiaddr(address))
         except (trio.TooSlowError, ShoalError, DecodeError, *BROKEN) as error:
@@ -258,6 +262,10 @@ class Relay:
         return self._host.get_network().get_connections(ID.from_base58(str(peer)))
 
     # --- hop ---
+
+    async def _take_hop(self, stream: INetStream) -> None:
+        if not await self._domain.serve("relaying", self._serve_hop, stream):
+            await end_stream(stream)
 
     async def _serve_hop(self, stream: INetStream) -> None:
         source = PeerId(str(stream.muxed_conn.peer_id))
@@ -297,7 +305,7 @@ class Relay:
         limit = pb.Limit(duration=limits.circuit_s, data=limits.circuit_bytes)
         status = pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK, reservation=reservation, limit=limit)
         await write_message(stream, status)
-        await _close(stream)
+        await close_stream(stream)
 
     async def _connect(self, stream: INetStream, source: PeerId, ip: str, target: PeerId) -> None:
         if not self.ledger.has_reservation(target, trio.current_time()) or not self._connections(target):
@@ -322,7 +330,7 @@ class Relay:
                 await write_message(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK, limit=limit))
                 far_ip = (far.get_remote_address() or ("", 0))[0]
                 with trio.move_on_after(limits.circuit_s):
-                    await _Circuit(self, limits.circuit_bytes).run((stream, ip), (far, far_ip))
+                    await _Passage(self, limits.circuit_bytes).run((stream, ip), (far, far_ip))
             finally:
                 with trio.CancelScope(shield=True):
                     await end_stream(far)
@@ -365,7 +373,7 @@ class Relay:
             turn.set()  # type: ignore[attr-defined]  # a ticket of `passage`
 
 
-class _Circuit:
+class _Passage:
     """The bytes of one circuit, both ways."""
 
     def __init__(self, relay: Relay, max_bytes: int) -> None:
@@ -404,80 +412,6 @@ class _Circuit:
             both.cancel()
 
 
-class CircuitStream(ReadWriteCloser):
-    """A libp2p stream as what libp2p's upgrade takes for a socket."""
-
-    def __init__(self, stream: INetStream) -> None:
-        self._stream = stream
-
-    async def read(self, n: int | None = None) -> bytes:
-        """At most ``n`` bytes; none at the end.
-
-        Raises:
-            ConnectionClosedError: if the circuit broke.
-        """
-        try:
-            return await self._stream.read(n)
-        except StreamEOF:
-            return b""
-        except BROKEN as error:
-            raise ConnectionClosedError(f"the circuit broke: {error}", transport="circuit") from error
-
-    async def write(self, data: bytes) -> None:
-        """Write all.
-
-        Raises:
-            ConnectionClosedError: if the circuit broke.
-        """
-        try:
-            await self._stream.write(data)
-        except BROKEN as error:
-            raise ConnectionClosedError(f"the circuit broke: {error}", transport="circuit") from error
-
-    async def close(self) -> None:
-        """End both directions; never raises."""
-        await end_stream(self._stream)
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """None: the far end's address is not to be seen, and the relay's would be taken for it."""
-        return None
-
-
-def parse_circuit(address: str) -> tuple[PeerId, PeerId]:
-    """The relay and the peer of a circuit's address.
-
-    Raises:
-        RelayError: if it is none.
-    """
-    via, _, target = address.partition(f"{CIRCUIT}/p2p/")
-    relay = via.rpartition("/p2p/")[2]
-    try:
-        return PeerId.parse(relay), PeerId.parse(target)
-    except ShoalError as error:
-        raise RelayError(f"{address[:200]!r} is not a circuit's address") from error
-
-
-@asynccontextmanager
-async def closed_on_failure(raw: RawConnection) -> AsyncIterator[None]:
-    """Close a pipe if what happens to it inside fails or is cancelled.
-
-    libp2p leaves a pipe open when it is cancelled, or told nonsense, while both sides agree on security.
-    """
-    try:
-        yield
-    except BaseException:
-        with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
-            try:
-                await raw.close()
-            except BROKEN as error:
-                log.debug("closing a dead pipe: %s", error)
-        raise
-
-
-def _raw_connection(stream: INetStream, address: str, *, is_initiator: bool) -> RawConnection:
-    return RawConnection(CircuitStream(stream), is_initiator, ConnectionType.RELAYED, [Multiaddr(address)])
-
-
 def _addresses_of(stream: INetStream) -> list[Multiaddr]:
     connection: Any = stream.muxed_conn
     addresses: list[Multiaddr] = connection.get_transport_addresses()
@@ -493,39 +427,4 @@ def _status_name(status: int) -> str:
 
 async def _refuse(stream: INetStream, status: pb.Status.ValueType) -> None:
     await write_message(stream, pb.HopMessage(type=pb.HopMessage.STATUS, status=status))
-    await _close(stream)
-
-
-async def read_message(stream: INetStream, kind: type[M]) -> M:
-    """Read a protobuf message, length first.
-
-    Raises:
-        DecodeError: if it is none.
-        BaseLibp2pError: if it is too long, or the stream ended.
-    """
-    message = kind()
-    message.ParseFromString(await read_varint_prefixed_bytes_limited(stream, MAX_MESSAGE_BYTES))
-    return message
-
-
-async def write_message(stream: INetStream, message: Message) -> None:
-    """Write a protobuf message, length first."""
-    await stream.write(encode_varint_prefixed(message.SerializeToString()))
-
-
-async def _close(stream: INetStream) -> None:
-    """Let the far end read what was written."""
-    with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
-        try:
-            await stream.close()
-        except BROKEN as error:
-            log.debug("closing a dead stream: %s", error)
-
-
-async def end_stream(stream: INetStream) -> None:
-    """Reset a stream; never raises."""
-    with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
-        try:
-            await stream.reset()
-        except BROKEN as error:
-            log.debug("ending a dead stream: %s", error)
+    await close_stream(stream)

@@ -1,0 +1,285 @@
+"""libp2p as the mesh uses it: set up, and its connections, streams and upgrades in this node's words.
+
+Connections have numbers here (`PathId`), peers are `PeerId`, addresses are text. What is repaired in the package stands
+in `shoal.node.mesh.libp2p_repairs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from itertools import count
+from typing import Any, Final, Protocol
+
+import trio
+from libp2p import new_host
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.protocol_muxer.exceptions import MultiselectError, ProtocolNotSupportedError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from multiaddr import Multiaddr
+
+from shoal.node.mesh.addresses import CIRCUIT, full_address
+from shoal.node.mesh.circuits import BROKEN, RelayError, closed_on_failure, parse_circuit
+from shoal.node.mesh.connections import PathDown, PathId, PathUp
+from shoal.node.mesh.libp2p_repairs import announce_as_told, apply_repairs
+from shoal.node.mesh.libp2p_stream import Libp2pByteStream
+from shoal.node.wire.channel import ByteStream, StreamClosedError, UnknownProtocolError
+from shoal.protocol.errors import UsageError
+from shoal.protocol.ids import PeerId
+
+NEGOTIATE_S: Final = 10.0
+
+
+class TakesPaths(Protocol):
+    """Hears of connections, in their order."""
+
+    def __call__(self, event: PathUp | PathDown) -> None:
+        """A connection came or went."""
+
+
+class Libp2pHost:
+    """A host of libp2p. Made by `make_libp2p_host`; its network must run, see `network`."""
+
+    def __init__(self, host: IHost) -> None:
+        self.libp2p = host
+        self.network: Any = host.get_network()
+        """The service that must run for as long as anything else here does."""
+        self.peer_id = PeerId.parse(str(host.get_id()))
+        self._numbers = map(PathId, count(1))
+        self._paths: dict[PathId, INetConn] = {}  # those that stand, and libp2p bounds how many do
+
+    # --- what is told ---
+
+    def follow(self, take: TakesPaths) -> None:
+        """Tell of every connection that comes or goes from now on."""
+        self.network.register_notifee(_Notifee(self, take))
+
+    def serve(self, protocol: str, serve: Callable[[PeerId, str, ByteStream], Awaitable[None]]) -> None:
+        """Have the streams served that peers open for a protocol."""
+        self.libp2p.set_stream_handler(TProtocol(protocol), partial(_serve_stream, serve, protocol))
+
+    def announce(self, addresses: Callable[[], Iterable[str]]) -> None:
+        """Tell peers these full multiaddrs as this node's, and none that libp2p finds by itself."""
+        announce_as_told(self.libp2p, addresses)
+
+    # --- what is there ---
+
+    def listened(self) -> list[str]:
+        """The multiaddrs that this node listens on."""
+        return [str(address) for listener in self.network.listeners.values() for address in listener.get_addrs()]
+
+    def has_connection(self, peer: PeerId) -> bool:
+        """Whether libp2p knows any connection to a peer."""
+        return bool(self._connections(peer))
+
+    def is_alive(self, peer: PeerId) -> bool:
+        """Whether streams can be opened on any connection to a peer."""
+        return any(map(_is_open, self._connections(peer)))
+
+    def is_open(self, path: PathId) -> bool:
+        """Whether streams can be opened on a connection; not so for some moments before it counts as closed."""
+        connection = self._paths.get(path)
+        return connection is not None and _is_open(connection)
+
+    def is_busy(self, path: PathId) -> bool:
+        """Whether a connection carries calls or transfers."""
+        connection = self._paths.get(path)
+        if connection is None:
+            return False
+        return any(str(stream.get_protocol()).startswith("/shoal/") for stream in connection.get_streams())
+
+    # --- what is done ---
+
+    async def open_stream(self, peer: PeerId, path: PathId | None, protocol: str) -> ByteStream:
+        """A new stream on a path, or with None on any: a peer's first stream may be here before the news of its path.
+
+        Raises:
+            StreamClosedError: if there is no connection, or it broke.
+            UnknownProtocolError: if the peer does not speak it.
+        """
+        connection = next(iter(self._connections(peer)), None) if path is None else self._paths.get(path)
+        if connection is None:
+            raise StreamClosedError(f"{peer} is not connected")
+        try:
+            stream = await connection.new_stream()
+        except BROKEN as error:
+            raise StreamClosedError(str(error)) from error
+        negotiated = False
+        try:
+            multiselect: Any = self.libp2p
+            chosen = await multiselect.multiselect_client.select_one_of(
+                [TProtocol(protocol)], MultiselectCommunicator(stream), NEGOTIATE_S
+            )
+            stream.set_protocol(chosen)
+            negotiated = True
+        except ProtocolNotSupportedError as error:
+            raise UnknownProtocolError(f"{peer} does not know {protocol}") from error
+        except (MultiselectError, *BROKEN) as error:
+            raise StreamClosedError(str(error)) from error
+        finally:
+            if not negotiated:
+                with trio.CancelScope(shield=True):
+                    await stream.reset()
+        return Libp2pByteStream(stream)
+
+    async def dial(self, peer: PeerId, address: str) -> None:
+        """Connect by a transport and an address that libp2p knows.
+
+        Raises:
+            OSError: if nobody is there.
+            BaseLibp2pError: if somebody else is there.
+        """
+        await self.network.dial_addr(Multiaddr(address), ID.from_base58(str(peer)))
+
+    async def upgrade(self, raw: RawConnection, peer: PeerId) -> None:
+        """Make a byte pipe a connection to a peer, who proves that it is that.
+
+        Raises:
+            BaseLibp2pError: if it is not, or the pipe broke; the pipe is closed then.
+        """
+        if raw.is_initiator:
+            async with closed_on_failure(raw):
+                await self.network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(peer)))
+            return
+        muxed = await self.network.upgrade_inbound_raw_conn(raw, Multiaddr(f"/p2p/{peer}"))
+        if str(muxed.peer_id) != peer:
+            await muxed.close()
+            raise BaseLibp2pError(f"{muxed.peer_id} came instead of {peer}")
+
+    async def close_path(self, path: PathId) -> None:
+        """Close one connection, if it still stands."""
+        connection = self._paths.get(path)
+        if connection is not None:
+            await connection.close()
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection to a peer."""
+        await self.libp2p.disconnect(ID.from_base58(str(peer)))
+
+    async def close(self) -> None:
+        """Close everything."""
+        await self.libp2p.close()
+
+    def _connections(self, peer: PeerId) -> list[INetConn]:
+        found: list[INetConn] = self.network.get_connections(ID.from_base58(str(peer)))
+        return found
+
+    def _added(self, connection: INetConn) -> PathUp:
+        path = next(self._numbers)
+        self._paths[path] = connection
+        peer = _peer_of(connection)
+        addresses = connection.get_transport_addresses()
+        address = full_address(str(addresses[0]), peer) if addresses else ""
+        return PathUp(peer, path, address, bool(_muxed(connection).is_initiator), _relay_of(address))
+
+    def _removed(self, connection: INetConn) -> PathDown | None:
+        path = next((path for path, each in self._paths.items() if each is connection), None)
+        if path is None:
+            return None
+        del self._paths[path]
+        return PathDown(_peer_of(connection), path)
+
+
+def make_libp2p_host(secret: bytes, max_peers: int) -> Libp2pHost:
+    """A host that runs and listens nowhere yet.
+
+    Args:
+        secret: raw 32-byte Ed25519 secret key.
+        max_peers: how many are kept connected.
+    """
+    apply_repairs()
+    key_pair = create_new_key_pair(secret)
+    # Noise alone: libp2p's own list ends in plain text, to which whoever is in the middle could talk both sides down.
+    noise = NoiseTransport(key_pair, noise_privkey=create_new_x25519_key_pair().private_key)
+    # Several paths may lead to a peer; how many peers there may be is decided by this node and not by libp2p.
+    limits = ConnectionConfig(
+        max_connections=3 * max_peers + 256, high_watermark=3 * max_peers + 256, max_connections_per_peer=8
+    )
+    host = new_host(
+        key_pair=key_pair,
+        sec_opt={NOISE_PROTOCOL_ID: noise},
+        negotiate_timeout=int(NEGOTIATE_S),
+        connection_config=limits,
+        disable_identify_address_discovery=True,
+    )
+    return Libp2pHost(host)
+
+
+def peer_named(addresses: Sequence[str]) -> tuple[PeerId, list[str]]:
+    """The peer that the first of some full multiaddrs names, and those of them that name it.
+
+    Raises:
+        UsageError: if one names no peer, or the first names none that could be a node.
+    """
+    try:
+        names = [str(info_from_p2p_addr(Multiaddr(address)).peer_id) for address in addresses]
+    except ValueError as error:
+        raise UsageError(f"{', '.join(addresses)[:200]} names no peer: {error}") from error
+    peer = PeerId.parse(names[0])
+    return peer, [address for address, name in zip(addresses, names, strict=True) if name == peer]
+
+
+async def _serve_stream(
+    serve: Callable[[PeerId, str, ByteStream], Awaitable[None]], protocol: str, stream: INetStream
+) -> None:
+    await serve(PeerId(str(stream.muxed_conn.peer_id)), protocol, Libp2pByteStream(stream))
+
+
+def _is_open(connection: INetConn) -> bool:
+    muxed = _muxed(connection)
+    return not (connection.is_closed or muxed.is_closed or muxed.event_shutting_down.is_set())
+
+
+def _muxed(connection: INetConn) -> Any:
+    return connection.muxed_conn
+
+
+def _peer_of(connection: INetConn) -> PeerId:
+    return PeerId(str(connection.muxed_conn.peer_id))
+
+
+def _relay_of(address: str) -> PeerId | None:
+    if CIRCUIT not in address:
+        return None
+    try:
+        return parse_circuit(address)[0]
+    except RelayError:
+        return None
+
+
+class _Notifee(INotifee):
+    """Passes on what libp2p tells."""
+
+    def __init__(self, host: Libp2pHost, take: TakesPaths) -> None:
+        self._host = host
+        self._take = take
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        self._take(self._host._added(conn))
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        event = self._host._removed(conn)
+        if event is not None:
+            self._take(event)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass

@@ -1,0 +1,541 @@
+"""The shell of one swarm's run: what `shoal.training.run` says is done here, and what happens is told to it.
+
+It calls the worker, fetches, signs by the replica, writes to disk and keeps the time; it decides nothing. Events are
+handled one after the other by one task. The worker's jobs, each fetch and the writing have tasks of their own, so that
+nothing that is slow holds up what is decided.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from shoal.crdt.views import Documents, Evaluation, evaluations
+from shoal.node.mesh.host import Host
+from shoal.node.signals import Signal
+from shoal.node.store.database import Storage, StorageError
+from shoal.node.supervise import Domain
+from shoal.node.supervise import Policy as Task
+from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.replica import Replica
+from shoal.node.swarm.workers import open_worker
+from shoal.node.wire.channel import Channel
+from shoal.protocol.codec import decode, encode, to_plain
+from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training import run_events as events
+from shoal.training.electorate import Electorate
+from shoal.training.exchange.ballots import Ballot
+from shoal.training.manifest import Manifest, Role
+from shoal.training.run import Run
+from shoal.training.run_events import Policy
+from shoal.training.statements import MAX_EPOCH, MAX_STEPS, TOPIC_OF, Addresses, read_statement
+from shoal.training.stored_run import StoredRun
+from shoal.training.worker_calls import (
+    ABANDON,
+    BEGIN,
+    COLLECT,
+    EVALUATE,
+    FINISH,
+    LOAD,
+    LOG,
+    MERGE,
+    MERGE_FAILED,
+    OPEN,
+    Abandon,
+    Begin,
+    Collect,
+    Evaluate,
+    Finish,
+    Load,
+    Log,
+    Merge,
+    MergeAnswer,
+    Open,
+    StateAnswer,
+)
+
+if TYPE_CHECKING:
+    from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
+
+log = logging.getLogger(__name__)
+
+WORKER_TIMEOUT_S: Final = 300.0
+RESTART_S: Final = 0.5
+RESTART_MAX_S: Final = 30.0
+PEACE_S: Final = 60.0
+FETCH_TIMEOUT_S: Final = 30.0
+MAX_DIALED: Final = 3
+"""Members that are dialed for one content that nobody who is connected was named for."""
+MAX_QUEUED: Final = 65_536
+"""Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
+CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
+
+
+class Runner:
+    """This node's part in one swarm.
+
+    Attributes:
+        core: decides.
+        changed: set when what `core` says of its progress may have changed.
+        error: what went wrong last, while it lasts.
+        num_dropped: events that did not fit.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        swarm: SwarmId,
+        me: PeerId,
+        role: Role,
+        replica: Replica,
+        content: ContentStore,
+        storage: Storage,
+        host: Host,
+        folder: Path,
+        domain: Domain,
+    ) -> None:
+        self.manifest = manifest
+        self.swarm = swarm
+        self.role = role
+        self.replica = replica
+        self.changed = Signal()
+        self.error: str | None = None
+        self.results: Path | None = None
+        self.num_dropped = 0
+        self.started_at = time.time()
+        self.ended_at: float | None = None
+        self.alone_since: float | None = None
+        self._me = me
+        self._content = content
+        self._storage = storage
+        self._host = host
+        self._folder = folder
+        self._domain = domain
+        self._fetches: Domain | None = None
+        self._queue: deque[events.Event] = deque()
+        self._arrived = trio.Event()
+        self._jobs: deque[events.Job | events.Abandon] = deque()
+        self._job_arrived = trio.Event()
+        self._to_write: deque[events.Keep | events.Write | events.WriteEvaluation] = deque()
+        self._must_write = trio.Event()
+        self._wake_at = math.inf
+        self._retimed = trio.Event()
+        self._newest: tuple[Cid, bytes] | None = None
+        self.core = Run(manifest, swarm, me, role, 0.0)
+
+    # What the rest of the node asks.
+
+    @property
+    def policy(self) -> Policy | None:
+        """What this node holds."""
+        return self.core.policy
+
+    @property
+    def training_return(self) -> float | None:
+        """Mean return of the newest training episodes."""
+        recent = self.core.progress.recent_returns
+        return sum(recent) / len(recent) if recent else None
+
+    def curve(self) -> tuple[tuple[float, ...], ...]:
+        """(epoch, environment steps, return), one point per evaluated epoch."""
+        points: dict[int, tuple[float, ...]] = {}
+        for found in evaluations(self.replica.documents()):
+            points.setdefault(found.epoch, (float(found.epoch), float(found.env_steps), found.mean_return))
+        return tuple(points[epoch] for epoch in sorted(points))
+
+    # Its life.
+
+    async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part until cancelled. Started once the manifest turns out to be one that this node can run.
+
+        What fails in deciding, in keeping the time or in writing leaves nothing that could be gone on with: it fails
+        this as a whole, which may be called again and goes on from what is on disk.
+
+        Raises:
+            UsageError: before it is started, if it is not.
+        """
+        stored = await trio.to_thread.run_sync(self._read_stored)
+        self.core = Run(
+            self.manifest,
+            self.swarm,
+            self._me,
+            self.role,
+            trio.current_time(),
+            stored=stored.result,
+            liars=stored.liars,
+            own_env_steps=stored.env_steps,
+            rounds=stored.rounds,
+        )
+        self._queue.clear()
+        self._jobs.clear()
+        self._to_write.clear()
+        self._wake_at = math.inf
+        self._fetches = self._domain.inside("swarm", str(self.swarm))
+        try:
+            async with trio.open_nursery() as nursery:
+                self._listen()
+                nursery.start_soon(self._process)
+                nursery.start_soon(self._keep_time)
+                nursery.start_soon(self._write_loop)
+                if self.role is Role.LEARNER:
+                    await self._work(nursery, task_status)
+                else:
+                    task_status.started()
+                    await trio.sleep_forever()
+        finally:
+            self._fetches.cancel()
+            self.replica.on_heard = lambda *_: None
+            self.replica.on_gone = lambda _: None
+            self.replica.on_documents = lambda: None
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await self._write_last()
+
+    def _listen(self) -> None:
+        """Hear what members say, from what is known of them already."""
+        self.replica.on_heard = self._on_heard
+        self.replica.on_gone = lambda author: self.post(events.Gone(author))
+        self.replica.on_documents = self._on_documents
+        for author, topics in self.replica.live.items():
+            for topic in topics:
+                for facts, name in self.replica.statements(author, topic):
+                    self._on_heard(author, topic, facts, name)
+        self._on_documents()
+        self.post(events.Tick())
+
+    def _on_heard(self, author: PeerId, topic: str, facts: Mapping[str, Any], name: bytes) -> None:
+        statement = read_statement(topic, dict(facts))
+        if statement is None:
+            log.info("swarm %s: %s says something on %s that makes no sense", self.swarm, author, topic)
+        elif not isinstance(statement, Addresses):
+            self.post(events.Heard(author, statement, name))
+
+    def _on_documents(self) -> None:
+        self.post(events.Documents(claims(self.replica.documents())))
+
+    # Events and what is done about them.
+
+    def post(self, event: events.Event) -> None:
+        """Something happened; it is handled after what happened before."""
+        if len(self._queue) >= MAX_QUEUED and isinstance(event, CAN_BE_DROPPED):
+            self.num_dropped += 1
+            return
+        self._queue.append(event)
+        self._arrived.set()
+
+    async def _process(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived = trio.Event()
+            for number, event in enumerate(self._drain()):
+                for output in self.core.handle(event, trio.current_time()):
+                    self._do(output)
+                if number % 64 == 63:
+                    await trio.lowlevel.checkpoint()
+            self.changed.set()
+
+    def _drain(self) -> Iterator[events.Event]:
+        while self._queue:
+            yield self._queue.popleft()
+
+    def _do(self, output: events.Output) -> None:
+        match output:
+            case events.Say(statement):
+                name = self.replica.publish(TOPIC_OF[type(statement)], to_plain(statement))
+                self._queue.append(events.Said(statement, name))
+            case events.Fetch(cid, sources, keep):
+                if self._fetches is not None:
+                    self._fetches.start_soon("fetching", self._fetch, cid, sources, keep, policy=Task.DROP)
+            case events.Keep() | events.Write() | events.WriteEvaluation():
+                self._to_write.append(output)
+                self._must_write.set()
+            case events.Wake(at):
+                is_sooner = at < self._wake_at
+                self._wake_at = at
+                if is_sooner:  # else it is seen when the time comes that was asked for before
+                    self._retimed.set()
+            case events.Note(text, is_warning):
+                log.log(logging.WARNING if is_warning else logging.INFO, "swarm %s: %s", self.swarm, text)
+                self._note_company()
+            case _:
+                self._jobs.append(output)
+                self._job_arrived.set()
+
+    def _note_company(self) -> None:
+        if self.core.progress.is_alone and self.alone_since is None:
+            self.alone_since = time.time()
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._retimed = trio.Event()
+            with trio.move_on_at(self._wake_at):
+                await self._retimed.wait()
+            if trio.current_time() >= self._wake_at:
+                self._wake_at = math.inf
+                self.post(events.Tick())
+                if self.alone_since is not None and not self.core.progress.is_alone:
+                    self.alone_since = None
+                    log.info("swarm %s: no longer alone", self.swarm)
+
+    async def _fetch(self, cid: Cid, sources: tuple[PeerId, ...], keep: bool) -> None:
+        outcome: events.Event = events.NotFetched(cid, "the fetch failed on this node; its log says why")
+        try:
+            reachable = await self._reachable(sources)
+            await self._content.get(cid, reachable, keep=keep, timeout_s=FETCH_TIMEOUT_S)
+            outcome = events.Fetched(cid)
+        except (UnavailableError, StorageError) as error:
+            outcome = events.NotFetched(cid, str(error))
+        finally:  # the core waits for the outcome, whatever it is
+            self.post(outcome)
+
+    async def _reachable(self, sources: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
+        """Those of them that are connected; if none is, some are dialed."""
+        connected = tuple(peer for peer in sources if peer in self._host.connected)
+        if connected:
+            return connected
+        for peer in sources[:MAX_DIALED]:
+            addresses = self.replica.addresses(peer)
+            try:
+                if addresses:
+                    await self._host.connect(addresses)
+                    return (peer,)
+            except (NoPeersError, UsageError) as error:
+                log.debug("dialing %s failed: %s", peer, error)
+        return sources
+
+    # The worker.
+
+    async def _work(self, nursery: trio.Nursery, task_status: TaskStatus[None]) -> None:
+        """Have a worker do the jobs; when it ends, another one."""
+        started = False
+        wait_s = RESTART_S
+        while True:
+            began = trio.current_time()
+            try:
+                async with open_worker(nursery, self._me, self._folder / "worker.log") as worker:
+                    opened = await self._open(worker)
+                    if not started:
+                        started = True
+                        task_status.started()
+                    self.error = None
+                    self.post(opened)
+                    await self._do_jobs(worker)
+            except (RemoteError, ShoalError) as error:
+                if not started and not isinstance(error, RemoteError):
+                    raise
+                self.error = str(error)
+                if isinstance(error, RemoteError):
+                    self.error = f"the worker failed ({error}); see {self._folder / 'worker.log'}"
+            self._jobs.clear()
+            self.post(events.WorkerGone(f"{self.error}; next try in {wait_s:.1f} s"))
+            await trio.sleep(wait_s)
+            wait_s = RESTART_S if trio.current_time() - began > PEACE_S else min(2 * wait_s, RESTART_MAX_S)
+
+    async def _open(self, worker: Channel) -> events.Opened:
+        request = Open(self.manifest, self._me, str(self._folder))
+        try:
+            answer = await worker.call(OPEN, request, timeout_s=WORKER_TIMEOUT_S)
+        except RemoteError as error:
+            if error.status is Status.INVALID_ARGUMENT:
+                raise UsageError(error.message) from error
+            raise
+        cid = await self._content.put(bytes(answer.state or b""), keep=False)
+        return events.Opened(_policy(answer, cid))
+
+    async def _do_jobs(self, worker: Channel) -> None:
+        while True:
+            if not self._jobs:
+                self._job_arrived = trio.Event()
+                await self._job_arrived.wait()
+                continue
+            match self._jobs.popleft():
+                case events.Collect(samples, max_seconds):
+                    done = await worker.call(COLLECT, Collect(samples, max_seconds), timeout_s=WORKER_TIMEOUT_S)
+                    self.post(events.Collected(done.epoch_samples, done.samples, done.seconds, done.episode_returns))
+                case events.Update(policy):
+                    begin = Begin(policy.epoch, policy.cid, policy.env_steps, policy.electorate.to_plain())
+                    await self._merged(await worker.call(BEGIN, begin, timeout_s=WORKER_TIMEOUT_S))
+                case events.Merge(ballot):
+                    await self._merge(worker, ballot)
+                case events.Load(result, keep_samples):
+                    await self._load(worker, result.cid, keep_samples)
+                case events.Evaluate():
+                    await self._evaluate(worker)
+                case events.Finish(final):
+                    await self._finish(worker, final)
+                case events.Abandon(keep_samples):
+                    await worker.call(ABANDON, Abandon(keep_samples), timeout_s=WORKER_TIMEOUT_S)
+
+    async def _merge(self, worker: Channel, ballot: Ballot) -> None:
+        key = self.core.round.key if self.core.round is not None else None
+        if key is not None and key.step == 0:
+            given = ", ".join(f"{each.offer.weight} of …{each.author[-6:]}" for each in ballot.offers)
+            log.info("swarm %s: epoch %d averages %s", self.swarm, key.epoch + 1, given)
+        try:
+            contributions = [await self._content.get(each.offer.cid, (), keep=False) for each in ballot.offers]
+            request = Merge(
+                ballot.name,
+                tuple(each.author for each in ballot.offers),
+                tuple(each.offer.weight for each in ballot.offers),
+                tuple(each.offer.seconds for each in ballot.offers),
+                tuple(contributions),
+            )
+            answer = await worker.call(MERGE, request, timeout_s=WORKER_TIMEOUT_S)
+        except UnavailableError as error:
+            self.post(events.MergeFailed(str(error)))
+        except RemoteError as error:
+            if error.status not in (MERGE_FAILED, Status.FAILED_PRECONDITION):
+                raise
+            self.post(events.MergeFailed(error.message))
+        else:
+            await self._merged(answer)
+
+    async def _merged(self, answer: MergeAnswer) -> None:
+        """The update wants something averaged, or is done."""
+        if answer.state is not None:
+            data = bytes(answer.state.state or b"")
+            cid = await self._content.put(data, keep=False)
+            self._newest = (cid, data)
+            self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats))
+            return
+        offered: Cid | None = None
+        if answer.contribution is not None:
+            offered = await self._content.put(bytes(answer.contribution), keep=False)
+        self.post(events.Yielded(offered, int(answer.weight), answer.rejected))
+
+    async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
+        try:
+            data = await self._content.get(cid, await self._reachable(self.core.lineage.holders(cid)), keep=True)
+            answer = await worker.call(LOAD, Load(data, keep_samples), timeout_s=WORKER_TIMEOUT_S)
+        except UnavailableError as error:
+            self.post(events.LoadRefused(str(error)))
+        except RemoteError as error:
+            if error.status is not Status.INVALID_ARGUMENT:
+                raise
+            self.post(events.LoadRefused(error.message))
+        else:
+            self._newest = (cid, data)
+            self.post(events.Loaded(_policy(answer, cid), answer.epoch_samples))
+
+    async def _evaluate(self, worker: Channel) -> None:
+        request = Evaluate(self.manifest.eval_episodes, (self.manifest.seed + 1_000_003) % 2**32)
+        evaluated = await worker.call(EVALUATE, request, timeout_s=WORKER_TIMEOUT_S)
+        mean = sum(evaluated.returns) / len(evaluated.returns)
+        env_steps = 0 if self.policy is None else self.policy.env_steps
+        if math.isfinite(mean):
+            await worker.call(LOG, Log(env_steps, {"evaluation/return": mean}), timeout_s=WORKER_TIMEOUT_S)
+        self.post(events.Evaluated(mean))
+
+    async def _finish(self, worker: Channel, final: Evaluation | None) -> None:
+        policy, progress = self.policy, self.core.progress
+        if self.ended_at is None:
+            self.ended_at = time.time()
+        points = self.curve()
+        result = {
+            "swarm": self.swarm,
+            "task": self.manifest.task,
+            "algorithm": self.manifest.algorithm,
+            "solved": final is not None,
+            "return": final.mean_return if final else (points[-1][2] if points else None),
+            "target_return": self.manifest.target_return,
+            "epoch": 0 if policy is None else policy.epoch,
+            "env_steps": 0 if policy is None else policy.env_steps,
+            "digest": None if policy is None else policy.digest,
+            "policy": None if policy is None else policy.cid,
+            "trained_alone": self.core.trained_alone,
+            "seconds": round(self.ended_at - self.started_at, 3),
+            "curve": [{"epoch": int(p[0]), "env_steps": int(p[1]), "return": p[2]} for p in points],
+        }
+        await worker.call(FINISH, Finish(str(self._folder), points, result), timeout_s=WORKER_TIMEOUT_S)
+        self.results = self._folder
+        log.info("swarm %s: done, solved: %s (epoch %d)", self.swarm, progress.solved, result["epoch"])
+        self.post(events.Finished())
+
+    # What is on disk.
+
+    def _read_stored(self) -> StoredRun:
+        data = self._storage.get_fact(self._fact_name)
+        if data is None:
+            return StoredRun()
+        try:
+            return decode(StoredRun, data)
+        except ProtocolError as error:
+            log.warning("swarm %s: what was kept of the run cannot be read (%s); beginning anew", self.swarm, error)
+            return StoredRun()
+
+    @property
+    def _fact_name(self) -> str:
+        return f"run/{self.swarm}"
+
+    async def _write_loop(self) -> None:
+        while True:
+            await self._must_write.wait()
+            self._must_write = trio.Event()
+            while self._to_write:
+                await self._write(self._to_write.popleft())
+
+    async def _write_last(self) -> None:
+        """On the way out: the newest policy, so that no work is lost by a stop."""
+        policy = self.policy
+        if policy is not None and policy.epoch > 0:
+            await self._write(events.Keep(policy))
+
+    async def _write(self, output: events.Keep | events.Write | events.WriteEvaluation) -> None:
+        try:
+            match output:
+                case events.Keep(policy):
+                    await self._keep(policy)
+                case events.Write(policy, env_steps, rounds):
+                    register = {
+                        "epoch": policy.epoch,
+                        "cid": policy.cid,
+                        "env_steps": policy.env_steps,
+                        "digest": policy.digest,
+                    }
+                    contributed = {"env_steps": env_steps, "rounds": rounds}
+                    own = self.replica.documents().get(self._me, {})
+                    if (own.get("policy"), own.get("contributions")) != (register, contributed):
+                        await self.replica.write(policy=register, contributions=contributed)
+                case events.WriteEvaluation(policy, mean_return):
+                    entry = {
+                        "cid": policy.cid,
+                        "return": mean_return,
+                        "env_steps": policy.env_steps,
+                        "episodes": self.manifest.eval_episodes,
+                    }
+                    await self.replica.write(evaluations={str(policy.epoch): entry})
+        except ShoalError as error:
+            self.error = str(error)
+            log.warning("swarm %s: %s could not be written: %s", self.swarm, type(output).__name__, error)
+
+    async def _keep(self, policy: Policy) -> None:
+        if self._newest is not None and self._newest[0] == policy.cid:
+            await self._content.put(self._newest[1], keep=True)
+        progress = self.core.progress
+        liars = tuple(sorted(self.core.claims.liars))[:256]
+        kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars)
+        await trio.to_thread.run_sync(self._storage.put_fact, self._fact_name, encode(kept))
+
+
+def claims(documents: Documents) -> tuple[Evaluation, ...]:
+    """The evaluations in the documents; those beyond what any run can come to name no policy and are left out."""
+    return tuple(each for each in evaluations(documents) if each.epoch <= MAX_EPOCH and each.env_steps <= MAX_STEPS)
+
+
+def _policy(answer: StateAnswer, cid: Cid) -> Policy:
+    return Policy(
+        answer.epoch,
+        cid,
+        answer.digest,
+        answer.env_steps,
+        answer.parent,
+        answer.ballot,
+        Electorate.from_plain(answer.electorate),
+    )

@@ -1,0 +1,259 @@
+"""Replicas on real hosts: what one says, the others hear, whatever else is in the same message; forks; who is kept."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+import trio
+
+from shoal.crdt.document import Document
+from shoal.crdt.oplog import KIND, NO_OP, Op
+from shoal.crdt.presence import KIND as PRESENCE
+from shoal.crdt.presence import PresenceTable, record_hash
+from shoal.crdt.sync import Head, SwarmDocs
+from shoal.node import supervise
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest
+from shoal.protocol.codec import encode
+from shoal.protocol.errors import Fault, RemoteError, Status
+from shoal.protocol.ids import SwarmId
+from shoal.protocol.services import client
+from shoal.protocol.signing import Signed
+
+from .replicas import GENEROUS_S, SWARM, TOPICS, Listener, a_host, a_node, signer_of, together
+
+pytestmark = pytest.mark.trio
+
+
+async def test_three_hear_each_other_though_two_of_them_were_never_introduced() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2), a_node(3)) as (one, two, three):
+            await one.host.connect(two.host.addresses())
+            await three.host.connect(two.host.addresses())
+            await one.knows(two, three)
+            await two.knows(one, three)
+            await three.knows(one, two)
+            name = one.replica.publish("vote", {"for": 7})
+            for node in (two, three):
+                await node.until(lambda node=node: (one.me, "vote", {"for": 7}, name) in node.heard)  # type: ignore[misc]
+                assert node.replica.live[one.me]["vote"] == {"for": 7}
+                assert node.replica.statements(one.me, "vote") == [({"for": 7}, name)]
+            assert await one.replica.write(policy={"epoch": 1})
+            for node in (two, three):
+                await node.until(lambda node=node: node.replica.documents().get(one.me) == {"policy": {"epoch": 1}})  # type: ignore[misc]
+                assert node.storage.load_ops(SWARM)
+            assert not [news for news in one.heard if news[0] == one.me]
+            assert set(one.replica.live[two.me]["addresses"]["addresses"]) == set(two.host.addresses())
+
+
+async def test_who_says_nothing_new_is_repeated_until_it_is_gone() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with a_node(1) as one:
+            async with a_node(2) as two:
+                two.replica.publish("facts", {"n": 1})
+                await one.host.connect(two.host.addresses())
+                await one.knows(two)
+                await one.until(lambda: len([news for news in one.heard if news[1] == "facts"]) >= 3)
+            await one.until(lambda: one.gone == [two.me])
+            assert one.replica.live == {}
+            assert one.replica.neighbours == frozenset()
+
+
+async def test_a_bad_record_is_refused_alone() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2), a_host(3, Listener())) as (one, two, liar):
+            await one.host.connect(two.host.addresses())
+            await one.knows(two)
+            await liar.connect(two.host.addresses())
+            key, other = signer_of(3), signer_of(4)
+            table = PresenceTable(SWARM, key.peer_id, 1, TOPICS)
+            elsewhere = PresenceTable(SwarmId.of_manifest(b"other"), other.peer_id, 1, TOPICS)
+            good = [table.announce(key, "vote", {"n": n}, 1.0) for n in range(2)]
+            bad = [
+                Signed(other.peer_id, good[0].payload, good[0].signature[:-1] + b"x"),
+                key.seal(PRESENCE, b"\xc1"),
+                elsewhere.announce(other, "vote", {}, 1.0),
+                Signed(key.peer_id, good[0].payload, bytes(64)),
+            ]
+            op = SwarmDocs(SWARM, key.peer_id).write(key, policy=3)
+            ops = (Signed(key.peer_id, b"", b""), op, Signed(other.peer_id, op.payload, op.signature))
+            calls = client(SwarmService, liar.at(two.me), timeout_s=5)
+            await calls.gossip(GossipPush(SWARM, (bad[0], good[0], *bad[1:], good[1]), ops))
+            for node in (two, one):
+                await node.until(lambda node=node: len(node.replica.statements(key.peer_id, "vote")) == 2)  # type: ignore[misc]
+                await node.until(lambda node=node: node.replica.documents().get(key.peer_id) == {"policy": 3})  # type: ignore[misc]
+            assert two.replica.counters.refused_records == 3
+            assert two.replica.counters.stale == 1
+            assert two.replica.counters.refused_ops == 2
+            assert one.replica.counters.refused_records == 0
+
+
+async def test_a_stranger_is_answered_but_not_kept_until_it_has_signed_something() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_host(3, Listener())) as (one, stranger):
+            await stranger.connect(one.host.addresses())
+            calls = client(SwarmService, stranger.at(one.me), timeout_s=5)
+            await calls.sync(SyncRequest(SWARM, {}))
+            await calls.gossip(GossipPush(SWARM))
+            assert one.replica.neighbours == frozenset()
+            assert stranger.peer_id not in one.host.wanted
+            key = signer_of(3)
+            record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0)
+            await calls.gossip(GossipPush(SWARM, (record,)))
+            assert one.replica.neighbours == {stranger.peer_id}
+            assert stranger.peer_id in one.host.wanted
+
+
+async def test_nothing_that_a_peer_sends_is_told_as_a_fault_of_the_node() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_host(3, Listener())) as (one, liar):
+            await liar.connect(one.host.addresses())
+            calls = client(SwarmService, liar.at(one.me), timeout_s=5)
+            with pytest.raises(RemoteError) as told:
+                await calls.sync(SyncRequest(SWARM, {"nobody": Head()}))
+            assert told.value.status is Status.INVALID_ARGUMENT
+            huge = Head(2**53, bytes(32), 2**53, bytes(32))
+            await calls.sync(SyncRequest(SWARM, {str(one.me): huge, str(liar.peer_id): huge}))
+            one.replica.on_heard = lambda *_: 1 // 0
+            key = signer_of(3)
+            record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0)
+            await calls.gossip(GossipPush(SWARM, (record,)))
+            assert liar.peer_id in one.replica.live
+            assert one.domain.failures == {("telling news", Fault.OWN): 1}
+
+
+async def test_a_node_whose_clock_was_set_back_is_heard_at_once() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with a_node(1) as one:
+            async with a_node(2, started_at=9_000_000) as before:
+                await before.host.connect(one.host.addresses())
+                await one.knows(before)
+            async with a_node(2, started_at=1_000) as after:
+                after.replica.publish("facts", {"life": 2})
+                await after.host.connect(one.host.addresses())
+                await one.until(lambda: one.replica.live.get(after.me, {}).get("facts") == {"life": 2})
+
+
+async def test_a_copied_profile_ends_the_same_everywhere_and_others_go_on() -> None:
+    key = signer_of(1)
+    original = SwarmDocs(SWARM, key.peer_id)
+    common = [original.write(key, policy=n) for n in range(3)]
+    copy = SwarmDocs(SWARM, key.peer_id, common)
+    theirs = [*common, *(original.write(key, policy=f"original {n}") for n in range(60))]
+    ours = [*common, *(copy.write(key, policy=f"copy {n}") for n in range(3))]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, stored=ours), a_node(2, stored=theirs), a_node(3, stored=common)) as (
+            one,
+            two,
+            three,
+        ):
+            await one.host.connect(two.host.addresses())
+            await three.host.connect(two.host.addresses())
+            for node in (one, two, three):
+                await node.until(lambda node=node: key.peer_id in node.replica.frozen)  # type: ignore[misc]
+            await one.until(lambda: one.replica.documents() == two.replica.documents() == three.replica.documents())
+            assert one.replica.is_frozen
+            assert not await one.replica.write(policy=9)
+            assert not two.replica.is_frozen
+            assert await two.replica.write(policy="goes on")
+            await one.until(lambda: one.replica.documents().get(two.me) == {"policy": "goes on"})
+            for node in (one, two, three):
+                again = SwarmDocs(SWARM, node.me, node.storage.load_ops(SWARM), node.storage.load_forks(SWARM))
+                assert again.documents() == node.replica.documents()
+
+
+async def test_one_who_keeps_two_logs_stops_nobody_from_catching_up() -> None:
+    """Twelve large ops with early Lamport times come first in every answer, and are refused by who holds another."""
+    liar = signer_of(9)
+
+    def log_of(tag: str, count: int) -> list[Signed]:
+        docs = SwarmDocs(SWARM, liar.peer_id)
+        return [docs.write(liar, policy=tag + "x" * 25_000) for _ in range(count)]
+
+    op = Op(swarm=SWARM, author=liar.peer_id, seq=1, prev=NO_OP, lamport=1, update=Document().set({"policy": 1}))
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, stored=log_of("a", 12)), a_node(2, stored=[liar.seal(KIND, encode(op))])) as (
+            one,
+            two,
+        ):
+            for n in range(40):
+                await one.replica.write(policy=n)
+            await two.host.connect(one.host.addresses())
+            await two.until(lambda: two.replica.version().get(one.me) == 40)
+            await two.until(lambda: one.replica.documents() == two.replica.documents())
+
+
+async def test_a_lost_member_is_met_again() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2)) as (one, two):
+            await one.host.connect(two.host.addresses())
+            await one.knows(two)
+            await two.knows(one)
+            for node in (one, two):
+                await node.until(lambda: bool(one.replica.addresses(two.me) and two.replica.addresses(one.me)))
+            await one.host.disconnect(two.me)
+            await one.until(lambda: two.me in one.gone)
+            await one.knows(two)
+            await two.knows(one)
+
+
+async def test_a_member_that_left_is_not_called_any_more() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2)) as (one, two):
+            await one.host.connect(two.host.addresses())
+            await one.knows(two)
+            two.calls.replica = None
+            one.replica.publish("vote", {})
+            await one.until(lambda: two.me not in one.replica.neighbours)
+            assert two.me not in one.host.wanted
+
+
+async def test_a_disk_that_fails_costs_nothing_that_was_told_and_is_got_over() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2)) as (one, two):
+            await one.host.connect(two.host.addresses())
+            await one.knows(two)
+            assert await one.replica.write(policy=1)
+            one.storage._db.execute("PRAGMA query_only = ON")
+            with pytest.raises(Exception, match="cannot be written"):
+                await one.replica.write(policy=2)
+            await two.replica.write(policy="from two")
+            await one.until(lambda: one.replica.counters.not_stored > 0)
+            assert one.replica.documents() == {one.me: {"policy": 1}}
+            one.storage._db.execute("PRAGMA query_only = OFF")
+            assert await one.replica.write(policy=3)
+            await one.until(lambda: one.replica.documents().get(two.me) == {"policy": "from two"})
+            await two.until(lambda: two.replica.documents().get(one.me) == {"policy": 3})
+            assert two.replica.frozen == {}
+
+
+async def test_a_task_that_fails_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "FIRST_WAIT_S", 0.01)
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2)) as (one, two):
+            addresses = one.host.addresses
+            failing = [True]
+
+            def fails() -> tuple[str, ...]:
+                if failing.pop() if failing else False:
+                    raise sqlite3.OperationalError("anything")
+                return addresses()
+
+            one.host.addresses = fails  # type: ignore[method-assign]
+            await one.until(lambda: one.domain.failures == {("speaking", Fault.OWN): 1})
+            await one.host.connect(two.host.addresses())
+            name = one.replica.publish("vote", {})
+            await two.until(lambda: any(news[3] == name for news in two.heard))
+
+
+async def test_a_record_that_was_overtaken_while_it_waited_is_not_sent() -> None:
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2)) as (one, two):
+            await one.host.connect(two.host.addresses())
+            await one.knows(two)
+            await two.knows(one)
+            for n in range(90):
+                last = one.replica.publish("facts", {"n": n})
+            await two.until(lambda: any(news[3] == last for news in two.heard))
+            assert len([news for news in two.heard if news[1] == "facts"]) < 10
+            assert last == record_hash(one.replica._presence.find(last[:16]))  # type: ignore[arg-type]

@@ -1,0 +1,337 @@
+"""One node's run, fed by hand: what its worker is told to do, what it says, and what cannot stop it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import TypeVar
+
+from shoal.crdt.views import Evaluation
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.protocol.limits import MAX_MEMBERS
+from shoal.training import pacing
+from shoal.training import run_events as events
+from shoal.training.electorate import Delivered, Electorate
+from shoal.training.exchange.early import MAX_EARLY, Early
+from shoal.training.manifest import Manifest, Role
+from shoal.training.run import ALONE_S, CHUNK_S, LOOK_S, MAX_ENDED, Run
+from shoal.training.run_events import Output, Policy
+from shoal.training.statements import (
+    HASH_BYTES,
+    MAX_RATE,
+    MAX_SAMPLES,
+    NO_BALLOT,
+    Facts,
+    Offer,
+    Phase,
+    Result,
+    RoundKey,
+    Statement,
+    Vote,
+    first_after,
+)
+
+ME, A, B, LIAR = (PeerId.of_public_key(bytes([n]) * 32) for n in range(4))
+BATCH = 1000
+MANIFEST = Manifest(
+    owner=ME,
+    task="gym:CartPole-v1",
+    algorithm="ppo",
+    batch_size=BATCH,
+    min_learners=1,
+    target_return=475.0,
+    eval_interval=10**6,
+    max_env_steps=10**9,
+)
+SWARM = SwarmId.of_manifest(b"a run")
+INITIAL = Policy(0, Cid.of_block(b"initial"), "0", 0, None, NO_BALLOT, Electorate())
+T = TypeVar("T")
+
+
+def policy_after(parent: Policy, *authors: PeerId, text: str = "") -> Policy:
+    delivered = tuple(Delivered(author, BATCH // len(authors), 1.0) for author in authors)
+    cid = Cid.of_block(f"{parent.cid} {authors} {text}".encode())
+    ballot = hashlib.sha256(cid.encode()).digest()
+    return Policy(
+        parent.epoch + 1, cid, "", parent.env_steps + BATCH, parent.cid, ballot, parent.electorate.after(delivered)
+    )
+
+
+SHARED = policy_after(INITIAL, ME, A, B)
+
+
+class Node:
+    """A run, and the shell around it in a few lines: what it says is signed, and time is kept."""
+
+    def __init__(self, role: Role = Role.LEARNER, manifest: Manifest = MANIFEST, stored: Result | None = None) -> None:
+        self.now = 100.0
+        self.run = Run(manifest, SWARM, ME, role, self.now, stored=stored)
+        self.outputs: list[Output] = []
+
+    def give(self, *given: events.Event) -> list[Output]:
+        """What comes of these, what it says itself included."""
+        found: list[Output] = []
+        for event in given:
+            for output in self.run.handle(event, self.now):
+                found.append(output)
+                if isinstance(output, events.Say):
+                    name = hashlib.sha256(repr(output.statement).encode()).digest()
+                    found += self.give(events.Said(output.statement, name))
+        return found
+
+    def hear(self, author: PeerId, *statements: Statement) -> list[Output]:
+        names = [hashlib.sha256(f"{author} {each}".encode()).digest() for each in statements]
+        return self.give(*(events.Heard(author, each, name) for each, name in zip(statements, names, strict=True)))
+
+    def wait(self, seconds: float) -> list[Output]:
+        until, found = self.now + seconds, []
+        while self.now < until:
+            self.now = min(until, self.now + LOOK_S / 4)
+            found += self.give(events.Tick())
+        return found
+
+    def collect(self, samples: int, seconds: float = 0.1) -> list[Output]:
+        self.now += seconds
+        return self.give(events.Collected(self.run.progress.samples + samples, samples, seconds))
+
+    def holding(self, policy: Policy) -> Node:
+        """Brought to where it holds this policy."""
+        self.give(events.Opened(INITIAL))
+        self.run._job = None
+        self.run._in_worker = policy
+        self.run._hold(policy, self.now, [])
+        self.give(events.Tick())
+        return self
+
+
+def of(kind: type[T], outputs: list[Output]) -> list[T]:
+    return [output for output in outputs if isinstance(output, kind)]
+
+
+def facts(policy: Policy = INITIAL, phase: Phase = Phase.COLLECTING, samples: int = 0, speed: float = 1000.0) -> Facts:
+    return Facts(role=Role.LEARNER, phase=phase, epoch=policy.epoch, samples=samples, speed=speed)
+
+
+def test_a_learner_alone_goes_through_an_epoch() -> None:
+    node = Node()
+    assert of(events.Collect, node.give(events.Opened(INITIAL))) == [events.Collect(BATCH, CHUNK_S)]
+    assert of(events.Update, node.collect(BATCH)) == [events.Update(INITIAL)]
+    merged = of(events.Merge, node.give(events.Yielded(Cid.of_block(b"mine"), BATCH)))
+    assert [each.author for each in merged[0].ballot.offers] == [ME]
+    after = policy_after(INITIAL, ME)
+    outputs = node.give(events.Updated(after))
+    assert node.run.policy == after
+    assert after.result in [each.statement for each in of(events.Say, outputs)]
+    assert of(events.Collect, outputs)
+
+
+def test_the_first_epoch_waits_until_enough_learners_are_there() -> None:
+    node = Node(manifest=replace(MANIFEST, min_learners=2))
+    assert not of(events.Collect, node.give(events.Opened(INITIAL)))
+    assert of(events.Collect, node.hear(A, facts()))
+
+
+def test_collecting_is_done_in_pieces_so_that_it_shows_however_slow_a_step_is() -> None:
+    """Item 7: a node whose environment takes 1.4 s a step showed 0 samples for five minutes."""
+    node = Node()
+    node.give(events.Opened(INITIAL))
+    told = of(events.Say, node.collect(1, seconds=1.4))
+    assert node.run.progress.samples == 1
+    assert any(isinstance(each.statement, Facts) and each.statement.samples == 1 for each in told)
+
+
+def test_nobody_is_stopped_by_what_a_member_says_it_collected() -> None:
+    """Item 3, ATTACKS row 2: ``samples = 2**53`` and ``phase = exchanging`` stopped everybody at 0 samples."""
+    node = Node().holding(SHARED)
+    for phase in (Phase.EXCHANGING, Phase.COLLECTING):
+        outputs = node.hear(LIAR, facts(SHARED, phase, samples=MAX_SAMPLES, speed=MAX_RATE))
+        assert not of(events.Update, outputs)
+    assert isinstance(node.run._job, events.Collect)
+    assert pacing.share(node.run._pace(SHARED)) >= BATCH / 3
+
+
+def test_a_jump_in_epochs_is_not_even_fetched() -> None:
+    """Item 9, ATTACKS rows 5 and 5b."""
+    node = Node().holding(SHARED)
+    node.hear(A, facts(SHARED), SHARED.result)
+    node.hear(B, facts(SHARED), SHARED.result)
+    cid = Cid.of_block(b"mine")
+    outputs = []
+    for epoch, steps in ((2**40, 2**40), (2**40, 2**50), (2, MANIFEST.max_env_steps - 1), (2, 1)):
+        jump = Result(epoch=epoch, cid=cid, parent=SHARED.cid, ballot=NO_BALLOT, env_steps=steps)
+        outputs += node.hear(LIAR, facts(SHARED), jump) + node.wait(2 * LOOK_S)
+    assert not of(events.Fetch, outputs)
+    assert node.run.policy == SHARED
+
+
+def test_what_half_of_the_stake_went_on_to_is_fetched_and_loaded_with_what_was_collected() -> None:
+    """Item 7: who is slow does not hold the others up, and what it made counts in the next epoch."""
+    node = Node().holding(SHARED)
+    after = policy_after(SHARED, A, B)
+    node.collect(50)
+    outputs = node.hear(A, facts(after), after.result) + node.hear(B, facts(after), after.result) + node.wait(LOOK_S)
+    assert of(events.Fetch, outputs)[0].cid == after.cid
+    node.give(events.Fetched(after.cid))
+    loaded = of(events.Load, node.collect(10))
+    assert loaded == [events.Load(after.result, keep_samples=True)]
+    node.give(events.Loaded(after, 60))
+    assert node.run.policy == after
+    assert node.run.progress.samples == 60
+
+
+def test_bytes_that_nobody_gives_stop_nothing() -> None:
+    """Item 3: a newer policy that nobody holds stopped everybody for up to 30 s each time."""
+    node = Node().holding(SHARED)
+    after = policy_after(SHARED, A, B)
+    node.hear(A, facts(after), after.result)
+    node.hear(B, facts(after), after.result)
+    node.wait(LOOK_S)
+    assert of(events.Collect, node.collect(10))
+    assert of(events.Collect, node.give(events.NotFetched(after.cid, "nobody has it")) + node.collect(10))
+
+
+def test_a_claim_of_solved_that_nobody_gives_stops_nothing() -> None:
+    """Items 3 and 9, ATTACKS row 7: 300 claims of policies that nobody holds."""
+    node = Node().holding(SHARED)
+    lies = tuple(
+        Evaluation(author=LIAR, epoch=n + 2, cid=Cid.of_block(b"lie %d" % n), mean_return=1e9, env_steps=1, episodes=20)
+        for n in range(300)
+    )
+    outputs = node.give(events.Documents(lies)) + node.collect(10)
+    asked = of(events.Fetch, outputs)
+    assert len(asked) == 1
+    assert of(events.Collect, outputs)
+    outputs = node.give(events.NotFetched(asked[0].cid, "nobody has it")) + node.collect(10) + node.wait(2.0)
+    assert not of(events.Fetch, outputs)
+
+
+def test_the_worker_does_one_job_at_a_time_also_when_a_policy_comes_while_it_exchanges() -> None:
+    node = Node().holding(SHARED)
+    for peer in (A, B):
+        node.hear(peer, facts(SHARED), SHARED.result)
+    after = policy_after(SHARED, A, B)
+    node.collect(BATCH)
+    assert isinstance(node.run._job, events.Update)
+    for peer in (A, B):
+        node.hear(peer, facts(after), after.result)
+    node.wait(LOOK_S)
+    node.give(events.Fetched(after.cid))
+    outputs = node.give(events.Yielded(Cid.of_block(b"mine"), BATCH))
+    assert len([each for each in outputs if isinstance(each, events.Load | events.Merge)]) == 1
+    assert of(events.Load, outputs)
+    assert of(events.Abandon, outputs) == [events.Abandon(keep_samples=True)]
+
+
+def test_who_floods_pushes_out_nothing_that_others_said_of_rounds_to_come() -> None:
+    """ATTACKS row 24."""
+    node = Node().holding(SHARED)
+    for peer in (A, B):
+        node.hear(peer, facts(SHARED))
+    after = policy_after(SHARED, A, B)
+    key = RoundKey(after.epoch, 0, first_after(after.cid))
+    node.hear(A, Offer(key=key, cid=Cid.of_block(b"of A"), weight=100, seconds=1.0))
+    for number in range(200 * MAX_EARLY):
+        node.hear(LIAR, Vote(key=RoundKey(9, 0, number.to_bytes(HASH_BYTES, "big")), ballot=NO_BALLOT))
+    node.run._hold(after, node.now, [])
+    assert node.run.round is not None
+    assert A in node.run.round.offers
+
+
+def test_a_state_that_ends_every_worker_is_given_up() -> None:
+    """ATTACKS rows 5c and 5d: an overflow killed every worker each epoch."""
+    node = Node().holding(SHARED)
+    after = policy_after(SHARED, A, B)
+    for peer in (A, B):
+        node.hear(peer, facts(after), after.result)
+    node.wait(LOOK_S)
+    node.give(events.Fetched(after.cid))
+    assert of(events.Load, node.collect(10))
+    for _ in range(MAX_ENDED - 1):
+        node.give(events.WorkerGone("overflow"))
+        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == after.result
+    node.give(events.WorkerGone("overflow"))
+    assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
+    assert of(events.Collect, node.give(events.Loaded(SHARED, 0)))
+
+
+def test_what_a_part_of_the_swarm_loses_when_it_heals_is_counted_and_told() -> None:
+    """ATTACKS row 30: from where they parted, not from the beginning."""
+    node = Node().holding(SHARED)
+    for peer in (A, B):
+        node.hear(peer, facts(SHARED), SHARED.result)
+        node.give(events.Gone(peer))
+    alone = policy_after(policy_after(SHARED, ME), ME)
+    node.run.progress.rounds = 2
+    node.run._in_worker = alone
+    node.run._hold(alone, node.now, [])
+    theirs = policy_after(policy_after(policy_after(SHARED, A, B), A, B), A, B)
+    outputs = []
+    for peer in (A, B):
+        outputs += node.hear(peer, facts(theirs), theirs.result)
+    outputs += node.wait(4.0)
+    assert theirs.cid in [each.cid for each in of(events.Fetch, outputs)]
+    node.give(events.Fetched(theirs.cid))
+    node.collect(10)
+    outputs = node.give(events.Loaded(theirs, 0))
+    assert node.run.policy == theirs
+    assert node.run.progress.lost_env_steps == alone.env_steps - SHARED.env_steps
+    assert any("another part" in each.text for each in of(events.Note, outputs))
+
+
+def test_a_policy_that_is_not_what_its_holders_say_is_not_held_and_they_are_not_heard_again() -> None:
+    node = Node().holding(SHARED)
+    after = policy_after(SHARED, A, B)
+    for peer in (A, B):
+        node.hear(peer, facts(after), after.result)
+    node.wait(LOOK_S)
+    node.give(events.Fetched(after.cid))
+    node.collect(10)
+    node.give(events.Loaded(replace(after, env_steps=after.env_steps + 1), 0))
+    assert node.run.policy == SHARED
+    assert node.run.lineage.liars == {A, B}
+
+
+def test_being_alone_is_loud() -> None:
+    node = Node().holding(SHARED)
+    node.hear(A, facts(SHARED))
+    node.give(events.Gone(A))
+    assert any("ALONE" in each.text for each in of(events.Note, node.wait(2 * ALONE_S)))
+    assert node.run.progress.is_alone
+    node.hear(A, facts(SHARED))
+    assert not node.run.progress.is_alone
+
+
+def test_who_was_started_again_goes_on_from_what_it_kept() -> None:
+    node = Node(stored=SHARED.result)
+    assert [each.cid for each in of(events.Fetch, node.give(events.Opened(INITIAL)))] == [SHARED.cid]
+    assert of(events.Load, node.give(events.Fetched(SHARED.cid)))[0].result == SHARED.result
+    outputs = node.give(events.Loaded(SHARED, 0))
+    assert node.run.policy == SHARED
+    assert of(events.Collect, outputs)
+
+
+def test_who_kept_something_that_is_gone_begins_anew() -> None:
+    node = Node(stored=SHARED.result)
+    node.give(events.Opened(INITIAL))
+    node.give(events.NotFetched(SHARED.cid, "the disk was replaced"))
+    assert node.run.policy == INITIAL
+
+
+def test_a_node_that_only_stores_keeps_what_most_hold() -> None:
+    node = Node(Role.STORAGE)
+    outputs = node.hear(A, facts(SHARED), SHARED.result) + node.hear(B, facts(SHARED), SHARED.result)
+    assert SHARED.cid in [each.cid for each in of(events.Fetch, outputs + node.wait(4.0))]
+    assert [each.policy.cid for each in of(events.Keep, node.give(events.Fetched(SHARED.cid)))] == [SHARED.cid]
+
+
+def test_statements_of_rounds_to_come_are_bounded_by_author_and_in_all() -> None:
+    first = PeerId.of_public_key(bytes(32))
+    early = Early({first})
+    key = RoundKey(9, 0, bytes(HASH_BYTES))
+    for number in range(2 * MAX_MEMBERS):
+        author = PeerId.of_public_key(number.to_bytes(32, "big"))
+        for _ in range(MAX_EARLY + 1):
+            early.keep(events.Heard(author, Vote(key=key, ballot=NO_BALLOT), b""))
+    kept = early.of(key)
+    assert len(kept) == MAX_MEMBERS * MAX_EARLY
+    assert first in {each.author for each in kept}

@@ -1,0 +1,283 @@
+"""What a member of a swarm says of itself and of a round, each signed by it as a presence record of its own topic.
+
+================  ====================================================================================
+``facts``         what it does now; for people, and for how long others wait; nothing is decided by it
+``addresses``     where it is reached
+``offer``         "for this round I give these bytes, made from so many samples"
+``proposal``      "these offers should be averaged", by hash
+``vote``          "I hold all that this ballot lists, and would average it"
+``result``        "this is the policy I hold, from this parent by this ballot"
+================  ====================================================================================
+
+A statement names the round that it is for: the epoch, the exchange within it, and what both follow from, so that nobody
+averages what was made from another policy. A ballot is named by what it lists and not by who proposed it: whoever
+proposes the same again gathers the same votes. Every number has a bound that an honest member cannot pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, TypeAlias
+
+from shoal.crdt.presence import TopicRule
+from shoal.protocol.codec import from_plain
+from shoal.protocol.errors import ProtocolError
+from shoal.protocol.ids import Cid, PeerId
+from shoal.training.manifest import Role
+
+HASH_BYTES: Final = 32
+MAX_EPOCH: Final = 2**40
+MAX_STEPS: Final = 2**50
+"""Environment steps of a run, or of one member."""
+MAX_SAMPLES: Final = 2**31
+MAX_RATE: Final = 1e7
+"""Environment steps per second of one member."""
+MAX_SECONDS: Final = 1e6
+MAX_ADDRESSES: Final = 16
+MAX_ADDRESS_CHARS: Final = 512
+MAX_OFFERS: Final = 128
+"""Offers of one ballot."""
+MAX_ATTEMPTS: Final = 2**20
+MAX_DIGEST_CHARS: Final = 128
+
+
+class Phase(StrEnum):
+    """What a member does now."""
+
+    STARTING = "starting"
+    WAITING = "waiting"
+    FETCHING = "fetching"
+    COLLECTING = "collecting"
+    UPDATING = "updating"
+    EXCHANGING = "exchanging"
+    EVALUATING = "evaluating"
+    STORING = "storing"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a member does now.
+
+    Attributes:
+        epoch: of the policy it holds.
+        step: the exchange within the epoch that it works towards.
+        samples: environment steps it collected since that policy.
+        env_steps: by itself, in this run, in all.
+        steps_per_s: its recent rate of environment steps, pauses included.
+        speed: environment steps per second while it collects.
+    """
+
+    role: Role
+    phase: Phase = Phase.STARTING
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0
+    env_steps: int = 0
+    steps_per_s: float = 0.0
+    speed: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.epoch, MAX_EPOCH, "epoch")
+        _check(self.step, MAX_EPOCH, "step")
+        _check(self.samples, MAX_SAMPLES, "samples")
+        _check(self.env_steps, MAX_STEPS, "env_steps")
+        _check(self.steps_per_s, MAX_RATE, "steps_per_s")
+        _check(self.speed, MAX_RATE, "speed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Full multiaddrs at which a member listens."""
+
+    addresses: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.addresses) > MAX_ADDRESSES or any(len(each) > MAX_ADDRESS_CHARS for each in self.addresses):
+            raise ProtocolError(f"a member names at most {MAX_ADDRESSES} addresses")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundKey:
+    """Names a round within a swarm.
+
+    Attributes:
+        epoch: of the policy that the round starts from.
+        step: which exchange of the epoch's update.
+        after: what it follows from: `first_after` of the policy, or the ballot that the step before decided.
+    """
+
+    epoch: int
+    step: int
+    after: bytes
+
+    def __post_init__(self) -> None:
+        _check(self.epoch, MAX_EPOCH, "epoch")
+        _check(self.step, MAX_EPOCH, "step")
+        _check_hash(self.after)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What one learner wants averaged.
+
+    Attributes:
+        key: the round.
+        cid: names the bytes.
+        weight: in samples.
+        seconds: of work that it took, collecting and optimising; paces the shares of the epochs to come.
+    """
+
+    key: RoundKey
+    cid: Cid
+    weight: int
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.weight <= MAX_SAMPLES:
+            raise ProtocolError(f"an offer cannot weigh {self.weight}")
+        _check(self.seconds, MAX_SECONDS, "seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """Which offers to average.
+
+    Attributes:
+        key: the round.
+        attempt: how many proposers were passed over before.
+        offers: the record hashes of the offers, ascending.
+    """
+
+    key: RoundKey
+    attempt: int
+    offers: tuple[bytes, ...]
+
+    def __post_init__(self) -> None:
+        _check(self.attempt, MAX_ATTEMPTS, "attempt")
+        if not 1 <= len(self.offers) <= MAX_OFFERS:
+            raise ProtocolError(f"a proposal lists 1 to {MAX_OFFERS} offers, not {len(self.offers)}")
+        before = b""
+        for offer in self.offers:
+            _check_hash(offer)
+            if offer <= before:
+                raise ProtocolError("a proposal lists offers once each, in order")
+            before = offer
+
+    @property
+    def ballot(self) -> bytes:
+        """The name of what is proposed, whoever proposes it."""
+        return ballot_name(self.key, self.offers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vote:
+    """The voter holds all that a ballot lists, and votes for nothing in earlier attempts any more.
+
+    Attributes:
+        key: the round.
+        attempt: that the voter is in.
+        ballot: that it voted for last; `NO_BALLOT` if for none.
+        cast: the attempt in which it did.
+    """
+
+    key: RoundKey
+    ballot: bytes
+    attempt: int = 0
+    cast: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.attempt, MAX_ATTEMPTS, "attempt")
+        _check(self.cast, self.attempt, "vote's attempt")
+        _check_hash(self.ballot)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The policy that a member holds.
+
+    Attributes:
+        epoch: of the policy.
+        cid: of its state.
+        parent: the state that it was made from; None for the initial one.
+        ballot: the last that was decided on the way; `NO_BALLOT` for the initial one.
+        env_steps: by all learners together, that went into it.
+    """
+
+    epoch: int
+    cid: Cid
+    parent: Cid | None
+    ballot: bytes
+    env_steps: int
+
+    def __post_init__(self) -> None:
+        _check(self.epoch, MAX_EPOCH, "epoch")
+        _check(self.env_steps, MAX_STEPS, "env_steps")
+        _check_hash(self.ballot)
+
+
+NO_BALLOT: Final = bytes(HASH_BYTES)
+
+Statement: TypeAlias = Facts | Addresses | Offer | Proposal | Vote | Result
+
+TOPICS: Final[Mapping[str, type[Any]]] = {
+    "facts": Facts,
+    "addresses": Addresses,
+    "offer": Offer,
+    "proposal": Proposal,
+    "vote": Vote,
+    "result": Result,
+}
+TOPIC_OF: Final = {kind: topic for topic, kind in TOPICS.items()}
+
+TOPIC_RULES: Final = {
+    "facts": TopicRule(max_bytes=768, per_s=4, burst=16),
+    "addresses": TopicRule(max_bytes=10_240, per_s=0.5, burst=8),
+    "offer": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),
+    "proposal": TopicRule(max_bytes=6144, keep=4, per_s=200, burst=400),
+    "vote": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),
+    "result": TopicRule(max_bytes=768, keep=4, per_s=20, burst=40),
+}
+"""How much of each one member may say: in mode ``gradient`` a round takes some milliseconds, an epoch never does."""
+
+
+def read_statement(topic: str, facts: dict[str, Any]) -> Statement | None:
+    """What another member says; None if it makes no sense."""
+    kind = TOPICS.get(topic)
+    if kind is None:
+        return None
+    try:
+        statement: Statement = from_plain(kind, facts)
+    except ProtocolError:
+        return None
+    return statement
+
+
+def first_after(policy: Cid) -> bytes:
+    """What the first round after a policy follows from."""
+    return hashlib.sha256(policy.encode()).digest()
+
+
+def ballot_name(key: RoundKey, offers: tuple[bytes, ...]) -> bytes:
+    """The name of a ballot: of its round, and of the offers that it lists."""
+    return hashlib.sha256(b"%d/%d/" % (key.epoch, key.step) + key.after + b"".join(offers)).digest()
+
+
+def turn_rank(purpose: str, key: RoundKey, attempt: int, peer: PeerId) -> bytes:
+    """The hash that orders peers for a purpose, lowest first (rendezvous hashing, Thaler and Ravishankar 1998)."""
+    return hashlib.sha256(f"{purpose}/{key.step}/{attempt}/{peer}".encode() + key.after).digest()
+
+
+def _check(value: float, limit: float, what: str) -> None:
+    if not (0 <= value <= limit and math.isfinite(value)):
+        raise ProtocolError(f"a member's {what} cannot be {value:g}")
+
+
+def _check_hash(value: bytes) -> None:
+    if len(value) != HASH_BYTES:
+        raise ProtocolError(f"a hash has {HASH_BYTES} bytes, not {len(value)}")
