@@ -184,7 +184,7 @@ def test_of_two_the_one_that_lives_goes_on_whatever_both_were_at(seed: int) -> N
             for mode in MODES:
                 what = f"seed {seed}, {world.network.now:.3f} s, all being {moment}"
                 assert_they_go_on(copied(world), what, victim, mode)
-    # Of two, the one that votes last has decided by it; and one that is missed is seldom missed for so long that it waits.
+    # Of two, the one that votes last has decided by it; and one that is missed seldom is for so long that it waits.
     assert {phase for moment in seen for phase in moment} >= PHASES - {"voted", "waiting"}
 
 
