@@ -20,6 +20,7 @@ from shoal.crdt.presence import PresenceTable, TopicRule
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.store.database import Storage, StoredSwarm
+from shoal.node.supervise import Supervisor
 from shoal.node.swarm.replica import Replica
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import (
@@ -147,14 +148,17 @@ async def a_liar(swarm: SwarmId, address: str, secret: bytes = SECRET) -> AsyncI
                 router=Router(calls, contents),
                 lanes=False,
             ) as host,
+            Supervisor().open("swarm", "of a liar") as domain,
             trio.open_nursery() as nursery,
         ):
             with Storage(Path(folder) / "node.sqlite") as storage:
                 storage.add_swarm(StoredSwarm(swarm=swarm, manifest=b"", role="learner", joined_at=1.0))
                 docs = SwarmDocs(swarm, signer.peer_id)
-                replica = Replica(swarm, signer, docs, PresenceTable(swarm, signer.peer_id, 1, loose), storage, host)
+                replica = Replica(
+                    swarm, signer, docs, PresenceTable(swarm, signer.peer_id, 1, loose), storage, host, domain
+                )
                 calls.replica = replica
-                await nursery.start(replica.run)
+                replica.begin()
                 nursery.start_soon(_follow, host, replica)
                 await host.connect([address])
                 liar = Liar(swarm, host, replica, contents)
@@ -166,6 +170,7 @@ async def a_liar(swarm: SwarmId, address: str, secret: bytes = SECRET) -> AsyncI
                     yield liar
                 finally:
                     nursery.cancel_scope.cancel()
+                    domain.cancel()
 
 
 async def _follow(host: Host, replica: Replica) -> None:
