@@ -273,7 +273,7 @@ class PresenceTable:
 
     # Speaking.
 
-    def announce(self, signer: Signer, topic: str, facts: Facts, every_s: float) -> Signed:
+    def announce(self, signer: Signer, topic: str, facts: Facts, every_s: float) -> Opened:
         """Say something new of oneself; the record is to be gossiped.
 
         Args:
@@ -281,6 +281,9 @@ class PresenceTable:
             topic: one of the table's.
             facts: plain data.
             every_s: seconds within which this node will speak again.
+
+        Returns:
+            The record, as whoever hears it reads it.
 
         Raises:
             UsageError: if the signer is another, the topic unknown, or the facts are not plain data or too much.
@@ -301,8 +304,7 @@ class PresenceTable:
                 every_s=every_s,
                 facts=dict(facts),
             )
-            sealed = signer.seal(KIND, encode(presence))
-            opened = open_record(sealed)
+            opened = open_record(signer.seal(KIND, encode(presence)))
         except LimitError as error:
             raise TooLargeError(str(error)) from error
         except (TypeError, ValueError, OverflowError, RecursionError, ProtocolError) as error:
@@ -313,9 +315,9 @@ class PresenceTable:
         self._hold(self._own.setdefault(topic, []), opened, rule)
         self._own_facts[topic] = opened.presence.facts
         self._remember(opened)
-        return sealed
+        return opened
 
-    def reannounce(self, signer: Signer, every_s: float) -> list[Signed]:
+    def reannounce(self, signer: Signer, every_s: float) -> list[Opened]:
         """Say again, as the present incarnation, what holds until it is replaced: all topics of which one is kept."""
         again = {topic: facts for topic, facts in self._own_facts.items() if self.topics[topic].keep == 1}
         return [self.announce(signer, topic, facts, every_s) for topic, facts in again.items()]

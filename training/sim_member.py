@@ -150,8 +150,6 @@ class Member:
         self.is_alive = False
         self.contents: dict[Cid, None] = {}
         self.stored: Result | None = None
-        self.own_seqs: tuple[Signed, ...] = ()
-        self.num_contacts = 0
         self.waits: list[float] = []
         self.epoch_at: dict[int, float] = {}
         self.fixed_ops: list[Signed] = []
@@ -241,11 +239,13 @@ class Member:
         """One presence record."""
         self.swarm.num_announcements += 1
         self.said_at = self.swarm.network.now
-        sealed = self.table.announce(self.signer, topic, facts, self.every_s)  # type: ignore[arg-type]
-        opened = self.swarm.notary.read(sealed)
-        item = Item(opened.record_hash[:16], self.table.key_of(opened.presence), self.peer)
-        self.to_gossip(Published((item,)))
-        return opened.record_hash
+        record = self.table.announce(self.signer, topic, facts, self.every_s)  # type: ignore[arg-type]
+        self.spread(record)
+        return record.record_hash
+
+    def spread(self, record: Opened) -> None:
+        """An own record to the members."""
+        self.to_gossip(Published((Item(record.item, self.table.key_of(record.presence), self.peer),)))
 
     def write(self, **registers: Any) -> None:
         """One op of the own document."""
@@ -360,9 +360,7 @@ class Member:
     def reannounce(self) -> None:
         """Outdo a record of an earlier life."""
         for again in self.table.reannounce(self.signer, self.every_s):  # type: ignore[arg-type]
-            opened = self.swarm.notary.read(again)
-            item = Item(opened.record_hash[:16], self.table.key_of(opened.presence), self.peer)
-            self.to_gossip(Published((item,)))
+            self.spread(again)
 
     def receive_op(self, sealed: Signed, fresh: list[Item], known: list[bytes]) -> None:
         """An op of somebody's document."""

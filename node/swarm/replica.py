@@ -41,7 +41,7 @@ from shoal.crdt.gossip_messages import (
     Wake,
 )
 from shoal.crdt.oplog import Fork, FrozenLogError, op_hash
-from shoal.crdt.presence import Excess, Fresh, Outdone, PresenceTable, Stale, open_record, record_hash
+from shoal.crdt.presence import Excess, Fresh, Opened, Outdone, Presence, PresenceTable, Stale, record_hash
 from shoal.crdt.presence import Known as Heard
 from shoal.crdt.sync import Received, SwarmDocs
 from shoal.node.mesh.host import Host
@@ -214,10 +214,10 @@ class Replica:
         Raises:
             UsageError: if the topic is unknown, or the facts are not plain data or too much for it.
         """
-        sealed = self._presence.announce(self._signer, topic, facts, self.every_s)
-        self._say([sealed])
+        record = self._presence.announce(self._signer, topic, facts, self.every_s)
+        self._say([record])
         self.changed.set()
-        return record_hash(sealed)
+        return record.record_hash
 
     async def write(self, **registers: Any) -> bool:
         """Set registers of this node's document; returns when they are on disk.
@@ -403,7 +403,7 @@ class Replica:
             return
         match heard:
             case Fresh(presence, name):
-                fresh.append(Item(name[:ITEM_ID_BYTES], self._presence.key_of(presence)))
+                fresh.append(self._item(presence, name))
                 if presence.topic == ADDRESSES:
                     self._members.told(presence.author, presence.facts)
                 self._welcome(presence.author)
@@ -458,7 +458,7 @@ class Replica:
         for op in ops:
             name = _op_id(op)
             self._recent_ops[name] = op
-            items.append(Item(name, f"op/{name.hex()}"))
+            items.append(Item(name, f"op/{name.hex()}", op.author))
             self._welcome(op.author)
         while len(self._recent_ops) > MAX_RECENT_OPS:
             del self._recent_ops[next(iter(self._recent_ops))]
@@ -481,17 +481,17 @@ class Replica:
 
     # Gossip.
 
-    def _say(self, records: Iterable[Signed]) -> None:
+    def _say(self, records: Iterable[Opened]) -> None:
         """Own records: to the members by gossip, and to those who have yet to hear who this is."""
-        items = []
-        for sealed in records:
-            opened = open_record(sealed)
-            items.append(Item(opened.record_hash[:ITEM_ID_BYTES], self._presence.key_of(opened.presence)))
+        items = [self._item(record.presence, record.record_hash) for record in records]
         for peer, waiting in self._met.items():
             if peer not in self._contacts:
                 waiting.add(records=[item.id for item in items])
         self._published_at = trio.current_time()
         self._handle(Published(tuple(items)))
+
+    def _item(self, presence: Presence, name: bytes) -> Item:
+        return Item(name[:ITEM_ID_BYTES], self._presence.key_of(presence), presence.author)
 
     def _handle(self, event: Event) -> None:
         """Tell the gossip of an event, and do what it wants."""

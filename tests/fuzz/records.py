@@ -161,7 +161,7 @@ def _step_announce(scene: _Scene, signer: Signer, lies: int, data: bytes) -> Non
     topic = _TOPIC_NAMES[(lies >> 2) % len(_TOPIC_NAMES)]
     if isinstance(facts, dict):
         with refusing(UsageError):
-            _hear(scene, scene.announcers[signer.peer_id].announce(signer, topic, facts, 1.0))
+            _hear(scene, scene.announcers[signer.peer_id].announce(signer, topic, facts, 1.0).sealed)
 
 
 def _step_version(scene: _Scene, _: Signer, lies: int, data: bytes) -> None:
@@ -275,8 +275,8 @@ def _seeds() -> list[bytes]:
     write = (0, b"\0" + encode(registers))
     update = Document().set(registers)
     bob = PresenceTable(SWARM, BOB.peer_id, 1, _TOPICS)
-    heard = bob.announce(BOB, "facts", decode(_FACTS, said["facts"]), 1.0)
-    vote = bob.announce(BOB, "vote", decode(_FACTS, said["vote"]), 1.0)
+    heard = bob.announce(BOB, "facts", decode(_FACTS, said["facts"]), 1.0).sealed
+    vote = bob.announce(BOB, "vote", decode(_FACTS, said["vote"]), 1.0).sealed
     first = SwarmDocs(SWARM, BOB.peer_id).write(BOB, **registers)
     version = encode({str(ALICE.peer_id): Head(), str(BOB.peer_id): Head(7, bytes(32), 9, bytes(32))})
     announced = [(6, bytes([1 | index << 2]) + said[topic]) for index, topic in enumerate(_TOPIC_NAMES)]

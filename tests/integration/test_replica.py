@@ -44,6 +44,8 @@ async def test_three_hear_each_other_though_two_of_them_were_never_introduced() 
                 assert node.storage.load_ops(SWARM)
             assert not [news for news in one.heard if news[0] == one.me]
             assert set(one.replica.live[two.me]["addresses"]["addresses"]) == set(two.host.addresses())
+            for node in (one, two, three):  # each member's news has a tree of its own
+                assert node.replica.gossip_statistics().sources == 3
 
 
 async def test_who_says_nothing_new_is_repeated_until_it_is_gone() -> None:
@@ -68,11 +70,11 @@ async def test_a_bad_record_is_refused_alone() -> None:
             key, other = signer_of(3), signer_of(4)
             table = PresenceTable(SWARM, key.peer_id, 1, TOPICS)
             elsewhere = PresenceTable(SwarmId.of_manifest(b"other"), other.peer_id, 1, TOPICS)
-            good = [table.announce(key, "vote", {"n": n}, 1.0) for n in range(2)]
+            good = [table.announce(key, "vote", {"n": n}, 1.0).sealed for n in range(2)]
             bad = [
                 Signed(other.peer_id, good[0].payload, good[0].signature[:-1] + b"x"),
                 key.seal(PRESENCE, b"\xc1"),
-                elsewhere.announce(other, "vote", {}, 1.0),
+                elsewhere.announce(other, "vote", {}, 1.0).sealed,
                 Signed(key.peer_id, good[0].payload, bytes(64)),
             ]
             op = SwarmDocs(SWARM, key.peer_id).write(key, policy=3)
@@ -98,7 +100,7 @@ async def test_a_stranger_is_answered_but_not_kept_until_it_has_signed_something
             assert one.replica.neighbours == frozenset()
             assert stranger.peer_id not in one.host.wanted
             key = signer_of(3)
-            record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0)
+            record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0).sealed
             await calls.gossip(GossipPush(SWARM, (record,)))
             assert one.replica.neighbours == {stranger.peer_id}
             assert stranger.peer_id in one.host.wanted
@@ -116,7 +118,7 @@ async def test_nothing_that_a_peer_sends_is_told_as_a_fault_of_the_node() -> Non
             await calls.sync(SyncRequest(SWARM, {str(one.me): huge, str(liar.peer_id): huge}))
             one.replica.on_heard = lambda *_: 1 // 0
             key = signer_of(3)
-            record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0)
+            record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0).sealed
             await calls.gossip(GossipPush(SWARM, (record,)))
             assert liar.peer_id in one.replica.live
             assert one.domain.failures == {("telling news", Fault.OWN): 1}

@@ -46,7 +46,7 @@ def seal(signer: Signer = BOB, **changes: Any) -> Signed:
 
 def test_what_is_announced_is_heard_for_three_times_its_interval() -> None:
     ann, bob = table(ANN), table(BOB)
-    sealed = bob.announce(BOB, "facts", {"phase": "collecting", "samples": 3}, every_s=1.0)
+    sealed = bob.announce(BOB, "facts", {"phase": "collecting", "samples": 3}, every_s=1.0).sealed
     heard = ann.receive(sealed, now=10.0)
     assert isinstance(heard, Fresh)
     assert heard.record_hash == record_hash(sealed)
@@ -77,7 +77,7 @@ def test_any_topic_keeps_an_author_alive() -> None:
 
 def test_only_newer_records_are_news() -> None:
     ann, bob = table(ANN), table(BOB)
-    first, second = (bob.announce(BOB, "facts", {"n": n}, 1.0) for n in (1, 2))
+    first, second = (bob.announce(BOB, "facts", {"n": n}, 1.0).sealed for n in (1, 2))
     assert isinstance(ann.receive(second, 0.0), Fresh)
     assert ann.receive(first, 1.0) == Stale(record_hash(first), (second,))
     assert ann.receive(second, 1.0) == Known(record_hash(second))
@@ -212,29 +212,29 @@ def test_what_is_live_is_not_computed_anew_for_each_record() -> None:
 
 def test_the_node_itself_is_not_echoed_but_told_to_others() -> None:
     ann = table(ANN)
-    record = ann.announce(ANN, "facts", {"n": 1}, 1.0)
+    record = ann.announce(ANN, "facts", {"n": 1}, 1.0).sealed
     assert ann.live(0.0) == {}
     assert ann.own_facts == {"facts": {"n": 1}}
     assert isinstance(ann.receive(record, 0.0), Known)
     ann.receive(seal(), 0.0)
     assert ann.newest() == [record, seal()]
-    later = ann.announce(ANN, "facts", {"n": 2}, 1.0)
+    later = ann.announce(ANN, "facts", {"n": 2}, 1.0).sealed
     assert ann.newest() == [later, seal()]
 
 
 def test_a_clock_that_was_set_back_is_outdone() -> None:
     bob = table(BOB)
-    before = table(ANN, started_at=9000).announce(ANN, "facts", {}, 1.0)
+    before = table(ANN, started_at=9000).announce(ANN, "facts", {}, 1.0).sealed
     bob.receive(before, 0.0)
     after = table(ANN, started_at=100)
-    told = bob.receive(after.announce(ANN, "facts", {"n": 1}, 1.0), 1.0)
+    told = bob.receive(after.announce(ANN, "facts", {"n": 1}, 1.0).sealed, 1.0)
     assert isinstance(told, Stale)
     assert told.newest == (before,)
     assert isinstance(after.receive(before, 1.0), Outdone)
     assert isinstance(after.receive(before, 1.0), Known)
     after.announce(ANN, "vote", {"for": 1}, 1.0)
     (again,) = after.reannounce(ANN, 1.0)
-    heard = bob.receive(again, 1.0)
+    heard = bob.receive(again.sealed, 1.0)
     assert isinstance(heard, Fresh)
     assert (heard.presence.started_at, heard.presence.facts) == (9001, {"n": 1})
     assert after.num_outdone == 1
@@ -242,9 +242,9 @@ def test_a_clock_that_was_set_back_is_outdone() -> None:
 
 def test_who_spoke_on_another_topic_in_an_earlier_life_is_told_too() -> None:
     bob = table(BOB)
-    before = table(ANN, started_at=9000).announce(ANN, "vote", {}, 1.0)
+    before = table(ANN, started_at=9000).announce(ANN, "vote", {}, 1.0).sealed
     bob.receive(before, 0.0)
-    told = bob.receive(table(ANN, started_at=100).announce(ANN, "facts", {}, 1.0), 1.0)
+    told = bob.receive(table(ANN, started_at=100).announce(ANN, "facts", {}, 1.0).sealed, 1.0)
     assert isinstance(told, Stale)
     assert told.newest == (before,)
 
@@ -288,4 +288,4 @@ def test_only_the_own_key_announces_and_only_plain_data_on_known_topics() -> Non
         with pytest.raises(UsageError):
             ann.announce(ANN, "facts", {"x": value}, 1.0)
     assert ann.own_facts == {}
-    assert open_record(ann.announce(ANN, "facts", {"x": 1}, 1.0)).presence.seq == 1
+    assert open_record(ann.announce(ANN, "facts", {"x": 1}, 1.0).sealed).presence.seq == 1
