@@ -44,6 +44,20 @@ FaultSeam = Callable[[str, str], None]
 """Told (domain, task) each time a task begins; what it raises, the task raises. For tests alone."""
 
 
+class Backoff:
+    """How long to wait before what failed is begun again: longer each time, until it has run for `PEACE_S`."""
+
+    def __init__(self) -> None:
+        """Nothing has failed yet."""
+        self._next_s = FIRST_WAIT_S
+
+    def after(self, ran_s: float) -> float:
+        """Seconds to wait, now that it failed after running for ``ran_s``."""
+        wait_s = FIRST_WAIT_S if ran_s >= PEACE_S else self._next_s
+        self._next_s = min(2 * wait_s, MAX_WAIT_S)
+        return wait_s
+
+
 class Policy(Enum):
     """What the failure of a task means.
 
@@ -320,7 +334,7 @@ class Domain:
         policy: Policy,
         start: _Start | None,
     ) -> None:
-        wait_s = FIRST_WAIT_S
+        backoff = Backoff()
         while True:
             began = trio.current_time()
             cancelled: BaseException | None = None
@@ -340,15 +354,13 @@ class Domain:
                 error = alone
             if start is not None and not start.is_done:
                 raise plain(error)
-            if trio.current_time() - began >= PEACE_S:
-                wait_s = FIRST_WAIT_S
+            wait_s = backoff.after(trio.current_time() - began)
             self._judge(name, error, policy, wait_s)
             if cancelled is not None:
                 raise cancelled
             if policy is not Policy.RESTART or self.is_over:
                 return
             await trio.sleep(wait_s)
-            wait_s = min(2 * wait_s, MAX_WAIT_S)
 
     def _judge(self, name: str, error: Exception, policy: Policy, wait_s: float) -> None:
         if self.is_over:

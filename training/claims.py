@@ -15,6 +15,7 @@ from typing import Final
 
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId
+from shoal.training.statements import MAX_EPOCH, MAX_STEPS
 
 TOLERANCE: Final = 0.1
 """Of the target: machines differ a little, lies a lot."""
@@ -123,6 +124,11 @@ class Claims:
 
     def _can_be(self, claim: Evaluation) -> bool:
         return claim.author != self._me and self._history.get(claim.epoch, claim.cid) == claim.cid
+
+
+def possible(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
+    """Without those beyond what any run can come to, which name no policy: documents take larger numbers."""
+    return tuple(each for each in evaluations if each.epoch <= MAX_EPOCH and each.env_steps <= MAX_STEPS)
 
 
 def _order(claim: Evaluation) -> tuple[int, Cid, PeerId]:

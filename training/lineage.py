@@ -213,13 +213,13 @@ class Lineage:
         ours = sum(self._is_on_own_line(each) for each in self._results.values()) if not has_none else 0
         ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
-        for cid, result in ((each.cid, each) for each in self._distinct() if each.epoch > 0):
-            if self._is_refused(result, now) or self._is_on_own_line(result):
+        for result in self._distinct():
+            if result.epoch == 0 or self._is_refused(result, now) or self._is_on_own_line(result):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
-            is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, cid)
+            is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, result.cid)
             if (number > ours and not is_new) or (number >= ours and is_better):
-                found.append((number, result.env_steps, result.epoch, cid))
+                found.append((number, result.env_steps, result.epoch, result.cid))
         if not found:
             self._fork_since = None
             return None

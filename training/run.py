@@ -23,7 +23,7 @@ from typing import Final
 from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import pacing
-from shoal.training.claims import Claims
+from shoal.training.claims import Claims, possible
 from shoal.training.electorate import Electorate, says_of
 from shoal.training.exchange.ballots import (
     Ballot,
@@ -242,7 +242,8 @@ class Run:
                 self._own_said(statement, name, now, outputs)
             case Gone(author):
                 self._gone(author, now, outputs)
-            case Documents(found):
+            case Documents(evaluations):
+                found = possible(evaluations)
                 self.claims.heard(found)
                 self._evaluated = frozenset(each.cid for each in found)
             case Fetched(cid):
@@ -290,11 +291,10 @@ class Run:
             case Facts():
                 self._live[author] = statement
                 self._alone_at, self.progress.is_alone = None, False
-                if self.round is not None:
-                    if statement.phase in BUSY:
-                        self._in_round(Busy(author), now, outputs)
-                    elif self._counts_alike and statement.role is Role.LEARNER:
-                        self._in_round(Joined(author, self._equal_stake()), now, outputs)
+                if statement.phase in BUSY:
+                    self._in_round(Busy(author), now, outputs)
+                elif self._counts_alike and statement.role is Role.LEARNER:
+                    self._in_round(Joined(author, self._equal_stake()), now, outputs)
             case Addresses():
                 pass
 
@@ -325,8 +325,7 @@ class Run:
         self.lineage.gone(author)
         if not self._live and self._alone_at is None:
             self._alone_at = now
-        if self.round is not None:
-            self._in_round(Left(author), now, outputs)
+        self._in_round(Left(author), now, outputs)
 
     # Rounds.
 

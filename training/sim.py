@@ -44,7 +44,6 @@ from shoal.training.statements import NO_BALLOT
 FULL_MESH: Final = 32
 """Members up to which all are connected, as in `shoal.node.swarm.replica`."""
 FIRST_CONTACTS: Final = 3
-STATE_FACTOR: Final = 1.0
 RESEND_RTTS: Final = 2.0
 """Round trips after which what was lost is sent again: TCP's tail loss probe (RFC 8985)."""
 MIN_RESEND_S: Final = 0.02

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from shoal.crdt.views import Documents, Evaluation, evaluations
+from shoal.crdt.views import Evaluation, evaluations
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
-from shoal.node.supervise import Domain
+from shoal.node.supervise import Backoff, Domain
 from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.replica import Replica
@@ -36,7 +36,7 @@ from shoal.training.exchange.ballots import Ballot
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import MAX_EPOCH, MAX_STEPS, TOPIC_OF, Addresses, read_statement
+from shoal.training.statements import TOPIC_OF, Addresses, read_statement
 from shoal.training.stored_run import StoredRun
 from shoal.training.worker_calls import (
     ABANDON,
@@ -68,9 +68,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WORKER_TIMEOUT_S: Final = 300.0
-RESTART_S: Final = 0.5
-RESTART_MAX_S: Final = 30.0
-PEACE_S: Final = 60.0
 FETCH_TIMEOUT_S: Final = 30.0
 MAX_DIALED: Final = 3
 """Members that are dialed for one content that nobody who is connected was named for."""
@@ -218,7 +215,7 @@ class Runner:
             self.post(events.Heard(author, statement, name))
 
     def _on_documents(self) -> None:
-        self.post(events.Documents(claims(self.replica.documents())))
+        self.post(events.Documents(evaluations(self.replica.documents())))
 
     # Events and what is done about them.
 
@@ -315,7 +312,7 @@ class Runner:
     async def _work(self, nursery: trio.Nursery, task_status: TaskStatus[None]) -> None:
         """Have a worker do the jobs; when it ends, another one."""
         started = False
-        wait_s = RESTART_S
+        backoff = Backoff()
         while True:
             began = trio.current_time()
             try:
@@ -334,9 +331,9 @@ class Runner:
                 if isinstance(error, RemoteError):
                     self.error = f"the worker failed ({error}); see {self._folder / 'worker.log'}"
             self._jobs.clear()
+            wait_s = backoff.after(trio.current_time() - began)
             self.post(events.WorkerGone(f"{self.error}; next try in {wait_s:.1f} s"))
             await trio.sleep(wait_s)
-            wait_s = RESTART_S if trio.current_time() - began > PEACE_S else min(2 * wait_s, RESTART_MAX_S)
 
     async def _open(self, worker: Channel) -> events.Opened:
         request = Open(self.manifest, self._me, str(self._folder))
@@ -522,11 +519,6 @@ class Runner:
         liars = tuple(sorted(self.core.claims.liars))[:256]
         kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars)
         await trio.to_thread.run_sync(self._storage.put_fact, self._fact_name, encode(kept))
-
-
-def claims(documents: Documents) -> tuple[Evaluation, ...]:
-    """The evaluations in the documents; those beyond what any run can come to name no policy and are left out."""
-    return tuple(each for each in evaluations(documents) if each.epoch <= MAX_EPOCH and each.env_steps <= MAX_STEPS)
 
 
 def _policy(answer: StateAnswer, cid: Cid) -> Policy:

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.crdt.views import MAX_COUNT, Evaluation
-from shoal.node.swarm.runner import claims
+from shoal.crdt.views import MAX_COUNT, Evaluation, evaluations
 from shoal.protocol.codec import encode, to_plain
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
+from shoal.training.claims import possible
 from shoal.training.electorate import Electorate, Standing
 from shoal.training.exchange.rounds import Ballot
 from shoal.training.manifest import Manifest, Mode, Role
@@ -277,7 +277,7 @@ class Stage:
 
     def evaluation(self) -> Evaluation:
         rng = self.rng
-        epoch, steps = self.number(0, 1, 3, MAX_EPOCH), self.number(0, 256, MAX_STEPS)
+        epoch, steps = self.number(0, 1, 3, MAX_EPOCH, MAX_COUNT), self.number(0, 256, MAX_STEPS, MAX_COUNT)
         mean_return = rng.choice((0.0, 150.0, 1e300))
         return Evaluation(epoch, self.some_cid(), mean_return, steps, 20, rng.choice(PEERS))
 
@@ -306,5 +306,5 @@ def test_a_claim_beyond_what_a_run_can_come_to_is_not_handed_to_it(beyond: tuple
     for number, is_heard in ((most, True), (most + 1, False), (MAX_COUNT, False)):
         epoch, env_steps = (number, 1) if what == "epoch" else (1, number)
         entry = {"cid": INITIAL.cid, "return": 1.0, "env_steps": env_steps, "episodes": 20}
-        found = claims({PEERS[0]: {"evaluations": {str(epoch): entry}}})
+        found = possible(evaluations({PEERS[0]: {"evaluations": {str(epoch): entry}}}))
         assert [(each.epoch, each.env_steps) for each in found] == ([(epoch, env_steps)] if is_heard else [])

@@ -5,7 +5,7 @@ Every learner signs an *offer*: bytes named by a CID, with a weight, for one rou
 ballot with two thirds of the stake is decided: everybody who holds what it lists merges it in the order of the authors
 and so gets the same bytes (`averager`).
 
-* **Turns.** Of those who have stake and have offered, the lowest hash of (swarm, round, attempt, peer) proposes; whose
+* **Turns.** Of those who have stake and have offered, the lowest hash of (round, attempt, peer) proposes; whose
   turn it is not, is not heard. When nothing was decided for the learned silence (`waits`), the next attempt begins.
 * **Stake** is what a member delivered in the rounds before (`shoal.training.electorate`); invented names have none. Who
   is gone, says that it is at an earlier epoch, or lets nothing be heard for two silences while others wait for its
@@ -377,7 +377,7 @@ class Round:
             return
         sources = self._votes.voters_for(names)
         sources += [each.author for each in self._proposals if each.name in names]
-        sources += [author for author, signed in self._offers.items() if signed.offer.cid == cid]
+        sources += [signed.author for signed in self._by_cid.get(cid, ())]
         sources = [peer for peer in dict.fromkeys(sources) if peer != self._me and peer not in self._gone]
         if sources:
             self._asked.add(cid)
