@@ -138,7 +138,8 @@ class Electorate(dict[PeerId, Standing]):
             if not (isinstance(entry, list | tuple) and len(entry) == 3 and type(entry[2]) is int):
                 raise ProtocolError("the state does not say who counts in its run; take another state")
             stake, rate, missed = entry
-            if not (_is_positive(stake, MAX_SAMPLES) and _is_positive(rate, MAX_RATE) and 0 <= missed < MAX_MISSED):
+            is_whole = _is_positive(stake, MAX_SAMPLES) and _is_positive(rate, MAX_RATE) and 0 <= missed < MAX_MISSED
+            if not is_whole or stake < MEMORY ** (missed + 1):  # a sample is the least that is delivered
                 raise ProtocolError(f"the state gives {peer} a standing that cannot be; take another state")
             found[peer] = Standing(float(stake), float(rate), missed)
         return cls(dict(sorted(found.items())))

@@ -19,7 +19,7 @@ from shoal.training.electorate import (
     Standing,
     says_of,
 )
-from shoal.training.statements import MAX_OFFERS, MAX_RATE
+from shoal.training.statements import MAX_OFFERS, MAX_RATE, MAX_SECONDS
 
 PEERS = sorted(PeerId.of_public_key(n.to_bytes(32, "big")) for n in range(MAX_OFFERS + 2))
 FAST, SLOW, OTHER = PEERS[:3]
@@ -76,6 +76,9 @@ def test_it_travels_with_the_state() -> None:
         [1.0, 1.0],
         [1.0, 1.0, MAX_MISSED],
         [0.0, 1.0, 0],
+        [5e-324, 1.0, 0],
+        [0.49, 1.0, 0],
+        [0.124, 1.0, MAX_MISSED - 1],
         [1.0, float("nan"), 0],
         [1.0, 2 * MAX_RATE, 0],
         ["1", 1, 0],
@@ -85,6 +88,17 @@ def test_it_travels_with_the_state() -> None:
 def test_a_state_that_says_nonsense_of_its_members_is_refused(entry: object) -> None:
     with pytest.raises(ProtocolError):
         Electorate.from_plain({FAST: entry})
+
+
+@pytest.mark.parametrize("missed", range(MAX_MISSED))
+def test_what_follows_from_a_state_that_is_taken_is_taken_too(missed: int) -> None:
+    """Else one state with a standing that halves to nothing would end the run a round later, for everybody."""
+    electorate = Electorate.from_plain({FAST: [0.5 ** (missed + 1), 5e-324, missed]})
+    for _ in range(MAX_MISSED):
+        for delivered in ((), (Delivered(FAST, 1, MAX_SECONDS),)):
+            after = electorate.after(delivered)
+            assert Electorate.from_plain(after.to_plain()) == after
+        electorate = electorate.after(())
 
 
 def test_a_state_that_names_nobody_is_refused() -> None:

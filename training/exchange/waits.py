@@ -1,10 +1,11 @@
 """How long learners wait for each other: learned from when others' words arrived, never from one's own waiting.
 
-Two waits. *For offers*: from when half of the stake had offered to the last offer that was decided on; besides, a
-missing member is waited for only as long as what it is expected to bring is worth: waiting ``d`` for ``w`` samples when
-``W`` are there after ``T`` seconds of work pays while ``d < T * w / W``. So a member of a hundredth of the speed holds
-nobody up for more than a hundredth of the time, whatever it does. *For silence*: from when this learner would have
-proposed to when the proposal was decided on.
+Two waits. *For offers*: from when half of the stake had offered to the last offer that was decided on. It says when the
+others will go on without this learner, while it works or holds no offer yet. A learner that holds some waits for a
+missing member only as long as what that is expected to bring is worth: waiting ``d`` for ``w`` samples when ``W`` are
+there after ``T`` seconds of work pays while ``d < T * w / W``. So a member of a hundredth of the speed holds nobody up
+for more than a hundredth of the time, whatever it does. *For silence*: from when the attempt began to when its proposal
+was decided on.
 
 Each is median + 4·MAD of the last rounds, within bounds. What was not decided on teaches nothing, so a member that is
 always too late cannot stretch what it is waited for.
