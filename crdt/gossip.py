@@ -43,17 +43,11 @@ from random import Random
 from typing import Final, TypeVar
 
 from shoal.crdt.gossip_messages import (
-    ITEM_ID_BYTES,
     MAX_HAVE,
-    MAX_SAMPLE,
-    MAX_STEPS,
-    MAX_WALKS,
     MAX_WANT,
-    Ask,
     ContactDown,
     ContactUp,
     Control,
-    Dial,
     Event,
     GossipConfig,
     Item,
@@ -67,40 +61,9 @@ from shoal.crdt.gossip_messages import (
     Tick,
     Told,
     Wake,
-    Walk,
 )
 from shoal.crdt.overlay import Overlay
 from shoal.protocol.ids import PeerId
-
-__all__ = [
-    "ITEM_ID_BYTES",
-    "MAX_HAVE",
-    "MAX_SAMPLE",
-    "MAX_STEPS",
-    "MAX_WALKS",
-    "MAX_WANT",
-    "Ask",
-    "ContactDown",
-    "ContactUp",
-    "Control",
-    "Dial",
-    "Event",
-    "Gossip",
-    "GossipConfig",
-    "GossipStatistics",
-    "Item",
-    "ItemId",
-    "Known",
-    "Output",
-    "Published",
-    "Push",
-    "Pushed",
-    "Tell",
-    "Tick",
-    "Told",
-    "Wake",
-    "Walk",
-]
 
 _Key = TypeVar("_Key")
 

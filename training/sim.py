@@ -21,9 +21,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any, Final
 
-from shoal.crdt.gossip import (
-    ContactDown,
-)
+from shoal.crdt.gossip_messages import ContactDown
 from shoal.protocol.codec import encode
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-from shoal.crdt.gossip import (
+from shoal.crdt.gossip import Gossip
+from shoal.crdt.gossip_messages import (
     ContactDown,
     ContactUp,
     Control,
     Dial,
-    Gossip,
     Item,
     Known,
     Published,
@@ -26,8 +26,8 @@ from shoal.crdt.gossip import (
     Tell,
     Told,
 )
-from shoal.crdt.gossip import Tick as GossipTick
-from shoal.crdt.gossip import Wake as GossipWake
+from shoal.crdt.gossip_messages import Tick as GossipTick
+from shoal.crdt.gossip_messages import Wake as GossipWake
 from shoal.crdt.presence import Fresh, Opened, Outdone, PresenceTable, Stale, open_record
 from shoal.crdt.presence import Known as Heard_before
 from shoal.crdt.sync import SwarmDocs

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from shoal.crdt.gossip import (
+from shoal.crdt.gossip import Gossip
+from shoal.crdt.gossip_messages import (
     MAX_HAVE,
     MAX_SAMPLE,
     MAX_STEPS,
@@ -22,7 +23,6 @@ from shoal.crdt.gossip import (
     Control,
     Dial,
     Event,
-    Gossip,
     GossipConfig,
     Item,
     ItemId,

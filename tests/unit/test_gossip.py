@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from shoal.crdt.gossip import (
+from shoal.crdt.gossip import Gossip
+from shoal.crdt.gossip_messages import (
     MAX_HAVE,
     MAX_SAMPLE,
     MAX_STEPS,
@@ -18,7 +19,6 @@ from shoal.crdt.gossip import (
     Control,
     Dial,
     Event,
-    Gossip,
     GossipConfig,
     Item,
     Known,
