@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -129,8 +129,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         role = self._role(request.role)
-        target_return, requires = await self._check_task(request.task, request.algorithm)
-        manifest = Manifest(
+        asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
             algorithm=request.algorithm,
@@ -139,13 +138,16 @@ class Swarms:
             mode=request.mode,
             batch_size=request.batch_size,
             min_learners=request.min_learners,
-            target_return=target_return if request.target_return is None else request.target_return,
+            target_return=request.target_return,
             eval_episodes=request.eval_episodes,
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
             created_at=int(time.time()),
-            requires=requires,
         )
+        target_return, requires = await self._check_task(request.task, request.algorithm)
+        if request.target_return is not None:
+            target_return = request.target_return
+        manifest = replace(asked, target_return=target_return, requires=requires)
         swarm, data = sign_manifest(manifest, self._signer)
         await self._enter(self._entry(swarm, data, role), is_new=True)
         return swarm
@@ -287,7 +289,7 @@ class Swarms:
             if domain.failure is not None:
                 if not has_begun:
                     raise ShoalError(str(domain.failure))  # noqa: TRY301  the caller waits for this to begin
-                membership.failure = f"{domain.failure}; restart the node, or join again, to go on"
+                membership.failure = f"{domain.failure.reason}; restart the node, or join again, to go on"
         except Exception as error:
             membership.failure = reason_of(error)
             raise

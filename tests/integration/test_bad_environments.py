@@ -329,6 +329,44 @@ def test_a_worker_is_lost_within_seconds_and_all_that_its_environments_started_w
     assert not started_by_environments()
 
 
+# --- whole nodes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_does_not_work_on_one_machine_ends_the_run_there_with_its_reason_and_the_others_go_on(
+    packages: Path, make_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = make_node()
+    created = good.ask("swarm", "create", "--task", "bad:Here", "--target-return", "1000")
+    good.wait_for(created["swarm"], "it learns", lambda shown: shown["epoch"] >= 1)
+    monkeypatch.setenv("BAD_HERE", "1")
+    bad = make_node()
+    monkeypatch.delenv("BAD_HERE")
+    bad.ask("join", created["ticket"], "-d")
+    reason = "no licence server in reach"
+    failed = bad.wait_for(created["swarm"], "it fails", lambda shown: shown["phase"] == "failed", timeout_s=30)
+    assert reason in failed["error"]
+    assert FILE in failed["error"]
+    for words in (["swarm", "ls"], ["status"], ["swarm", "show"]):
+        text = " ".join(bad.run(*words).stdout.split())
+        assert "failed" in text, words
+        assert "environment 0 of gym:Here-v0" in text, words
+    watched = bad.run("watch", check=False)
+    assert watched.returncode == 1
+    assert reason in watched.stderr
+    shown = good.ask("swarm", "show", created["swarm"])
+    good.wait_for(created["swarm"], "the other goes on", lambda now: now["epoch"] >= shown["epoch"] + 3, timeout_s=30)
+
+
+def test_leaving_ends_what_environments_started(packages: Path, make_node: Callable[..., Any]) -> None:
+    node = make_node()
+    for finish in (["leave"], ["down"]):
+        created = node.ask("swarm", "create", "--task", "bad:Forks", "--target-return", "1000")
+        node.wait_for(created["swarm"], "it learns", lambda shown: shown["epoch"] >= 1)
+        assert started_by_environments()
+        node.run(*finish, *([created["swarm"]] if finish == ["leave"] else []))
+        until(lambda: not started_by_environments())
+
+
 # --- looking up ------------------------------------------------------------------------------------------------------
 
 
