@@ -75,6 +75,7 @@ TASKS = dict(task for path in SOURCES for task in supervised(path.read_text(enco
 NOT_IN_THE_SCENE = {
     "mapping the port": "a node that listens on loopback alone asks no router",
     "meeting a neighbour on the LAN": "it is not looked for on loopback",
+    "learning the task": "it begins when a task does not work, and fails at once: `test_bad_environments` has one",
     "reaching a neighbour": "in a swarm so small every member is dialed, and not those alone whom gossip wants",
 }
 """Tasks that do not begin in the scene, and why."""
