@@ -18,6 +18,7 @@ import libp2p.network.swarm
 import pytest
 import trio
 import trio.testing
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.bitswap.cid import parse_cid
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
@@ -119,6 +120,48 @@ async def test_both_sides_learn_of_a_connection_and_of_its_end() -> None:
         assert await one.events.receive() == PeerDown(other.peer_id)
         assert await other.events.receive() == PeerDown(one.peer_id)
         assert (one.connected, other.connected) == ({}, {})
+
+
+class Redials(INotifee):
+    """Connects again while the end of a connection is told; once."""
+
+    def __init__(self, one: Host, other: Host) -> None:
+        self._one, self._other = one, other
+        self.num_ended = 0
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        self.num_ended += 1
+        if self.num_ended == 1:
+            await self._one.dial(self._other.peer_id, self._other.addresses()[0])
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        pass
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        pass
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        pass
+
+
+async def test_a_connection_that_comes_while_those_before_it_are_closed_is_not_forgotten() -> None:
+    async with two_connected() as (one, other):
+        redials = Redials(one, other)
+        one.libp2p.get_network().register_notifee(redials)
+        await one.disconnect(other.peer_id)
+        assert redials.num_ended == 1
+        await one.wait_connected(other.peer_id)
+        assert one._libp2p.is_alive(other.peer_id)
+        assert (await post(one, other.peer_id).who(Parcel())).sender == one.peer_id
+        await one.disconnect(other.peer_id)
+        assert redials.num_ended == 2
+        assert other.peer_id not in one.connected
 
 
 async def test_a_node_that_ends_is_down_for_the_others() -> None:
