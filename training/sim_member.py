@@ -45,7 +45,8 @@ from shoal.training.statements import TOPIC_OF, TOPIC_RULES, Facts, Result, Stat
 if TYPE_CHECKING:
     from shoal.training.sim import Swarm
 
-HEARTBEAT_PEERS: Final = 64
+HEARTBEAT_PEERS: Final = 16
+"""As `shoal.node.swarm.replica.HEARTBEAT_MEMBERS`."""
 MESSAGE_BYTES: Final = 120
 """What a call adds to its content."""
 FETCH_TIMEOUT_S: Final = 2.0
