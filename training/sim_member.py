@@ -497,7 +497,11 @@ class Member:
         if cid in self.contents:
             self.swarm.network.at(0.0, self.step, events.Fetched(cid), of=self.peer)
             return
-        self.ask(cid, [peer for peer in sources if peer != self.peer], 0)
+        asked = [peer for peer in sources if peer != self.peer]
+        if len(asked) > MAX_ASKED:  # of many that have it, each member begins with another
+            first = self.number % len(asked)
+            asked = [*asked[first:], *asked[:first]]
+        self.ask(cid, asked, 0)
 
     def ask(self, cid: Cid, sources: list[PeerId], number: int) -> None:
         """Ask the next one; the answer comes when the request has gone there and the bytes have come back."""
