@@ -50,6 +50,10 @@ Facts = Mapping[str, Any]
 """Plain data; whoever reads a fact checks its form, and changes nothing in it."""
 
 
+def _worth_nothing(_: Facts) -> int:
+    return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopicRule:
     """What is taken on one topic from one author.
@@ -59,12 +63,15 @@ class TopicRule:
         keep: how many of an author's newest records are held.
         per_s: how many records a second are news in the long run.
         burst: how many may be news at once.
+        worth: what an author is worth who says this. In a full table, one who is worth more takes the place of one
+            who is worth less.
     """
 
     max_bytes: int
     keep: int = 1
     per_s: float
     burst: int
+    worth: Callable[[Facts], int] = _worth_nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +235,19 @@ class PresenceTable:
     """What the peers of one swarm say. Bounded to `limits.MAX_MEMBERS` peers, this node among them."""
 
     __slots__ = (
-        *("_authors", "_by_id", "_check", "_live", "_next_expiry", "_own", "_own_facts", "_read", "_seen", "_seq"),
+        *(
+            "_authors",
+            "_by_id",
+            "_check",
+            "_displaced",
+            "_live",
+            "_next_expiry",
+            "_own",
+            "_own_facts",
+            "_read",
+            "_seen",
+            "_seq",
+        ),
         *("_started_at", "num_excess", "num_outdone", "own", "swarm", "topics"),
     )
 
@@ -270,6 +289,7 @@ class PresenceTable:
         self._by_id: dict[bytes, Signed] = {}
         self._seen: dict[bytes, Known] = {}  # by signature, what was checked; oldest first
         self._next_expiry = float("inf")  # of nobody who is live before this
+        self._displaced: list[PeerId] = []  # who had to make room, and was not told of as gone
 
     # Speaking.
 
@@ -352,7 +372,7 @@ class PresenceTable:
         author = self._authors.get(name)
         if author is None:
             self._check(sealed, KIND)
-            self._make_room(now)
+            self._make_room(rule.worth(presence.facts), now)
             author = self._authors[name] = _Author(opened)
             spoken = author.spoken[topic] = _Spoken(rule.burst, now)
         else:
@@ -481,6 +501,9 @@ class PresenceTable:
         gone = sorted(peer for peer in self._live if self._authors[peer].expires_at <= now)
         for peer in gone:
             self.drop(peer)
+        if self._displaced:
+            gone += [peer for peer in self._displaced if peer not in self._live and peer not in gone]
+            self._displaced.clear()
         self._next_expiry = min((self._authors[peer].expires_at for peer in self._live), default=float("inf"))
         return gone
 
@@ -507,16 +530,30 @@ class PresenceTable:
             return f"{presence.author}/{presence.topic}"
         return f"{presence.author}/{presence.topic}/{presence.seq}"
 
-    def _make_room(self, now: float) -> None:
-        if len(self._authors) < MAX_MEMBERS - 1:
+    def _make_room(self, worth: int, now: float) -> None:
+        """For one more author: of one who is gone, or of one who is worth less."""
+        authors = self._authors
+        if len(authors) < MAX_MEMBERS - 1:
             return
-        gone = [
-            (author.expires_at, peer)
-            for peer, author in self._authors.items()
-            if not author.is_live or author.expires_at <= now
-        ]
-        if not gone:
-            raise LimitError(f"{self.swarm} has {MAX_MEMBERS} live peers already; one more is not listened to")
-        _, peer = min(gone)
-        self._forget_records(self._authors.pop(peer))
-        self._live.pop(peer, None)
+        has_gone = len(self._live) < len(authors) or now >= self._next_expiry
+        if not has_gone and worth <= 0:
+            raise self._is_full()
+        _, others, _, peer = min(
+            (author.is_live and author.expires_at > now, self._worth(author), author.expires_at, peer)
+            for peer, author in authors.items()
+        )
+        author = authors[peer]
+        if author.is_live:
+            if author.expires_at > now and others >= worth:
+                raise self._is_full()
+            self._displaced.append(peer)
+            self._next_expiry = min(self._next_expiry, now)
+            del self._live[peer]
+        self._forget_records(author)
+        del authors[peer]
+
+    def _worth(self, author: _Author) -> int:
+        return max((self.topics[topic].worth(facts) for topic, facts in author.facts.items()), default=0)
+
+    def _is_full(self) -> LimitError:
+        return LimitError(f"{self.swarm} has {MAX_MEMBERS} live peers already; one more is not listened to")

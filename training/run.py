@@ -576,7 +576,8 @@ class Run:
             if waiting is not None and waiting.result.epoch <= policy.epoch:
                 self._taking = self._taken = None
         is_of_few = len(self._live) < MAX_VOTERS
-        is_told = is_of_few or self.round is None or self._me in self.round.voters
+        has_voice = self._role is Role.LEARNER if self.round is None else self._me in self.round.voters
+        is_told = is_of_few or has_voice
         if is_told or (self.round is not None and self.round.key.epoch + 1 != policy.epoch):
             outputs.append(Say(policy.result))
             self._result_due = _NEVER
