@@ -419,6 +419,7 @@ class Node:
         mean_return = progress.final.mean_return if progress.final else (found[-1].mean_return if found else None)
         return SwarmDetail(
             swarm=run.swarm,
+            name=manifest.name or None,
             task=manifest.task,
             algorithm=manifest.algorithm,
             role=str(run.role),

@@ -1,33 +1,15 @@
-"""The addresses of this machine's interfaces.
-
-Asking for them takes a descriptor. When there is none left, what was known last is given: the addresses of a machine
-seldom change, and a node that is short of descriptors has to go on.
-"""
+"""The addresses of this machine's interfaces."""
 
 from __future__ import annotations
 
 import ipaddress
-import logging
-from collections.abc import Sequence
 
 import ifaddr
-
-log = logging.getLogger(__name__)
-
-_last: list[ifaddr.Adapter] = []
-
-
-def _adapters() -> Sequence[ifaddr.Adapter]:
-    try:
-        _last[:] = ifaddr.get_adapters()
-    except OSError as error:
-        log.debug("the interfaces of this machine cannot be listed (%s); they are taken for what they were", error)
-    return _last
 
 
 def interface_ips() -> list[str]:
     """The addresses of this machine's interfaces, in their order, but for link-local ones."""
-    known = [each.ip if isinstance(each.ip, str) else each.ip[0] for a in _adapters() for each in a.ips]
+    known = [each.ip if isinstance(each.ip, str) else each.ip[0] for a in ifaddr.get_adapters() for each in a.ips]
     return [ip for ip in known if not ipaddress.ip_address(ip).is_link_local]
 
 
@@ -42,7 +24,7 @@ def reachable_addresses(address: str) -> list[str]:
     if ip not in ("0.0.0.0", "::"):  # noqa: S104  compared with, not bound to
         return [address]
     found = []
-    for adapter in _adapters():
+    for adapter in ifaddr.get_adapters():
         for known in adapter.ips:
             if family == "ip4" and isinstance(known.ip, str):
                 found.append(ipaddress.ip_address(known.ip))

@@ -150,6 +150,7 @@ class Swarms:
             eval_episodes=request.eval_episodes,
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
+            name=request.name or "",
             created_at=int(time.time()),
             requires=requires,
         )
