@@ -343,6 +343,11 @@ class PresenceTable:
         return [self.announce(signer, topic, facts, every_s) for topic, facts in again.items()]
 
     @property
+    def incarnation(self) -> int:
+        """As which this node speaks now."""
+        return self._started_at
+
+    @property
     def own_facts(self) -> Mapping[str, Facts]:
         """What this node said last, by topic."""
         return MappingProxyType(self._own_facts)

@@ -55,6 +55,7 @@ from shoal.node.mesh.paths import PathKind
 from shoal.node.metrics import MethodMetrics
 from shoal.node.reach.reach import Reach, open_reach
 from shoal.node.store.database import Storage
+from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Joined, Swarms
@@ -105,6 +106,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
     paths = config.paths
     identity = load_or_create_identity(paths.identity)
     storage = Storage(paths.database)
+    remembered = Remembered(storage, config.wall_clock)
     router = Router()
     try:
         async with (
@@ -118,12 +120,20 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
                 relay_limits=config.reach.relay_limits,
                 max_peers=config.max_peers,
                 domain=domain,
+                kept_ports=remembered.ports(),
             ) as host,
             open_reach(host, router, config.reach) as reach,
         ):
+            remembered.set_ports({address: port for address, port in host.ports.items() if address.endswith("/tcp/0")})
             content = ContentStore(storage, host)
             swarms = Swarms(
-                signer=identity.signer, host=host, storage=storage, content=content, paths=paths, domain=domain
+                signer=identity.signer,
+                host=host,
+                storage=storage,
+                content=content,
+                paths=paths,
+                domain=domain,
+                remembered=remembered,
             )
             for service in swarms.services():
                 router.add(service)
@@ -277,7 +287,7 @@ class Node:
         began = trio.current_time()
         if "/" in request.peer:
             check_peer_address(request.peer)
-            peer = await self._host.connect([request.peer])
+            peer = await self._host.connect([request.peer], is_wish=True)
         else:
             part = request.peer.strip("…")
             known = [peer for peer in self._host.connected if part and (peer.startswith(part) or peer.endswith(part))]
@@ -409,6 +419,7 @@ class Node:
         mean_return = progress.final.mean_return if progress.final else (found[-1].mean_return if found else None)
         return SwarmDetail(
             swarm=run.swarm,
+            name=manifest.name or None,
             task=manifest.task,
             algorithm=manifest.algorithm,
             role=str(run.role),

@@ -84,6 +84,18 @@ def dialable(addresses: Iterable[str]) -> list[str]:
     return list(found.values())
 
 
+def usefulness(address: str) -> int:
+    """How likely somebody anywhere can dial a multiaddr, for sorting: the lowest is the best.
+
+    By the internet, by a relay on it, on the same network, by a relay there, on the same machine alone.
+    """
+    ip = ip_of(address)
+    if is_loopback(ip):
+        return 4
+    is_local = bool(ip) and not is_global(ip)
+    return 2 * is_local + (CIRCUIT in address)
+
+
 def check_listen(text: str) -> None:
     """Whether a node could listen on a multiaddr.
 

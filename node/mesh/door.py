@@ -85,15 +85,40 @@ class Door:
         self._ports: dict[socket.AddressFamily, int] = {}
         self._questions: dict[tuple[str, int, int | None], _Question] = {}  # to IP and port, from a spare port
 
-    async def listen(self, network: INetworkService, address: str) -> None:
+    async def listen(self, network: INetworkService, address: str, kept_port: int = 0) -> int:
         """Listen on a multiaddr.
+
+        Args:
+            network: libp2p's.
+            address: the multiaddr.
+            kept_port: to be had rather than any other where the multiaddr leaves the port to the system.
+
+        Returns:
+            The port.
 
         Raises:
             ListenError: if it cannot be had.
         """
-        _check_free(address)
-        if not await network.listen(Multiaddr(address)):
+        before = set(network.listeners)
+        for wanted in dict.fromkeys((_with_port(address, kept_port), address)):
+            try:
+                _check_free(wanted)
+            except ListenError:
+                if wanted == address:
+                    raise
+                log.warning(
+                    "port %d, at which others know this node, is taken by another program: it listens on another one, "
+                    "and whoever was not connected meanwhile has to find it anew; stop that program and restart the "
+                    "node to have the port back",
+                    kept_port,
+                )
+                continue
+            if await network.listen(Multiaddr(wanted)):
+                break
+        else:
             raise ListenError(f"cannot listen on {address}; choose another address with --listen")
+        opened = [accepting for name in network.listeners.keys() - before for accepting in _sockets(network, name)]
+        return int(opened[0].getsockname()[1]) if opened else 0
 
     def open(self, network: Any) -> None:
         """Begin to tell apart what comes in by the listeners of libp2p."""
@@ -270,6 +295,15 @@ async def _ask(stream: trio.SocketStream) -> tuple[tuple[str, int], tuple[str, i
     except trio.BrokenResourceError as error:
         raise OSError("it broke off") from error
     return stream.socket.getsockname()[:2], _read_endpoint(line)
+
+
+def _with_port(address: str, port: int) -> str:
+    """A multiaddr that leaves its port to the system, with this one if there is one."""
+    return f"{address.removesuffix('0')}{port}" if port and address.endswith("/tcp/0") else address
+
+
+def _sockets(network: Any, listener: str) -> list[trio.socket.SocketType]:
+    return [accepting.socket for accepting in network.listeners[listener].listeners]
 
 
 def _share_port(sock: Any) -> None:

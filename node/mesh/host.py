@@ -50,6 +50,7 @@ from shoal.node.mesh.connections import (
     Wake,
     Wanted,
 )
+from shoal.node.mesh.dial_budget import DialBudget
 from shoal.node.mesh.dialing import Dialer
 from shoal.node.mesh.door import Door
 from shoal.node.mesh.interfaces import reachable_addresses
@@ -103,12 +104,15 @@ class Host:
         self.links = Links(self, router, domain, lanes=lanes)
         self.door = Door(self._accept_lane)
         self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
+        self.ports: dict[str, int] = {}
+        """By multiaddr that it was told to listen on, the port."""
         self.kademlia: Kademlia | None = None
         """None until it runs."""
         self._libp2p = libp2p
         self._connections = Connections(max_peers)
         self._book = AddressBook()
-        self._dialer = Dialer(self.dial, self.is_connected, self._connections.relays)
+        self._dial_budget = DialBudget()
+        self._dialer = Dialer(self.dial, self.is_connected, self._connections.relays, self._dial_budget)
         self._comebacks = Comebacks(self._connections, libp2p, self._dialer, self._book)
         self._announced: tuple[str, ...] = ()
         self._followers: list[Callable[[PeerId], None]] = []
@@ -172,6 +176,7 @@ class Host:
             "known_peers": len(self._book),
             "waiting_events": waiting,
             "lost_events": self._num_lost_events,
+            "dials_refused": self._dial_budget.num_refused,
         }
 
     # --- what the rest of the node says ---
@@ -233,8 +238,12 @@ class Host:
 
     # --- reaching peers ---
 
-    async def connect(self, addresses: Sequence[str]) -> PeerId:
+    async def connect(self, addresses: Sequence[str], *, is_wish: bool = False) -> PeerId:
         """Connect to the one peer that these full multiaddrs name, by one of them or through a relay.
+
+        Args:
+            addresses: full multiaddrs of it.
+            is_wish: whether a person named them; what others name is dialed within a budget.
 
         Raises:
             NoPeersError: if it cannot be reached by any of them.
@@ -244,7 +253,7 @@ class Host:
         if peer == self.peer_id:
             return peer
         self.remember(peer, named)
-        if peer not in self.connected and not await self._dialer.reach(peer, named):
+        if peer not in self.connected and not await self._dialer.reach(peer, named, is_wish=is_wish):
             raise NoPeersError(f"cannot reach {peer} at {', '.join(addresses)}")
         return peer
 
@@ -313,7 +322,7 @@ class Host:
                 await self.wait_for_change()
                 continue
             try:
-                await self.connect(addresses)
+                await self.connect(addresses, is_wish=True)
             except NoPeersError as error:
                 log.warning("bootstrap: %s; next try in %.0f s", error, wait_s)
                 with trio.move_on_after(wait_s * random.uniform(0.8, 1.2)):  # noqa: S311  jitter, not a secret
@@ -507,6 +516,7 @@ async def open_host(
     relay_limits: RelayLimits | None = None,
     max_peers: int = MAX_PEERS,
     domain: Domain | None = None,
+    kept_ports: Mapping[str, int] | None = None,
 ) -> AsyncIterator[Host]:
     """Stand up a host, listening; tears it down at the end.
 
@@ -520,6 +530,7 @@ async def open_host(
         relay_limits: of what this node relays, once it does.
         max_peers: how many are kept connected, unless more are wanted.
         domain: in which its tasks may fail; by default one of its own.
+        kept_ports: by listening multiaddr with port 0, the port that is to be had rather than any other.
 
     Raises:
         ListenError: if an address cannot be listened on.
@@ -540,7 +551,8 @@ async def open_host(
                 libp2p.serve(protocol, host.serve)
             libp2p.follow(host.take)
             for address in listen:
-                await host.door.listen(libp2p.network, address)
+                port = await host.door.listen(libp2p.network, address, (kept_ports or {}).get(address, 0))
+                host.ports[address] = port
             host.door.open(libp2p.network)
             await host.begin(bootstrap, mdns=mdns)
             try:

@@ -44,13 +44,15 @@ from shoal.crdt.oplog import Fork, FrozenLogError, op_hash
 from shoal.crdt.presence import Excess, Fresh, Opened, Outdone, Presence, PresenceTable, Stale, record_hash
 from shoal.crdt.presence import Known as Heard
 from shoal.crdt.sync import Received, SwarmDocs
+from shoal.crdt.views import members
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm.counters import ReplicaStatistics
 from shoal.node.swarm.journal import Journal
-from shoal.node.swarm.members import Members
+from shoal.node.swarm.members import SMALL
+from shoal.node.swarm.reaching import Reaching
 from shoal.node.swarm.waiting import PUSH_BYTES, Waiting, in_parts
 from shoal.node.wire.contracts import (
     GossipPush,
@@ -96,6 +98,7 @@ class Replica:
         changed: set at every change of presence, documents or neighbours.
         on_heard: told of every news by another member: (author, topic, facts, hash of the record).
         on_gone: told of every member of whom nothing was heard for too long, or whose connection is gone.
+        on_outdone: told of the incarnation as which this node speaks from now on.
         on_documents: told when documents have changed, and are on disk.
         counters: what went wrong.
     """
@@ -111,6 +114,7 @@ class Replica:
         domain: Domain,
         *,
         rng: random.Random | None = None,
+        known: Sequence[str] = (),
     ) -> None:
         """Take over what is stored; `begin` does the rest.
 
@@ -123,12 +127,14 @@ class Replica:
             host: carries the calls.
             domain: where its tasks may fail; `end` when it ends.
             rng: for whom to sync with, and for gossip.
+            known: full multiaddrs of members, the newest first.
         """
         self.swarm = swarm
         self.changed = Signal()
         self.counters = ReplicaStatistics()
         self.on_heard: Callable[[PeerId, str, Mapping[str, Any], bytes], None] = lambda *_: None
         self.on_gone: Callable[[PeerId], None] = lambda _: None
+        self.on_outdone: Callable[[int], None] = lambda _: None
         self.on_documents: Callable[[], None] = lambda: None
         self._signer = signer
         self._journal = Journal(swarm, signer, docs, storage)
@@ -138,7 +144,9 @@ class Replica:
         self._gossip = Gossip(signer.peer_id, self._rng)
         self._met: dict[PeerId, Waiting] = {}
         self._contacts: set[PeerId] = set()
-        self._members = Members(swarm, signer.peer_id, host)
+        self._members = Reaching(swarm, signer.peer_id, host, storage, known)
+        self._up: set[PeerId] = set()  # of whose connection this knows
+        self._differed: set[PeerId] = set()  # of whose connection it knew otherwise than the host, at the last look
         self._syncing: set[PeerId] = set()
         self._refusals: dict[PeerId, int] = {}
         self._recent_ops: dict[ItemId, Signed] = {}
@@ -190,6 +198,14 @@ class Replica:
     def addresses(self, peer: PeerId) -> tuple[str, ...]:
         """The full multiaddrs at which a member says that it is reached."""
         return self._members.addresses(peer)
+
+    def members_addresses(self) -> tuple[str, ...]:
+        """Full multiaddrs by which members are found, those connected last first."""
+        return self._members.worth_keeping()
+
+    def look_for(self, addresses: Sequence[str]) -> None:
+        """Somebody says that members are to be found there: full multiaddrs."""
+        self._members.look_for(addresses)
 
     def documents(self) -> dict[PeerId, dict[str, Any]]:
         """Every author's registers."""
@@ -244,19 +260,22 @@ class Replica:
         domain.start_soon("speaking", self._speak_loop, policy=Policy.RESTART)
         domain.start_soon("timing gossip", self._tick_loop, policy=Policy.RESTART)
         domain.start_soon("syncing", self._sync_loop, policy=Policy.RESTART)
-        domain.start_soon("dialing members", self._dial_loop, policy=Policy.RESTART)
+        self._members.begin(
+            domain, lambda: self.live.keys(), lambda: self._contacts, self._who_left, self._sync_quietly
+        )
         domain.start_soon("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
 
     def end(self) -> None:
         """Forget the members, now that the tasks have ended."""
         for peer in list(self._met):
             self._unmeet(peer)
-        self._members.forget_all()
+        self._members.end()
 
     # Peers come and go.
 
     async def peer_up(self, peer: PeerId) -> None:
         """A connection stands; find out whether the peer is in the swarm, and catch up with it if so."""
+        self._up.add(peer)
         for attempt in range(PEER_TRIES):
             try:
                 await self.sync_with(peer)
@@ -273,13 +292,14 @@ class Replica:
 
     def peer_down(self, peer: PeerId) -> None:
         """The last connection to a peer is gone."""
+        self._up.discard(peer)
         self._refusals.pop(peer, None)
         was_member = peer in self._contacts
         self._unmeet(peer)
         self._handle(ContactDown(peer))
         if was_member:
-            self._members.lost(peer, trio.current_time())
-            if self._members.is_small(len(self.live)) and self._presence.drop(peer):
+            self._members.lost(peer)
+            if len(self.live) <= SMALL and self._presence.drop(peer):
                 self._say_gone(peer)
             self.changed.set()
 
@@ -405,7 +425,7 @@ class Replica:
             case Fresh(presence, name):
                 fresh.append(self._item(presence, name))
                 if presence.topic == ADDRESSES:
-                    self._members.told(presence.author, presence.facts)
+                    self._members.told(presence.author, presence.facts, peer)
                 self._welcome(presence.author)
                 news = (presence.author, presence.topic, presence.facts, name)
                 self._domain.call("telling news", self.on_heard, *news)
@@ -561,7 +581,7 @@ class Replica:
         self._unmeet(peer)
         self._handle(ContactDown(peer))
         if was_member:
-            self._members.lost(peer, trio.current_time())
+            self._members.lost(peer)
         self.changed.set()
 
     # Loops.
@@ -598,6 +618,7 @@ class Replica:
             self._presence.num_outdone,
         )
         self._say(self._presence.reannounce(self._signer, self.every_s))
+        self._domain.call("noting that it was outdone", self.on_outdone, self._presence.incarnation)
 
     async def _tick_loop(self) -> None:
         while True:
@@ -610,8 +631,8 @@ class Replica:
     async def _sync_loop(self) -> None:
         while True:
             await trio.sleep(SYNC_INTERVAL_S * self._rng.uniform(0.5, 1.5))
-            if self._contacts:
-                await self._sync_quietly(self._rng.choice(sorted(self._contacts)))
+            if self._contacts:  # who does not answer holds up nobody else
+                self._sync_soon(self._rng.choice(sorted(self._contacts)))
 
     async def _sync_quietly(self, peer: PeerId) -> None:
         if peer in self._syncing or peer == self._signer.peer_id:
@@ -628,28 +649,33 @@ class Replica:
         finally:
             self._syncing.discard(peer)
 
-    async def _dial_loop(self) -> None:
-        """Be connected to every live member of a small swarm, and to those that were lost."""
-        while True:
-            for peer in self._members.due(self.live, self._contacts, self.documents(), trio.current_time()):
-                self._domain.start_soon("reaching a member", self._dial, peer, policy=Policy.DROP)
-            await self._members.wait()
-
-    async def _dial(self, peer: PeerId) -> None:
-        try:
-            if await self._members.connect(peer) and peer not in self._contacts:
-                await self._sync_quietly(peer)
-        finally:
-            self._members.tried(peer, trio.current_time())
+    def _who_left(self) -> set[PeerId]:
+        return {peer for peer, membership in members(self.documents()).items() if membership.left}
 
     async def _expire_loop(self) -> None:
         while True:
             await trio.sleep(EXPIRE_INTERVAL_S)
+            self._compare()
             gone = self._presence.expire(trio.current_time())
             for peer in gone:
                 self._say_gone(peer)
             if gone:
                 self.changed.set()
+
+    def _compare(self) -> None:
+        """News of a connection can be lost, when too many come at once: whom the host has, is what counts.
+
+        What differs at two looks in a row is no news that is still on its way.
+        """
+        differs = self._up ^ self._host.connected.keys()
+        for peer in differs & self._differed:
+            self.counters.unheard += 1
+            if peer in self._up:
+                self.peer_down(peer)
+            else:
+                self._up.add(peer)
+                self._of(peer).start_soon("catching up", self.peer_up, peer, policy=Policy.DROP)
+        self._differed = differs
 
     def _of(self, peer: PeerId) -> Domain:
         """Where what fails with one peer ends."""
