@@ -80,6 +80,7 @@ from shoal.training.run_events import (
     Policy,
     Said,
     Say,
+    TaskFailed,
     Tick,
     Update,
     Updated,
@@ -254,6 +255,9 @@ class Run:
                 self._opened(policy, now, outputs)
             case WorkerGone(reason):
                 self._worker_gone(reason, now, outputs)
+            case TaskFailed(reason):
+                self._worker_gone(reason, now, outputs)
+                self.progress.phase = Phase.FAILED
             case Tick():
                 self._tick(now, outputs)
             case _:

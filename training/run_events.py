@@ -65,6 +65,13 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """The environments of the task do not work on this node: it learns no more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """A member signed something. ``name`` is the hash of the record."""
 
@@ -180,6 +187,7 @@ class Tick:
 Event: TypeAlias = (
     Opened
     | WorkerGone
+    | TaskFailed
     | Heard
     | Said
     | Gone

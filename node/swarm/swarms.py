@@ -9,9 +9,7 @@ Also the services that peers call: content, documents and presence.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -33,6 +31,7 @@ from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.lookup import look_up
 from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
@@ -255,17 +254,7 @@ class Swarms:
     async def _check_task(self, task: str, algorithm: str) -> tuple[float | None, dict[str, int]]:
         """Whether both are installed here; gives the task's own target, and what members of a run must have."""
         require_training()
-        result = await trio.run_process(
-            [sys.executable, "-m", "shoal.training.tasks", task, algorithm],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-        try:
-            answer = json.loads(result.stdout)
-        except ValueError as error:
-            log.warning("checking %s failed: %s", task, result.stderr.decode(errors="replace")[-2000:])
-            raise ShoalError(f"the task {task!r} could not be looked up; the node's log says why") from error
+        answer = await look_up(task, algorithm)
         if "error" in answer:
             raise UsageError(answer["error"])
         return answer["target_return"], answer["requires"]

@@ -56,7 +56,10 @@ NODE_CORES = (
 )
 
 TORCH_FOLDERS = ("shoal.training.tasks", "shoal.training.algorithms", "shoal.training.models")
-WORKER_SHELL = "shoal.training.worker"
+WORKER_SHELLS = (
+    *("shoal.training.worker", "shoal.training.keeper", "shoal.training.watch"),
+    "shoal.training.tasks.failures",
+)
 
 LOOPS_AND_WIRES = (
     *("trio", "asyncio", "anyio", "uvloop", "curio", "concurrent", "threading", "_thread", "multiprocessing"),
@@ -389,6 +392,7 @@ NURSERIES = {
     "shoal.node.reach.reach._check_paths": "one check of all paths, which is a task",
     "shoal.node.reach.reach._keep_telling": "one round of introductions",
     "shoal.node.swarm.content.get": "one fetch",
+    "shoal.node.swarm.lookup.look_up": "one question of a person",
     "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
     "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
     "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
@@ -445,7 +449,7 @@ def impurities(modules: Iterable[Module]) -> list[str]:
     found = []
     for module in modules:
         is_core = module.room in ("protocol", "crdt", "dht", "training") or module.name in NODE_CORES
-        if not is_core or module.name == WORKER_SHELL:
+        if not is_core or module.name in WORKER_SHELLS:
             continue
         uses_torch = within(module.name, TORCH_FOLDERS) and mentions([module], ["torch"])
         banned = LOOPS_AND_WIRES if uses_torch else LOOPS_AND_WIRES + CLOCKS_AND_CHANCE
