@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from shoal.crdt.views import Evaluation
+from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import pacing
 from shoal.training.claims import Claims, possible
@@ -57,6 +58,7 @@ from shoal.training.run_events import (
     Abandon,
     Collect,
     Collected,
+    Coming,
     Documents,
     Evaluate,
     Evaluated,
@@ -193,6 +195,7 @@ class Run:
         self._fetching: set[Cid] = set()
         self._taking: Candidate | None = None
         self._taken: Candidate | None = None
+        self._coming_at = -_NEVER
         self._overtaken_at: float | None = None
         self._missed_at: float | None = None
         # Time.
@@ -249,8 +252,11 @@ class Run:
                 self._evaluated = frozenset(each.cid for each in found)
             case Fetched(cid):
                 self._fetched(cid, now, outputs)
-            case NotFetched(cid, reason):
-                self._not_fetched(cid, reason, now, outputs)
+            case Coming(cid):
+                if self._taking is not None and self._taking.result.cid == cid:
+                    self._coming_at = now
+            case NotFetched():
+                self._not_fetched(event, now, outputs)
             case Opened(policy):
                 self._opened(policy, now, outputs)
             case WorkerGone(reason):
@@ -611,7 +617,14 @@ class Run:
         taking = self._taking
         if candidate is None or (taking is not None and taking.result.epoch >= candidate.result.epoch):
             return
-        if taking is None or taking.result.cid not in self._fetching or now >= self._looked_at + LOOK_S:
+        is_coming = (
+            now < self._coming_at + LOOK_S
+        )  # what comes is waited for: on a slow link a newer one comes no sooner
+        if (
+            taking is None
+            or taking.result.cid not in self._fetching
+            or (now >= self._looked_at + LOOK_S and not is_coming)
+        ):
             self._take(candidate, now, outputs)
 
     def _comes_by_itself(self, candidate: Candidate, now: float) -> bool:
@@ -626,6 +639,7 @@ class Run:
 
     def _take(self, candidate: Candidate, now: float, outputs: list[Output]) -> None:
         self._taking = candidate
+        self._coming_at = -_NEVER
         cid = candidate.result.cid
         if cid not in self._fetching:
             self._fetching.add(cid)
@@ -642,15 +656,18 @@ class Run:
                 self._store(taking.result, now, outputs)
         self._in_round(Held(cid), now, outputs)
 
-    def _not_fetched(self, cid: Cid, reason: str, now: float, outputs: list[Output]) -> None:
+    def _not_fetched(self, event: NotFetched, now: float, outputs: list[Output]) -> None:
+        cid = event.cid
         self._fetching.discard(cid)
         taking, claim = self._taking, self._checking
         if claim is not None and claim.cid == cid:
             self.claims.unreachable(claim, now)
             self._checking = None
         if taking is not None and taking.result.cid == cid:
-            outputs.append(Note(f"epoch {taking.result.epoch} cannot be had now: {reason}", is_warning=False))
-            self._not_taken(taking, Refusal.UNREACHABLE, now, outputs)
+            is_unfit = event.lack is Lack.UNFIT
+            text = "cannot be a state of this run" if is_unfit else "cannot be had now"
+            outputs.append(Note(f"epoch {taking.result.epoch} {text}: {event.reason}", is_warning=is_unfit))
+            self._not_taken(taking, Refusal.UNFIT if is_unfit else Refusal.UNREACHABLE, now, outputs)
         self._in_round(CannotBeHad(cid), now, outputs)
 
     def _not_taken(self, candidate: Candidate, why: Refusal, now: float, outputs: list[Output]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shoal.crdt.views import Evaluation
+from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import Electorate
 from shoal.training.exchange.ballots import Ballot
@@ -172,11 +173,19 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """These bytes are on their way, and some more of them are here."""
+
+    cid: Cid
+
+
+@dataclass(frozen=True, slots=True)
 class NotFetched:
-    """These bytes cannot be had now."""
+    """These bytes were not had; ``lack`` says whether they may be later."""
 
     cid: Cid
     reason: str
+    lack: Lack = Lack.UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +210,7 @@ Event: TypeAlias = (
     | Evaluated
     | Finished
     | Fetched
+    | Coming
     | NotFetched
     | Tick
 )
@@ -266,7 +276,10 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Get these bytes, and say `Fetched` or `NotFetched`. ``keep``: on disk."""
+    """Get these bytes, and say `Fetched` or `NotFetched`, before that `Coming` once in a while.
+
+    ``keep``: they are a policy, not what is needed for a round only.
+    """
 
     cid: Cid
     sources: tuple[PeerId, ...]

@@ -25,6 +25,8 @@ from shoal.node.store.database import Storage, StorageError
 from shoal.node.supervise import Backoff, Domain
 from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.holding import NoRoomError
+from shoal.node.swarm.needs import Needs
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.workers import WorkerLostError, open_worker
 from shoal.node.wire.channel import Channel
@@ -36,9 +38,9 @@ from shoal.training.electorate import Electorate
 from shoal.training.exchange.ballots import Ballot
 from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Role
-from shoal.training.run import Run
+from shoal.training.run import LOOK_S, Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import TOPIC_OF, Addresses, read_statement
+from shoal.training.statements import TOPIC_OF, Addresses, Phase, read_statement
 from shoal.training.stored_run import StoredRun
 from shoal.training.worker_calls import (
     ABANDON,
@@ -75,7 +77,14 @@ MAX_LOST: Final = 3
 GOODBYE_S: Final = 0.3
 TOLD_S: Final = 60.0
 """How long the last failure of an environment is shown, while the run goes on."""
-FETCH_TIMEOUT_S: Final = 30.0
+STATE_SLACK_BYTES: Final = 1024 * 1024
+"""Two states of one run differ only in what they say of members beside their arrays."""
+STORED_STATE_BYTES: Final = 1024 * 1024 * 1024
+"""The largest state that a node takes which only stores and cannot know how large one of the run is."""
+TELL_S: Final = LOOK_S / 2
+"""How often the core is told that a policy is still coming."""
+KEEP_PART: Final = 0.1
+"""Of the time, that writing policies to disk may take."""
 MAX_DIALED: Final = 3
 """Members that are dialed for one content that nobody who is connected was named for."""
 MAX_QUEUED: Final = 65_536
@@ -136,7 +145,10 @@ class Runner:
         self._failed_at = -math.inf
         self._wake_at = math.inf
         self._retimed = trio.Event()
-        self._newest: tuple[Cid, bytes] | None = None
+        self._needs = Needs()
+        self._fetching: dict[Cid, trio.CancelScope] = {}  # what others contribute
+        self._state_bytes: int | None = None
+        self._keep_at = -math.inf
         self.core = Run(manifest, swarm, me, role, 0.0)
 
     # What the rest of the node asks.
@@ -186,6 +198,9 @@ class Runner:
         self._jobs.clear()
         self._to_write.clear()
         self._wake_at = math.inf
+        self._needs = Needs()
+        if stored.result is not None:
+            self._needs.write(stored.result.cid)
         self._fetches = self._domain.inside("swarm", str(self.swarm))
         try:
             async with trio.open_nursery() as nursery:
@@ -205,6 +220,7 @@ class Runner:
             self.replica.on_documents = lambda: None
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await self._write_last()
+            self._content.hold(self.swarm, ())
 
     def _listen(self) -> None:
         """Hear what members say, from what is known of them already."""
@@ -245,9 +261,19 @@ class Runner:
             for number, event in enumerate(self._drain()):
                 for output in self.core.handle(event, trio.current_time()):
                     self._do(output)
+                self._follow()
                 if number % 64 == 63:
                     await trio.lowlevel.checkpoint()
             self.changed.set()
+
+    def _follow(self) -> None:
+        """What is of no round any more goes, and is not fetched any more."""
+        current, policy = self.core.round, self.core.policy
+        if self._needs.follow(None if current is None else current.key, None if policy is None else policy.cid):
+            for cid, scope in self._fetching.items():
+                if self._needs.is_over(cid):
+                    scope.cancel()
+            self._content.hold(self.swarm, self._needs.in_memory())
 
     def _drain(self) -> Iterator[events.Event]:
         while self._queue:
@@ -259,9 +285,13 @@ class Runner:
                 name = self.replica.publish(TOPIC_OF[type(statement)], to_plain(statement))
                 self._queue.append(events.Said(statement, name))
             case events.Fetch(cid, sources, keep):
+                self._needs.come(cid, is_policy=keep)
                 if self._fetches is not None:
                     self._fetches.start_soon("fetching", self._fetch, cid, sources, keep, policy=Task.DROP)
             case events.Keep() | events.Write() | events.WriteEvaluation():
+                if not isinstance(output, events.WriteEvaluation):  # the newest stands for those before
+                    for older in [each for each in self._to_write if type(each) is type(output)]:
+                        self._to_write.remove(older)
                 self._to_write.append(output)
                 self._must_write.set()
             case events.Wake(at):
@@ -292,16 +322,41 @@ class Runner:
                     self.alone_since = None
                     log.info("swarm %s: no longer alone", self.swarm)
 
-    async def _fetch(self, cid: Cid, sources: tuple[PeerId, ...], keep: bool) -> None:
+    async def _fetch(self, cid: Cid, sources: tuple[PeerId, ...], is_policy: bool) -> None:
         outcome: events.Event = events.NotFetched(cid, "the fetch failed on this node; its log says why")
+        told_at = -math.inf
+
+        def tell() -> None:
+            nonlocal told_at
+            if is_policy and trio.current_time() >= told_at + TELL_S:
+                told_at = trio.current_time()
+                self.post(events.Coming(cid))
+
         try:
-            reachable = await self._reachable(sources)
-            await self._content.get(cid, reachable, keep=keep, timeout_s=FETCH_TIMEOUT_S)
-            outcome = events.Fetched(cid)
-        except (UnavailableError, StorageError) as error:
+            with trio.CancelScope() as scope:
+                if not is_policy:
+                    self._fetching[cid] = scope
+                reachable = await self._reachable(sources)
+                await self._content.get(
+                    cid, reachable, max_bytes=self._max_bytes(is_policy), owner=self.swarm, on_progress=tell
+                )
+                outcome = events.Fetched(cid)
+            if scope.cancelled_caught:
+                outcome = events.NotFetched(cid, "its round is over")
+        except UnavailableError as error:
+            outcome = events.NotFetched(cid, str(error), error.lack)
+        except (NoRoomError, StorageError) as error:
             outcome = events.NotFetched(cid, str(error))
         finally:  # the core waits for the outcome, whatever it is
+            if self._fetching.get(cid) is scope:
+                del self._fetching[cid]
             self.post(outcome)
+
+    def _max_bytes(self, is_policy: bool) -> int:
+        """No content of this run is larger: a state is as large as every other, and a contribution hardly larger."""
+        if self._state_bytes is None:
+            return STORED_STATE_BYTES
+        return (1 if is_policy else 2) * self._state_bytes + STATE_SLACK_BYTES
 
     async def _reachable(self, sources: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
         """Those of them that are connected; if none is, some are dialed."""
@@ -389,7 +444,9 @@ class Runner:
             if error.status is Status.INVALID_ARGUMENT:
                 raise UsageError(error.message) from error
             raise
-        cid = await self._content.put(bytes(answer.state or b""), keep=False)
+        data = answer.state or b""
+        self._state_bytes = len(data)
+        cid = await self._content.put(data, owner=self.swarm)
         return events.Opened(_policy(answer, cid))
 
     async def _do_jobs(self, worker: Channel) -> None:
@@ -424,7 +481,7 @@ class Runner:
             given = ", ".join(f"{each.offer.weight} of …{each.author[-6:]}" for each in ballot.offers)
             log.info("swarm %s: epoch %d averages %s", self.swarm, key.epoch + 1, given)
         try:
-            contributions = [await self._content.get(each.offer.cid, (), keep=False) for each in ballot.offers]
+            contributions = [await self._content.get(each.offer.cid, (), owner=self.swarm) for each in ballot.offers]
             request = Merge(
                 ballot.name,
                 tuple(each.author for each in ballot.offers),
@@ -445,20 +502,25 @@ class Runner:
     async def _merged(self, answer: MergeAnswer) -> None:
         """The update wants something averaged, or is done."""
         if answer.state is not None:
-            data = bytes(answer.state.state or b"")
-            cid = await self._content.put(data, keep=False)
-            self._newest = (cid, data)
+            cid = await self._content.put(answer.state.state or b"", owner=self.swarm)
             self._num_lost = 0
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats))
             return
         offered: Cid | None = None
         if answer.contribution is not None:
-            offered = await self._content.put(bytes(answer.contribution), keep=False)
+            try:
+                offered = await self._content.put(answer.contribution, owner=self.swarm)
+                self._needs.offer(offered)
+            except NoRoomError as error:  # it takes part in the round, with nothing to give
+                self.error = str(error)
+                log.warning("swarm %s: what was learned is not given to the others: %s", self.swarm, error)
         self.post(events.Yielded(offered, int(answer.weight), answer.rejected))
 
     async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
         try:
-            data = await self._content.get(cid, await self._reachable(self.core.lineage.holders(cid)), keep=True)
+            self._needs.come(cid, is_policy=True)
+            sources = await self._reachable(self.core.lineage.holders(cid))
+            data = await self._content.get(cid, sources, max_bytes=self._max_bytes(is_policy=True), owner=self.swarm)
             answer = await worker.call(LOAD, Load(data, keep_samples))
         except UnavailableError as error:
             self.post(events.LoadRefused(str(error)))
@@ -467,7 +529,6 @@ class Runner:
                 raise
             self.post(events.LoadRefused(error.message))
         else:
-            self._newest = (cid, data)
             self.post(events.Loaded(_policy(answer, cid), answer.epoch_samples))
 
     async def _evaluate(self, worker: Channel) -> None:
@@ -538,7 +599,8 @@ class Runner:
         try:
             match output:
                 case events.Keep(policy):
-                    await self._keep(policy)
+                    if trio.current_time() >= self._keep_at or self.core.progress.phase is Phase.DONE:
+                        await self._keep(policy)
                 case events.Write(policy, env_steps, rounds):
                     register = {
                         "epoch": policy.epoch,
@@ -551,6 +613,10 @@ class Runner:
                     if (own.get("policy"), own.get("contributions")) != (register, contributed):
                         await self.replica.write(policy=register, contributions=contributed)
                 case events.WriteEvaluation(policy, mean_return):
+                    target = self.manifest.target_return
+                    if target is not None and mean_return >= target:
+                        self._needs.claim(policy.cid)
+                        await self._content.keep(self.swarm, self._needs.on_disk())
                     entry = {
                         "cid": policy.cid,
                         "return": mean_return,
@@ -563,12 +629,20 @@ class Runner:
             log.warning("swarm %s: %s could not be written: %s", self.swarm, type(output).__name__, error)
 
     async def _keep(self, policy: Policy) -> None:
-        if self._newest is not None and self._newest[0] == policy.cid:
-            await self._content.put(self._newest[1], keep=True)
+        """To disk, first the state and then that it is the one to start from."""
+        began = trio.current_time()
+        try:
+            await self._content.keep(self.swarm, self._needs.on_disk(policy.cid))
+        except UnavailableError as error:
+            log.info("swarm %s: epoch %d is not kept: %s", self.swarm, policy.epoch, error)
+            return
         progress = self.core.progress
         liars = tuple(sorted(self.core.claims.liars))[:256]
         kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars)
         await trio.to_thread.run_sync(self._storage.put_fact, self._fact_name, encode(kept))
+        self._needs.write(policy.cid)
+        now = trio.current_time()
+        self._keep_at = now + (now - began) / KEEP_PART
 
 
 def _policy(answer: StateAnswer, cid: Cid) -> Policy:

@@ -39,6 +39,7 @@ from shoal.node.swarm.workers import can_train, require_training
 from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
@@ -362,7 +363,7 @@ class Swarms:
         for peer in self._host.connected:
             self._catch_up(membership, peer)
         await domain.start("run", run.run, policy=Policy.RESTART)
-        await self._content.put(entry.manifest, keep=True, is_plain=True)
+        await self._content.pin(entry.manifest)
         register = {"role": str(run.role), "left": False}
         if replica.documents().get(self._signer.peer_id, {}).get("member") != register:
             await replica.write(member=register)
@@ -415,7 +416,7 @@ class Swarms:
 
     async def _fetch_manifest(self, swarm: SwarmId, peers: list[PeerId]) -> bytes:
         try:
-            return await self._content.get(swarm, peers, keep=False, timeout_s=10, is_plain=True)
+            return bytes(await self._content.get(swarm, peers, patience_s=10, max_bytes=BLOCK_BYTES, is_plain=True))
         except UnavailableError as error:
             raise NoPeersError(f"the members that answer do not give the manifest of {swarm}: {error}") from error
 

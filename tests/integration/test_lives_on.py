@@ -407,8 +407,9 @@ async def test_content_that_cannot_be_read_is_one_error_and_not_a_group(
             raise StorageError("the disk failed")
 
         monkeypatch.setattr(Storage, "get_block", get_block)
+        monkeypatch.setattr(Storage, "has_block", lambda *_: True)
         with pytest.raises(StorageError, match="the disk failed"):
-            await content.get(Cid.of_block(b"x"), (), keep=False)
+            await content.get(Cid.of_block(b"x"), ())
 
 
 # --- what a machine lacks --------------------------------------------------------------------------------------------
