@@ -34,7 +34,7 @@ _last_known: tuple[InterfaceAddress, ...] = ()
 
 def interface_addresses() -> tuple[InterfaceAddress, ...]:
     """All addresses of this machine's interfaces, in their order; those of the last time if it cannot tell now."""
-    global _last_known  # noqa: PLW0603  what the machine has, not what anybody here decided
+    global _last_known  # what the machine has, not what anybody here decided
     try:
         adapters = list(ifaddr.get_adapters())
     except OSError as error:
