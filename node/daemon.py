@@ -45,6 +45,7 @@ from shoal.node.api.schemas import (
     TriedInfo,
 )
 from shoal.node.api.server import serve_api
+from shoal.node.budgets import raise_descriptors
 from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.doctor import examine
 from shoal.node.identity import load_or_create_identity
@@ -91,6 +92,7 @@ def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None], fault_seam:
     """
     paths = config.paths
     paths.create()
+    raise_descriptors()
     with hold_profile(paths.lock, config.profile):
         try:
             trio.run(run_node, config, lambda node: on_ready(node.node()), fault_seam)

@@ -22,6 +22,7 @@ from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.tools.anyio_service import background_trio_service
 
+from shoal.node.budgets import BudgetLimits, NodeBudgets, max_descriptors
 from shoal.node.mesh.address_book import AddressBook
 from shoal.node.mesh.addresses import CIRCUIT, ip_of, ip_port, is_loopback
 from shoal.node.mesh.circuits import parse_circuit
@@ -81,6 +82,8 @@ log = logging.getLogger(__name__)
 BOOTSTRAP_RETRY_MAX_S: Final = 10.0
 MAX_EVENTS: Final = 1024
 MAX_PEERS: Final = 256
+LOOK_AT_UNREAD_S: Final = 0.25
+"""How often it is looked at what came by the connections and was not read."""
 
 HostEvent = PeerUp | PeerDown
 
@@ -97,19 +100,22 @@ class Host:
         lanes: bool = True,
         relay_limits: RelayLimits,
         max_peers: int,
+        budget_limits: BudgetLimits | None = None,
     ) -> None:
         self.peer_id = libp2p.peer_id
         self.domain = domain
         """Of all tasks that the mesh has; it ends before the connections do."""
-        self.links = Links(self, router, domain, lanes=lanes)
-        self.door = Door(self._accept_lane)
+        self._connections = Connections(max_peers)
+        self.budgets = NodeBudgets(self._connections.wanted.__contains__, budget_limits, max_descriptors())
+        """From which what every peer may hold is drawn."""
+        self.links = Links(self, router, domain, lanes=lanes, memory=self.budgets.memory)
+        self.door = Door(self._accept_lane, self.budgets, self._is_wanted_at)
         self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
         self.ports: dict[str, int] = {}
         """By multiaddr that it was told to listen on, the port."""
         self.kademlia: Kademlia | None = None
         """None until it runs."""
         self._libp2p = libp2p
-        self._connections = Connections(max_peers)
         self._book = AddressBook()
         self._dial_budget = DialBudget()
         self._dialer = Dialer(self.dial, self.is_connected, self._connections.relays, self._dial_budget)
@@ -173,6 +179,7 @@ class Host:
         waiting = self._events_in.statistics().current_buffer_used
         return {
             **self._connections.statistics(),
+            **self.budgets.statistics(),
             "known_peers": len(self._book),
             "waiting_events": waiting,
             "lost_events": self._num_lost_events,
@@ -435,6 +442,8 @@ class Host:
         """Begin every task of the mesh, now that it listens; returns once the distributed hash table runs."""
         self.spawn("retiring paths", self._keep_time, policy=Policy.RESTART)
         self.spawn("sharing the relay", self.relay.run, policy=Policy.RESTART)
+        self.spawn("letting in", self.door.run, policy=Policy.RESTART)
+        self.spawn("holding peers to their shares", self._hold_to_shares, policy=Policy.RESTART)
         await self.domain.start("the DHT", self._take_part_in_dht, policy=Policy.RESTART)
         for address in bootstrap:
             self.spawn("staying connected", self.stay_connected, [address], policy=Policy.RESTART)
@@ -451,6 +460,15 @@ class Host:
         if not await home.serve("serving a stream", self.links.serve_stream, peer, protocol, stream):
             await stream.close()
 
+    def _is_wanted_at(self, ip: str) -> bool:
+        """Whether a peer that this node wants is connected by this IP."""
+        return any(
+            ip_of(path.address) == ip
+            for peer in self.wanted
+            if (state := self.connected.get(peer)) is not None
+            for path in state.paths
+        )
+
     async def _accept_lane(self, sock: Socket, ip: str) -> None:
         if not await self.domain.serve("accepting a lane", self.links.accept_lane, sock, ip):
             sock.close()
@@ -464,10 +482,22 @@ class Host:
                 self._wake_at = math.inf
                 self._tell(Tick(frozenset(filter(self._libp2p.is_busy, self._connections.retiring))))
 
+    async def _hold_to_shares(self) -> None:
+        while True:
+            await trio.sleep(LOOK_AT_UNREAD_S)
+            await self._libp2p.cut_greedy(self.budgets, self.wanted.__contains__)
+            for shares in (self.budgets.memory.strangers, self.budgets.memory.members):
+                while (peer := shares.greediest()) is not None:
+                    log.warning("%s holds %d bytes, more than anybody else; it is cut off", peer, shares.held(peer))
+                    self.budgets.num_cut += 1
+                    await self.disconnect(peer)
+                    if shares.greediest() == peer:
+                        break  # what it holds is on its way back
+
     async def _take_part_in_dht(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         failure: Exception | None = None
         try:
-            async with open_kademlia(self.libp2p, self.peer_id) as self.kademlia:
+            async with open_kademlia(self.libp2p, self.peer_id, self.wanted.__contains__) as self.kademlia:
                 try:
                     for peer in self._peers:
                         self._add_soon(peer)
@@ -517,6 +547,7 @@ async def open_host(
     max_peers: int = MAX_PEERS,
     domain: Domain | None = None,
     kept_ports: Mapping[str, int] | None = None,
+    budget_limits: BudgetLimits | None = None,
 ) -> AsyncIterator[Host]:
     """Stand up a host, listening; tears it down at the end.
 
@@ -531,6 +562,7 @@ async def open_host(
         max_peers: how many are kept connected, unless more are wanted.
         domain: in which its tasks may fail; by default one of its own.
         kept_ports: by listening multiaddr with port 0, the port that is to be had rather than any other.
+        budget_limits: of what peers may hold and make it do.
 
     Raises:
         ListenError: if an address cannot be listened on.
@@ -545,7 +577,15 @@ async def open_host(
         try:
             router.add(_NodeCalls())
             limits = relay_limits or RelayLimits()
-            host = Host(libp2p, router, mesh, lanes=lanes, relay_limits=limits, max_peers=max_peers)
+            host = Host(
+                libp2p,
+                router,
+                mesh,
+                lanes=lanes,
+                relay_limits=limits,
+                max_peers=max_peers,
+                budget_limits=budget_limits,
+            )
             libp2p.announce(host.addresses)
             for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
                 libp2p.serve(protocol, host.serve)

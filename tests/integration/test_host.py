@@ -20,6 +20,7 @@ import trio
 import trio.testing
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.bitswap.cid import parse_cid
+from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
@@ -339,10 +340,11 @@ async def test_a_provider_that_can_be_no_node_costs_a_lookup_nothing() -> None:
     secp256k1 = ID(bytes([0x00, 0x25, 0x08, 0x02, 0x12, 0x21, 0x02]) + bytes(32))
     async with two_connected() as (one, other):
         assert one.kademlia is not None
-        assert await one.provide(cid)
+        assert other.kademlia is not None
+        other.kademlia.libp2p.provider_store = ProviderStore(other.libp2p, other.kademlia.libp2p.peer_routing)
         assert await other.provide(cid)
         liar = PeerInfo(secp256k1, [Multiaddr("/ip4/127.0.0.1/tcp/1")])
-        one.kademlia.libp2p.provider_store.add_provider(parse_cid(str(cid)).multihash, liar)
+        other.kademlia.libp2p.provider_store.add_provider(parse_cid(str(cid)).multihash, liar)
         while (found := await one.find_providers(cid)) == []:  # noqa: ASYNC110  it asks
             await trio.sleep(0.05)
         assert found == [other.addresses()]

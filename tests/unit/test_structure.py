@@ -40,7 +40,7 @@ ROOMS = tuple(MAY_IMPORT)
 # The rooms inside node/ and the files beside them, lowest first: each may import those before it. Whatever of node/ is
 # not named here is the process itself, above all of them.
 NODE_LAYERS = (
-    ("shoal.node.signals", "shoal.node.metrics", "shoal.node.supervise"),
+    ("shoal.node.signals", "shoal.node.metrics", "shoal.node.budgets", "shoal.node.supervise"),
     ("shoal.node.store",),
     ("shoal.node.wire",),
     ("shoal.node.mesh",),
@@ -378,6 +378,7 @@ def test_a_write_into_the_host_is_caught(source: str) -> None:
 
 # Nurseries of a single call: it ends with them, and its caller gets what fails in them.
 NURSERIES = {
+    "shoal.node.mesh.provider_store.find_providers": "one look-up asks several at once, and is over with them",
     "shoal.node.supervise.start_soon": "the nursery under all failure domains",
     "shoal.node.api.app.__call__": "one answer to a client of the local API",
     "shoal.node.api.server._serve": "the local API, which is a task as a whole",
