@@ -13,13 +13,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from shoal.crdt.oplog import Fork
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
@@ -29,6 +27,7 @@ from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.journal import load_docs
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
@@ -36,7 +35,7 @@ from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, Sync
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, Service, current_call
-from shoal.protocol.signing import Signed, Signer
+from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
 from shoal.training.requirements import check_here
 from shoal.training.statements import TOPIC_RULES, Phase
@@ -77,7 +76,7 @@ class Joined:
     @property
     def error(self) -> str | None:
         """What is wrong, if something is."""
-        return self.run.error if self.failure is None else self.failure
+        return self.failure or self.replica.problem or self.run.error
 
 
 class Swarms:
@@ -94,6 +93,7 @@ class Swarms:
         domain: Domain,
     ) -> None:
         self.joined: dict[SwarmId, Joined] = {}
+        self._created: set[SwarmId] = set()  # in this life of the node, which alone can have written in them so far
         self.changed = Signal()
         self._signer = signer
         self._host = host
@@ -148,6 +148,7 @@ class Swarms:
             requires=requires,
         )
         swarm, data = sign_manifest(manifest, self._signer)
+        self._created.add(swarm)
         await self._enter(self._entry(swarm, data, role), is_new=True)
         return swarm
 
@@ -183,6 +184,7 @@ class Swarms:
         if membership.domain is not None:
             try:
                 await membership.replica.write(member={"role": str(membership.run.role), "left": True})
+                await membership.replica.write_held()
             except ShoalError as error:
                 log.warning("%s is left without a goodbye: %s", swarm, error)
             await trio.sleep(0.2)  # for the goodbye to go out; who misses it, hears it by sync from the others
@@ -283,13 +285,12 @@ class Swarms:
         """One swarm from entering it until it is left, or until a failure ends it."""
         has_begun = False
         # Shown from now on; nothing may be written before what is stored has been read.
-        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), (), home)
+        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, None, home)
         try:
             check_here(manifest, Role(entry.role))
-            stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
-            forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
+            docs = await load_docs(entry.swarm, self._signer.peer_id, self._storage)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
-                membership = self._membership(home, entry, manifest, stored, forks, domain)
+                membership = self._membership(home, entry, manifest, docs, domain)
                 membership.domain = domain
                 self.joined[entry.swarm] = membership
                 await self._begin(membership, domain, entry)
@@ -314,14 +315,17 @@ class Swarms:
         home: Domain,
         entry: StoredSwarm,
         manifest: Manifest,
-        stored: Sequence[Signed],
-        forks: Sequence[Fork],
+        docs: SwarmDocs | None,
         domain: Domain,
     ) -> Joined:
         swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
-        docs = SwarmDocs(swarm, me, stored, forks)
+        docs = SwarmDocs(swarm, me) if docs is None else docs
         presence = PresenceTable(swarm, me, int(time.time() * 1000), TOPIC_RULES)
-        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, domain)
+        replica = Replica(
+            *(swarm, self._signer, docs, presence, self._storage, self._host, domain),
+            is_new=swarm in self._created,
+            target_return=manifest.target_return,
+        )
         folder = self._paths.swarm(swarm)
         run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
         replica.changed = run.changed = self.changed
