@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 import shoal
-from shoal.crdt.views import contributions, evaluations, members
 from shoal.node.api.schemas import (
     BenchRequest,
     BenchResult,
@@ -361,7 +360,7 @@ class Node:
         replica = self._swarms.get(swarm).replica
         return StateInfo(
             version={str(author): seq for author, seq in replica.version().items()},
-            documents={str(author): values for author, values in replica.documents().items()},
+            documents={str(author): dict(values) for author, values in replica.documents().items()},
         )
 
     async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
@@ -414,8 +413,7 @@ class Node:
     def _detail(self, joined: Joined) -> SwarmDetail:
         run, manifest, replica = joined.run, joined.manifest, joined.replica
         policy, progress = run.policy, run.core.progress
-        documents = replica.documents()
-        found = evaluations(documents)
+        found = replica.views.evaluations
         points = [CurvePoint(epoch=int(p[0]), env_steps=int(p[1]), mean_return=p[2]) for p in run.curve()]
         people = self._members(joined)
         mean_return = progress.final.mean_return if progress.final else (found[-1].mean_return if found else None)
@@ -454,12 +452,11 @@ class Node:
 
     def _members(self, joined: Joined) -> list[MemberInfo]:
         replica, me = joined.replica, self._host.peer_id
-        documents = replica.documents()
-        contributed = contributions(documents)
+        contributed = replica.views.contributions
         total = sum(entry.env_steps for entry in contributed.values())
         told = joined.run.core.live
         listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in told.items()}
-        listed |= {peer: known.role for peer, known in members(documents).items() if not known.left}
+        listed |= {peer: known.role for peer, known in replica.views.members.items() if not known.left}
         listed[me] = str(joined.run.role)
         found = []
         for peer, role in sorted(listed.items()):

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
 from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import pacing
@@ -246,7 +246,8 @@ class Run:
                 self._own_said(statement, name, now, outputs)
             case Gone(author):
                 self._gone(author, now, outputs)
-            case Documents(evaluations):
+            case Documents(evaluations, own):
+                self._count_on(own)
                 found = possible(evaluations)
                 self.claims.heard(found)
                 self._evaluated = frozenset(each.cid for each in found)
@@ -274,6 +275,16 @@ class Run:
             outputs.append(Say(facts))
         self._set_wake(now, outputs)
         return outputs
+
+    def _count_on(self, own: Contributed | None) -> None:
+        """Go on counting from what this node's document says, where that is more than what was kept on this disk."""
+        if own is None:
+            return
+        progress = self.progress
+        progress.own_env_steps = max(progress.own_env_steps, own.env_steps)
+        more = max(own.rounds - progress.rounds, 0)
+        progress.rounds += more
+        self._rounds_before += more
 
     # Others.
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from shoal.crdt.views import Evaluation, evaluations
+from shoal.crdt.snapshots import thinned
+from shoal.crdt.views import Evaluation
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
@@ -87,6 +88,8 @@ KEEP_PART: Final = 0.1
 """Of the time, that writing policies to disk may take."""
 MAX_DIALED: Final = 3
 """Members that are dialed for one content that nobody who is connected was named for."""
+MAX_CURVE: Final = 1024
+"""Points of the curve that is shown."""
 MAX_QUEUED: Final = 65_536
 """Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
 CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
@@ -149,6 +152,8 @@ class Runner:
         self._fetching: dict[Cid, trio.CancelScope] = {}  # what others contribute
         self._state_bytes: int | None = None
         self._keep_at = -math.inf
+        self._curve: tuple[object, float, tuple[tuple[float, ...], ...]] = (None, 0.0, ())
+        self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
 
     # What the rest of the node asks.
@@ -165,11 +170,16 @@ class Runner:
         return sum(recent) / len(recent) if recent else None
 
     def curve(self) -> tuple[tuple[float, ...], ...]:
-        """(epoch, environment steps, return), one point per evaluated epoch."""
-        points: dict[int, tuple[float, ...]] = {}
-        for found in evaluations(self.replica.documents()):
-            points.setdefault(found.epoch, (float(found.epoch), float(found.env_steps), found.mean_return))
-        return tuple(points[epoch] for epoch in sorted(points))
+        """(epoch, environment steps, return), of each epoch that was evaluated up to now; evenly fewer of very many."""
+        found = self.replica.views.evaluations
+        end = math.inf if self.policy is None else self.policy.epoch + 1
+        if self._curve[0] is not found or self._curve[1] != end:
+            points: dict[int, tuple[float, ...]] = {}
+            for each in found:
+                if each.epoch <= end:
+                    points.setdefault(each.epoch, (float(each.epoch), float(each.env_steps), each.mean_return))
+            self._curve = found, end, tuple(thinned({str(n): points[n] for n in sorted(points)}, MAX_CURVE).values())
+        return self._curve[2]
 
     # Its life.
 
@@ -194,6 +204,7 @@ class Runner:
             own_env_steps=stored.env_steps,
             rounds=stored.rounds,
         )
+        self._told = (None, None)
         self._queue.clear()
         self._jobs.clear()
         self._to_write.clear()
@@ -242,7 +253,11 @@ class Runner:
             self.post(events.Heard(author, statement, name))
 
     def _on_documents(self) -> None:
-        self.post(events.Documents(evaluations(self.replica.documents())))
+        views = self.replica.views
+        useful, own = views.useful, views.contributions.get(self._me)
+        if self._told[0] is not useful or self._told[1] != own:
+            self._told = useful, own
+            self.post(events.Documents(useful, own))
 
     # Events and what is done about them.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from shoal.crdt.oplog import Fork
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
@@ -31,6 +30,7 @@ from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.journal import load_docs
 from shoal.node.swarm.lookup import look_up
 from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.replica import Replica
@@ -41,7 +41,7 @@ from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, 
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, current_call
-from shoal.protocol.signing import Signed, Signer
+from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
 from shoal.training.requirements import check_here
 from shoal.training.statements import TOPIC_RULES, Phase
@@ -81,7 +81,7 @@ class Joined:
     @property
     def error(self) -> str | None:
         """What is wrong, if something is."""
-        return self.run.error if self.failure is None else self.failure
+        return self.failure or self.replica.problem or self.run.error
 
 
 class Swarms:
@@ -99,6 +99,7 @@ class Swarms:
         remembered: Remembered,
     ) -> None:
         self.joined: dict[SwarmId, Joined] = {}
+        self._created: set[SwarmId] = set()  # in this life of the node, which alone can have written in them so far
         self.changed = Signal()
         self._signer = signer
         self._host = host
@@ -160,6 +161,7 @@ class Swarms:
         while swarm in known or swarm in self._entering:  # another run like this one was started in the same second
             manifest = replace(manifest, created_at=manifest.created_at + 1)
             swarm, data = sign_manifest(manifest, self._signer)
+        self._created.add(swarm)
         async with self._alone_in(swarm):
             await self._enter(self._entry(swarm, data, role), is_new=True)
         return swarm
@@ -207,6 +209,7 @@ class Swarms:
         if membership.domain is not None:
             try:
                 await membership.replica.write(member={"role": str(membership.run.role), "left": True})
+                await membership.replica.write_held()
             except ShoalError as error:
                 log.warning("%s is left without a goodbye: %s", swarm, error)
             await trio.sleep(0.2)  # for the goodbye to go out; who misses it, hears it by sync from the others
@@ -305,14 +308,13 @@ class Swarms:
         """One swarm from entering it until it is left, or until a failure ends it."""
         has_begun = False
         # Shown from now on; nothing may be written before what is stored has been read.
-        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), (), home, 0)
+        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, None, home, 0)
         try:
             check_here(manifest, Role(entry.role))
-            stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
-            forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
+            docs = await load_docs(entry.swarm, self._signer.peer_id, self._storage)
             incarnation = await trio.to_thread.run_sync(self._remembered.next_incarnation)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
-                membership = self._membership(home, entry, manifest, stored, forks, domain, incarnation)
+                membership = self._membership(home, entry, manifest, docs, domain, incarnation)
                 membership.domain = domain
                 self.joined[entry.swarm] = membership
                 await self._begin(membership, domain, entry)
@@ -337,15 +339,19 @@ class Swarms:
         home: Domain,
         entry: StoredSwarm,
         manifest: Manifest,
-        stored: Sequence[Signed],
-        forks: Sequence[Fork],
+        docs: SwarmDocs | None,
         domain: Domain,
         incarnation: int,
     ) -> Joined:
         swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
-        docs = SwarmDocs(swarm, me, stored, forks)
+        docs = SwarmDocs(swarm, me) if docs is None else docs
         presence = PresenceTable(swarm, me, incarnation, TOPIC_RULES)
-        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, domain, known=entry.addresses)
+        replica = Replica(
+            *(swarm, self._signer, docs, presence, self._storage, self._host, domain),
+            known=entry.addresses,
+            is_new=swarm in self._created,
+            target_return=manifest.target_return,
+        )
         replica.on_outdone = lambda number: domain.start_soon(
             "noting an incarnation", self._note_incarnation, number, policy=Policy.DROP
         )

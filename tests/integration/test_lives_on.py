@@ -381,7 +381,7 @@ async def test_a_peer_that_calls_and_comes_and_goes_while_a_swarm_is_left_harms_
         membership = swarms.get(scene.first)
         domain, replica = membership.domain, membership.replica
         assert domain is not None
-        ahead = SyncRequest(scene.first, {str(scene.signer.peer_id): Head(99, bytes(32), 99, bytes(32))})
+        ahead = SyncRequest(scene.first, {str(scene.signer.peer_id): Head(99, bytes(32), 99)})
         nursery.start_soon(swarms.leave, scene.first)
         while scene.first in swarms.joined:
             for event in (PeerUp(STRANGER), PeerDown(STRANGER), PeerUp(STRANGER)):
