@@ -58,7 +58,7 @@ NODE_CORES = (
 TORCH_FOLDERS = ("shoal.training.tasks", "shoal.training.algorithms", "shoal.training.models")
 WORKER_SHELLS = (
     *("shoal.training.worker", "shoal.training.keeper", "shoal.training.watch"),
-    "shoal.training.tasks.failures",
+    *("shoal.training.tasks.failures", "shoal.training.tasks.__main__"),
 )
 
 LOOPS_AND_WIRES = (
@@ -384,6 +384,7 @@ NURSERIES = {
     "shoal.node.api.server._serve": "the local API, which is a task as a whole",
     "shoal.node.mesh.dialing._dial_all": "one attempt to reach a peer",
     "shoal.node.mesh.libp2p_repairs.write_frame": "one write",
+    "shoal.node.mesh.libp2p_host.disconnect": "the end of all connections to one peer",
     "shoal.node.mesh.relay.run": "both ways of one circuit, which is served in libp2p's task",
     "shoal.node.reach.climb._climb": "one climb, which is a task",
     "shoal.node.reach.climb._try_direct": "one climb, which is a task",
