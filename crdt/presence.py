@@ -227,6 +227,7 @@ class _Author:
     newest: Opened
     expires_at: float = 0.0
     is_live: bool = False
+    worth: int = 0  # the most that it said in this life
     spoken: dict[str, _Spoken] = field(default_factory=dict)  # by topic
     facts: dict[str, Facts] = field(default_factory=dict)  # the newest of each topic
 
@@ -404,6 +405,9 @@ class PresenceTable:
         spoken.tokens -= 1
         self._hold(spoken.held, opened, rule)
         author.facts[topic] = spoken.held[-1].presence.facts
+        worth = rule.worth(presence.facts)
+        if worth > author.worth:
+            author.worth = worth
         self._remember(opened)
         if stamp >= author.newest.stamp:
             author.newest = opened
@@ -468,6 +472,7 @@ class PresenceTable:
                 self._by_id.pop(opened.item, None)
             spoken.held.clear()
         author.facts = {}
+        author.worth = 0
 
     # Who is there.
 
@@ -501,13 +506,13 @@ class PresenceTable:
 
     def expire(self, now: float) -> list[PeerId]:
         """Whom nothing was heard of for too long, each told once."""
-        if now < self._next_expiry:
+        if now < self._next_expiry and not self._displaced:
             return []
         gone = sorted(peer for peer in self._live if self._authors[peer].expires_at <= now)
         for peer in gone:
             self.drop(peer)
         if self._displaced:
-            gone += [peer for peer in self._displaced if peer not in self._live and peer not in gone]
+            gone = list(dict.fromkeys((*gone, *(peer for peer in self._displaced if peer not in self._live))))
             self._displaced.clear()
         self._next_expiry = min((self._authors[peer].expires_at for peer in self._live), default=float("inf"))
         return gone
@@ -540,25 +545,22 @@ class PresenceTable:
         authors = self._authors
         if len(authors) < MAX_MEMBERS - 1:
             return
-        has_gone = len(self._live) < len(authors) or now >= self._next_expiry
-        if not has_gone and worth <= 0:
+        may_have_gone = len(self._live) < len(authors) or now >= self._next_expiry
+        if not may_have_gone and worth <= 0:
             raise self._is_full()
-        _, others, _, peer = min(
-            (author.is_live and author.expires_at > now, self._worth(author), author.expires_at, peer)
+        _, _, _, peer = min(
+            (author.is_live and author.expires_at > now, author.worth, author.expires_at, peer)
             for peer, author in authors.items()
         )
         author = authors[peer]
+        if author.is_live and author.expires_at > now and author.worth >= worth:
+            self._next_expiry = min(each.expires_at for each in authors.values())
+            raise self._is_full()
         if author.is_live:
-            if author.expires_at > now and others >= worth:
-                raise self._is_full()
             self._displaced.append(peer)
-            self._next_expiry = min(self._next_expiry, now)
             del self._live[peer]
         self._forget_records(author)
         del authors[peer]
-
-    def _worth(self, author: _Author) -> int:
-        return max((self.topics[topic].worth(facts) for topic, facts in author.facts.items()), default=0)
 
     def _is_full(self) -> LimitError:
         return LimitError(f"{self.swarm} has {MAX_MEMBERS} live peers already; one more is not listened to")

@@ -167,6 +167,7 @@ class Run:
         self._limits = Limits.of_batch(manifest.batch_size)
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
+        self._num_learners = 0  # of them
         self._heard_at: dict[PeerId, float] = {}
         self._saving = Saving(self.progress)
         self._early = Early(self._live)
@@ -214,11 +215,7 @@ class Run:
     @property
     def learners(self) -> list[PeerId]:
         """Other live members that still learn."""
-        return [
-            peer
-            for peer, facts in self._live.items()
-            if facts.role is Role.LEARNER and facts.phase not in _NOT_LEARNING
-        ]
+        return [peer for peer, facts in self._live.items() if _learns(facts)]
 
     @property
     def learned_wait_s(self) -> float:
@@ -310,7 +307,9 @@ class Run:
                     if is_ahead:
                         self._look(now, outputs)
             case Facts():
+                before = self._live.get(author)
                 self._live[author] = statement
+                self._num_learners += _learns(statement) - (before is not None and _learns(before))
                 self._alone_at, self.progress.is_alone = None, False
                 if statement.phase in BUSY:
                     self._in_round(Busy(author), now, outputs)
@@ -341,7 +340,8 @@ class Run:
                 pass
 
     def _gone(self, author: PeerId, now: float, outputs: list[Output]) -> None:
-        self._live.pop(author, None)
+        facts = self._live.pop(author, None)
+        self._num_learners -= facts is not None and _learns(facts)
         self._heard_at.pop(author, None)
         self.lineage.gone(author)
         if not self._live and self._alone_at is None:
@@ -357,7 +357,7 @@ class Run:
         return policy is not None and not any(peer == self._me or peer in self._live for peer in policy.electorate)
 
     def _equal_stake(self) -> float:
-        return self._manifest.batch_size / (len(self.learners) + 1)
+        return self._manifest.batch_size / (self._num_learners + 1)
 
     def _first_round(self, policy: Policy, after: bytes, now: float, outputs: list[Output]) -> None:
         if self._counts_alike:
@@ -816,7 +816,7 @@ class Run:
             self._start(Load(policy.result, keep_samples=False), Phase.FETCHING, now, outputs)
         elif self._must_evaluate and policy.cid not in self._evaluated:
             self._start(Evaluate(), Phase.EVALUATING, now, outputs)
-        elif policy.epoch == 0 and len(self.learners) + 1 < self._manifest.min_learners:
+        elif policy.epoch == 0 and self._num_learners + 1 < self._manifest.min_learners:
             self.progress.phase = Phase.WAITING
         else:
             self._collect_or_update(policy, now, outputs)
@@ -910,6 +910,10 @@ class Run:
         if at != self._wake_at:
             self._wake_at = at
             outputs.append(Wake(at))
+
+
+def _learns(facts: Facts) -> bool:
+    return facts.role is Role.LEARNER and facts.phase not in _NOT_LEARNING
 
 
 def _claimed(claim: Evaluation) -> Result:
