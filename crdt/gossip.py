@@ -440,7 +440,7 @@ class Gossip:
     def _announce(self, now: float, outputs: list[Output]) -> None:
         self._have_at = inf
         for branch in self._branches.values():
-            if branch.have_at <= now:
+            if branch.have_at <= now + self._config.have_gap_s:  # one wake for several
                 self._announce_to(branch, now, outputs)
             elif branch.have_at < self._have_at:
                 self._have_at = branch.have_at

@@ -73,6 +73,8 @@ MAX_DIALED: Final = 3
 """Members that are dialed for one content that nobody who is connected was named for."""
 MAX_QUEUED: Final = 65_536
 """Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
+EVENTS_AT_ONCE: Final = 64
+"""Handled before other tasks have their turn; what they make this node say goes out together."""
 CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
 
 
@@ -231,15 +233,19 @@ class Runner:
         while True:
             await self._arrived.wait()
             self._arrived = trio.Event()
-            for number, event in enumerate(self._drain()):
-                for output in self.core.handle(event, trio.current_time()):
-                    self._do(output)
-                if number % 64 == 63:
+            while self._queue:
+                with self.replica.together():
+                    for event in self._next_events():
+                        for output in self.core.handle(event, trio.current_time()):
+                            self._do(output)
+                if self._queue:
                     await trio.lowlevel.checkpoint()
             self.changed.set()
 
-    def _drain(self) -> Iterator[events.Event]:
-        while self._queue:
+    def _next_events(self) -> Iterator[events.Event]:
+        for _ in range(EVENTS_AT_ONCE):
+            if not self._queue:
+                return
             yield self._queue.popleft()
 
     def _do(self, output: events.Output) -> None:
