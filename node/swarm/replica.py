@@ -20,7 +20,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import trio
@@ -85,7 +86,9 @@ REANNOUNCE_S: Final = 1.0
 REPEAT_S: Final = 0.2
 """After what was said last, and a newcomer may have missed."""
 SYNC_INTERVAL_S: Final = 5.0
-EXPIRE_INTERVAL_S: Final = 0.25
+EXPIRE_LEAST_S: Final = 0.25
+EXPIRE_MOST_S: Final = 1.0
+"""Between two looks at who is gone: when somebody may be, and otherwise, for one who speaks more often may come."""
 CALL_TIMEOUT_S: Final = 5.0
 PUSH_TRIES: Final = 3
 PUSH_AGAIN_S: Final = 0.2
@@ -171,6 +174,7 @@ class Replica:
         self._published_at = -math.inf
         self._must_reannounce = False
         self._must_repeat = False
+        self._to_say: list[Opened] | None = None
         self._speak = Signal()
         self._tick_at = math.inf
         self._retime = Signal()
@@ -280,9 +284,24 @@ class Replica:
             UsageError: if the topic is unknown, or the facts are not plain data or too much for it.
         """
         record = self._presence.announce(self._signer, topic, facts, self.every_s)
-        self._say([record])
+        if self._to_say is None:
+            self._say([record])
+        else:
+            self._to_say.append(record)
         self.changed.set()
         return record.record_hash
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published inside the block goes out at its end, to each neighbour in one message. Not nested."""
+        to_say: list[Opened] = []
+        self._to_say = to_say
+        try:
+            yield
+        finally:
+            self._to_say = None
+            if to_say:
+                self._say(to_say)
 
     async def write(self, **registers: Any) -> bool:
         """Set registers of this node's document; returns when they are on disk, or held back at the start.
@@ -762,7 +781,8 @@ class Replica:
 
     async def _expire_loop(self) -> None:
         while True:
-            await trio.sleep(EXPIRE_INTERVAL_S)
+            due_s = (self._presence.next_expiry() or math.inf) - trio.current_time()
+            await trio.sleep(min(max(due_s, EXPIRE_LEAST_S), EXPIRE_MOST_S))
             self._compare()
             gone = self._presence.expire(trio.current_time())
             for peer in gone:

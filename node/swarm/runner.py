@@ -92,6 +92,8 @@ MAX_CURVE: Final = 1024
 """Points of the curve that is shown."""
 MAX_QUEUED: Final = 65_536
 """Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
+EVENTS_AT_ONCE: Final = 64
+"""Handled before other tasks have their turn; what they make this node say goes out together."""
 CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
 
 
@@ -273,11 +275,13 @@ class Runner:
         while True:
             await self._arrived.wait()
             self._arrived = trio.Event()
-            for number, event in enumerate(self._drain()):
-                for output in self.core.handle(event, trio.current_time()):
-                    self._do(output)
-                self._follow()
-                if number % 64 == 63:
+            while self._queue:
+                with self.replica.together():
+                    for event in self._next_events():
+                        for output in self.core.handle(event, trio.current_time()):
+                            self._do(output)
+                        self._follow()
+                if self._queue:
                     await trio.lowlevel.checkpoint()
             self.changed.set()
 
@@ -290,8 +294,10 @@ class Runner:
                     scope.cancel()
             self._content.hold(self.swarm, self._needs.in_memory())
 
-    def _drain(self) -> Iterator[events.Event]:
-        while self._queue:
+    def _next_events(self) -> Iterator[events.Event]:
+        for _ in range(EVENTS_AT_ONCE):
+            if not self._queue:
+                return
             yield self._queue.popleft()
 
     def _do(self, output: events.Output) -> None:
