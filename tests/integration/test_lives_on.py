@@ -71,7 +71,8 @@ def _process(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     for record in caplog.get_records("call"):
         record.exc_info = None  # it holds what failed, and with it their sockets
     gc.unfreeze()
-    gc.collect()
+    for _ in range(5):  # what one pass finalises may have held what the next one finds
+        gc.collect()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
