@@ -36,7 +36,6 @@ from shoal.node.mesh.circuits import BROKEN, RelayError, closed_on_failure, pars
 from shoal.node.mesh.connections import PathDown, PathId, PathUp
 from shoal.node.mesh.libp2p_repairs import announce_as_told, apply_repairs
 from shoal.node.mesh.libp2p_stream import Libp2pByteStream
-from shoal.node.supervise import open_plain_nursery
 from shoal.node.wire.channel import ByteStream, StreamClosedError, UnknownProtocolError
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
@@ -197,9 +196,8 @@ class Libp2pHost:
 
         libp2p's own way forgets, after it has closed those, also whatever came in the meantime.
         """
-        async with open_plain_nursery() as nursery:
-            for connection in self._connections(peer):
-                nursery.start_soon(connection.close)
+        for connection in self._connections(peer):
+            await connection.close()
 
     async def close(self) -> None:
         """Close everything."""
