@@ -35,6 +35,7 @@ from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.reach.punch import DCUTR_PROTOCOL, PunchError
 from shoal.node.reach.webrtc import open_webrtc
 from shoal.node.store.database import Storage, StorageError, StoredSwarm
+from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
@@ -267,6 +268,7 @@ async def be_strange_to(node: Node, friend: Node, swarm: SwarmId) -> None:
             if lane is not None:
                 lane.close()
             if swarm in node.node().swarms:
+                node._swarms.get(swarm).replica._reannounce()
                 node._swarms.get(swarm).run._do(Fetch(Cid.of_block(b"nobody has this"), (), keep=False))
             if other.peer_id in host.connected:
                 host._carry_out(ClosePath(host.connected[other.peer_id].best.id))
@@ -320,6 +322,7 @@ async def swarms_of(scene: Scene) -> AsyncIterator[Swarms]:
                 content=ContentStore(storage, host),
                 paths=scene.config.paths,
                 domain=domain,
+                remembered=Remembered(storage),
             )
             for service in swarms.services():
                 router.add(service)
