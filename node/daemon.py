@@ -60,6 +60,7 @@ from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_pla
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
+from shoal.node.way_back import keep_way_back
 from shoal.node.wire.bench import Bench, BenchServer
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import NodeService
@@ -141,6 +142,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
             router.add(BenchServer(host.links, is_open=config.serve_bench))
             node = Node(config, host, reach, swarms, domain)
             domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
+            domain.start_soon("keeping a way back", keep_way_back, host, remembered, policy=Policy.RESTART)
             domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
             await swarms.take_up()
             await domain.start("the local API", node.serve_api, policy=Policy.RESTART)

@@ -30,6 +30,7 @@ from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.reach.punch import DCUTR_PROTOCOL, PunchError
 from shoal.node.reach.webrtc import open_webrtc
 from shoal.node.store.database import Storage, StorageError
+from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
@@ -135,6 +136,7 @@ class Happenings:
 
     def of_members(self) -> Iterator[Happening]:
         """Likewise."""
+        yield self.it_is_outdone, ("noting an incarnation",)
         yield self.something_is_missing, ("fetching",)
         yield self.a_friend_pulls, ("serving a bulk lane",)
         yield self.a_friend_is_lost, ("telling who is gone", "reaching a member")
@@ -198,6 +200,10 @@ class Happenings:
         if self.swarm in self.node.node().swarms:
             run = self.node._swarms.get(self.swarm).run
             run._do(Fetch(Cid.of_block(b"nobody has this"), (), keep=False))
+
+    async def it_is_outdone(self) -> None:
+        if self.swarm in self.node.node().swarms:
+            self.node._swarms.get(self.swarm).replica._reannounce()
 
     async def there_is_no_room(self) -> None:
         host = self.node._host
@@ -271,6 +277,7 @@ async def swarms_of(scene: Scene) -> AsyncIterator[Swarms]:
                 content=ContentStore(storage, host),
                 paths=scene.config.paths,
                 domain=domain,
+                remembered=Remembered(storage),
             )
             for service in swarms.services():
                 router.add(service)
