@@ -111,6 +111,8 @@ CHUNK_S: Final = 0.25
 """How long the worker collects before the run looks up."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
+COMING_S: Final = 10.0
+"""A policy of which some has come is waited for so long, until more comes, before a newer one is asked for."""
 RESULT_GAP_S: Final = 4.0
 """After which a member of a large swarm says what it holds, if it was not among those who had to say so at once."""
 ALONE_S: Final = 2.0
