@@ -614,14 +614,9 @@ class Run:
         taking = self._taking
         if candidate is None or (taking is not None and taking.result.epoch >= candidate.result.epoch):
             return
-        is_coming = (
-            now < self._coming_at + LOOK_S
-        )  # what comes is waited for: on a slow link a newer one comes no sooner
-        if (
-            taking is None
-            or taking.result.cid not in self._fetching
-            or (now >= self._looked_at + LOOK_S and not is_coming)
-        ):
+        # What comes is waited for: over a slow link a newer one would come no sooner.
+        may_change = now >= self._looked_at + LOOK_S and now >= self._coming_at + COMING_S
+        if taking is None or taking.result.cid not in self._fetching or may_change:
             self._take(candidate, now, outputs)
 
     def _comes_by_itself(self, candidate: Candidate, now: float) -> bool:
