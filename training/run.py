@@ -112,6 +112,8 @@ CHUNK_S: Final = 0.25
 """How long the worker collects before the run looks up."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
+COMING_S: Final = 10.0
+"""A policy of which some has come is waited for so long, until more comes, before a newer one is asked for."""
 RESULT_GAP_S: Final = 4.0
 """After which a member of a large swarm says what it holds, if it was not among those who had to say so at once."""
 ALONE_S: Final = 2.0
@@ -628,14 +630,9 @@ class Run:
         taking = self._taking
         if candidate is None or (taking is not None and taking.result.epoch >= candidate.result.epoch):
             return
-        is_coming = (
-            now < self._coming_at + LOOK_S
-        )  # what comes is waited for: on a slow link a newer one comes no sooner
-        if (
-            taking is None
-            or taking.result.cid not in self._fetching
-            or (now >= self._looked_at + LOOK_S and not is_coming)
-        ):
+        # What comes is waited for: over a slow link a newer one would come no sooner.
+        may_change = now >= self._looked_at + LOOK_S and now >= self._coming_at + COMING_S
+        if taking is None or taking.result.cid not in self._fetching or may_change:
             self._take(candidate, now, outputs)
 
     def _comes_by_itself(self, candidate: Candidate, now: float) -> bool:

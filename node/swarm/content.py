@@ -61,7 +61,7 @@ T = TypeVar("T")
 DISK_BYTES: Final = 2 * 1024 * 1024 * 1024
 SWEEP_S: Final = 10.0
 """Between two sweeps of the disk."""
-GRACE_S: Final = 60.0
+GRACE_S: Final = 20.0
 """A block on disk that nobody keeps stays for so long after its last use."""
 BATCH_BLOCKS: Final = 4
 """Written in one transaction, between which others have their turn."""
@@ -118,6 +118,11 @@ class _Flight:
     held: Held | None = None
     failure: UnavailableError | None = None
     requests: set[_Open] = field(default_factory=set)
+
+    def tell_progress(self) -> None:
+        """Some of it came."""
+        for tell in self.tell:
+            tell()
 
 
 class ContentStore(ContentService):
@@ -344,6 +349,7 @@ class ContentStore(ContentService):
                     case Planned(manifest, data):
                         if flight.held is None:
                             await self._make_room(flight, Named(fetch.cid, manifest, data), manifest.size)
+                        flight.tell_progress()
                     case Request():
                         nursery.start_soon(self._ask, output, flight)
                     case Store(cid, data):
@@ -429,8 +435,7 @@ class ContentStore(ContentService):
         else:
             held.fill(cid, data)
         held.missing.discard(cid)
-        for tell in flight.tell:
-            tell()
+        flight.tell_progress()
 
     async def _ask(self, request: Request, flight: _Flight) -> None:
         source, cid = request.source, request.cid

@@ -27,7 +27,7 @@ from shoal.protocol.limits import BLOCK_BYTES
 MEMORY_BYTES: Final = 256 * 1024 * 1024
 FILE_BYTES: Final = 8 * 1024 * 1024 * 1024
 """Of contents in files without a name."""
-IDLE_BYTES: Final = 8 * 1024 * 1024
+IDLE_BYTES: Final = 2 * 1024 * 1024
 """Of contents that nobody holds, beside those that are leased or came in part."""
 MAX_IDLE: Final = 1024
 LEASE_S: Final = 30.0

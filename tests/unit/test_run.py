@@ -18,7 +18,7 @@ from shoal.training.electorate import Delivered, Electorate
 from shoal.training.exchange.early import MAX_EARLY, Early
 from shoal.training.lineage import RETRY_S
 from shoal.training.manifest import Manifest, Role
-from shoal.training.run import ALONE_S, CHUNK_S, LOOK_S, MAX_ENDED, Run
+from shoal.training.run import ALONE_S, CHUNK_S, COMING_S, LOOK_S, MAX_ENDED, Run
 from shoal.training.run_events import Output, Policy
 from shoal.training.statements import (
     HASH_BYTES,
@@ -201,11 +201,12 @@ def test_a_policy_that_is_still_coming_is_waited_for_though_newer_ones_are_heard
     later = policy_after(after, A, B)
     outputs = node.hear(A, facts(after), after.result) + node.hear(B, facts(after), after.result) + node.wait(LOOK_S)
     assert {each.cid for each in of(events.Fetch, outputs)} == {after.cid}
-    outputs = node.hear(A, facts(later), later.result) + node.hear(B, facts(later), later.result)
-    for _ in range(40):
-        outputs += node.give(events.Coming(after.cid)) + node.wait(LOOK_S / 2)
+    outputs = node.give(events.Coming(after.cid))
+    outputs += node.hear(A, facts(later), later.result) + node.hear(B, facts(later), later.result)
+    for _ in range(20):
+        outputs += node.give(events.Coming(after.cid)) + node.wait(COMING_S / 2)
     assert later.cid not in {each.cid for each in of(events.Fetch, outputs)}
-    outputs = node.wait(2 * LOOK_S)  # nothing comes any more
+    outputs = node.wait(COMING_S)  # nothing comes any more
     assert later.cid in {each.cid for each in of(events.Fetch, outputs)}
 
 
