@@ -126,7 +126,7 @@ class Members:
         addresses = dict.fromkeys((*self.addresses(peer), *self._host.known_addresses(peer)))
         try:
             if addresses:
-                await self._host.connect(list(addresses))
+                await self._host.connect(list(addresses), heard=True)
         except (NoPeersError, UsageError) as error:
             log.debug("dialing a member failed: %s", error)
         return peer in self._host.connected
