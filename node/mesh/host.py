@@ -274,12 +274,16 @@ class Host:
         """
         if peer == self.peer_id or peer in self.connected:
             return peer
-        if await self._dialer.reach(peer, self.sift(peer, self.known_addresses(peer))):
+        if await self.reach_heard(peer, self.known_addresses(peer)):
             return peer
         found = await self.kademlia.find_peer(peer) if self.kademlia is not None else ()
-        if found and await self._dialer.reach(peer, self.sift(peer, found)):
+        if found and await self.reach_heard(peer, found):
             return peer
         raise NoPeersError(f"cannot find {peer}: neither the DHT nor a relay leads to it now")
+
+    async def reach_heard(self, peer: PeerId, addresses: Sequence[str]) -> bool:
+        """Dial a peer where others say that it is; whether it is connected."""
+        return await self._dialer.reach(peer, self.sift(peer, addresses))
 
     def sift(self, peer: PeerId, addresses: Iterable[str]) -> list[str]:
         """Those addresses of a peer, as others gave them, that are worth dialing, and that it is not too soon for.
@@ -623,6 +627,7 @@ async def open_host(
             for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
                 libp2p.serve(protocol, host.serve)
             libp2p.follow(host.take)
+            libp2p.dial_by(host.reach_heard)
             for address in listen:
                 await host.door.listen(libp2p.network, address)
             host.door.open(libp2p.network)
