@@ -81,6 +81,11 @@ class BudgetLimits:
 
     dials_per_ip_burst: float = 32.0
 
+    dials_per_place_per_s: float = 0.1
+    """Of those, addresses with one IP and port: where nobody is, that is knocked at seldom."""
+
+    dials_per_place_burst: float = 6.0
+
     max_dialing: int = 64
     """Dials under way, whoever wanted them."""
 
@@ -211,6 +216,10 @@ class Bucket:
         """Take one out, also if there is none."""
         self._left = self.left(now) - 1
 
+    def give_back(self) -> None:
+        """Put one in that was taken for nothing."""
+        self._left = min(self._burst, self._left + 1)
+
     def full_at(self, now: float) -> float:
         """When it will hold all that it can."""
         return now + (self._burst - self.left(now)) / self._per_s
@@ -291,6 +300,11 @@ class Turns(Generic[Who]):
 class Dials:
     """How often this node dials because others told it to.
 
+    Names cost nothing: whoever makes up many, all at the address of a bystander, would have every honest node knock
+    there together. So tries are counted by where they go and by whom they are to reach, whoever named it. Whoever
+    turns out to be there, by a handshake that proves the name that was wanted, gives back what the try cost. What a
+    person asks for is not counted.
+
     Attributes:
         num_refused: addresses that were not dialed.
     """
@@ -301,27 +315,48 @@ class Dials:
         self._all = Bucket(limits.dials_per_s, limits.dials_burst)
         self._of_peer: dict[PeerId, Bucket] = {}
         self._of_ip: dict[str, Bucket] = {}
+        self._of_place: dict[str, Bucket] = {}
 
-    def may(self, peer: PeerId, ip: str, now: float) -> bool:
+    def may(self, peer: PeerId, address: str, now: float) -> bool:
         """Whether an address is dialed, which counts then.
 
         Args:
             peer: whose it is said to be.
-            ip: in it; empty if it is a name.
+            address: the multiaddr; of a circuit, the relay's part counts.
             now: the time.
         """
         limits = self._limits
+        place, ip = _place_and_user(address)
         of_peer = self._of_peer.get(peer) or Bucket(limits.dials_per_peer_per_s, limits.dials_per_peer_burst)
-        user = user_of(ip)
-        of_ip = self._of_ip.get(user) or Bucket(limits.dials_per_ip_per_s, limits.dials_per_ip_burst)
-        if min(bucket.left(now) for bucket in (self._all, of_peer, of_ip)) < 1:
+        of_ip = self._of_ip.get(ip) or Bucket(limits.dials_per_ip_per_s, limits.dials_per_ip_burst)
+        of_place = self._of_place.get(place) or Bucket(limits.dials_per_place_per_s, limits.dials_per_place_burst)
+        buckets = (self._all, of_peer, of_ip, of_place)
+        if min(bucket.left(now) for bucket in buckets) < 1:
             self.num_refused += 1
             return False
-        for bucket in (self._all, of_peer, of_ip):
+        for bucket in buckets:
             bucket.spend(now)
-        self._of_peer = {each: b for each, b in self._of_peer.items() if b.full_at(now) > now} | {peer: of_peer}
-        self._of_ip = {each: b for each, b in self._of_ip.items() if b.full_at(now) > now} | {user: of_ip}
+        self._of_peer = _not_full(self._of_peer, now) | {peer: of_peer}
+        self._of_ip = _not_full(self._of_ip, now) | {ip: of_ip}
+        self._of_place = _not_full(self._of_place, now) | {place: of_place}
         return True
+
+    def give_back(self, peer: PeerId, address: str) -> None:
+        """Who was wanted is there."""
+        place, ip = _place_and_user(address)
+        for bucket in (self._all, self._of_peer.get(peer), self._of_ip.get(ip), self._of_place.get(place)):
+            if bucket is not None:
+                bucket.give_back()
+
+
+def _not_full(buckets: dict[Who, Bucket], now: float) -> dict[Who, Bucket]:
+    return {each: bucket for each, bucket in buckets.items() if bucket.full_at(now) > now}
+
+
+def _place_and_user(address: str) -> tuple[str, str]:
+    """The first hop of a multiaddr, ``/ip4/192.0.2.1/tcp/4001``, and to whom that belongs."""
+    parts = address.split("/")
+    return "/".join(parts[:5]), user_of(parts[2] if len(parts) > 2 else "")
 
 
 class NodeBudgets:
@@ -371,6 +406,8 @@ def user_of(ip: str) -> str:
         address = ipaddress.ip_address(ip)
     except ValueError:
         return ip
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
     return ip if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
 
 

@@ -290,7 +290,7 @@ class Node:
         began = trio.current_time()
         if "/" in request.peer:
             check_peer_address(request.peer)
-            peer = await self._host.connect([request.peer], is_wish=True)
+            peer = await self._host.connect([request.peer])
         else:
             part = request.peer.strip("…")
             known = [peer for peer in self._host.connected if part and (peer.startswith(part) or peer.endswith(part))]

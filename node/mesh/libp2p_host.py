@@ -21,8 +21,10 @@ from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import MultiselectError, ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.exceptions import HandshakeFailure
@@ -76,6 +78,27 @@ class Libp2pHost:
     def announce(self, addresses: Callable[[], Iterable[str]]) -> None:
         """Tell peers these full multiaddrs as this node's, and none that libp2p finds by itself."""
         announce_as_told(self.libp2p, addresses)
+
+    def dial_by(self, reach: Callable[[PeerId, Sequence[str]], Awaitable[bool]]) -> None:
+        """Have peers reached by this, instead of by libp2p, which dials whatever it has heard in the DHT.
+
+        Args:
+            reach: reaches a peer whose full multiaddrs are given; whether it is connected.
+        """
+
+        async def dial_peer(name: ID) -> list[INetConn]:
+            peer = PeerId(str(name))
+            if not self.is_alive(peer):
+                try:
+                    PeerId.parse(peer)
+                    known = [full_address(str(address), peer) for address in self.network.peerstore.addrs(name)]
+                except (PeerStoreError, UsageError, ValueError) as error:
+                    raise SwarmException(f"no address of {peer} is known") from error
+                if not await reach(peer, known):
+                    raise SwarmException(f"{peer} cannot be reached")
+            return [each for each in self._connections(peer) if _is_open(each)]
+
+        self.network.dial_peer = dial_peer
 
     # --- what is there ---
 

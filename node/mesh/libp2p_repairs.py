@@ -15,7 +15,6 @@ from typing import Final
 import libp2p.kad_dht.kad_dht
 import libp2p.kad_dht.peer_routing
 import libp2p.kad_dht.provider_store
-import libp2p.network.swarm
 import libp2p.peer.peerstore
 import trio
 from libp2p.abc import IHost
@@ -63,7 +62,6 @@ def apply_repairs() -> None:
     if version != REPAIRED_VERSION:
         log.warning("libp2p is %s, not %s: its repairs are left out", version, REPAIRED_VERSION)
         return
-    _dial_without_waiting_for_the_race()
     _hold_peers_to_their_windows()
     _see_ipv6_addresses()
     _dial_nobody_unasked()
@@ -72,12 +70,6 @@ def apply_repairs() -> None:
     _take_no_offence_at_old_records()
     _keep_little_of_a_peer()
     _read_short_dht_messages()
-
-
-def _dial_without_waiting_for_the_race() -> None:
-    # Symptom: every successful dial takes 250 ms longer than it must. The event that ends the happy-eyeballs wait
-    # (RFC 8305) is only set when an attempt fails.
-    libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.0
 
 
 def announce_as_told(host: IHost, addresses: Callable[[], Iterable[str]]) -> None:

@@ -388,7 +388,7 @@ class Runner:
             addresses = self.replica.addresses(peer)
             try:
                 if addresses:
-                    await self._host.connect(addresses)
+                    await self._host.connect(addresses, heard=True)
                     return (peer,)
             except (NoPeersError, UsageError) as error:
                 log.debug("dialing %s failed: %s", peer, error)

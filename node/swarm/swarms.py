@@ -391,7 +391,8 @@ class Swarms:
         for _ in range(LOOKUPS):
             if reached or not self._host.connected:
                 break
-            reached = await self._connect_any([list(a) for a in await self._host.find_providers(ticket.swarm)])
+            found = await self._host.find_providers(ticket.swarm)
+            reached = await self._connect_any([list(each) for each in found], heard=True)
             if not reached:
                 await trio.sleep(LOOKUP_PAUSE_S)
         if not reached and must:
@@ -401,14 +402,14 @@ class Swarms:
             )
         return reached
 
-    async def _connect_any(self, groups: list[list[str]]) -> list[PeerId]:
-        """Dial all; returns those that answered by the time the first did."""
+    async def _connect_any(self, groups: list[list[str]], *, heard: bool = False) -> list[PeerId]:
+        """Dial all, as `Host.connect` does; returns those that answered by the time the first did."""
         reached: list[PeerId] = []
         async with open_plain_nursery() as nursery:
 
             async def dial(addresses: list[str]) -> None:
                 try:
-                    peer = await self._host.connect(addresses, is_wish=True)
+                    peer = await self._host.connect(addresses, heard=heard)
                 except (ShoalError, ValueError) as error:  # whatever a ticket or the DHT gives for an address
                     log.info("%s", error)
                     return

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import libp2p.network.swarm
+import libp2p.kad_dht.kad_dht
 import pytest
 import trio
 import trio.testing
@@ -22,7 +22,7 @@ from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.bitswap.cid import parse_cid
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
 
 from shoal.node.mesh import door, keepalive, libp2p_repairs
@@ -493,37 +493,14 @@ async def test_nothing_is_left_running_or_open() -> None:
         probe.bind(("127.0.0.1", port))
 
 
-async def dial_s(one: Host, other: Host) -> float:
-    """How long libp2p's own dial takes, afresh; Kademlia and streams use it."""
-    info = info_from_p2p_addr(Multiaddr(other.addresses()[0]))
-    began = trio.current_time()
-    await one.libp2p.connect(info)
-    took = trio.current_time() - began
-    await one.events.receive()
-    await other.events.receive()
-    await one.disconnect(other.peer_id)
-    await one.events.receive()
-    await other.events.receive()
-    return took
-
-
-async def test_the_repair_spares_every_dial_a_quarter_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    with trio.fail_after(GENEROUS_S):
-        async with host(1) as one, host(2) as other:
-            repaired = min([await dial_s(one, other) for _ in range(3)])
-            monkeypatch.setattr(libp2p.network.swarm, "_HAPPY_EYEBALLS_DELAY", 0.250)
-            as_it_comes = min([await dial_s(one, other) for _ in range(3)])
-    assert repaired < 0.250 <= as_it_comes, f"{repaired=:.3f} s, {as_it_comes=:.3f} s"
-
-
 async def test_a_version_of_libp2p_that_the_repairs_were_not_made_for_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(libp2p.network.swarm, "_HAPPY_EYEBALLS_DELAY", 0.123)
+    monkeypatch.setattr(libp2p.kad_dht.kad_dht, "MAX_DHT_MESSAGE_SIZE", 123)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
     with caplog.at_level(logging.WARNING):
         libp2p_repairs.apply_repairs()
-    assert libp2p.network.swarm._HAPPY_EYEBALLS_DELAY == 0.123
+    assert libp2p.kad_dht.kad_dht.MAX_DHT_MESSAGE_SIZE == 123
     assert "libp2p is 99.0, not 0.8.1" in caplog.text
 
 

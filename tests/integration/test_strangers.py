@@ -7,6 +7,8 @@ against nodes that train, is `tests/hostile/strangers.py`.
 from __future__ import annotations
 
 import os
+import resource
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -26,17 +28,22 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
+from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from shoal.node.budgets import BudgetLimits
+from shoal.node.mesh.circuits import write_message
 from shoal.node.mesh.host import Host, open_host
+from shoal.node.mesh.interfaces import local_ips
 from shoal.node.mesh.kademlia import MAX_STREAMS_PER_PEER
 from shoal.node.mesh.provider_store import MAX_ADDRESSES, MAX_RECORDS_OF_ONE_PEER, BoundedProviders
+from shoal.node.mesh.relay import STOP_PROTOCOL
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import NodeService
+from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, client
 
@@ -251,3 +258,89 @@ async def test_streams_that_nobody_reads_end_their_connection() -> None:
             await one.wait_for_change()
         assert one.budgets.num_cut
         await client(NodeService, honest.at(one.peer_id)).ping(Empty())
+
+
+# --- rows 16 and 17: dials at the word of others ---------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def bystander() -> AsyncIterator[tuple[int, list[int]]]:
+    """Somebody who listens on a port, and how often it was dialed."""
+    dialed: list[int] = []
+
+    async def count(stream: trio.SocketStream) -> None:
+        dialed.append(1)
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, count, 0)
+        yield listeners[0].socket.getsockname()[1], dialed
+        nursery.cancel_scope.cancel()
+
+
+async def test_addresses_without_end_that_a_stranger_names_make_few_dials_at_a_bystander() -> None:
+    async with two() as (one, stranger), bystander() as (port, dialed):
+        began = trio.current_time()
+        for number in range(40):
+            name = PeerId.of_public_key(bytes(28) + number.to_bytes(4))
+            named = [f"/ip4/127.0.0.{last}/tcp/{port}/p2p/{name}" for last in range(1, 50)]
+            with suppress(NoPeersError):
+                await one.connect(named, heard=True)
+        limits = one.budgets.limits
+        assert len(dialed) <= limits.dials_burst + (trio.current_time() - began) * limits.dials_per_s
+        assert one.budgets.dials.num_refused
+        assert one.is_connected(stranger.peer_id)
+
+
+async def test_nearer_peers_that_a_stranger_makes_up_in_the_dht_make_few_dials_at_a_bystander() -> None:
+    async with two() as (one, stranger), bystander() as (port, dialed):
+        assert one.kademlia is not None
+
+        async def lie(stream: Any) -> None:
+            answer = Message(type=Message.MessageType.FIND_NODE)
+            for _ in range(20):
+                name = ID.from_base58(str(PeerId.of_public_key(os.urandom(32))))
+                one_hundred = [Multiaddr(f"/ip4/127.0.0.{n}/tcp/{port}").to_bytes() for n in range(1, 100)]
+                answer.closerPeers.add(id=name.to_bytes(), addrs=one_hundred)
+            raw = answer.SerializeToString()
+            with suppress(*BROKEN):
+                await stream.read(1)
+                await stream.write(varint.encode(len(raw)) + raw)
+
+        stranger.libp2p.set_stream_handler(TProtocol(PROTOCOL_ID), lie)
+        began = trio.current_time()
+        with trio.move_on_after(3):
+            while True:
+                await one.find_providers(Cid.of_block(os.urandom(8)))
+                await trio.sleep(0.01)
+        limits = one.budgets.limits
+        assert len(dialed) <= limits.dials_burst + (trio.current_time() - began) * limits.dials_per_s
+
+
+async def test_a_circuit_through_whom_nobody_asked_to_relay_is_refused() -> None:
+    async with two() as (one, stranger):
+        made_up = PeerId.of_public_key(os.urandom(32))
+        source = pb.PeerId(id=ID.from_base58(str(made_up)).to_bytes())
+        with suppress(*BROKEN):
+            stream = await stranger.libp2p.new_stream(ID.from_base58(str(one.peer_id)), [STOP_PROTOCOL])
+            await write_message(stream, pb.StopMessage(type=pb.StopMessage.CONNECT, peer=source))
+            await stream.read(1)
+            pytest.fail("it was taken")
+        assert one.relay.num_unasked == 1
+        assert set(one.connected) == {stranger.peer_id}
+
+
+async def test_without_a_descriptor_left_a_node_knows_its_addresses_and_lives_on() -> None:
+    async with two() as (one, stranger):
+        before, known = one.own_addresses(), local_ips()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                socket.socket()
+            assert (one.own_addresses(), local_ips()) == (before, known)
+            with pytest.raises(NoPeersError):
+                await one.connect([f"/ip4/127.0.0.1/tcp/1/p2p/{PeerId.of_public_key(os.urandom(32))}"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await client(NodeService, stranger.at(one.peer_id)).ping(Empty())

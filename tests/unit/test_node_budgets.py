@@ -164,7 +164,7 @@ def test_names_without_end_that_lead_to_one_bystander_make_few_dials() -> None:
     limits = BudgetLimits()
     dials = Dials(limits)
     num = sum(
-        dials.may(NAMES[number % 69], "192.0.2.1", second + part / 100)
+        dials.may(NAMES[number % 69], f"/ip4/192.0.2.1/tcp/{1 + number}", second + part / 100)
         for second in range(30)
         for part, number in enumerate(range(100))
     )
@@ -174,7 +174,7 @@ def test_names_without_end_that_lead_to_one_bystander_make_few_dials() -> None:
 def test_one_name_with_addresses_without_end_makes_few_dials() -> None:
     limits = BudgetLimits()
     dials = Dials(limits)
-    num = sum(dials.may(NAMES[0], f"192.0.2.{number % 250}", number / 10) for number in range(300))
+    num = sum(dials.may(NAMES[0], f"/ip4/192.0.2.{number % 250}/tcp/1", number / 10) for number in range(300))
     assert num <= limits.dials_per_peer_burst + 30 * limits.dials_per_peer_per_s
 
 
@@ -183,11 +183,32 @@ def test_the_rate_of_all_dials_is_bounded_and_what_is_over_is_forgotten() -> Non
     dials = Dials(limits)
     num = 0
     for number in range(6000):
-        num += dials.may(NAMES[number % 69], f"10.{number % 256}.{number // 256}.1", number / 100)
+        num += dials.may(NAMES[number % 69], f"/ip4/10.{number % 256}.{number // 256}.1/tcp/1", number / 100)
     assert num <= limits.dials_burst + 60 * limits.dials_per_s
     assert dials.num_refused == 6000 - num
+
+
+def test_a_place_where_nobody_is_is_dialed_less_and_a_place_where_the_wanted_one_is_as_often_as_it_takes() -> None:
+    limits = BudgetLimits()
+    place, dials = "/ip4/192.0.2.1/tcp/1", Dials(limits)
+    num = sum(dials.may(NAMES[number % 69], place, float(number)) for number in range(100))
+    assert num <= limits.dials_per_place_burst + 100 * limits.dials_per_place_per_s
+    dials = Dials(limits)
+    for number in range(1000):
+        assert dials.may(NAMES[0], place, number / 1000)
+        dials.give_back(NAMES[0], place)
+
+
+def test_a_household_has_one_budget_whatever_its_addresses_look_like() -> None:
+    limits = BudgetLimits()
+    dials = Dials(limits)
+    num = sum(dials.may(NAMES[n % 69], f"/ip6/2001:db8::{n:x}/tcp/{n}", 0.0) for n in range(1, 60))
+    assert num == limits.dials_per_ip_burst
+    assert not dials.may(NAMES[0], "/ip6/2001:db8::ffff/tcp/1", 0.0)
+    assert dials.may(NAMES[0], "/ip6/2001:db8:0:1::1/tcp/1", 0.0)
 
 
 def test_an_ipv6_network_is_one_user() -> None:
     assert user_of("2001:db8::1") == user_of("2001:db8::2") != user_of("2001:db8:0:1::1")
     assert user_of("192.0.2.1") != user_of("192.0.2.2")
+    assert user_of("::ffff:192.0.2.1") == user_of("192.0.2.1")
