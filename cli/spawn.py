@@ -15,7 +15,7 @@ import sys
 from typing import Any, Final
 
 from shoal.node.config import NodeConfig, relay_limit_words
-from shoal.node.store.files import storage_error
+from shoal.node.store.files import open_own, storage_error
 from shoal.protocol.errors import NoPeersError, RefusedError, ShoalError, UsageError
 from shoal.training.keeper import descendants
 
@@ -55,7 +55,7 @@ class BackgroundNode:
             *(("--serve-bench",) if config.serve_bench else ()),
         ]
         try:
-            with config.paths.log.open("ab") as log:
+            with open(open_own(config.paths.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:  # noqa: PTH123
                 self.process = subprocess.Popen(  # noqa: S603  this program, with checked settings
                     command,
                     stdin=subprocess.DEVNULL,

@@ -236,12 +236,13 @@ expect. The message says why; another worker would hardly come further."""
 MAX_COUNT: Final = 2**53
 """More epochs or environment steps than this are refused wherever they are given."""
 
-OPEN: Final = Method("worker.open", Open, StateAnswer)
-LOAD: Final = Method("worker.load", Load, StateAnswer)
-COLLECT: Final = Method("worker.collect", Collect, Collected)
-BEGIN: Final = Method("worker.begin", Begin, MergeAnswer)
-MERGE: Final = Method("worker.merge", Merge, MergeAnswer)
-ABANDON: Final = Method("worker.abandon", Abandon, Empty)
-EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated)
-LOG: Final = Method("worker.log", Log, Empty)
-FINISH: Final = Method("worker.finish", Finish, Empty)
+# No time is too long for these: the node watches what the worker does (`shoal.training.watch`).
+OPEN: Final = Method("worker.open", Open, StateAnswer, timeout_s=None)
+LOAD: Final = Method("worker.load", Load, StateAnswer, timeout_s=None)
+COLLECT: Final = Method("worker.collect", Collect, Collected, timeout_s=None)
+BEGIN: Final = Method("worker.begin", Begin, MergeAnswer, timeout_s=None)
+MERGE: Final = Method("worker.merge", Merge, MergeAnswer, timeout_s=None)
+ABANDON: Final = Method("worker.abandon", Abandon, Empty, timeout_s=None)
+EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated, timeout_s=None)
+LOG: Final = Method("worker.log", Log, Empty, timeout_s=None)
+FINISH: Final = Method("worker.finish", Finish, Empty, timeout_s=None)

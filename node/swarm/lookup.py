@@ -20,6 +20,7 @@ import trio
 
 from shoal.node.swarm.workers import child_environment
 from shoal.protocol.errors import ShoalError, UsageError
+from shoal.training.plugins import check_plugin
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,17 @@ async def look_up(task: str, algorithm: str) -> dict[str, Any]:
     """What ``python -m shoal.training.tasks`` says.
 
     Raises:
-        UsageError: if a name can be none.
+        UsageError: if a name can be none, or nobody here offers anything by it.
         ShoalError: if it says nothing, or not in time.
     """
     for name in (task, algorithm):
         if not name.isprintable() or len(name.encode(errors="replace")) > MAX_NAME_BYTES:
             raise UsageError(f"{name[:80]!r} can be no name; names are of up to {MAX_NAME_BYTES} printable characters")
+    scheme, colon, rest = task.partition(":")
+    if not (scheme and colon and rest):
+        raise UsageError(f"task {task[:80]!r} needs a scheme and a name, for example gym:CartPole-v1")
+    check_plugin("shoal.tasks", "task scheme", scheme)
+    check_plugin("shoal.algorithms", "algorithm", algorithm)
     reader, writer = os.pipe()
     stream = trio.lowlevel.FdStream(reader)
     said, answer = bytearray(), bytearray()

@@ -137,8 +137,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         role = self._role(request.role)
-        target_return, requires = await self._check_task(request.task, request.algorithm)
-        manifest = Manifest(
+        asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
             algorithm=request.algorithm,
@@ -147,14 +146,17 @@ class Swarms:
             mode=request.mode,
             batch_size=request.batch_size,
             min_learners=request.min_learners,
-            target_return=target_return if request.target_return is None else request.target_return,
+            target_return=request.target_return,
             eval_episodes=request.eval_episodes,
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
             name=request.name or "",
             created_at=int(time.time()),
-            requires=requires,
         )
+        target_return, requires = await self._check_task(request.task, request.algorithm)
+        if request.target_return is not None:
+            target_return = request.target_return
+        manifest = replace(asked, target_return=target_return, requires=requires)
         held = await trio.to_thread.run_sync(self._storage.list_swarms)
         known = self.joined.keys() | {entry.swarm for entry in held}
         swarm, data = sign_manifest(manifest, self._signer)
@@ -323,7 +325,7 @@ class Swarms:
             if domain.failure is not None:
                 if not has_begun:
                     raise ShoalError(str(domain.failure))  # noqa: TRY301  the caller waits for this to begin
-                membership.failure = f"{domain.failure}; restart the node, or join again, to go on"
+                membership.failure = f"{domain.failure.reason}; restart the node, or join again, to go on"
         except Exception as error:
             membership.failure = reason_of(error)
             raise

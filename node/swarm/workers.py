@@ -28,7 +28,7 @@ from typing import Final
 
 import trio
 
-from shoal.node.store.files import make_private_folder
+from shoal.node.store.files import make_own_folder
 from shoal.node.wire.channel import Channel, Router, SocketByteStream
 from shoal.protocol.errors import RemoteError, ResourceError, ShoalError, Status, resource_error
 from shoal.protocol.ids import PeerId
@@ -259,7 +259,7 @@ def _how_it_ended(started: _Started, folder: Path) -> tuple[str, bool]:
 
 async def _start_process(folder: Path) -> _Started:
     """A new worker, and what leads to it."""
-    make_private_folder(folder)
+    make_own_folder(folder)
     page, mark = _Page(), secrets.token_hex(8)
     with ExitStack() as stack:
         stack.callback(page.close)

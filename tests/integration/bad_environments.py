@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -10,6 +11,8 @@ import time
 
 import gymnasium
 import numpy as np
+
+from shoal.training.tasks.gym import GymTask
 
 LENGTH = 10
 CUT_AT = 5
@@ -92,10 +95,8 @@ def hang_in_c(*_):
 
 def hang_and_swallow(*_):
     while True:
-        try:
+        with contextlib.suppress(BaseException):
             time.sleep(3600)
-        except BaseException:
-            pass
 
 
 class BadConstructor(Plain):
@@ -202,6 +203,10 @@ ENVIRONMENTS = {
 }
 
 
-def register():
-    for name, made in ENVIRONMENTS.items():
-        gymnasium.register(id=f"{name}-v0", entry_point=made, disable_env_checker=True)
+for name, made in ENVIRONMENTS.items():
+    gymnasium.register(id=f"{name}-v0", entry_point=made, disable_env_checker=True)
+
+
+def task(name):
+    """The entry point of the scheme ``bad``."""
+    return GymTask(f"{name}-v0")
