@@ -180,11 +180,12 @@ def swarms(found: Sequence[SwarmSummary]) -> RenderableType:
     """The runs that the node is in."""
     if not found:
         return "no swarms: start one with `shoal swarm create`, or `shoal join TICKET`"
-    table = _table("swarm", "task", "role", "phase", ">epoch", ">return", ">target", ">env steps", ">members")
+    table = _table("swarm", "name", "task", "role", "phase", ">epoch", ">return", ">target", ">env steps", ">members")
     for each in found:
         is_alone = each.alone and each.phase not in ENDED
         table.add_row(
             short_swarm(each.swarm),
+            escape(each.name or ""),
             escape(each.task.removeprefix("gym:")),
             each.role,
             Text("ALONE", style=ALONE) if is_alone else _phase(each.phase),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -120,7 +121,7 @@ class NodeConfig:
     """Which identity and data to use: letters, digits, ``_``, ``.`` and ``-``."""
 
     listen: tuple[str, ...] = field(default_factory=default_listen)
-    """TCP multiaddrs to listen on; port 0 lets the system choose."""
+    """TCP multiaddrs to listen on; port 0 is the port of last time, or any that is free."""
 
     bootstrap: tuple[str, ...] = ()
     """Full multiaddrs (``/ip4/…/tcp/…/p2p/…``) of nodes to connect to at the start."""
@@ -139,6 +140,9 @@ class NodeConfig:
 
     max_peers: int = 256
     """How many peers stay connected, unless its swarms and relays need more."""
+
+    wall_clock: Callable[[], float] = time.time
+    """Unix seconds. Nothing is timed by it: it may be wrong, and may be set back."""
 
     def __post_init__(self) -> None:
         check_profile(self.profile)
