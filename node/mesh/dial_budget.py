@@ -43,12 +43,12 @@ class DialBudget:
         """Whether to dial this multiaddr now; if so, it is paid for."""
         place, host = _place(address)
         of_place = _refilled(self._places, place, now, PLACE_BURST, PLACE_PER_S)
-        of_host = _refilled(self._hosts, host, now, HOST_BURST, HOST_PER_S)
-        if min(of_place.tokens, of_host.tokens) < 1:
+        counted = [of_place, _refilled(self._hosts, host, now, HOST_BURST, HOST_PER_S)] if host else [of_place]
+        if min(bucket.tokens for bucket in counted) < 1:
             self.num_refused += 1
             return False
-        of_place.tokens -= 1
-        of_host.tokens -= 1
+        for bucket in counted:
+            bucket.tokens -= 1
         return True
 
     def give_back(self, address: str) -> None:
@@ -74,7 +74,7 @@ def _refilled(buckets: OrderedDict[str, _Bucket], name: str, now: float, burst: 
 
 
 def _place(address: str) -> tuple[str, str]:
-    """The first hop of a multiaddr, ``/ip4/192.0.2.1/tcp/4001``, and what that stands on."""
+    """The first hop of a multiaddr, ``/ip4/192.0.2.1/tcp/4001``, and what that stands on; nothing, on this machine."""
     parts = address.split("/")
     place = "/".join(parts[:5])
     host = parts[2] if len(parts) > 2 else ""
@@ -83,7 +83,8 @@ def _place(address: str) -> tuple[str, str]:
     except ValueError:
         return place, host.lower()
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return place, str(ip.ipv4_mapped)
-        return place, str(ipaddress.ip_network((ip, 64), strict=False))
-    return place, str(ip)
+        mapped = ip.ipv4_mapped
+        if mapped is not None:
+            return place, str(mapped)
+        return place, "" if ip.is_loopback else str(ipaddress.ip_network((ip, 64), strict=False))
+    return place, "" if ip.is_loopback else str(ip)
