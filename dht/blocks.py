@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shoal.dht.manifests import ContentManifest, open_content_manifest
@@ -25,8 +25,23 @@ class Content:
     blocks: dict[Cid, bytes]
 
 
-def split(data: bytes | memoryview) -> Content:
-    """Cut bytes into blocks; equal bytes give an equal CID everywhere.
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What some bytes are called.
+
+    Attributes:
+        cid: of the only block, or of the manifest.
+        manifest: what they consist of; None if they are one block.
+        manifest_bytes: the manifest as a block; empty if they are one block.
+    """
+
+    cid: Cid
+    manifest: ContentManifest | None = None
+    manifest_bytes: bytes = b""
+
+
+def name(data: bytes | memoryview) -> Named:
+    """Find out what bytes are called, without copying them; equal bytes have an equal CID everywhere.
 
     Raises:
         TooLargeError: if they are more than one content may have.
@@ -34,14 +49,24 @@ def split(data: bytes | memoryview) -> Content:
     if len(data) > MAX_CONTENT_BYTES:
         raise TooLargeError(f"a content of {len(data)} bytes exceeds the limit of {MAX_CONTENT_BYTES}; split it")
     if len(data) <= BLOCK_BYTES:
-        cid = Cid.of_block(data)
-        return Content(cid, {cid: bytes(data)})
+        return Named(Cid.of_block(data))
+    manifest = ContentManifest(size=len(data), blocks=tuple(Cid.of_block(part) for part in _parts(data)))
+    encoded = encode(manifest)
+    return Named(Cid.of_manifest(encoded), manifest, encoded)
+
+
+def split(data: bytes | memoryview) -> Content:
+    """Cut bytes into blocks; see `name`."""
+    named = name(data)
+    if named.manifest is None:
+        return Content(named.cid, {named.cid: bytes(data)})
+    parts = {cid: bytes(part) for cid, part in zip(named.manifest.blocks, _parts(data), strict=True)}
+    return Content(named.cid, {named.cid: named.manifest_bytes, **parts})
+
+
+def _parts(data: bytes | memoryview) -> Iterator[memoryview]:
     view = memoryview(data)
-    parts = [bytes(view[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)]
-    names = tuple(Cid.of_block(part) for part in parts)
-    manifest = encode(ContentManifest(size=len(data), blocks=names))
-    cid = Cid.of_manifest(manifest)
-    return Content(cid, {cid: manifest, **dict(zip(names, parts, strict=True))})
+    return (view[start : start + BLOCK_BYTES] for start in range(0, len(view), BLOCK_BYTES))
 
 
 def assemble(cid: Cid, blocks: Mapping[Cid, bytes]) -> bytes:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 import shoal
-from shoal.crdt.views import contributions, evaluations, members
 from shoal.node.api.schemas import (
     BenchRequest,
     BenchResult,
@@ -45,6 +44,7 @@ from shoal.node.api.schemas import (
     TriedInfo,
 )
 from shoal.node.api.server import serve_api
+from shoal.node.budgets import raise_descriptors
 from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.doctor import examine
 from shoal.node.identity import load_or_create_identity
@@ -92,6 +92,7 @@ def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None], fault_seam:
     """
     paths = config.paths
     paths.create()
+    raise_descriptors()
     with hold_profile(paths.lock, config.profile):
         try:
             trio.run(run_node, config, lambda node: on_ready(node.node()), fault_seam)
@@ -289,7 +290,7 @@ class Node:
         began = trio.current_time()
         if "/" in request.peer:
             check_peer_address(request.peer)
-            peer = await self._host.connect([request.peer], is_wish=True)
+            peer = await self._host.connect([request.peer])
         else:
             part = request.peer.strip("…")
             known = [peer for peer in self._host.connected if part and (peer.startswith(part) or peer.endswith(part))]
@@ -361,7 +362,7 @@ class Node:
         replica = self._swarms.get(swarm).replica
         return StateInfo(
             version={str(author): seq for author, seq in replica.version().items()},
-            documents={str(author): values for author, values in replica.documents().items()},
+            documents={str(author): dict(values) for author, values in replica.documents().items()},
         )
 
     async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
@@ -414,8 +415,7 @@ class Node:
     def _detail(self, joined: Joined) -> SwarmDetail:
         run, manifest, replica = joined.run, joined.manifest, joined.replica
         policy, progress = run.policy, run.core.progress
-        documents = replica.documents()
-        found = evaluations(documents)
+        found = replica.views.evaluations
         points = [CurvePoint(epoch=int(p[0]), env_steps=int(p[1]), mean_return=p[2]) for p in run.curve()]
         people = self._members(joined)
         mean_return = progress.final.mean_return if progress.final else (found[-1].mean_return if found else None)
@@ -454,12 +454,11 @@ class Node:
 
     def _members(self, joined: Joined) -> list[MemberInfo]:
         replica, me = joined.replica, self._host.peer_id
-        documents = replica.documents()
-        contributed = contributions(documents)
+        contributed = replica.views.contributions
         total = sum(entry.env_steps for entry in contributed.values())
         told = joined.run.core.live
         listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in told.items()}
-        listed |= {peer: known.role for peer, known in members(documents).items() if not known.left}
+        listed |= {peer: known.role for peer, known in replica.views.members.items() if not known.left}
         listed[me] = str(joined.run.role)
         found = []
         for peer, role in sorted(listed.items()):

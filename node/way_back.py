@@ -53,6 +53,6 @@ async def _dial_any(host: Host, addresses: Sequence[str]) -> None:
         if host.connected:
             return
         try:
-            await host.connect([address])
+            await host.connect([address], heard=True)
         except (NoPeersError, UsageError) as error:
             log.debug("a relay of an earlier life: %s", error)

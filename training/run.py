@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
+from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import pacing
 from shoal.training.claims import Claims, possible
@@ -57,6 +58,7 @@ from shoal.training.run_events import (
     Abandon,
     Collect,
     Collected,
+    Coming,
     Documents,
     Evaluate,
     Evaluated,
@@ -80,6 +82,7 @@ from shoal.training.run_events import (
     Policy,
     Said,
     Say,
+    TaskFailed,
     Tick,
     Update,
     Updated,
@@ -109,6 +112,8 @@ CHUNK_S: Final = 0.25
 """How long the worker collects before the run looks up."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
+COMING_S: Final = 10.0
+"""A policy of which some has come is waited for so long, until more comes, before a newer one is asked for."""
 RESULT_GAP_S: Final = 4.0
 """After which a member of a large swarm says what it holds, if it was not among those who had to say so at once."""
 ALONE_S: Final = 2.0
@@ -164,6 +169,7 @@ class Run:
         self._limits = Limits.of_batch(manifest.batch_size)
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
+        self._num_learners = 0  # of them
         self._heard_at: dict[PeerId, float] = {}
         self._saving = Saving(self.progress)
         self._early = Early(self._live)
@@ -192,6 +198,7 @@ class Run:
         self._fetching: set[Cid] = set()
         self._taking: Candidate | None = None
         self._taken: Candidate | None = None
+        self._coming_at = -_NEVER
         self._overtaken_at: float | None = None
         self._missed_at: float | None = None
         # Time.
@@ -210,11 +217,7 @@ class Run:
     @property
     def learners(self) -> list[PeerId]:
         """Other live members that still learn."""
-        return [
-            peer
-            for peer, facts in self._live.items()
-            if facts.role is Role.LEARNER and facts.phase not in _NOT_LEARNING
-        ]
+        return [peer for peer, facts in self._live.items() if _learns(facts)]
 
     @property
     def learned_wait_s(self) -> float:
@@ -242,18 +245,25 @@ class Run:
                 self._own_said(statement, name, now, outputs)
             case Gone(author):
                 self._gone(author, now, outputs)
-            case Documents(evaluations):
+            case Documents(evaluations, own):
+                self._count_on(own)
                 found = possible(evaluations)
                 self.claims.heard(found)
                 self._evaluated = frozenset(each.cid for each in found)
             case Fetched(cid):
                 self._fetched(cid, now, outputs)
-            case NotFetched(cid, reason):
-                self._not_fetched(cid, reason, now, outputs)
+            case Coming(cid):
+                if self._taking is not None and self._taking.result.cid == cid:
+                    self._coming_at = now
+            case NotFetched():
+                self._not_fetched(event, now, outputs)
             case Opened(policy):
                 self._opened(policy, now, outputs)
             case WorkerGone(reason):
                 self._worker_gone(reason, now, outputs)
+            case TaskFailed(reason):
+                self._worker_gone(reason, now, outputs)
+                self.progress.phase = Phase.FAILED
             case Tick():
                 self._tick(now, outputs)
             case _:
@@ -264,6 +274,16 @@ class Run:
             outputs.append(Say(facts))
         self._set_wake(now, outputs)
         return outputs
+
+    def _count_on(self, own: Contributed | None) -> None:
+        """Go on counting from what this node's document says, where that is more than what was kept on this disk."""
+        if own is None:
+            return
+        progress = self.progress
+        progress.own_env_steps = max(progress.own_env_steps, own.env_steps)
+        more = max(own.rounds - progress.rounds, 0)
+        progress.rounds += more
+        self._rounds_before += more
 
     # Others.
 
@@ -289,7 +309,9 @@ class Run:
                     if is_ahead:
                         self._look(now, outputs)
             case Facts():
+                before = self._live.get(author)
                 self._live[author] = statement
+                self._num_learners += _learns(statement) - (before is not None and _learns(before))
                 self._alone_at, self.progress.is_alone = None, False
                 if statement.phase in BUSY:
                     self._in_round(Busy(author), now, outputs)
@@ -320,7 +342,8 @@ class Run:
                 pass
 
     def _gone(self, author: PeerId, now: float, outputs: list[Output]) -> None:
-        self._live.pop(author, None)
+        facts = self._live.pop(author, None)
+        self._num_learners -= facts is not None and _learns(facts)
         self._heard_at.pop(author, None)
         self.lineage.gone(author)
         if not self._live and self._alone_at is None:
@@ -336,7 +359,7 @@ class Run:
         return policy is not None and not any(peer == self._me or peer in self._live for peer in policy.electorate)
 
     def _equal_stake(self) -> float:
-        return self._manifest.batch_size / (len(self.learners) + 1)
+        return self._manifest.batch_size / (self._num_learners + 1)
 
     def _first_round(self, policy: Policy, after: bytes, now: float, outputs: list[Output]) -> None:
         if self._counts_alike:
@@ -576,7 +599,8 @@ class Run:
             if waiting is not None and waiting.result.epoch <= policy.epoch:
                 self._taking = self._taken = None
         is_of_few = len(self._live) < MAX_VOTERS
-        is_told = is_of_few or self.round is None or self._me in self.round.voters
+        has_voice = self._role is Role.LEARNER if self.round is None else self._me in self.round.voters
+        is_told = is_of_few or has_voice
         if is_told or (self.round is not None and self.round.key.epoch + 1 != policy.epoch):
             outputs.append(Say(policy.result))
             self._result_due = _NEVER
@@ -607,7 +631,9 @@ class Run:
         taking = self._taking
         if candidate is None or (taking is not None and taking.result.epoch >= candidate.result.epoch):
             return
-        if taking is None or taking.result.cid not in self._fetching or now >= self._looked_at + LOOK_S:
+        # What comes is waited for: over a slow link a newer one would come no sooner.
+        may_change = now >= self._looked_at + LOOK_S and now >= self._coming_at + COMING_S
+        if taking is None or taking.result.cid not in self._fetching or may_change:
             self._take(candidate, now, outputs)
 
     def _comes_by_itself(self, candidate: Candidate, now: float) -> bool:
@@ -622,6 +648,7 @@ class Run:
 
     def _take(self, candidate: Candidate, now: float, outputs: list[Output]) -> None:
         self._taking = candidate
+        self._coming_at = -_NEVER
         cid = candidate.result.cid
         if cid not in self._fetching:
             self._fetching.add(cid)
@@ -638,22 +665,24 @@ class Run:
                 self._store(taking.result, now, outputs)
         self._in_round(Held(cid), now, outputs)
 
-    def _not_fetched(self, cid: Cid, reason: str, now: float, outputs: list[Output]) -> None:
+    def _not_fetched(self, event: NotFetched, now: float, outputs: list[Output]) -> None:
+        cid = event.cid
         self._fetching.discard(cid)
         taking, claim = self._taking, self._checking
         if claim is not None and claim.cid == cid:
             self.claims.unreachable(claim, now)
             self._checking = None
         if taking is not None and taking.result.cid == cid:
-            text = f"epoch {taking.result.epoch} cannot be had now: {reason}"
+            is_unfit = event.lack is Lack.UNFIT
+            text = "cannot be a state of this run" if is_unfit else "cannot be had now"
+            text = f"epoch {taking.result.epoch} {text}: {event.reason}"
             is_own = self.policy is None and self._stored is not None and taking.result.cid == self._stored.cid
-            if is_own and self.progress.phase is not Phase.FETCHING:
+            is_first = is_own and not is_unfit and self.progress.phase is not Phase.FETCHING
+            if is_first:
                 self.progress.phase = Phase.FETCHING
                 text += "; it was trained here and is not on this disk any more, so a member who has it is waited for"
-                outputs.append(Note(text))
-            else:
-                outputs.append(Note(text, is_warning=False))
-            self._not_taken(taking, Refusal.UNREACHABLE, now, outputs)
+            outputs.append(Note(text, is_warning=is_unfit or is_first))
+            self._not_taken(taking, Refusal.UNFIT if is_unfit else Refusal.UNREACHABLE, now, outputs)
         self._in_round(CannotBeHad(cid), now, outputs)
 
     def _not_taken(self, candidate: Candidate, why: Refusal, now: float, outputs: list[Output]) -> None:
@@ -806,7 +835,7 @@ class Run:
             self._start(Load(policy.result, keep_samples=False), Phase.FETCHING, now, outputs)
         elif self._must_evaluate and policy.cid not in self._evaluated:
             self._start(Evaluate(), Phase.EVALUATING, now, outputs)
-        elif policy.epoch == 0 and len(self.learners) + 1 < self._manifest.min_learners:
+        elif policy.epoch == 0 and self._num_learners + 1 < self._manifest.min_learners:
             self.progress.phase = Phase.WAITING
         else:
             self._collect_or_update(policy, now, outputs)
@@ -900,6 +929,10 @@ class Run:
         if at != self._wake_at:
             self._wake_at = at
             outputs.append(Wake(at))
+
+
+def _learns(facts: Facts) -> bool:
+    return facts.role is Role.LEARNER and facts.phase not in _NOT_LEARNING
 
 
 def _claimed(claim: Evaluation) -> Result:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
+from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import Electorate
 from shoal.training.exchange.ballots import Ballot
@@ -65,6 +66,13 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """The environments of the task do not work on this node: it learns no more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """A member signed something. ``name`` is the hash of the record."""
 
@@ -90,9 +98,10 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents changed: every evaluation in them."""
+    """The documents changed: every evaluation in them that can matter, and what this node's own says it put in."""
 
     evaluations: tuple[Evaluation, ...]
+    own: Contributed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +174,19 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """These bytes are on their way, and some more of them are here."""
+
+    cid: Cid
+
+
+@dataclass(frozen=True, slots=True)
 class NotFetched:
-    """These bytes cannot be had now."""
+    """These bytes were not had; ``lack`` says whether they may be later."""
 
     cid: Cid
     reason: str
+    lack: Lack = Lack.UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +197,7 @@ class Tick:
 Event: TypeAlias = (
     Opened
     | WorkerGone
+    | TaskFailed
     | Heard
     | Said
     | Gone
@@ -193,6 +211,7 @@ Event: TypeAlias = (
     | Evaluated
     | Finished
     | Fetched
+    | Coming
     | NotFetched
     | Tick
 )
@@ -258,7 +277,10 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Get these bytes, and say `Fetched` or `NotFetched`. ``keep``: on disk."""
+    """Get these bytes, and say `Fetched` or `NotFetched`, before that `Coming` once in a while.
+
+    ``keep``: they are a policy, not what is needed for a round only.
+    """
 
     cid: Cid
     sources: tuple[PeerId, ...]

@@ -13,9 +13,9 @@ from typing import Final
 
 import trio
 
+from shoal.node.budgets import Dials
 from shoal.node.mesh.addresses import CIRCUIT
 from shoal.node.mesh.circuits import BROKEN
-from shoal.node.mesh.dial_budget import DialBudget
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 
@@ -51,7 +51,6 @@ class _SharedAttempt:
     """Addresses of a peer that are being dialed now; ``was_cut_short`` if whoever began it gave up."""
 
     addresses: frozenset[str]
-    is_wish: bool
     is_over: trio.Event = field(default_factory=trio.Event)
     was_cut_short: bool = True
 
@@ -63,7 +62,7 @@ class Dialer:
         dial: opens a connection to a peer by one address; raises what `BROKEN` holds or a `ShoalError`.
         is_connected: whether any connection to a peer stands.
         relays: connected peers that relay, with an address of each.
-        budget: of what is dialed at the word of others.
+        budget: of what is dialed at the word of others; whoever is there gives back what the try cost.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Dialer:
         dial: Callable[[PeerId, str], Awaitable[None]],
         is_connected: Callable[[PeerId], bool],
         relays: Mapping[PeerId, str],
-        budget: DialBudget,
+        budget: Dials,
     ) -> None:
         self._dial = dial
         self._is_connected = is_connected
@@ -79,7 +78,7 @@ class Dialer:
         self._budget = budget
         self._attempts: dict[PeerId, _SharedAttempt] = {}  # as many as there are callers
 
-    async def reach(self, peer: PeerId, addresses: Sequence[str], *, is_wish: bool = False) -> bool:
+    async def reach(self, peer: PeerId, addresses: Sequence[str]) -> bool:
         """Dial a peer, unless others do so just now; whether a connection stands.
 
         What comes of one attempt holds for all whose addresses are in it.
@@ -87,52 +86,37 @@ class Dialer:
         Args:
             peer: to reach.
             addresses: full multiaddrs of it.
-            is_wish: whether a person named them, so that no budget stands against it.
         """
         wanted = frozenset(addresses)
         while (running := self._attempts.get(peer)) is not None:
             await running.is_over.wait()
             if self._is_connected(peer):
                 return True
-            if wanted <= running.addresses and not running.was_cut_short and is_wish <= running.is_wish:
+            if wanted <= running.addresses and not running.was_cut_short:
                 return False
-        attempt = self._attempts[peer] = _SharedAttempt(wanted, is_wish)
+        attempt = self._attempts[peer] = _SharedAttempt(wanted)
         try:
-            is_there = await self._dial_all(peer, addresses, is_wish=is_wish)
+            is_there = await self._dial_all(peer, addresses)
             attempt.was_cut_short = False
         finally:
             del self._attempts[peer]
             attempt.is_over.set()
         return is_there
 
-    async def _dial_all(self, peer: PeerId, addresses: Sequence[str], *, is_wish: bool) -> bool:
+    async def _dial_all(self, peer: PeerId, addresses: Sequence[str]) -> bool:
         with trio.move_on_after(DIAL_TIMEOUT_S):
             async with trio.open_nursery() as nursery:
                 for address, wait_s in dialing_order(peer, addresses, self._relays):
-                    if wait_s == 0.0 and not self._may_dial(address, is_wish=is_wish):
-                        continue
-                    nursery.start_soon(self._dial_one_of_many, peer, address, wait_s, is_wish, nursery.cancel_scope)
+                    nursery.start_soon(self._dial_one_of_many, peer, address, wait_s, nursery.cancel_scope)
         return self._is_connected(peer)
 
-    async def _dial_one_of_many(
-        self, peer: PeerId, address: str, wait_s: float, is_wish: bool, others: trio.CancelScope
-    ) -> None:
+    async def _dial_one_of_many(self, peer: PeerId, address: str, wait_s: float, others: trio.CancelScope) -> None:
         if wait_s:
             await trio.sleep(wait_s)
-            if not self._may_dial(address, is_wish=is_wish):
-                return
         try:
             await self._dial(peer, address)
         except (ShoalError, *BROKEN) as error:
             log.debug("dialing %s failed: %s", address, error)
         else:
-            if CIRCUIT not in address and not is_wish:
-                self._budget.give_back(address)
+            self._budget.give_back(peer, address)
             others.cancel()
-
-    def _may_dial(self, address: str, *, is_wish: bool) -> bool:
-        # What a circuit costs is its relay's to say; if the relay has to be dialed first, that is counted.
-        if is_wish or CIRCUIT in address or self._budget.take(address, trio.current_time()):
-            return True
-        log.debug("%s is not dialed: that place was dialed too often lately, and nobody was there", address)
-        return False

@@ -29,6 +29,7 @@ import trio
 from libp2p.abc import INetworkService
 from multiaddr import Multiaddr
 
+from shoal.node.budgets import NodeBudgets, user_of
 from shoal.node.mesh.interfaces import local_ips
 from shoal.node.wire.lanes import TLS_HANDSHAKE, peek_first_byte
 from shoal.protocol.errors import ShoalError
@@ -39,6 +40,8 @@ FIRST_BYTE_S: Final = 10.0
 MAX_SILENT: Final = 512
 MAX_SILENT_PER_IP: Final = 32
 """Connections that have not sent a byte yet; over that, a new one is closed."""
+TURN_S: Final = 6.0
+"""How long a connection waits for its turn to prove who is at its other end."""
 QUESTION_S: Final = 30.0
 """How long an answered question stays open at most."""
 ASK_AGAIN_S: Final = 0.05
@@ -76,10 +79,20 @@ class _Question:
 
 
 class Door:
-    """Listens, and hands on what comes in."""
+    """Listens, and hands on what comes in. `run` must run for anything to be handed on.
 
-    def __init__(self, accept_lane: AcceptLane) -> None:
+    Args:
+        accept_lane: takes what is no connection of libp2p's.
+        budgets: of which handshakes, sockets and dials are.
+        is_wanted_at: whether a peer that this node wants is connected by an IP, whose connections do not wait then.
+    """
+
+    def __init__(self, accept_lane: AcceptLane, budgets: NodeBudgets, is_wanted_at: Callable[[str], bool]) -> None:
         self._accept_lane = accept_lane
+        self._budgets = budgets
+        self._is_wanted_at = is_wanted_at
+        self._dialing = trio.CapacityLimiter(budgets.max_dialing)
+        self._asked = trio.Event()
         self._silent: Counter[str] = Counter()  # by IP
         self._knocks: dict[bytes, trio.Event] = {}
         self._ports: dict[socket.AddressFamily, int] = {}
@@ -126,6 +139,34 @@ class Door:
             self._share(listener)
             for accepting in listener.listeners:
                 self._ports.setdefault(accepting.socket.family, accepting.socket.getsockname()[1])
+
+    async def run(self) -> None:
+        """Give those that came in their turns to prove who they are."""
+        turns = self._budgets.handshakes
+        while True:
+            for turn in turns.granted(trio.current_time()):
+                turn.set()  # type: ignore[attr-defined]  # a ticket of `_turn`
+            at = turns.next_at(trio.current_time())
+            if at is not None:
+                await trio.sleep_until(at)
+            else:
+                self._asked = trio.Event()
+                await self._asked.wait()
+
+    async def _turn(self, ip: str) -> bool:
+        """Wait until a connection from this IP may cost a handshake; False if that takes too long."""
+        if self._is_wanted_at(ip):
+            return True
+        turn, user = trio.Event(), user_of(ip)
+        if not self._budgets.handshakes.ask(user, turn):
+            return False
+        self._asked.set()
+        try:
+            with trio.move_on_after(TURN_S):
+                await turn.wait()
+        finally:
+            self._budgets.handshakes.forget(user, turn)
+        return turn.is_set()
 
     def port(self, ip: str) -> int | None:
         """The first port that this node listens on in the family of an address; None if it does not."""
@@ -177,7 +218,8 @@ class Door:
             if own is not None:
                 _share_port(sock)
                 await sock.bind(("::" if family is socket.AF_INET6 else "0.0.0.0", own))  # noqa: S104  the route decides
-            await sock.connect((ip, port))
+            async with self._dialing:
+                await sock.connect((ip, port))
         except BaseException:
             sock.close()
             raise
@@ -241,23 +283,34 @@ class Door:
             if not ip or self._silent[ip] >= MAX_SILENT_PER_IP or self._silent.total() >= MAX_SILENT:
                 await stream.close()
                 return
-            self._silent[ip] += 1
-            try:
-                first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
-                if first in (KNOCK, QUESTION):
-                    await self._answer(sock)  # counts as silent: it says no more
-            finally:
-                self._silent[ip] -= 1
-                if not self._silent[ip]:
-                    del self._silent[ip]
-            if first == TLS_HANDSHAKE:
-                await self._accept_lane(sock, ip)
-            elif first in (b"", KNOCK, QUESTION):
+            user = user_of(ip)
+            if not self._budgets.sockets.take(user, 1):
+                log.debug("too many connections of %s; one is closed", user)
                 await stream.close()
-            else:
-                await libp2p(stream)
+                return
+            try:
+                await self._take_in(stream, sock, ip, libp2p)
+            finally:
+                self._budgets.sockets.hold(user, -1)
 
         listener.handler = take
+
+    async def _take_in(self, stream: Any, sock: Any, ip: str, libp2p: Callable[[Any], Awaitable[None]]) -> None:
+        self._silent[ip] += 1
+        try:
+            first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
+            if first in (KNOCK, QUESTION):
+                await self._answer(sock)  # counts as silent: it says no more
+        finally:
+            self._silent[ip] -= 1
+            if not self._silent[ip]:
+                del self._silent[ip]
+        if first in (b"", KNOCK, QUESTION) or not await self._turn(ip):
+            await stream.close()
+        elif first == TLS_HANDSHAKE:
+            await self._accept_lane(sock, ip)
+        else:
+            await _until_closed(libp2p, stream)
 
     async def _answer(self, sock: trio.socket.SocketType) -> None:
         with trio.move_on_after(QUESTION_S), contextlib.suppress(OSError):
@@ -267,6 +320,25 @@ class Door:
                 await sock.recv(1)
             elif (came := self._knocks.get(data[1:])) is not None:
                 came.set()
+
+
+async def _until_closed(serve: Callable[[Any], Awaitable[None]], stream: Any) -> None:
+    """Serve a connection, and no longer than it stands.
+
+    libp2p's handler waits until the whole node ends and so holds one of the places that it has for connections that
+    come in, long after the connection has ended; when all are taken, nobody comes in any more.
+    """
+    close = stream.close
+
+    async def close_and_end() -> None:
+        try:
+            await close()
+        finally:
+            scope.cancel()
+
+    with trio.CancelScope() as scope:
+        stream.close = close_and_end
+        await serve(stream)
 
 
 async def knock(ip: str, port: int, nonce: bytes, *, timeout_s: float) -> bool:

@@ -1,8 +1,9 @@
 """What a node keeps: swarms, ops, blocks and small facts, in one SQLite file.
 
 What a method has written when it returns survives a kill and a power cut: the file is in WAL mode with
-``synchronous=FULL``, and each method is one transaction. All methods block; the daemon calls them from worker threads.
-One connection behind one lock serves them all, so calls from several threads wait for each other and never mix.
+``synchronous=FULL``, and each method is one transaction. All methods block, except where it is said that they do not;
+the daemon calls them from worker threads. One connection behind one lock serves them all, so calls from several threads
+wait for each other and never mix; another one reads blocks, and waits for no writer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,11 @@ from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES, MAX_OP_BYTES
 from shoal.protocol.signing import Signed
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
+MAX_WAL_BYTES: Final = 4 * 1024 * 1024
+"""What is kept of the write-ahead log's file once all of it is in the file itself."""
+VACUUM_PAGES: Final = 1024
+"""Given back to the disk at a time."""
 
 _SCHEMA: Final = """
 CREATE TABLE swarms (
@@ -40,15 +46,12 @@ CREATE TABLE blocks (
 ) STRICT;
 CREATE INDEX blocks_by_use ON blocks (pinned, last_used);
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
-"""
-
-_FORKS: Final = """
 CREATE TABLE forks (
-    swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, stands BLOB NOT NULL, other BLOB NOT NULL,
+    swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, one BLOB NOT NULL, other BLOB NOT NULL,
     PRIMARY KEY (swarm, author)
 ) STRICT, WITHOUT ROWID;
 """
-"""The proof that an author signed two logs; new in schema 2."""
+"""Of an author's ops, those from its newest snapshot on are kept; of one who signed two logs, the proof."""
 
 
 class StorageError(ShoalError):
@@ -83,7 +86,7 @@ class StoredSwarm:
 class Storage:
     """One open file. Close it, or use it as a context manager."""
 
-    __slots__ = ("_clock", "_db", "_lock", "_used", "path")
+    __slots__ = ("_clock", "_db", "_lock", "_names", "_read_lock", "_reader", "_used", "path")
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Open the file; create it, with mode 0600, if there is none.
@@ -93,11 +96,12 @@ class Storage:
             clock: Unix seconds, for the order of use of blocks.
 
         Raises:
-            StorageError: if it cannot be opened, is no such file, or was written by a newer Shoal.
+            StorageError: if it cannot be opened, is no such file, or was written by a newer or an older Shoal.
         """
         self.path = path
         self._clock = clock
         self._lock = threading.Lock()
+        self._read_lock = threading.Lock()  # taken after the other one, by who takes both
         self._used: dict[Cid, float] = {}  # reads of blocks, written with the next change
         with self._explained():
             try:
@@ -107,13 +111,16 @@ class Storage:
             self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
+                self._names = {Cid(cid) for (cid,) in self._db.execute("SELECT cid FROM blocks")}
+                self._reader = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
             except BaseException:
                 self._db.close()
                 raise
 
     def close(self) -> None:
         """Close the file; nothing works afterwards."""
-        with self._lock, self._explained():
+        with self._lock, self._read_lock, self._explained():
+            self._reader.close()
             self._db.close()
 
     def __enter__(self) -> Self:
@@ -172,25 +179,26 @@ class Storage:
 
         Args:
             swarm: of all of them.
-            ops: in order for each author.
+            ops: in order for each author. With a snapshot, those of its author before it go.
             forks: kept before the ops, each in the place of an earlier one of its author; ops from a fork on go.
 
         Raises:
             StorageError: if the swarm was not added, or another op is kept in the place of one of these.
         """
-        rows = [(str(swarm), str(sealed.author), open_op(sealed).seq, encode(sealed)) for sealed in ops]
+        opened = [(sealed, open_op(sealed)) for sealed in ops]
         with self._transaction() as db:
             for fork in forks:
                 db.execute(
                     "INSERT INTO forks VALUES (?, ?, ?, ?) ON CONFLICT (swarm, author) DO UPDATE SET"
-                    " stands = excluded.stands, other = excluded.other",
-                    (str(swarm), str(fork.author), encode(fork.stands), encode(fork.other)),
+                    " one = excluded.one, other = excluded.other",
+                    (str(swarm), str(fork.author), encode(fork.one), encode(fork.other)),
                 )
                 db.execute(
                     "DELETE FROM ops WHERE swarm = ? AND author = ? AND seq >= ?",
                     (str(swarm), str(fork.author), fork.seq),
                 )
-            for row in rows:
+            for sealed, op in opened:
+                row = (str(swarm), str(op.author), op.seq, encode(sealed))
                 added = db.execute("INSERT INTO ops VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount
                 if added == 0:
                     (held,) = db.execute(
@@ -198,8 +206,11 @@ class Storage:
                     ).fetchone()
                     if held != row[3]:
                         raise StorageError(
-                            f"{self.path} holds another op {row[2]} of {row[1]}; stop other nodes that use this profile"
+                            f"{self.path} holds another op {op.seq} of {op.author}; stop other nodes that use this "
+                            "profile"
                         )
+                if op.trail is not None:
+                    db.execute("DELETE FROM ops WHERE swarm = ? AND author = ? AND seq < ?", row[:3])
 
     def load_ops(self, swarm: SwarmId) -> list[Signed]:
         """Every op of a swarm, by author and sequence number."""
@@ -209,7 +220,7 @@ class Storage:
 
     def load_forks(self, swarm: SwarmId) -> list[Fork]:
         """The fork kept of each author of a swarm who signed two logs."""
-        rows = self._rows("SELECT stands, other FROM forks WHERE swarm = ? ORDER BY author", (str(swarm),))
+        rows = self._rows("SELECT one, other FROM forks WHERE swarm = ? ORDER BY author", (str(swarm),))
         with self._explained():
             return [prove(*(decode(Signed, sealed, max_bytes=MAX_OP_BYTES) for sealed in row)) for row in rows]
 
@@ -219,8 +230,15 @@ class Storage:
         """Keep one block; see `put_blocks`."""
         self.put_blocks({cid: data}, pinned=pinned)
 
-    def put_blocks(self, blocks: Mapping[Cid, bytes], *, pinned: bool = False) -> None:
+    def put_blocks(
+        self, blocks: Mapping[Cid, bytes | memoryview], *, pinned: bool = False, is_checked: bool = False
+    ) -> None:
         """Keep blocks, all or none; those kept already are used, and pinned if asked for.
+
+        Args:
+            blocks: by name.
+            pinned: whether they are never to be forgotten.
+            is_checked: whether it is known that each is what its name says.
 
         Raises:
             ProtocolError: if a block is not what its name says, or too big.
@@ -230,7 +248,7 @@ class Storage:
         for cid, data in blocks.items():
             if len(data) > BLOCK_BYTES:
                 raise LimitError(f"block {cid} of {len(data)} bytes exceeds the limit of {BLOCK_BYTES}")
-            if not cid.matches(data):
+            if not is_checked and not cid.matches(data):
                 raise ProtocolError(f"these bytes are not block {cid}")
             rows.append((str(cid), len(data), now, int(pinned), data))
         with self._transaction() as db:
@@ -239,24 +257,26 @@ class Storage:
                 " DO UPDATE SET last_used = excluded.last_used, pinned = max(pinned, excluded.pinned)",
                 rows,
             )
+        self._names.update(blocks)
 
     def get_block(self, cid: Cid) -> bytes | None:
         """A block, checked against its name; None if it is not kept, or was damaged and is now forgotten."""
-        rows = self._rows("SELECT data FROM blocks WHERE cid = ?", (str(cid),))
-        if not rows:
+        if cid not in self._names:
             return None
-        data: bytes = rows[0][0]
-        if not cid.matches(data):
-            with self._transaction() as db:
-                db.execute("DELETE FROM blocks WHERE cid = ?", (str(cid),))
-            return None
-        with self._lock:
+        with self._read_lock, self._explained():
+            row = self._reader.execute("SELECT data FROM blocks WHERE cid = ?", (str(cid),)).fetchone()
             self._used[cid] = self._clock()
+        if row is None:
+            return None
+        data: bytes = row[0]
+        if not cid.matches(data):
+            self._delete([cid])
+            return None
         return data
 
     def has_block(self, cid: Cid) -> bool:
-        """Whether a block is kept; not a use of it."""
-        return bool(self._rows("SELECT 1 FROM blocks WHERE cid = ?", (str(cid),)))
+        """Whether a block is kept; not a use of it. Does not block."""
+        return cid in self._names
 
     def pin(self, cids: Iterable[Cid]) -> None:
         """Never evict these blocks; those that are not kept are left out."""
@@ -270,29 +290,55 @@ class Storage:
         """Bytes of all blocks."""
         return int(self._rows("SELECT coalesce(sum(num_bytes), 0) FROM blocks")[0][0])
 
-    def evict(self, max_bytes: int) -> int:
-        """Forget blocks until all have at most ``max_bytes``: the least recently used first, pinned ones never.
+    def evict(self, max_bytes: int, spared: AbstractSet[Cid] = frozenset()) -> int:
+        """Forget blocks until all have at most ``max_bytes``: the least recently used first, pinned and spared never.
 
         Returns:
-            How many bytes were forgotten; the rest over the limit is pinned.
+            How many bytes were forgotten; the rest over the limit is to stay.
         """
-        freed = 0
-        with self._transaction() as db:
-            excess = int(db.execute("SELECT coalesce(sum(num_bytes), 0) FROM blocks").fetchone()[0]) - max_bytes
-            if excess <= 0:
-                return 0
-            doomed = []
-            for cid, num_bytes in db.execute(
-                "SELECT cid, num_bytes FROM blocks WHERE pinned = 0 ORDER BY last_used, cid"
-            ):
-                doomed.append((cid,))
+        excess = self.blocks_size() - max_bytes
+        if excess <= 0:
+            return 0
+        freed, doomed = 0, []
+        self._write_uses()
+        for cid, num_bytes in self._rows(
+            "SELECT cid, num_bytes FROM blocks WHERE pinned = 0 ORDER BY last_used, cid LIMIT ?", (len(self._names),)
+        ):
+            if freed >= excess:
+                break
+            if cid not in spared:
+                doomed.append(Cid(cid))
                 freed += num_bytes
-                if freed >= excess:
-                    break
-            db.executemany("DELETE FROM blocks WHERE cid = ?", doomed)
-        with self._lock, self._explained():
-            self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would give back one page only
+        self._delete(doomed)
         return freed
+
+    def forget_unused(self, spared: AbstractSet[Cid], before: float) -> int:
+        """Forget blocks that were last used before a time (Unix seconds), except pinned ones and those to be spared.
+
+        Returns:
+            How many bytes were forgotten.
+        """
+        self._write_uses()
+        rows = self._rows("SELECT cid, num_bytes FROM blocks WHERE pinned = 0 AND last_used < ?", (before,))
+        doomed = [(Cid(cid), num_bytes) for cid, num_bytes in rows if cid not in spared]
+        self._delete([cid for cid, _ in doomed])
+        return sum(num_bytes for _, num_bytes in doomed)
+
+    def _write_uses(self) -> None:
+        with self._transaction():
+            pass
+
+    def _delete(self, cids: Sequence[Cid]) -> None:
+        if not cids:
+            return
+        with self._transaction() as db:
+            db.executemany("DELETE FROM blocks WHERE cid = ?", [(str(cid),) for cid in cids])
+        self._names.difference_update(cids)
+        is_free = True
+        while is_free:  # in pieces, so that whoever else writes comes in between
+            with self._lock, self._explained():  # `execute` would give back one page only
+                self._db.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+                is_free = self._db.execute("PRAGMA freelist_count").fetchone()[0] > 0
 
     # --- facts ---
 
@@ -302,6 +348,11 @@ class Storage:
             db.execute(
                 "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (name, value)
             )
+
+    def list_facts(self, prefix: str) -> dict[str, bytes]:
+        """Everything that was kept under a name that begins so."""
+        rows = self._rows("SELECT name, value FROM facts WHERE substr(name, 1, ?) = ?", (len(prefix), prefix))
+        return dict(rows)
 
     def get_fact(self, name: str) -> bytes | None:
         """What was kept under a name."""
@@ -317,17 +368,21 @@ class Storage:
             raise StorageError(
                 f"{self.path} is of schema {version}, newer than this Shoal's {SCHEMA_VERSION}; update Shoal"
             )
+        if 0 < version < SCHEMA_VERSION:
+            raise StorageError(
+                f"{self.path} was written by an older Shoal (schema {version}, now {SCHEMA_VERSION}), which kept "
+                "swarms in another way; move it away, and the node starts afresh: join its runs anew"
+            )
         if version == 0:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {MAX_WAL_BYTES}")
         db.execute("PRAGMA foreign_keys = ON")
         if version == 0:
             if db.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 raise StorageError(f"{self.path} is a database of something else; choose another place for it")
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {_FORKS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version == 1:
-            db.executescript(f"BEGIN IMMEDIATE; {_FORKS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
     def _set_pinned(self, cids: Iterable[Cid], pinned: int) -> None:
         with self._transaction() as db:
@@ -342,12 +397,13 @@ class Storage:
         with self._lock, self._explained():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                if self._used:
-                    uses = [(used, str(cid)) for cid, used in self._used.items()]
-                    self._db.executemany("UPDATE blocks SET last_used = ? WHERE cid = ?", uses)
+                with self._read_lock:
+                    uses, self._used = self._used, {}  # a use that is not written down, for want of space, say, is lost
+                if uses:
+                    rows = [(used, str(cid)) for cid, used in uses.items()]
+                    self._db.executemany("UPDATE blocks SET last_used = ? WHERE cid = ?", rows)
                 yield self._db
                 self._db.execute("COMMIT")
-                self._used.clear()
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")

@@ -11,7 +11,7 @@ buys a few tries a minute for all of them. Addresses by which it was reached bef
 which it came. One that leads to this machine is dialed only if the member is likely to be on it: others would have this
 node try the ports of its own programs.
 
-How often one place may be dialed, whoever names it, says `shoal.node.mesh.dial_budget`.
+How often one place may be dialed, whoever names it, says `shoal.node.budgets.Dials`.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class Reaching:
         addresses = addresses or self.addresses(peer)[: core.MAX_DIALED]
         try:
             if addresses:
-                await self._host.connect(list(addresses))
+                await self._host.connect(list(addresses), heard=True)
         except (NoPeersError, UsageError) as error:
             log.debug("dialing a member failed: %s", error)
         return peer in self._host.connected

@@ -9,11 +9,9 @@ Also the services that peers call: content, documents and presence.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -21,7 +19,6 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from shoal.crdt.oplog import Fork
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
@@ -33,6 +30,8 @@ from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.journal import load_docs
+from shoal.node.swarm.lookup import look_up
 from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
@@ -40,8 +39,9 @@ from shoal.node.swarm.workers import can_train, require_training
 from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, current_call
-from shoal.protocol.signing import Signed, Signer
+from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
 from shoal.training.requirements import check_here
 from shoal.training.statements import TOPIC_RULES, Phase
@@ -81,7 +81,7 @@ class Joined:
     @property
     def error(self) -> str | None:
         """What is wrong, if something is."""
-        return self.run.error if self.failure is None else self.failure
+        return self.failure or self.replica.problem or self.run.error
 
 
 class Swarms:
@@ -99,6 +99,7 @@ class Swarms:
         remembered: Remembered,
     ) -> None:
         self.joined: dict[SwarmId, Joined] = {}
+        self._created: set[SwarmId] = set()  # in this life of the node, which alone can have written in them so far
         self.changed = Signal()
         self._signer = signer
         self._host = host
@@ -136,8 +137,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         role = self._role(request.role)
-        target_return, requires = await self._check_task(request.task, request.algorithm)
-        manifest = Manifest(
+        asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
             algorithm=request.algorithm,
@@ -146,20 +146,24 @@ class Swarms:
             mode=request.mode,
             batch_size=request.batch_size,
             min_learners=request.min_learners,
-            target_return=target_return if request.target_return is None else request.target_return,
+            target_return=request.target_return,
             eval_episodes=request.eval_episodes,
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
             name=request.name or "",
             created_at=int(time.time()),
-            requires=requires,
         )
+        target_return, requires = await self._check_task(request.task, request.algorithm)
+        if request.target_return is not None:
+            target_return = request.target_return
+        manifest = replace(asked, target_return=target_return, requires=requires)
         held = await trio.to_thread.run_sync(self._storage.list_swarms)
         known = self.joined.keys() | {entry.swarm for entry in held}
         swarm, data = sign_manifest(manifest, self._signer)
         while swarm in known or swarm in self._entering:  # another run like this one was started in the same second
             manifest = replace(manifest, created_at=manifest.created_at + 1)
             swarm, data = sign_manifest(manifest, self._signer)
+        self._created.add(swarm)
         async with self._alone_in(swarm):
             await self._enter(self._entry(swarm, data, role), is_new=True)
         return swarm
@@ -207,6 +211,7 @@ class Swarms:
         if membership.domain is not None:
             try:
                 await membership.replica.write(member={"role": str(membership.run.role), "left": True})
+                await membership.replica.write_held()
             except ShoalError as error:
                 log.warning("%s is left without a goodbye: %s", swarm, error)
             await trio.sleep(0.2)  # for the goodbye to go out; who misses it, hears it by sync from the others
@@ -255,17 +260,7 @@ class Swarms:
     async def _check_task(self, task: str, algorithm: str) -> tuple[float | None, dict[str, int]]:
         """Whether both are installed here; gives the task's own target, and what members of a run must have."""
         require_training()
-        result = await trio.run_process(
-            [sys.executable, "-m", "shoal.training.tasks", task, algorithm],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-        try:
-            answer = json.loads(result.stdout)
-        except ValueError as error:
-            log.warning("checking %s failed: %s", task, result.stderr.decode(errors="replace")[-2000:])
-            raise ShoalError(f"the task {task!r} could not be looked up; the node's log says why") from error
+        answer = await look_up(task, algorithm)
         if "error" in answer:
             raise UsageError(answer["error"])
         return answer["target_return"], answer["requires"]
@@ -315,14 +310,13 @@ class Swarms:
         """One swarm from entering it until it is left, or until a failure ends it."""
         has_begun = False
         # Shown from now on; nothing may be written before what is stored has been read.
-        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), (), home, 0)
+        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, None, home, 0)
         try:
             check_here(manifest, Role(entry.role))
-            stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
-            forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
+            docs = await load_docs(entry.swarm, self._signer.peer_id, self._storage)
             incarnation = await trio.to_thread.run_sync(self._remembered.next_incarnation)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
-                membership = self._membership(home, entry, manifest, stored, forks, domain, incarnation)
+                membership = self._membership(home, entry, manifest, docs, domain, incarnation)
                 membership.domain = domain
                 self.joined[entry.swarm] = membership
                 await self._begin(membership, domain, entry)
@@ -331,7 +325,7 @@ class Swarms:
             if domain.failure is not None:
                 if not has_begun:
                     raise ShoalError(str(domain.failure))  # noqa: TRY301  the caller waits for this to begin
-                membership.failure = f"{domain.failure}; restart the node, or join again, to go on"
+                membership.failure = f"{domain.failure.reason}; restart the node, or join again, to go on"
         except Exception as error:
             membership.failure = reason_of(error)
             raise
@@ -347,15 +341,19 @@ class Swarms:
         home: Domain,
         entry: StoredSwarm,
         manifest: Manifest,
-        stored: Sequence[Signed],
-        forks: Sequence[Fork],
+        docs: SwarmDocs | None,
         domain: Domain,
         incarnation: int,
     ) -> Joined:
         swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
-        docs = SwarmDocs(swarm, me, stored, forks)
+        docs = SwarmDocs(swarm, me) if docs is None else docs
         presence = PresenceTable(swarm, me, incarnation, TOPIC_RULES)
-        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, domain, known=entry.addresses)
+        replica = Replica(
+            *(swarm, self._signer, docs, presence, self._storage, self._host, domain),
+            known=entry.addresses,
+            is_new=swarm in self._created,
+            target_return=manifest.target_return,
+        )
         replica.on_outdone = lambda number: domain.start_soon(
             "noting an incarnation", self._note_incarnation, number, policy=Policy.DROP
         )
@@ -373,7 +371,7 @@ class Swarms:
         for peer in self._host.connected:
             self._catch_up(membership, peer)
         await domain.start("run", run.run, policy=Policy.RESTART)
-        await self._content.put(entry.manifest, keep=True, is_plain=True)
+        await self._content.pin(entry.manifest)
         register = {"role": str(run.role), "left": False}
         if replica.documents().get(self._signer.peer_id, {}).get("member") != register:
             await replica.write(member=register)
@@ -395,7 +393,8 @@ class Swarms:
         for _ in range(LOOKUPS):
             if reached or not self._host.connected:
                 break
-            reached = await self._connect_any([list(a) for a in await self._host.find_providers(ticket.swarm)])
+            found = await self._host.find_providers(ticket.swarm)
+            reached = await self._connect_any([list(each) for each in found], heard=True)
             if not reached:
                 await trio.sleep(LOOKUP_PAUSE_S)
         if not reached and must:
@@ -405,14 +404,14 @@ class Swarms:
             )
         return reached
 
-    async def _connect_any(self, groups: list[list[str]]) -> list[PeerId]:
-        """Dial all; returns those that answered by the time the first did."""
+    async def _connect_any(self, groups: list[list[str]], *, heard: bool = False) -> list[PeerId]:
+        """Dial all, as `Host.connect` does; returns those that answered by the time the first did."""
         reached: list[PeerId] = []
         async with open_plain_nursery() as nursery:
 
             async def dial(addresses: list[str]) -> None:
                 try:
-                    peer = await self._host.connect(addresses, is_wish=True)
+                    peer = await self._host.connect(addresses, heard=heard)
                 except (ShoalError, ValueError) as error:  # whatever a ticket or the DHT gives for an address
                     log.info("%s", error)
                     return
@@ -426,7 +425,7 @@ class Swarms:
 
     async def _fetch_manifest(self, swarm: SwarmId, peers: list[PeerId]) -> bytes:
         try:
-            return await self._content.get(swarm, peers, keep=False, timeout_s=10, is_plain=True)
+            return bytes(await self._content.get(swarm, peers, patience_s=10, max_bytes=BLOCK_BYTES, is_plain=True))
         except UnavailableError as error:
             raise NoPeersError(f"the members that answer do not give the manifest of {swarm}: {error}") from error
 

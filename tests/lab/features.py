@@ -29,6 +29,22 @@ STARTS: Final = 5
 START_LIMIT_S: Final = 1.5
 GIVE_UP_S: Final = 30.0
 CREATE: Final = ("swarm", "create", "--task", "gym:CartPole-v1", "--min-learners", "2", "--json")
+LARGE: Final = (
+    *("swarm", "create", "--task", "gym:CartPole-v1", "--min-learners", "1", "--target-return", "1000"),
+    *(
+        "--max-env-steps",
+        "1000000000",
+        "--set",
+        "hidden_sizes=[4096,60,4096,60,4096,60,4096,60]",
+        "--set",
+        "update_epochs=1",
+    ),
+    *("--set", "num_minibatches=1", "--json"),
+)
+LARGE_MIB: Final = 40
+"""Of a state of that run: three and a half million parameters, and Adam's two moments of each."""
+LARGE_LIMIT_S: Final = 180.0
+SLOW_BYTES_PER_S: Final = 10e6 / 8
 NOWHERE: Final = "5.250.0.1"
 """An address that belongs to no site: what is sent there is lost without a word."""
 
@@ -148,6 +164,28 @@ def upnp(stage: Stage) -> None:
         wait_for_path(at_one, other.peer_id, "relayed")
         met = peer_of(at_one, other.peer_id)
         stage.equal("two symmetric NATs meet through it", met is not None and met.relayed_by == home.peer_id, True)
+
+
+def slow_link(stage: Stage) -> None:
+    """A member with 10 Mbit/s takes a state of 40 MiB of a run that goes on meanwhile; nothing comes twice."""
+    fast_site, slow_site = stage.lab.add("open", "fast"), stage.lab.add("open", "slow")
+    fast = stage.start(fast_site, "--relay", "off", bootstrap=())
+    known = [f"/ip4/{fast_site.address}/tcp/{PORT}/p2p/{fast.peer_id}"]
+    slow = stage.start(slow_site, "--relay", "off", bootstrap=known)
+    with fast.client() as at_fast, slow.client() as at_slow:
+        swarm_and_ticket = json.loads(fast.run(*LARGE, timeout_s=120))
+        swarm = swarm_and_ticket["swarm"]
+        wait_until("an epoch", lambda: at_fast.swarm(swarm).epoch >= 1, LARGE_LIMIT_S)
+        stage.lab.set_link(slow_site, rate=SLOW_BYTES_PER_S)
+        before = stage.lab.count(slow_site)["down"]["bytes"]
+        slow.run("join", "--detach", "--role", "storage", swarm_and_ticket["ticket"], timeout_s=120)
+        began = at_fast.swarm(swarm).epoch
+        took_s = wait_until("the state", lambda: at_slow.swarm(swarm).epoch >= 1, LARGE_LIMIT_S)
+        came = (stage.lab.count(slow_site)["down"]["bytes"] - before) / 2**20
+        stage.say(f"  epoch {at_slow.swarm(swarm).epoch}; the run went from {began} to {at_fast.swarm(swarm).epoch}")
+        stage.at_least("time that it took, more than a fetch once had", round(took_s, 1), 30, "s")
+        stage.within("time that it took", took_s, 2 * LARGE_MIB * 2**20 / SLOW_BYTES_PER_S)
+        stage.equal(f"came for {LARGE_MIB} MiB: {came:.0f} MiB, with what else is said", came < 1.3 * LARGE_MIB, True)
 
 
 def _bench(node: LabNode, peer: LabNode, kind: str, *options: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ SCENARIOS: Final[dict[str, Callable[[Stage], None]]] = {
     "start": features.start,
     "compose": features.compose,
     "upnp": features.upnp,
+    "slow-link": features.slow_link,
 }
 LIMIT_S: Final = 420
 """Of one scenario, with building its lab; its own waits are shorter."""

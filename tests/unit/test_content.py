@@ -116,3 +116,14 @@ def test_the_largest_content_has_a_manifest_that_fits_into_a_block() -> None:
     data = encode(ContentManifest(size=MAX_CONTENT_BYTES, blocks=(BLOCK,) * count))
     assert len(data) <= BLOCK_BYTES
     assert len(open_content_manifest(Cid.of_manifest(data), data).blocks) == count
+
+
+def test_a_bomb_is_refused_by_its_manifest_and_an_honest_content_of_zeros_is_not() -> None:
+    bomb = encode(ContentManifest(size=2048 * BLOCK_BYTES, blocks=(BLOCK,) * 2048))
+    with pytest.raises(LimitError, match="too often"):
+        open_content_manifest(Cid.of_manifest(bomb), bomb, max_bytes=MAX_CONTENT_BYTES)
+    with pytest.raises(LimitError, match="allowed"):
+        open_content_manifest(Cid.of_manifest(bomb), bomb, max_bytes=100 * BLOCK_BYTES)
+    zeros = split(bytes(3 * BLOCK_BYTES))
+    opened = open_content_manifest(zeros.cid, zeros.blocks[zeros.cid], max_bytes=3 * BLOCK_BYTES)
+    assert opened.size == 3 * BLOCK_BYTES

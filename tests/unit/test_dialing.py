@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from shoal.node.mesh.dial_budget import DialBudget
+from shoal.node.budgets import BudgetLimits, Dials
 from shoal.node.mesh.dialing import (
     CIRCUIT_HEAD_START_S,
     DIAL_TIMEOUT_S,
@@ -44,7 +44,7 @@ class Far:
         self.after_s = after_s
         self.dialed: list[str] = []
         self.is_connected = False
-        self.dialer = Dialer(self.dial, lambda peer: self.is_connected, {}, DialBudget())
+        self.dialer = Dialer(self.dial, lambda peer: self.is_connected, {}, Dials(BudgetLimits()))
 
     async def dial(self, peer: PeerId, address: str) -> None:
         self.dialed.append(address)

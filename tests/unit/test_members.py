@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 
-from shoal.node.mesh.dial_budget import HOST_BURST, HOST_PER_S, MAX_COUNTED, PLACE_BURST, PLACE_PER_S, DialBudget
 from shoal.node.swarm import members as module
 from shoal.node.swarm.members import (
     AT_ONCE,
@@ -269,44 +268,6 @@ def test_a_member_that_moved_is_dialed_at_once() -> None:
     told(table, PEERS[0], at(PEERS[0], "5.1.0.77"), now=320.0)
     (dial,) = look(table, 320.0)
     assert at(PEERS[0], "5.1.0.77") in dial.addresses
-
-
-def test_nobody_has_a_bystander_dialed_often_however_many_names_there_are_for_it() -> None:
-    budget = DialBudget()
-    num_dials = 0
-    for now in range(600):
-        for name in range(100):
-            num_dials += budget.take(f"/ip4/192.0.2.7/tcp/{1 + name}/p2p/{PEERS[name % 60]}", float(now))
-    assert num_dials <= HOST_BURST + 600 * HOST_PER_S
-    assert budget.num_refused == 600 * 100 - num_dials
-    assert budget.take(at(PEERS[0]), 600.0)
-
-
-def test_a_place_where_nobody_is_is_dialed_less_and_a_place_where_the_wanted_one_is_as_often_as_it_takes() -> None:
-    budget = DialBudget()
-    tries = [now for now in range(100) if budget.take(at(PEERS[0]), float(now))]
-    assert len(tries) <= PLACE_BURST + 100 * PLACE_PER_S
-    other = DialBudget()
-    for now in range(1000):
-        assert other.take(at(PEERS[0]), float(now) / 1000)
-        other.give_back(at(PEERS[0]))
-
-
-def test_a_household_has_one_budget_whatever_its_addresses_look_like() -> None:
-    budget = DialBudget()
-    taken = sum(budget.take(f"/ip6/2001:db8::{n:x}/tcp/{n}/p2p/{PEERS[0]}", 0.0) for n in range(1, 200))
-    assert taken == HOST_BURST
-    assert not budget.take(f"/ip6/2001:db8::ffff/tcp/1/p2p/{PEERS[0]}", 0.0)
-    assert budget.take(f"/ip6/2001:db8:0:1::1/tcp/1/p2p/{PEERS[0]}", 0.0)
-    taken = sum(budget.take(f"/dns4/Example.org/tcp/{n}/p2p/{PEERS[0]}", 0.0) for n in range(1, 200))
-    assert taken == HOST_BURST
-
-
-def test_places_without_end_are_not_all_remembered() -> None:
-    budget = DialBudget()
-    for n in range(2 * MAX_COUNTED):
-        assert budget.take(f"/ip4/10.{n >> 16}.{n >> 8 & 255}.{n & 255}/tcp/1", 0.0)
-    assert len(budget._places) == len(budget._hosts) == MAX_COUNTED
 
 
 def test_the_bounds_fit_each_other() -> None:

@@ -6,15 +6,19 @@ import hashlib
 from dataclasses import replace
 from typing import TypeVar
 
+import pytest
+
 from shoal.crdt.views import Evaluation
+from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS
 from shoal.training import pacing
 from shoal.training import run_events as events
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.exchange.early import MAX_EARLY, Early
+from shoal.training.lineage import RETRY_S
 from shoal.training.manifest import Manifest, Role
-from shoal.training.run import ALONE_S, CHUNK_S, LOOK_S, MAX_ENDED, Run
+from shoal.training.run import ALONE_S, CHUNK_S, COMING_S, LOOK_S, MAX_ENDED, Run
 from shoal.training.run_events import Output, Policy
 from shoal.training.statements import (
     HASH_BYTES,
@@ -188,6 +192,40 @@ def test_bytes_that_nobody_gives_stop_nothing() -> None:
     node.wait(LOOK_S)
     assert of(events.Collect, node.collect(10))
     assert of(events.Collect, node.give(events.NotFetched(after.cid, "nobody has it")) + node.collect(10))
+
+
+def test_a_policy_that_is_still_coming_is_waited_for_though_newer_ones_are_heard_of() -> None:
+    """Over a slow link each newer one would begin anew, and none would ever be whole."""
+    node = Node().holding(SHARED)
+    after = policy_after(SHARED, A, B)
+    later = policy_after(after, A, B)
+    outputs = node.hear(A, facts(after), after.result) + node.hear(B, facts(after), after.result) + node.wait(LOOK_S)
+    assert {each.cid for each in of(events.Fetch, outputs)} == {after.cid}
+    outputs = node.give(events.Coming(after.cid))
+    outputs += node.hear(A, facts(later), later.result) + node.hear(B, facts(later), later.result)
+    for _ in range(20):
+        outputs += node.give(events.Coming(after.cid)) + node.wait(COMING_S / 2)
+    assert later.cid not in {each.cid for each in of(events.Fetch, outputs)}
+    outputs = node.wait(COMING_S)  # nothing comes any more
+    assert later.cid in {each.cid for each in of(events.Fetch, outputs)}
+
+
+@pytest.mark.parametrize(
+    ("lack", "is_asked_again"), [(Lack.STALLED, True), (Lack.UNAVAILABLE, True), (Lack.UNFIT, False)]
+)
+def test_what_stalled_or_cannot_be_had_now_is_asked_for_again_and_what_is_no_state_never(
+    lack: Lack, is_asked_again: bool
+) -> None:
+    """One failure barred a policy for the life of the process."""
+    node = Node().holding(SHARED)
+    after = policy_after(SHARED, A, B)
+    node.hear(A, facts(after), after.result)
+    node.hear(B, facts(after), after.result)
+    node.wait(LOOK_S)
+    outputs = node.give(events.NotFetched(after.cid, "so it is", lack))
+    assert not of(events.Fetch, outputs + node.wait(RETRY_S / 2))
+    outputs = node.wait(RETRY_S) + node.wait(RETRY_S)
+    assert (after.cid in {each.cid for each in of(events.Fetch, outputs)}) is is_asked_again
 
 
 def test_a_claim_of_solved_that_nobody_gives_stops_nothing() -> None:

@@ -1,0 +1,112 @@
+"""Do members merge contributions of 100 MB each? Three nodes, more in a round than a node has memory for contents.
+
+Three nodes learn CartPole-v1 with networks so large that what each contributes to an epoch (its parameters and Adam's
+moments) is 100 MB, three times that a round, where a node has 256 MiB of memory for contents. Measured from the join of
+the last: the time to the first epochs in which all three have a part, and the most memory that each daemon had.
+
+    python benchmarks/contents.py [--narrow 144] [--epochs 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import platform
+import time
+from pathlib import Path
+
+from peers.nodes import Node, nodes
+
+RESULT = Path(__file__).parent / "results" / "contents.md"
+NUM_NODES = 3
+WIDE = 4096
+TIMEOUT_S = 400.0
+
+
+def peak_mb(node: Node) -> float:
+    """The most memory that a daemon had, without what it maps of files."""
+    lines = Path(f"/proc/{node.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def layers(narrow: int) -> list[int]:
+    """Wide and narrow ones in turn: the first values of wide ones alone would take minutes to find."""
+    return [WIDE, narrow] * 4
+
+
+def contributions_mb(narrow: int) -> float:
+    """What one member gives: of actor and critic, four observations in, two actions or one value out; three times."""
+    num_parameters = 0
+    for out in (2, 1):
+        sizes = [4, *layers(narrow), out]
+        num_parameters += sum(before * after + after for before, after in itertools.pairwise(sizes))
+    return 3 * 4 * num_parameters / 1e6
+
+
+def create(node: Node, *settings: str) -> tuple[str, str]:
+    """A run's name and ticket; the first values take so long that the command may give up before the node has them."""
+    with contextlib.suppress(SystemExit):
+        created = node.run("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *settings)
+        return str(created["swarm"]), str(created["ticket"])
+    with node.client() as client:
+        (listed,) = client.swarms()
+        return str(listed.swarm), str(client.swarm(listed.swarm).ticket)
+
+
+def main() -> None:
+    """Print the table and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--narrow", type=int, default=144)
+    parser.add_argument("--epochs", type=int, default=3)
+    options = parser.parse_args()
+    with nodes() as home:
+        running = [home.up(f"node{index}") for index in range(NUM_NODES)]
+        settings = ["--min-learners", str(NUM_NODES), "--target-return", "100000", "--batch-size", "512"]
+        for each in (
+            f"hidden_sizes=[{','.join(map(str, layers(options.narrow)))}]",
+            "update_epochs=1",
+            "num_minibatches=1",
+        ):
+            settings += ["--set", each]
+        swarm, ticket = create(running[0], *settings)
+        for node in running[1:]:
+            with contextlib.suppress(SystemExit):  # likewise
+                node.run("join", ticket, "-d")
+        began = time.monotonic()
+        shown = []
+        while not shown or min(each.epoch for each in shown) < options.epochs:
+            if time.monotonic() > began + TIMEOUT_S:
+                raise SystemExit(f"not {options.epochs} epochs in {TIMEOUT_S:.0f} s: {shown}")
+            time.sleep(0.5)
+            shown = []
+            for node in running:
+                with node.client() as client:
+                    shown.append(client.swarm(swarm))
+        took_s = time.monotonic() - began
+        rounds = [next(m.rounds for m in each.members if m.is_self) for each in shown]
+        errors = [each.error for each in shown if each.error]
+        rows = [
+            f"| {node.profile} | {each.epoch} | {number} | {peak_mb(node):.0f} |"
+            for node, each, number in zip(running, shown, rounds, strict=True)
+        ]
+    size = contributions_mb(options.narrow)
+    command = f"python benchmarks/contents.py --narrow {options.narrow} --epochs {options.epochs}"
+    lines = [
+        f"# Large contributions: {NUM_NODES} members, {size:.0f} MB of each in every epoch",
+        "",
+        f"`{command}`, Python {platform.python_version()}, {platform.machine()}",
+        f"with {os.cpu_count()} cores, which all processes share.",
+        f"{took_s:.0f} s until all had {options.epochs} epochs; errors: {'; '.join(errors) or 'none'}.",
+        "",
+        "| node | epoch | rounds it had a part in | most memory of the daemon, MB |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+    RESULT.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
