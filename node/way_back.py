@@ -7,6 +7,7 @@ few are kept, those known last first, and are dialed while nobody at all is conn
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Final
 
 import trio
@@ -14,7 +15,6 @@ import trio
 from shoal.node.mesh.host import Host
 from shoal.node.store.database import StorageError
 from shoal.node.store.remembered import MAX_RELAYS, Remembered
-from shoal.node.supervise import open_plain_nursery
 from shoal.protocol.errors import NoPeersError, UsageError
 
 log = logging.getLogger(__name__)
@@ -44,13 +44,15 @@ async def keep_way_back(host: Host, remembered: Remembered) -> None:
                     log.warning("relays cannot be kept now: %s", error)
         else:
             wait_s = SETTLE_S if wait_s == DIAL_AGAIN_MAX_S else min(2 * wait_s, DIAL_AGAIN_MAX_S / 2)
-            async with open_plain_nursery() as nursery:
-                for address in known:
-                    nursery.start_soon(_dial, host, address)
+            await _dial_any(host, known)
 
 
-async def _dial(host: Host, address: str) -> None:
-    try:
-        await host.connect([address])
-    except (NoPeersError, UsageError) as error:
-        log.debug("a relay of an earlier life: %s", error)
+async def _dial_any(host: Host, addresses: Sequence[str]) -> None:
+    """One after the other, until anybody is connected."""
+    for address in addresses:
+        if host.connected:
+            return
+        try:
+            await host.connect([address], heard=True)
+        except (NoPeersError, UsageError) as error:
+            log.debug("a relay of an earlier life: %s", error)

@@ -186,7 +186,7 @@ class Lineage:
         own = self.own
         best: Result | None = None
         for result in self._distinct():
-            if (own is not None and result.epoch <= own.epoch) or self._is_refused(result, now):
+            if (own is not None and result.epoch <= own.epoch) or self.is_refused(result, now):
                 continue
             if self._support.get(result.cid, 0.0) < self._total / 2 - _EPSILON:
                 continue
@@ -200,7 +200,7 @@ class Lineage:
         found: dict[Cid, Result] = {}
         for result in self._results.values():
             is_next = own is not None and result.parent == own.cid and result.ballot == ballot
-            if is_next and not self._is_refused(result, now):
+            if is_next and not self.is_refused(result, now):
                 found[result.cid] = result
         if not found:
             return None
@@ -218,7 +218,7 @@ class Lineage:
         ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
         for result in self._distinct():
-            if result.epoch == 0 or self._is_refused(result, now) or self._is_on_own_line(result):
+            if result.epoch == 0 or self.is_refused(result, now) or self._is_on_own_line(result):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
             is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, result.cid)
@@ -258,7 +258,8 @@ class Lineage:
     def _candidate(self, result: Result) -> Candidate:
         return Candidate(result, self.holders(result.cid))
 
-    def _is_refused(self, result: Result, now: float) -> bool:
+    def is_refused(self, result: Result, now: float) -> bool:
+        """Whether this was refused, for now or for good."""
         found = (self._refused.get(result), self._refused.get(result.cid))
         return any(refused is not None and now < refused.until for refused in found)
 

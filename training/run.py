@@ -628,6 +628,7 @@ class Run:
         if self._taken is not None or self.progress.phase is Phase.DONE:
             return
         if self._role is Role.LEARNER and self.policy is None:
+            self._seek_stored(now, outputs)
             return
         candidate = self.lineage.overtaken(now)
         if candidate is None and self.round is not None and self.round.decided is not None:
@@ -684,19 +685,39 @@ class Run:
         if taking is not None and taking.result.cid == cid:
             is_unfit = event.lack is Lack.UNFIT
             text = "cannot be a state of this run" if is_unfit else "cannot be had now"
-            outputs.append(Note(f"epoch {taking.result.epoch} {text}: {event.reason}", is_warning=is_unfit))
+            text = f"epoch {taking.result.epoch} {text}: {event.reason}"
+            is_own = self.policy is None and self._stored is not None and taking.result.cid == self._stored.cid
+            is_first = is_own and not is_unfit and self.progress.phase is not Phase.FETCHING
+            if is_first:
+                self.progress.phase = Phase.FETCHING
+                text += "; it was trained here and is not on this disk any more, so a member who has it is waited for"
+            outputs.append(Note(text, is_warning=is_unfit or is_first))
             self._not_taken(taking, Refusal.UNFIT if is_unfit else Refusal.UNREACHABLE, now, outputs)
         self._in_round(CannotBeHad(cid), now, outputs)
 
     def _not_taken(self, candidate: Candidate, why: Refusal, now: float, outputs: list[Output]) -> None:
         self._taking = self._taken = None
         self.lineage.refuse(candidate.result, why, now)
-        if self.policy is None:  # what an earlier life kept is gone
-            self._stored = None
-        if self.policy is None and self._in_worker is not None:
+        if self.policy is None and self._in_worker is not None and why is not Refusal.UNREACHABLE:
+            self._stored = None  # what an earlier life kept is worth nothing
             self._hold(self._in_worker, now, outputs)
         else:
             self._look(now, outputs)
+
+    def _seek_stored(self, now: float, outputs: list[Output]) -> None:
+        """What an earlier life kept is gone from the disk: wait for a member who has it, or has come further.
+
+        To begin anew would give up all that was trained, and bring a run to life again that had ended.
+        """
+        stored = self._stored
+        if stored is None or self._in_worker is None or self._taking is not None:
+            return
+        candidate = self.lineage.overtaken(now) or self.lineage.other_line(now)
+        if candidate is None or candidate.result.epoch == 0:
+            if self.lineage.is_refused(stored, now):
+                return
+            candidate = Candidate(stored, self.lineage.holders(stored.cid))
+        self._take(candidate, now, outputs)
 
     def _loaded(self, policy: Policy, num_kept: int, now: float, outputs: list[Output]) -> None:
         before, taken, claim = self.policy, self._taken, self._checking

@@ -16,6 +16,7 @@ How often one place may be dialed, whoever names it, says `shoal.node.budgets.Di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ AT_ONCE: Final = 16
 """Members that are being dialed at a time."""
 STEADY_S: Final = 10.0
 """Who was connected for less is not dialed at once when it is lost: it may be its game."""
+MOVED_AGAIN_S: Final = 30.0
+"""One that says again and again that it is somewhere else is not dialed at once each time."""
 DIAL_AGAIN_S: Final = 1.0
 DIAL_AGAIN_MAX_S: Final = 60.0
 LONG_GONE_S: Final = 3600.0
@@ -149,6 +152,7 @@ class _Member:
         carrier: who passed on its word; None if it needs none.
         is_sought: whether it is to be dialed though nothing is heard of it.
         since: when it was connected.
+        moved_at: when it last said something new of where it is.
         gone_since: when it was last connected, or first known of; for how often it is tried.
         next_at: not before that.
         is_dialed: whether a try is under way.
@@ -162,6 +166,7 @@ class _Member:
     carrier: PeerId | None = None
     is_sought: bool = False
     since: float = 0.0
+    moved_at: float = -math.inf
     gone_since: float = 0.0
     next_at: float = 0.0
     num_tries: int = 0
@@ -274,7 +279,8 @@ class Members:
         member.told = tuple(dict.fromkeys(found))[:MAX_ADDRESSES]
         if not member.proven and member.carrier is None and carrier != peer:
             member.carrier = carrier
-        if set(member.told) - set(before) and member.proven:
+        if set(member.told) - set(before) and member.proven and now >= member.moved_at + MOVED_AGAIN_S:
+            member.moved_at = now
             member.next_at = min(member.next_at, now)  # it is somewhere else now
 
     def _named(self, peer: PeerId, addresses: Iterable[str], now: float) -> None:

@@ -270,5 +270,19 @@ def test_a_member_that_moved_is_dialed_at_once() -> None:
     assert at(PEERS[0], "5.1.0.77") in dial.addresses
 
 
+def test_a_member_that_says_again_and_again_that_it_moved_is_not_dialed_each_time() -> None:
+    table = Members(ME)
+    told(table, PEERS[0])
+    connected(table, PEERS[0])
+    table.handle(Lost(PEERS[0]), 20.0)
+    num_dials = 0
+    for now in range(20, 620):
+        told(table, PEERS[0], at(PEERS[0], f"5.1.{now // 250}.{now % 250}"), now=float(now))
+        for dial in look(table, float(now)):
+            num_dials += 1
+            table.handle(Tried(dial.peer), now)
+    assert num_dials <= 20 + 16
+
+
 def test_the_bounds_fit_each_other() -> None:
     assert module.MAX_PROVEN < MAX_DIALED <= MAX_ADDRESSES

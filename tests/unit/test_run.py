@@ -378,10 +378,10 @@ def test_who_was_started_again_goes_on_from_what_it_kept() -> None:
     assert of(events.Collect, outputs)
 
 
-def test_who_kept_something_that_is_gone_begins_anew() -> None:
+def test_who_kept_something_that_does_not_fit_begins_anew() -> None:
     node = Node(stored=SHARED.result)
-    node.give(events.Opened(INITIAL))
-    node.give(events.NotFetched(SHARED.cid, "the disk was replaced"))
+    node.give(events.Opened(INITIAL), events.Fetched(SHARED.cid))
+    node.give(events.LoadRefused("it is no state of this run"))
     assert node.run.policy == INITIAL
 
 
@@ -403,3 +403,30 @@ def test_statements_of_rounds_to_come_are_bounded_by_author_and_in_all() -> None
     kept = early.of(key)
     assert len(kept) == MAX_MEMBERS * MAX_EARLY
     assert first in {each.author for each in kept}
+
+
+def test_a_node_whose_state_is_gone_waits_for_who_has_it_and_never_begins_anew() -> None:
+    node = Node(stored=SHARED.result)
+    (fetch,) = of(events.Fetch, node.give(events.Opened(INITIAL)))
+    assert fetch.cid == SHARED.cid
+    notes = of(events.Note, node.give(events.NotFetched(SHARED.cid, "nobody is known to hold it")))
+    assert [note.is_warning for note in notes] == [True]
+    tried = []
+    for _ in range(240):
+        found = node.wait(1.0)
+        assert not of(events.Collect, found)
+        for fetch in of(events.Fetch, found):
+            tried.append(fetch.sources)
+            assert not of(events.Collect, node.give(events.NotFetched(fetch.cid, "nobody is known to hold it")))
+    assert 2 <= len(tried) < 40
+    assert set(tried) == {()}
+    assert node.run.policy is None
+    assert node.run.progress.phase is Phase.FETCHING
+    node.hear(A, SHARED.result)
+    found = node.wait(120.0)
+    assert (A,) in [fetch.sources for fetch in of(events.Fetch, found)]
+    node.give(events.Fetched(SHARED.cid))
+    (load,) = [node.run._job]
+    assert isinstance(load, events.Load)
+    node.give(events.Loaded(SHARED, 0))
+    assert node.run.policy == SHARED
