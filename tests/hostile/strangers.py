@@ -105,6 +105,11 @@ async def names(stack: AsyncExitStack, target: Target, num: int = NUM_NAMES) -> 
     return found
 
 
+async def does_nothing(target: Target, spent: Spent) -> None:
+    """To compare with."""
+    await trio.sleep_forever()
+
+
 async def holds_half_frames(target: Target, spent: Spent) -> None:
     """Row 22: sixty names, and of each as many unfinished frames as it may have, held as long as it likes."""
     head = struct.pack("!IBBIIHI", 12 + 4 + 16 * MIB, FrameType.REQUEST, 0, 1, 0, 1, 16 * MIB)
@@ -259,6 +264,7 @@ async def opens_sockets(target: Target, spent: Spent) -> None:
 ATTACKS: dict[str, Callable[[Target, Spent], Awaitable[None]]] = {
     attack.__name__: attack
     for attack in (
+        does_nothing,
         holds_half_frames,
         leaves_streams_unread,
         fills_the_dht,
