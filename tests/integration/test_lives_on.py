@@ -39,7 +39,8 @@ from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import ReachService, SessionDescription, SyncRequest
+from shoal.node.wire.contracts import ReachService, SessionDescription, SwarmService, SyncRequest
+from shoal.protocol.codec import encode
 from shoal.protocol.errors import RemoteError, ShoalError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import client
@@ -254,6 +255,9 @@ async def be_strange_to(node: Node, friend: Node, swarm: SwarmId) -> None:
                     await reach.webrtc(SessionDescription(offer.sdp))
                     await offer.aclose()
             with contextlib.suppress(ShoalError, *BROKEN):
+                ahead = SyncRequest(swarm, encode({str(friend.node().peer_id): Head(99, bytes(32))}))
+                await client(SwarmService, one.at(name), timeout_s=5).sync(ahead)
+            with contextlib.suppress(ShoalError, *BROKEN):
                 await hidden.disconnect(name)
                 await hidden.relay.dial(f"{one.addresses()[0]}/p2p-circuit/p2p/{name}")
             with contextlib.suppress(ShoalError, *BROKEN):
@@ -333,7 +337,7 @@ async def fails() -> None:
 
 
 async def end_by_a_failure(swarms: Swarms, swarm: SwarmId) -> None:
-    await until(lambda: swarm in swarms.joined and str(swarms.get(swarm).phase) in ALIVE)
+    await until(lambda: swarm in swarms.joined and swarms.get(swarm).domain is not None)
     domain = swarms.get(swarm).domain
     assert domain is not None
     domain.start_soon("a task", fails, policy=Policy.END)
@@ -381,7 +385,7 @@ async def test_a_peer_that_calls_and_comes_and_goes_while_a_swarm_is_left_harms_
         membership = swarms.get(scene.first)
         domain, replica = membership.domain, membership.replica
         assert domain is not None
-        ahead = SyncRequest(scene.first, {str(scene.signer.peer_id): Head(99, bytes(32), 99)})
+        ahead = SyncRequest(scene.first, encode({str(scene.signer.peer_id): Head(99, bytes(32), 99)}))
         nursery.start_soon(swarms.leave, scene.first)
         while scene.first in swarms.joined:
             for event in (PeerUp(STRANGER), PeerDown(STRANGER), PeerUp(STRANGER)):
