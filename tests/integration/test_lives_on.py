@@ -35,7 +35,8 @@ from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import NodeService, ReachService, SessionDescription, SyncRequest
+from shoal.node.wire.contracts import NodeService, ReachService, SessionDescription, SwarmService, SyncRequest
+from shoal.protocol.codec import encode
 from shoal.protocol.errors import RemoteError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import Empty, client
@@ -136,6 +137,8 @@ class Happenings:
 
     def of_members(self) -> Iterator[Happening]:
         """Likewise."""
+        yield self.somebody_is_ahead, ("syncing with a peer",)
+        yield self.news_is_lost, ("catching up",)
         yield self.it_is_outdone, ("noting an incarnation",)
         yield self.something_is_missing, ("fetching",)
         yield self.a_friend_pulls, ("serving a bulk lane",)
@@ -204,6 +207,17 @@ class Happenings:
     async def it_is_outdone(self) -> None:
         if self.swarm in self.node.node().swarms:
             self.node._swarms.get(self.swarm).replica._reannounce()
+
+    async def somebody_is_ahead(self) -> None:
+        async with self.stranger() as one:
+            ahead = SyncRequest(self.swarm, encode({str(self.friend.node().peer_id): Head(99, bytes(32))}))
+            await client(SwarmService, one.at(self.name), timeout_s=5).sync(ahead)
+
+    async def news_is_lost(self) -> None:
+        joined = self.node._swarms.joined.get(self.swarm)
+        friend = self.friend.node().peer_id
+        if joined is not None and friend in self.node._host.connected:
+            joined.replica.peer_down(friend)  # and nobody says that it is there again
 
     async def there_is_no_room(self) -> None:
         host = self.node._host
@@ -340,7 +354,7 @@ async def test_a_peer_that_calls_and_comes_and_goes_while_a_swarm_is_left_harms_
         membership = swarms.get(scene.first)
         domain, replica = membership.domain, membership.replica
         assert domain is not None
-        ahead = SyncRequest(scene.first, {str(scene.signer.peer_id): Head(99, bytes(32), 99)})
+        ahead = SyncRequest(scene.first, encode({str(scene.signer.peer_id): Head(99, bytes(32), 99)}))
         nursery.start_soon(swarms.leave, scene.first)
         while scene.first in swarms.joined:
             for event in (PeerUp(STRANGER), PeerDown(STRANGER), PeerUp(STRANGER)):

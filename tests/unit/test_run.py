@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
 from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS
@@ -376,6 +376,15 @@ def test_who_was_started_again_goes_on_from_what_it_kept() -> None:
     outputs = node.give(events.Loaded(SHARED, 0))
     assert node.run.policy == SHARED
     assert of(events.Collect, outputs)
+
+
+def test_counting_goes_on_from_what_the_own_document_says_where_the_disk_kept_less() -> None:
+    node = Node(stored=SHARED.result)
+    node.run.handle(events.Documents((), Contributed(5000, 7)), node.now)
+    assert node.run.facts().env_steps == 5000
+    assert (node.run.progress.rounds, node.run.trained_alone) == (7, True)
+    node.run.handle(events.Documents((), Contributed(10, 1)), node.now)
+    assert node.run.facts().env_steps == 5000
 
 
 def test_who_kept_something_that_does_not_fit_begins_anew() -> None:
