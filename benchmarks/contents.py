@@ -14,10 +14,14 @@ import contextlib
 import itertools
 import os
 import platform
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peers.nodes import Node, nodes
+
+from shoal.node.api.schemas import SwarmSummary
 
 RESULT = Path(__file__).parent / "results" / "contents.md"
 NUM_NODES = 3
@@ -45,14 +49,21 @@ def contributions_mb(narrow: int) -> float:
     return 3 * 4 * num_parameters / 1e6
 
 
-def create(node: Node, *settings: str) -> tuple[str, str]:
-    """A run's name and ticket; the first values take so long that the command may give up before the node has them."""
-    with contextlib.suppress(SystemExit):
-        created = node.run("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *settings)
-        return str(created["swarm"]), str(created["ticket"])
+def command(node: Node, *words: str) -> None:
+    """Have a node do something that may take longer than its command waits: the node goes on with it."""
+    with contextlib.suppress(SystemExit, subprocess.TimeoutExpired):
+        node.run(*words)
+
+
+def the_swarm(node: Node) -> SwarmSummary:
+    """The only one that a node is in, as soon as it is."""
+    ends = time.monotonic() + TIMEOUT_S
     with node.client() as client:
-        (listed,) = client.swarms()
-        return str(listed.swarm), str(client.swarm(listed.swarm).ticket)
+        while time.monotonic() < ends:
+            for listed in client.swarms():
+                return listed
+            time.sleep(0.5)
+    raise SystemExit(f"{node.profile} is in no swarm after {TIMEOUT_S:.0f} s")
 
 
 def main() -> None:
@@ -70,10 +81,16 @@ def main() -> None:
             "num_minibatches=1",
         ):
             settings += ["--set", each]
-        swarm, ticket = create(running[0], *settings)
-        for node in running[1:]:
-            with contextlib.suppress(SystemExit):  # likewise
-                node.run("join", ticket, "-d")
+        create = ("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *settings)
+        with ThreadPoolExecutor() as pool:
+            pool.submit(command, running[0], *create)
+            swarm = the_swarm(running[0]).swarm
+            with running[0].client() as client:
+                ticket = client.swarm(swarm).ticket
+            for node in running[1:]:
+                pool.submit(command, node, "join", ticket, "-d")
+        for node in running:
+            the_swarm(node)
         began = time.monotonic()
         shown = []
         while not shown or min(each.epoch for each in shown) < options.epochs:
@@ -92,11 +109,11 @@ def main() -> None:
             for node, each, number in zip(running, shown, rounds, strict=True)
         ]
     size = contributions_mb(options.narrow)
-    command = f"python benchmarks/contents.py --narrow {options.narrow} --epochs {options.epochs}"
+    line = f"python benchmarks/contents.py --narrow {options.narrow} --epochs {options.epochs}"
     lines = [
         f"# Large contributions: {NUM_NODES} members, {size:.0f} MB of each in every epoch",
         "",
-        f"`{command}`, Python {platform.python_version()}, {platform.machine()}",
+        f"`{line}`, Python {platform.python_version()}, {platform.machine()}",
         f"with {os.cpu_count()} cores, which all processes share.",
         f"{took_s:.0f} s until all had {options.epochs} epochs; errors: {'; '.join(errors) or 'none'}.",
         "",
