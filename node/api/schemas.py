@@ -46,12 +46,21 @@ def _named(name: str, json_name: str, default: Any = ...) -> Any:
 
 
 class Model(BaseModel):
-    """Frozen; unknown fields are ignored, so that an older client can ask a newer node."""
+    """Frozen; unknown fields are ignored, so that an older client can ask a newer node.
 
-    model_config = ConfigDict(frozen=True, extra="ignore", serialize_by_alias=True)
+    Built when it is first used: a command uses one or two, and all together take longer than it does.
+    """
+
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="ignore", serialize_by_alias=True)
 
 
-class BenchRequest(Model):
+class Question(Model):
+    """What a client sends; built at once, as FastAPI has it."""
+
+    model_config = ConfigDict(defer_build=False)
+
+
+class BenchRequest(Question):
     """What to measure.
 
     Attributes:
@@ -302,7 +311,7 @@ class DoctorInfo(Model):
     peers: list[PeerInfo] = []
 
 
-class PingRequest(Model):
+class PingRequest(Question):
     """Call a peer once, after connecting to it if need be."""
 
     peer: str
@@ -409,7 +418,7 @@ class StateInfo(Model):
     documents: dict[str, dict[str, Any]]
 
 
-class CreateSwarm(Model):
+class CreateSwarm(Question):
     """Start a training run; what is left out takes the manifest's default."""
 
     task: str
@@ -435,7 +444,7 @@ class CreatedSwarm(Model):
     ticket: str
 
 
-class JoinSwarm(Model):
+class JoinSwarm(Question):
     """Take part in a run that somebody else started."""
 
     ticket: str
