@@ -91,11 +91,15 @@ def _check_plain(value: object) -> None:
 
 
 class Model(BaseModel):
-    """Frozen; unknown fields are ignored, so that an older client can ask a newer node."""
+    """Frozen; unknown fields are ignored, so that an older client can ask a newer node.
 
-    model_config = ConfigDict(frozen=True, extra="ignore", serialize_by_alias=True)
+    Built when it is first used: a command uses one or two, and all together take longer than it does.
+    """
+
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="ignore", serialize_by_alias=True)
 
 
+<<<<<<< HEAD
 class Asked(Model):
     """What somebody asks for: refused unless all of it, at whatever depth, can be written down and signed.
 
@@ -111,6 +115,15 @@ class Asked(Model):
 
 
 class BenchRequest(Asked):
+=======
+class Question(Model):
+    """What a client sends; built at once, as FastAPI has it."""
+
+    model_config = ConfigDict(defer_build=False)
+
+
+class BenchRequest(Question):
+>>>>>>> content
     """What to measure.
 
     Attributes:
@@ -361,7 +374,11 @@ class DoctorInfo(Model):
     peers: list[PeerInfo] = []
 
 
+<<<<<<< HEAD
 class PingRequest(Asked):
+=======
+class PingRequest(Question):
+>>>>>>> content
     """Call a peer once, after connecting to it if need be."""
 
     peer: str
@@ -468,7 +485,11 @@ class StateInfo(Model):
     documents: dict[str, dict[str, Any]]
 
 
+<<<<<<< HEAD
 class CreateSwarm(Asked):
+=======
+class CreateSwarm(Question):
+>>>>>>> content
     """Start a training run; what is left out takes the manifest's default."""
 
     task: str
@@ -494,7 +515,11 @@ class CreatedSwarm(Model):
     ticket: str
 
 
+<<<<<<< HEAD
 class JoinSwarm(Asked):
+=======
+class JoinSwarm(Question):
+>>>>>>> content
     """Take part in a run that somebody else started."""
 
     ticket: str
