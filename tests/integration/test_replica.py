@@ -14,6 +14,7 @@ from shoal.crdt.presence import KIND as PRESENCE
 from shoal.crdt.presence import PresenceTable, record_hash
 from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.node import supervise
+from shoal.node.store.database import StorageError
 from shoal.node.swarm import replica
 from shoal.node.swarm.journal import SLICE_OPS
 from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest, plain_version, typed_version
@@ -307,8 +308,28 @@ async def test_a_node_that_nobody_can_be_asked_about_writes_after_a_while(monkey
         async with together(a_node(1, stored=stored)) as (one,):
             assert await one.replica.write(policy=2)
             assert await one.replica.write(policy=3)
-            await one.until(lambda: one.replica.version() == {key.peer_id: 2})
-            assert one.replica.documents() == {key.peer_id: {"policy": 3}}
+            await one.until(
+                lambda: SwarmDocs(SWARM, one.me, one.storage.load_ops(SWARM)).documents() == {one.me: {"policy": 3}}
+            )
+
+
+async def test_what_was_held_back_survives_a_disk_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "OWN_HEAD_ALONE_S", 3600.0)
+    key = signer_of(1)
+    stored = [SwarmDocs(SWARM, key.peer_id).write(key, policy=1)]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, stored=stored)) as (one,):
+            assert await one.replica.write(policy=2)
+            one.storage._db.execute("PRAGMA query_only = ON")
+            with pytest.raises(StorageError):
+                await one.replica.write_held()
+            one.storage._db.execute("PRAGMA query_only = OFF")
+            assert one.replica.documents() == {key.peer_id: {"policy": 2}}
+            assert one.replica.version() == {key.peer_id: 1}
+            await one.replica.write_held()
+            assert await one.replica.write(other=3)
+            assert one.replica.version() == {key.peer_id: 3}
+            assert one.replica.documents() == {key.peer_id: {"policy": 2, "other": 3}}
 
 
 async def test_an_identity_that_runs_twice_is_told_to_its_user() -> None:
