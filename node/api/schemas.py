@@ -99,13 +99,14 @@ class Model(BaseModel):
     model_config = ConfigDict(defer_build=True, frozen=True, extra="ignore", serialize_by_alias=True)
 
 
-<<<<<<< HEAD
 class Asked(Model):
     """What somebody asks for: refused unless all of it, at whatever depth, can be written down and signed.
 
     JSON lets pass what nothing behind the API has room for: integers of any size, numbers that are none, half of a
-    character, texts and lists without end.
+    character, texts and lists without end. Built at once, as FastAPI has it.
     """
+
+    model_config = ConfigDict(defer_build=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -115,15 +116,6 @@ class Asked(Model):
 
 
 class BenchRequest(Asked):
-=======
-class Question(Model):
-    """What a client sends; built at once, as FastAPI has it."""
-
-    model_config = ConfigDict(defer_build=False)
-
-
-class BenchRequest(Question):
->>>>>>> content
     """What to measure.
 
     Attributes:
@@ -374,11 +366,7 @@ class DoctorInfo(Model):
     peers: list[PeerInfo] = []
 
 
-<<<<<<< HEAD
 class PingRequest(Asked):
-=======
-class PingRequest(Question):
->>>>>>> content
     """Call a peer once, after connecting to it if need be."""
 
     peer: str
@@ -485,11 +473,7 @@ class StateInfo(Model):
     documents: dict[str, dict[str, Any]]
 
 
-<<<<<<< HEAD
 class CreateSwarm(Asked):
-=======
-class CreateSwarm(Question):
->>>>>>> content
     """Start a training run; what is left out takes the manifest's default."""
 
     task: str
@@ -515,11 +499,7 @@ class CreatedSwarm(Model):
     ticket: str
 
 
-<<<<<<< HEAD
 class JoinSwarm(Asked):
-=======
-class JoinSwarm(Question):
->>>>>>> content
     """Take part in a run that somebody else started."""
 
     ticket: str
