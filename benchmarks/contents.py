@@ -4,24 +4,26 @@ Three nodes learn CartPole-v1 with networks so large that what each contributes 
 moments) is 100 MB, three times that a round, where a node has 256 MiB of memory for contents. Measured from the join of
 the last: the time to the first epochs in which all three have a part, and the most memory that each daemon had.
 
-    python benchmarks/contents.py [--narrow 144] [--epochs 3]
+    python benchmarks/contents.py [--width 2048] [--epochs 3]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import os
 import platform
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peers.nodes import Node, nodes
 
+from shoal.node.api.schemas import SwarmSummary
+
 RESULT = Path(__file__).parent / "results" / "contents.md"
 NUM_NODES = 3
-WIDE = 4096
 TIMEOUT_S = 400.0
 
 
@@ -31,49 +33,81 @@ def peak_mb(node: Node) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
-def layers(narrow: int) -> list[int]:
-    """Wide and narrow ones in turn: the first values of wide ones alone would take minutes to find."""
-    return [WIDE, narrow] * 4
+PLUGIN = """
+import numpy as np
+
+from shoal.training.models import actor_critic
+from shoal.training.algorithms.ppo import PPO as Wide
 
 
-def contributions_mb(narrow: int) -> float:
+def quick(rows, columns, raw):
+    return (raw.random_raw(rows * columns) * 2.0**-64 - 0.5).reshape(rows, columns) / np.sqrt(max(rows, columns))
+
+
+actor_critic._orthogonal = quick
+"""
+"""PPO whose first values are no orthogonal matrices: those of such large networks take minutes to find."""
+
+
+def install_plugin(folder: Path) -> dict[str, str]:
+    """Put the algorithm ``wide`` into a folder; gives the environment of nodes that have it."""
+    about = folder / "wide-1.dist-info"
+    about.mkdir(parents=True)
+    (folder / "shoal_wide.py").write_text(PLUGIN)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: wide\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[shoal.algorithms]\nwide = shoal_wide:Wide\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def contributions_mb(width: int) -> float:
     """What one member gives: of actor and critic, four observations in, two actions or one value out; three times."""
-    num_parameters = 0
-    for out in (2, 1):
-        sizes = [4, *layers(narrow), out]
-        num_parameters += sum(before * after + after for before, after in itertools.pairwise(sizes))
+    num_parameters = sum(4 * width + width + width * width + width + width * out + out for out in (2, 1))
     return 3 * 4 * num_parameters / 1e6
 
 
-def create(node: Node, *settings: str) -> tuple[str, str]:
-    """A run's name and ticket; the first values take so long that the command may give up before the node has them."""
-    with contextlib.suppress(SystemExit):
-        created = node.run("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *settings)
-        return str(created["swarm"]), str(created["ticket"])
+def command(node: Node, *words: str) -> None:
+    """Have a node do something that may take longer than its command waits: the node goes on with it."""
+    with contextlib.suppress(SystemExit, subprocess.TimeoutExpired):
+        node.run(*words)
+
+
+def the_swarm(node: Node) -> SwarmSummary:
+    """The only one that a node is in, as soon as it is."""
+    ends = time.monotonic() + TIMEOUT_S
     with node.client() as client:
-        (listed,) = client.swarms()
-        return str(listed.swarm), str(client.swarm(listed.swarm).ticket)
+        while time.monotonic() < ends:
+            for listed in client.swarms():
+                return listed
+            time.sleep(0.5)
+    raise SystemExit(f"{node.profile} is in no swarm after {TIMEOUT_S:.0f} s")
 
 
 def main() -> None:
     """Print the table and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--narrow", type=int, default=144)
+    parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()
     with nodes() as home:
-        running = [home.up(f"node{index}") for index in range(NUM_NODES)]
+        environment = install_plugin(home.home / "plugin")
+        running = [home.up(f"node{index}", environment) for index in range(NUM_NODES)]
         settings = ["--min-learners", str(NUM_NODES), "--target-return", "100000", "--batch-size", "512"]
         for each in (
-            f"hidden_sizes=[{','.join(map(str, layers(options.narrow)))}]",
+            f"hidden_sizes=[{options.width},{options.width}]",
             "update_epochs=1",
             "num_minibatches=1",
         ):
             settings += ["--set", each]
-        swarm, ticket = create(running[0], *settings)
-        for node in running[1:]:
-            with contextlib.suppress(SystemExit):  # likewise
-                node.run("join", ticket, "-d")
+        create = ("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "wide", *settings)
+        with ThreadPoolExecutor() as pool:
+            pool.submit(command, running[0], *create)
+            swarm = the_swarm(running[0]).swarm
+            with running[0].client() as client:
+                ticket = client.swarm(swarm).ticket
+            for node in running[1:]:
+                pool.submit(command, node, "join", ticket, "-d")
+        for node in running:
+            the_swarm(node)
         began = time.monotonic()
         shown = []
         while not shown or min(each.epoch for each in shown) < options.epochs:
@@ -91,12 +125,12 @@ def main() -> None:
             f"| {node.profile} | {each.epoch} | {number} | {peak_mb(node):.0f} |"
             for node, each, number in zip(running, shown, rounds, strict=True)
         ]
-    size = contributions_mb(options.narrow)
-    command = f"python benchmarks/contents.py --narrow {options.narrow} --epochs {options.epochs}"
+    size = contributions_mb(options.width)
+    line = f"python benchmarks/contents.py --width {options.width} --epochs {options.epochs}"
     lines = [
         f"# Large contributions: {NUM_NODES} members, {size:.0f} MB of each in every epoch",
         "",
-        f"`{command}`, Python {platform.python_version()}, {platform.machine()}",
+        f"`{line}`, Python {platform.python_version()}, {platform.machine()}",
         f"with {os.cpu_count()} cores, which all processes share.",
         f"{took_s:.0f} s until all had {options.epochs} epochs; errors: {'; '.join(errors) or 'none'}.",
         "",

@@ -58,14 +58,20 @@ _OVERHEAD_BYTES: Final = 64  # of one register in an update, beside its key and 
 _CONTENT_ANY: Final = 8
 _HAS_ORIGIN: Final = 0x80
 _HAS_KEY: Final = 0x20
+_ODD: Final = -1  # in the place of a register's newest item
 _ANY_BYTES: Final = 116
 
 
 @dataclass(frozen=True, slots=True)
 class _Changes:
-    """What an update does: the register of each new item, how many of them begin one, and the items it deletes."""
+    """What an update does: each new item's register, bytes, and the item that it replaces, by number; what it deletes.
+
+    ``chains`` is how many of the items replace none.
+    """
 
     keys: tuple[str, ...]
+    values: tuple[bytes, ...]
+    origins: tuple[int | None, ...]
     chains: int
     deleted: tuple[tuple[int, int], ...]
 
@@ -73,12 +79,13 @@ class _Changes:
 class Document:
     """One author's registers, as far as its updates have been applied."""
 
-    __slots__ = ("_chains", "_doc", "_keys", "_map", "_plain", "_values")
+    __slots__ = ("_chains", "_doc", "_keys", "_last", "_map", "_plain", "_values")
 
     def __init__(self, updates: Iterable[bytes] = ()) -> None:
         self._doc: pycrdt.Doc[Any] = pycrdt.Doc(client_id=_CLIENT)
         self._map = self._doc.get(_ROOT, type=pycrdt.Map)
         self._keys: list[str] = []  # of each item ever made
+        self._last: dict[str, int] = {}  # the newest item of each register, if each has replaced the one before it
         self._chains = 0
         self._plain: dict[str, int] = {}  # bytes by register, of those that do not grow
         self._values: dict[str, Any] = {}
@@ -193,13 +200,29 @@ class Document:
 
     def _advance(self, changes: _Changes) -> None:
         self._chains += changes.chains
-        touched = dict.fromkeys(changes.keys)
-        for start, length in changes.deleted:
-            touched.update(dict.fromkeys(self._keys[start : start + length]))
+        current: dict[str, bytes | None] = {}
+        odd: dict[str, None] = {}  # what only Yjs knows the outcome of; `set` writes nothing of the kind
+        clock = len(self._keys)
         self._keys += changes.keys
+        for at, (key, data, origin) in enumerate(
+            zip(changes.keys, changes.values, changes.origins, strict=True), clock
+        ):
+            current[key] = data
+            if self._last.get(key) == origin:
+                self._last[key] = at
+            else:
+                odd[key] = None
+        for start, length in changes.deleted:
+            for at, key in enumerate(self._keys[start : start + length], start):
+                if self._last[key] in (at, _ODD):
+                    odd[key] = None
+        if odd:
+            with self._doc.transaction():
+                for key in odd:
+                    self._last[key] = _ODD
+                    current[key] = self._map.get(key)
         values, copied = dict(self._values), set[str]()
-        for key in touched:
-            raw = self._map.get(key)
+        for key, raw in current.items():
             name, slash, entry = key.partition("/")
             if name in GROWING:
                 if not slash:
@@ -334,7 +357,7 @@ def _check_update(update: bytes, known: Sequence[str]) -> _Changes:
     reader.expect(clock, "a clock")
     if not 0 < items <= len(update):
         raise ProtocolError("a Yjs update has a number of items that cannot be")
-    chains, keys = 0, list[str]()
+    chains, keys, values, origins = 0, list[str](), list[bytes](), list[int | None]()
     for at in range(clock, clock + items):
         info = reader.byte()
         if info not in (_CONTENT_ANY | _HAS_KEY, _CONTENT_ANY | _HAS_KEY | _HAS_ORIGIN):
@@ -345,8 +368,10 @@ def _check_update(update: bytes, known: Sequence[str]) -> _Changes:
             if origin >= at:
                 raise ProtocolError("a Yjs update replaces an item that is not there")
             keys.append(known[origin] if origin < clock else keys[origin - clock])
+            origins.append(origin)
         else:
             chains += 1
+            origins.append(None)
             reader.expect(1, "a parent")
             if reader.take(len(_ROOT)) != _ROOT.encode():
                 raise ProtocolError("a Yjs update writes into another root than the registers")
@@ -357,10 +382,10 @@ def _check_update(update: bytes, known: Sequence[str]) -> _Changes:
         reader.expect(1, "a list of values")
         if reader.byte() != _ANY_BYTES:
             raise ProtocolError("a Yjs update sets a register to something else than bytes")
-        reader.take(MAX_UPDATE_BYTES)
+        values.append(reader.take(MAX_UPDATE_BYTES))
     deleted = _check_deletions(reader, clock + items)
     reader.end()
-    return _Changes(tuple(keys), chains, deleted)
+    return _Changes(tuple(keys), tuple(values), tuple(origins), chains, deleted)
 
 
 def _check_deletions(reader: _Reader, clock: int) -> tuple[tuple[int, int], ...]:

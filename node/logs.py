@@ -6,9 +6,8 @@ import logging
 import logging.handlers
 import os
 import sys
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from shoal.node.store.files import make_own_folder, open_own, storage_error
 
@@ -27,7 +26,7 @@ _QUIETER: Final = {
 class _OwnFile(logging.handlers.RotatingFileHandler):
     """Opens no file but this user's own, and that for nobody else."""
 
-    def _open(self) -> TextIOWrapper:
+    def _open(self) -> Any:
         descriptor = open_own(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.fchmod(descriptor, 0o600)
         return open(descriptor, self.mode, encoding=self.encoding)  # noqa: PTH123  a descriptor

@@ -120,7 +120,7 @@ ALONE_S: Final = 2.0
 RETRY_END_S: Final = 5.0
 MAX_FAILED_MERGES: Final = 3
 MAX_ENDED: Final = 2
-"""Workers that one state or ballot may end."""
+"""Workers that one ballot, or the own policy, may end; another's state may end one, and is not loaded again."""
 _NOT_LEARNING: Final = (Phase.DONE, Phase.FAILED, Phase.STARTING)
 _NEVER: Final = float("inf")
 
@@ -185,6 +185,7 @@ class Run:
         self._settle_s = 0.0  # settling its rounds, without waiting for those who are late
         self._usual_s = 0.0  # both together, of the epochs before
         self._failed_merges = 0
+        self._kept = None if stored is None else stored.cid
         self._ended_by: Cid | bytes | None = None  # what ended the worker, and how often in a row
         self._num_ended = 0
         self._num_kept = 0
@@ -461,7 +462,7 @@ class Run:
             self._hold(policy, now, outputs)
 
     def _worker_gone(self, reason: str, now: float, outputs: list[Output]) -> None:
-        job, taken = self._job, self._taken
+        job, taken, claim, policy = self._job, self._taken, self._checking, self.policy
         self._is_open = self._is_exchanging = False
         self._job = self._in_worker = None
         self._checking = None
@@ -473,13 +474,22 @@ class Run:
             name = job.result.cid if isinstance(job, Load) else job.ballot.name
             self._num_ended = self._num_ended + 1 if name == self._ended_by else 1
             self._ended_by = name
-            if self._num_ended < MAX_ENDED:
+            is_own = (
+                isinstance(job, Merge) or (policy is not None and policy.cid == job.result.cid) or name == self._kept
+            )
+            if is_own and self._num_ended < MAX_ENDED:
                 return
             self._num_ended = 0
             if isinstance(job, Merge):
                 self._merge_failed(reason, now, outputs)
             elif taken is not None and taken.result.cid == job.result.cid:
                 self._not_taken(taken, Refusal.UNFIT, now, outputs)
+            elif claim is not None and claim.cid == job.result.cid:
+                self.claims.unfit(claim)
+            elif is_own:  # it is lost; what the next worker opens with is gone on from
+                self.lineage.refuse(job.result, Refusal.UNFIT, now)
+                self.policy = self.round = self._stored = None
+                outputs.append(Note("the policy that this node held ends every worker: it is given up"))
 
     def _job_done(self, event: Event, now: float, outputs: list[Output]) -> None:
         job, self._job = self._job, None

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 HEARTBEAT_PEERS: Final = 16
 """As `shoal.node.swarm.replica.HEARTBEAT_MEMBERS`."""
+LOOK_S: Final = 2.0
+"""How often it is noticed at least who is gone."""
 MESSAGE_BYTES: Final = 120
 """What a call adds to its content."""
 FETCH_TIMEOUT_S: Final = 2.0
@@ -225,9 +227,9 @@ class Member:
             self.step(events.Gone(peer))
         if not self.swarm.is_small:
             live = self.table.live(now)
-            sample = network.rng.sample(sorted(live), min(8, len(live)))
+            sample = network.rng.sample(list(live), min(8, len(live)))
             self.to_gossip(Known(tuple(sample)))
-        network.at(every_s, self.heartbeat, of=self.peer)
+        network.at(min(every_s, LOOK_S), self.heartbeat, of=self.peer)
 
     # Saying.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from shoal.node.api.schemas import (
@@ -66,14 +66,10 @@ class Client:
             record = json.loads(paths.api.read_bytes())
             self.pid = int(record["pid"])
             path = str(record["socket"])
-            # The file outlives a node that was killed. (Also, httpx leaks the socket of a connection that fails.)
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(path)
+            _Connection(path, ANSWER_TIMEOUT_S).probe()  # the file outlives a node that was killed
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._no_daemon() from error
-        self._http = httpx.Client(
-            transport=httpx.HTTPTransport(uds=path), base_url="http://localhost", timeout=ANSWER_TIMEOUT_S
-        )
+        self._path = path
 
     def __enter__(self) -> Self:
         """Use the client."""
@@ -82,8 +78,7 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close its connections."""
-        self._http.close()
+        """Each question has had a connection of its own, which is closed."""
 
     def node(self) -> NodeInfo:
         """The node itself."""
@@ -165,15 +160,8 @@ class Client:
     @contextmanager
     def events(self) -> Iterator[Iterator[Event | None]]:
         """What changes from now on; None stands for a beat without news, twice a second."""
-        try:
-            timeout = httpx.Timeout(ANSWER_TIMEOUT_S, read=SILENCE_TIMEOUT_S)
-            with self._http.stream("GET", "/v1/events", timeout=timeout) as answer:
-                if answer.is_error:
-                    answer.read()
-                    raise self._error(answer)
-                yield self._parse_events(answer)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._no_daemon() from error
+        with self._request("GET", "/v1/events", None, SILENCE_TIMEOUT_S) as answer:
+            yield self._parse_events(answer)
 
     def watch_swarm(self, swarm: str) -> Iterator[SwarmDetail]:
         """A swarm now, and again at every change and every beat; ends only with an error or with its caller."""
@@ -188,10 +176,11 @@ class Client:
                     detail = self.swarm(detail.swarm)
                     yield detail
 
-    def _parse_events(self, answer: httpx.Response) -> Iterator[Event | None]:
+    def _parse_events(self, answer: http.client.HTTPResponse) -> Iterator[Event | None]:
         name = data = ""
         try:
-            for line in answer.iter_lines():
+            for raw in answer:
+                line = raw.decode().rstrip("\r\n")
                 field, _, value = line.partition(":")
                 match field:
                     case "event":
@@ -203,7 +192,7 @@ class Client:
                     case "" if name:
                         yield Event(name=name, data=json.loads(data or "{}"))
                         name = data = ""
-        except httpx.HTTPError as error:
+        except (http.client.HTTPException, OSError) as error:
             raise self._gone() from error
         raise self._gone()
 
@@ -216,28 +205,44 @@ class Client:
         *,
         timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> T:
-        content: dict[str, Any] = {} if body is None else {"json": body.model_dump(mode="json")}
+        with self._request(method, path, body, timeout_s) as answer:
+            try:
+                content = answer.read()
+            except TimeoutError as error:
+                raise self._silent(timeout_s) from error
+            except (http.client.HTTPException, OSError) as error:
+                raise self._gone() from error
         try:
-            answer = self._http.request(method, path, timeout=timeout_s, **content)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._no_daemon() from error
-        except httpx.TimeoutException as error:
-            raise ShoalError(f"the node (pid {self.pid}) did not answer in {timeout_s:.0f} s; see its log") from error
-        except httpx.HTTPError as error:
-            raise self._gone() from error
-        if answer.is_error:
-            raise self._error(answer)
-        try:
-            return TypeAdapter(kind).validate_json(answer.content)
+            return TypeAdapter(kind).validate_json(content)
         except ValidationError as error:
-            raise self._not_understood(answer) from error
+            raise _not_understood(path, answer.status) from error
 
-    def _error(self, answer: httpx.Response) -> ShoalError:
-        try:
-            error = ErrorAnswer.model_validate_json(answer.content).error
-        except ValidationError:
-            return self._not_understood(answer)
-        return _ERRORS.get(error.code, ShoalError)(error.message)
+    @contextmanager
+    def _request(
+        self, method: str, path: str, body: BaseModel | None, timeout_s: float
+    ) -> Iterator[http.client.HTTPResponse]:
+        """A good answer, to be read in the block; a bad one is raised."""
+        content = None if body is None else body.model_dump_json()
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        with closing(_Connection(self._path, timeout_s)) as connection:
+            try:
+                connection.connect()
+            except OSError as error:
+                raise self._no_daemon() from error
+            try:
+                connection.request(method, path, content, headers)
+                answer = connection.getresponse()
+                told = answer.read() if answer.status >= http.client.BAD_REQUEST else b""
+            except TimeoutError as error:
+                raise self._silent(timeout_s) from error
+            except (http.client.HTTPException, OSError) as error:
+                raise self._gone() from error
+            if answer.status >= http.client.BAD_REQUEST:
+                raise _error(path, answer.status, told)
+            yield answer
+
+    def _silent(self, timeout_s: float) -> ShoalError:
+        return ShoalError(f"the node (pid {self.pid}) did not answer in {timeout_s:.0f} s; see its log")
 
     def _no_daemon(self) -> NoDaemonError:
         flag = "" if self._profile == "default" else f" --profile {self._profile}"
@@ -246,11 +251,43 @@ class Client:
     def _gone(self) -> NoDaemonError:
         return NoDaemonError(f"the node of profile {self._profile!r} has ended; its log says why")
 
-    def _not_understood(self, answer: httpx.Response) -> ShoalError:
-        return ShoalError(
-            f"the node answered {answer.request.url.path} with what this version does not understand "
-            f"(HTTP {answer.status_code}); restart it after an update"
-        )
+
+class _Connection(http.client.HTTPConnection):
+    """To the Unix socket of a node. The standard library's client: others take longer to import than a command runs."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect, or raise `OSError`."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        try:
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(self._path)
+        except OSError:
+            self.close()
+            raise
+
+    def probe(self) -> None:
+        """Whether somebody listens: raises `OSError` if not."""
+        self.connect()
+        self.close()
+
+
+def _error(path: str, status: int, content: bytes) -> ShoalError:
+    try:
+        error = ErrorAnswer.model_validate_json(content).error
+    except ValidationError:
+        return _not_understood(path, status)
+    return _ERRORS.get(error.code, ShoalError)(error.message)
+
+
+def _not_understood(path: str, status: int) -> ShoalError:
+    return ShoalError(
+        f"the node answered {path} with what this version does not understand "
+        f"(HTTP {status}); restart it after an update"
+    )
 
 
 def _in_path(text: str) -> str:

@@ -91,17 +91,22 @@ def _check_plain(value: object) -> None:
 
 
 class Model(BaseModel):
-    """Frozen; unknown fields are ignored, so that an older client can ask a newer node."""
+    """Frozen; unknown fields are ignored, so that an older client can ask a newer node.
 
-    model_config = ConfigDict(frozen=True, extra="ignore", serialize_by_alias=True)
+    Built when it is first used: a command uses one or two, and all together take longer than it does.
+    """
+
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="ignore", serialize_by_alias=True)
 
 
 class Asked(Model):
     """What somebody asks for: refused unless all of it, at whatever depth, can be written down and signed.
 
     JSON lets pass what nothing behind the API has room for: integers of any size, numbers that are none, half of a
-    character, texts and lists without end.
+    character, texts and lists without end. Built at once, as FastAPI has it.
     """
+
+    model_config = ConfigDict(defer_build=False)
 
     @model_validator(mode="before")
     @classmethod

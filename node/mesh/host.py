@@ -82,6 +82,9 @@ MAX_HEARD_ADDRESSES: Final = 8
 """Addresses of one peer that are dialed at a time at the word of others."""
 MAX_HEARD_CIRCUITS: Final = 4
 MAX_SEEN_FROM: Final = 64
+NOT_THERE_S: Final = 30.0
+"""How long a peer is not dialed again for the DHT that could not be reached."""
+MAX_NOT_THERE: Final = 1024
 BOOTSTRAP_RETRY_MAX_S: Final = 10.0
 MAX_EVENTS: Final = 1024
 MAX_PEERS: Final = 256
@@ -121,6 +124,8 @@ class Host:
         self._libp2p = libp2p
         self._book = AddressBook()
         self._dialer = Dialer(self.dial, self.is_connected, self._connections.relays, self.budgets.dials)
+        self._dht_dialer = Dialer(self.dial, self.is_connected, {}, self.budgets.dials)
+        self._not_there: dict[PeerId, float] = {}  # peers that the DHT named, until when they are not dialed for it
         self._comebacks = Comebacks(self._connections, libp2p, self._dialer, self._comeback_addresses)
         self._announced: tuple[str, ...] = ()
         self._seen_from: dict[str, None] = {}
@@ -286,6 +291,20 @@ class Host:
     async def reach_heard(self, peer: PeerId, addresses: Sequence[str]) -> bool:
         """Dial a peer where others say that it is; whether it is connected."""
         return await self._dialer.reach(peer, self.sift(peer, addresses))
+
+    async def reach_for_dht(self, peer: PeerId, addresses: Sequence[str]) -> bool:
+        """Dial a peer of which the DHT needs an answer; whether it is connected. No relay is troubled for that."""
+        now = trio.current_time()
+        if self._not_there.get(peer, 0.0) > now:
+            return False
+        direct = [address for address in self.sift(peer, addresses) if CIRCUIT not in address]
+        if direct and await self._dht_dialer.reach(peer, direct):
+            return True
+        self._not_there.pop(peer, None)
+        self._not_there[peer] = now + NOT_THERE_S
+        while len(self._not_there) > MAX_NOT_THERE:
+            del self._not_there[next(iter(self._not_there))]
+        return False
 
     def sift(self, peer: PeerId, addresses: Iterable[str]) -> list[str]:
         """Those addresses of a peer, as others gave them, that are worth dialing, and that it is not too soon for.
@@ -631,7 +650,7 @@ async def open_host(
             for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
                 libp2p.serve(protocol, host.serve)
             libp2p.follow(host.take)
-            libp2p.dial_by(host.reach_heard)
+            libp2p.dial_by(host.reach_for_dht)
             for address in listen:
                 port = await host.door.listen(libp2p.network, address, (kept_ports or {}).get(address, 0))
                 host.ports[address] = port

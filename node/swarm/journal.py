@@ -86,8 +86,16 @@ class Journal:
         self._held = held
         self._show()
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether anything is held back."""
+        return bool(self._held)
+
     async def write_held(self) -> Signed | None:
-        """Write what was held back; returns the op when it is on disk, None if there was nothing. Raises as `write`."""
+        """Write what was held back; returns the op when it is on disk, None if there was nothing.
+
+        Raises as `write`. If the disk fails, it is held back again; after another error it is gone.
+        """
         async with self._lock:
             await self._ready()
             if not self._held:
@@ -95,6 +103,9 @@ class Journal:
             held, self._held = self._held, {}
             try:
                 return await self._write(held)
+            except StorageError:
+                self._held = _merged(held, self._held)
+                raise
             finally:
                 self._show()
 

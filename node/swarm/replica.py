@@ -323,8 +323,9 @@ class Replica:
 
     async def write_held(self) -> None:
         """Write what was held back, whether anybody was asked for the head of the own log or not. Raises as `write`."""
+        while self._journal.is_holding:
+            await self._written(self._journal.write_held())
         self._knows_own_head = True
-        await self._written(self._journal.write_held())
 
     async def _written(self, writing: Awaitable[Signed | None]) -> bool:
         try:

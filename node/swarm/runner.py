@@ -440,7 +440,7 @@ class Runner:
             raise ShoalError(reason)
         self.error = reason
         self.post(events.TaskFailed(reason))
-        self._domain.start_soon("giving the run up", self._give_up, reason, policy=Task.END)
+        self._domain.start_soon("learning the task", self._give_up, reason, policy=Task.END)
         await trio.sleep_forever()
 
     async def _give_up(self, reason: str) -> None:

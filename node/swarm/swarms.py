@@ -325,7 +325,7 @@ class Swarms:
             if domain.failure is not None:
                 if not has_begun:
                     raise ShoalError(str(domain.failure))  # noqa: TRY301  the caller waits for this to begin
-                membership.failure = f"{domain.failure.reason}; restart the node, or join again, to go on"
+                membership.failure = f"{domain.failure}; restart the node, or join again, to go on"
         except Exception as error:
             membership.failure = reason_of(error)
             raise

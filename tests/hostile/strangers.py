@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from shoal.protocol.services import client
 BROKEN = (ShoalError, BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError)
 MIB = 1024 * 1024
 NUM_NAMES = 60
+SET_UP_S = 60
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Spent:
 
     num: int = 0
     num_bytes: int = 0
+    is_set_up: trio.Event = field(default_factory=trio.Event)
 
 
 async def a_name(stack: AsyncExitStack, target: Target) -> Host:
@@ -98,37 +100,61 @@ async def raw_stream(host: Host, target: Target, protocol: str) -> Any:
 
 
 async def names(stack: AsyncExitStack, target: Target, num: int = NUM_NAMES) -> list[Host]:
-    found = []
-    for _ in range(num):
+    found: list[Host] = []
+
+    async def come() -> None:
         with suppress(*BROKEN):
             found.append(await a_name(stack, target))
+
+    for first in range(0, num, 10):
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(10, num - first)):
+                nursery.start_soon(come)
     return found
+
+
+async def does_nothing(target: Target, spent: Spent) -> None:
+    """To compare with."""
+    spent.is_set_up.set()
+    await trio.sleep_forever()
 
 
 async def holds_half_frames(target: Target, spent: Spent) -> None:
     """Row 22: sixty names, and of each as many unfinished frames as it may have, held as long as it likes."""
     head = struct.pack("!IBBIIHI", 12 + 4 + 16 * MIB, FrameType.REQUEST, 0, 1, 0, 1, 16 * MIB)
     async with AsyncExitStack() as stack:
-        for host in await names(stack, target):
-            for _ in range(15):
-                with suppress(*BROKEN), trio.move_on_after(1):
+        hosts = await names(stack, target)
+
+        async def hold(host: Host) -> None:
+            while True:
+                with suppress(*BROKEN), trio.move_on_after(2):
                     stream = await raw_stream(host, target, STREAM_PROTOCOL)
                     for start in range(0, 4 * MIB, 32 * 1024):
                         await stream.write(head + bytes(32 * 1024) if not start else bytes(32 * 1024))
                         spent.num_bytes += 32 * 1024
-            spent.num += 1
+                    spent.num += 1
+                if spent.num_bytes > 600 * MIB:
+                    return
+                await trio.sleep(0.2)
+
+        async with trio.open_nursery() as nursery:
+            for host in hosts:
+                nursery.start_soon(hold, host)
+            spent.is_set_up.set()
         await trio.sleep_forever()
 
 
 async def leaves_streams_unread(target: Target, spent: Spent) -> None:
     """The same with streams that never agree on a protocol: each holds a window."""
     async with AsyncExitStack() as stack:
-        for host in await names(stack, target):
-            spent.num += 1
+        hosts = await names(stack, target)
+        spent.is_set_up.set()
+        for host in hosts:
             connections = host.libp2p.get_network().get_connections(ID.from_base58(str(target.peer)))
             for _ in range(100):
                 with suppress(*BROKEN, IndexError), trio.move_on_after(1):
                     stream = await connections[0].new_stream()
+                    spent.num += 1
                     for _ in range(6):
                         await stream.write(b"\x13/multistream/1.0.0\n" + bytes(40_000))
                         spent.num_bytes += 40_020
@@ -140,6 +166,7 @@ async def fills_the_dht(target: Target, spent: Spent) -> None:
     address = Multiaddr("/ip4/192.0.2.1/tcp/1").to_bytes()
     async with AsyncExitStack() as stack:
         hosts = await names(stack, target, 10)
+        spent.is_set_up.set()
         long = True
         while True:
             for host in hosts:
@@ -172,6 +199,7 @@ async def never_finishes_handshakes(target: Target, spent: Spent) -> None:
             while await sock.recv(4096):
                 pass
 
+    spent.is_set_up.set()
     async with trio.open_nursery() as nursery:
         while True:
             nursery.start_soon(one, spent.num)
@@ -181,6 +209,7 @@ async def never_finishes_handshakes(target: Target, spent: Spent) -> None:
 
 async def comes_and_goes(target: Target, spent: Spent) -> None:
     """Row 21: whole handshakes, each of a new name."""
+    spent.is_set_up.set()
     while True:
         async with AsyncExitStack() as stack:
             with suppress(*BROKEN), trio.move_on_after(5):
@@ -192,6 +221,7 @@ async def makes_up_circuits(target: Target, spent: Spent) -> None:
     """Row 17: circuits of twelve made-up peers, unasked, and introductions with sixteen new addresses at a time."""
     async with AsyncExitStack() as stack:
         host = await a_name(stack, target)
+        spent.is_set_up.set()
         while True:
             for _ in range(12):
                 made_up = ID.from_base58(str(PeerId.of_public_key(os.urandom(32))))
@@ -235,6 +265,7 @@ async def misleads_in_the_dht(target: Target, spent: Spent) -> None:
     async with AsyncExitStack() as stack:
         for host in await names(stack, target, 10):
             host.libp2p.set_stream_handler(TProtocol(PROTOCOL_ID), lie)
+        spent.is_set_up.set()
         await trio.sleep_forever()
 
 
@@ -250,6 +281,7 @@ async def opens_sockets(target: Target, spent: Spent) -> None:
                 await sock.connect(target.ip_port)
                 await sock.send(b"\x13")
             spent.num += 1
+        spent.is_set_up.set()
         await trio.sleep_forever()
     finally:
         for sock in with_socket:
@@ -259,6 +291,7 @@ async def opens_sockets(target: Target, spent: Spent) -> None:
 ATTACKS: dict[str, Callable[[Target, Spent], Awaitable[None]]] = {
     attack.__name__: attack
     for attack in (
+        does_nothing,
         holds_half_frames,
         leaves_streams_unread,
         fills_the_dht,
@@ -308,6 +341,8 @@ async def play(nodes: Nodes, swarm: str, ticket: str, name: str, seconds: float)
         listeners = await nursery.start(trio.serve_tcp, count, 0)
         target.bystander_port = listeners[0].socket.getsockname()[1]
         nursery.start_soon(ATTACKS[name], target, spent)
+        with trio.move_on_after(SET_UP_S):
+            await spent.is_set_up.wait()
         await trio.sleep(seconds / 4)
         began = time.monotonic()
         joiner = nodes.number

@@ -12,13 +12,13 @@ from typing import Any
 import trio
 
 from shoal.crdt.presence import PresenceTable, TopicRule
-from shoal.crdt.sync import SwarmDocs
+from shoal.crdt.sync import SwarmDocs, Version
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.node.swarm.replica import Replica
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest, plain_version
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, current_call
@@ -56,7 +56,7 @@ class Listener(SwarmService):
     """Takes whatever it is told, and says nothing."""
 
     async def sync(self, request: SyncRequest) -> SyncAnswer:
-        return SyncAnswer((), {})
+        return SyncAnswer((), plain_version(Version()))
 
     async def gossip(self, request: GossipPush) -> Empty:
         return Empty()

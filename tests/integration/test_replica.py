@@ -12,14 +12,16 @@ from shoal.crdt.document import Document
 from shoal.crdt.oplog import KIND, NO_OP, Op
 from shoal.crdt.presence import KIND as PRESENCE
 from shoal.crdt.presence import PresenceTable, record_hash
-from shoal.crdt.sync import Head, SwarmDocs
+from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.node import supervise
+from shoal.node.store.database import StorageError
 from shoal.node.swarm import replica
 from shoal.node.swarm.journal import SLICE_OPS
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest, plain_version, typed_version
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import Fault, RemoteError, Status
-from shoal.protocol.ids import SwarmId
+from shoal.protocol.errors import Fault, LimitError, RemoteError, Status
+from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.limits import MAX_MEMBERS
 from shoal.protocol.services import client
 from shoal.protocol.signing import Signed
 
@@ -98,7 +100,7 @@ async def test_a_stranger_is_answered_but_not_kept_until_it_has_signed_something
         async with together(a_node(1), a_host(3, Listener())) as (one, stranger):
             await stranger.connect(one.host.addresses())
             calls = client(SwarmService, stranger.at(one.me), timeout_s=5)
-            await calls.sync(SyncRequest(SWARM, {}))
+            await calls.sync(SyncRequest(SWARM, encode({})))
             await calls.gossip(GossipPush(SWARM))
             assert one.replica.neighbours == frozenset()
             assert stranger.peer_id not in one.host.wanted
@@ -115,10 +117,10 @@ async def test_nothing_that_a_peer_sends_is_told_as_a_fault_of_the_node() -> Non
             await liar.connect(one.host.addresses())
             calls = client(SwarmService, liar.at(one.me), timeout_s=5)
             with pytest.raises(RemoteError) as told:
-                await calls.sync(SyncRequest(SWARM, {"nobody": Head()}))
+                await calls.sync(SyncRequest(SWARM, encode({"nobody": Head()})))
             assert told.value.status is Status.INVALID_ARGUMENT
             huge = Head(2**53, bytes(32), 2**53)
-            await calls.sync(SyncRequest(SWARM, {str(one.me): huge, str(liar.peer_id): huge}))
+            await calls.sync(SyncRequest(SWARM, encode({str(one.me): huge, str(liar.peer_id): huge})))
             one.replica.on_heard = lambda *_: 1 // 0
             key = signer_of(3)
             record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0).sealed
@@ -306,8 +308,28 @@ async def test_a_node_that_nobody_can_be_asked_about_writes_after_a_while(monkey
         async with together(a_node(1, stored=stored)) as (one,):
             assert await one.replica.write(policy=2)
             assert await one.replica.write(policy=3)
-            await one.until(lambda: one.replica.version() == {key.peer_id: 2})
-            assert one.replica.documents() == {key.peer_id: {"policy": 3}}
+            await one.until(
+                lambda: SwarmDocs(SWARM, one.me, one.storage.load_ops(SWARM)).documents() == {one.me: {"policy": 3}}
+            )
+
+
+async def test_what_was_held_back_survives_a_disk_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "OWN_HEAD_ALONE_S", 3600.0)
+    key = signer_of(1)
+    stored = [SwarmDocs(SWARM, key.peer_id).write(key, policy=1)]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, stored=stored)) as (one,):
+            assert await one.replica.write(policy=2)
+            one.storage._db.execute("PRAGMA query_only = ON")
+            with pytest.raises(StorageError):
+                await one.replica.write_held()
+            one.storage._db.execute("PRAGMA query_only = OFF")
+            assert one.replica.documents() == {key.peer_id: {"policy": 2}}
+            assert one.replica.version() == {key.peer_id: 1}
+            await one.replica.write_held()
+            assert await one.replica.write(other=3)
+            assert one.replica.version() == {key.peer_id: 3}
+            assert one.replica.documents() == {key.peer_id: {"policy": 2, "other": 3}}
 
 
 async def test_an_identity_that_runs_twice_is_told_to_its_user() -> None:
@@ -330,6 +352,18 @@ async def test_an_identity_that_runs_twice_is_told_to_its_user() -> None:
             await one.until(lambda: one.replica.is_frozen)
             assert "join it again with a new profile" in str(one.replica.problem)
             assert not await one.replica.write(policy="more")
+
+
+async def test_a_sync_that_names_thousands_of_authors_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr(PeerId, "parse", lambda text: parsed.append(text) or signer_of(1).peer_id)
+    heads = {f"{n:052}": Head(7, bytes(32)) for n in range(4500)}
+    with pytest.raises(LimitError):
+        typed_version(SyncRequest(SWARM, encode(heads)))
+    assert parsed == []
+    monkeypatch.undo()
+    most = Version({signer.peer_id: Head(2**32, bytes(32), 2**32) for signer in map(signer_of, range(MAX_MEMBERS))})
+    assert typed_version(SyncRequest(SWARM, plain_version(most))) == most
 
 
 async def test_seven_hundred_forged_ops_in_one_push_leave_others_their_turns() -> None:

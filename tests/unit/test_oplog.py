@@ -190,7 +190,7 @@ def test_an_update_that_breaks_the_yjs_document_leaves_it_as_it_was(monkeypatch:
     first, second = chain(2)
     log = a_log([first])
     monkeypatch.setattr(
-        document, "_check_update", lambda update, known: document._Changes(("policy",), 1, ())
+        document, "_check_update", lambda update, known: document._Changes(("policy",), (encode("1"),), (None,), 1, ())
     )  # as if it saw nothing wrong
     with pytest.raises(ProtocolError):
         log.append(seal(seq=2, prev=op_hash(first), lamport=2, update=b"\x01\x01\x01\x01\xff\xff\xff"))

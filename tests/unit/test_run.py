@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
 from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS
@@ -284,12 +284,42 @@ def test_a_state_that_ends_every_worker_is_given_up() -> None:
     node.wait(LOOK_S)
     node.give(events.Fetched(after.cid))
     assert of(events.Load, node.collect(10))
-    for _ in range(MAX_ENDED - 1):
-        node.give(events.WorkerGone("overflow"))
-        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == after.result
     node.give(events.WorkerGone("overflow"))
     assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
     assert of(events.Collect, node.give(events.Loaded(SHARED, 0)))
+    for peer in (A, B):
+        node.hear(peer, facts(after), after.result)
+    assert not of(events.Fetch, node.wait(LOOK_S))
+
+
+def test_a_state_that_an_earlier_life_kept_is_not_loaded_at_every_restart_if_it_ends_the_worker() -> None:
+    node = Node(stored=SHARED.result)
+    assert of(events.Fetch, node.give(events.Opened(INITIAL)))
+    assert of(events.Load, node.give(events.Fetched(SHARED.cid)))
+    for _ in range(MAX_ENDED - 1):  # once may be the machine's fault, and it is all that is left
+        node.give(events.WorkerGone("overflow"))
+        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
+    node.give(events.WorkerGone("overflow"))
+    assert of(events.Collect, node.give(events.Opened(INITIAL)))
+    assert node.run.policy == INITIAL
+
+
+def test_an_own_policy_that_ends_every_worker_is_given_up() -> None:
+    node = Node().holding(SHARED)
+    node.give(events.WorkerGone("killed"))
+    for _ in range(MAX_ENDED):
+        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
+        node.give(events.WorkerGone("overflow"))
+    assert of(events.Collect, node.give(events.Opened(INITIAL)))
+    assert node.run.policy == INITIAL
+
+
+def test_a_task_that_does_not_work_here_is_told_to_the_others_and_nothing_more_is_done() -> None:
+    node = Node().holding(SHARED)
+    outputs = node.give(events.TaskFailed("no environment works"))
+    (told,) = (say.statement for say in of(events.Say, outputs) if isinstance(say.statement, Facts))
+    assert told.phase is Phase.FAILED
+    assert not any(isinstance(each, events.Collect | events.Load) for each in node.wait(60))
 
 
 def test_what_a_part_of_the_swarm_loses_when_it_heals_is_counted_and_told() -> None:
@@ -346,6 +376,15 @@ def test_who_was_started_again_goes_on_from_what_it_kept() -> None:
     outputs = node.give(events.Loaded(SHARED, 0))
     assert node.run.policy == SHARED
     assert of(events.Collect, outputs)
+
+
+def test_counting_goes_on_from_what_the_own_document_says_where_the_disk_kept_less() -> None:
+    node = Node(stored=SHARED.result)
+    node.run.handle(events.Documents((), Contributed(5000, 7)), node.now)
+    assert node.run.facts().env_steps == 5000
+    assert (node.run.progress.rounds, node.run.trained_alone) == (7, True)
+    node.run.handle(events.Documents((), Contributed(10, 1)), node.now)
+    assert node.run.facts().env_steps == 5000
 
 
 def test_who_kept_something_that_does_not_fit_begins_anew() -> None:

@@ -7,6 +7,7 @@ violation: a guard that finds nothing because it looks at nothing fails there.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -121,12 +122,14 @@ def read(path: Path, root: Path, prefix: str = "") -> Module:
     return Module(name, ast.parse(path.read_text(encoding="utf-8"), str(path)), is_package)
 
 
+@functools.cache
 def product_modules() -> list[Module]:
     """Everything that is imported as ``shoal`` or ``shoal.…``."""
     modules = [read(path, ROOT, "shoal") for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return [read(ROOT / "src/shoal/__init__.py", ROOT / "src"), *modules]
 
 
+@functools.cache
 def all_modules() -> list[Module]:
     """The product, and everything around it."""
     around = ("tests", "benchmarks", "examples", "tools", "docs", ".ci")

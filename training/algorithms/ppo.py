@@ -176,31 +176,33 @@ class PPOLearner:
     def import_state(self, arrays: Arrays, *, keep_samples: bool = False) -> None:
         """Take a state that some peer exported; see `Learner.import_state` and the head of this module."""
         self._check_state(arrays)
+        if not self._acts_sanely(arrays):
+            raise ProtocolError("this policy acts or judges in numbers that are not finite; take another state")
         if not keep_samples:
             self.abandon()
         if self._running is not None:
             self._running.close()
             self._running = None
-        kept = [self._log_probs(stream) if stream.samples else None for stream in self._streams]
+        for stream in self._streams:
+            if stream.samples:
+                stream.keep(self._log_probs(stream))
+        self._load(arrays)
+
+    def _acts_sanely(self, arrays: Arrays) -> bool:
+        """Whether what the policy of a state makes of what the environments show now is finite. Nothing has changed."""
         before = {name: array.copy() for name, array in self._state().items()}
         self._load(arrays)
-        if not self._acts_sanely():
+        try:
+            return all(self._is_sane_for(stream.observations) for stream in self._streams)
+        finally:
             self._load(before)
-            raise ProtocolError("this policy acts or judges in numbers that are not finite; take another state")
-        for stream, log_probs in zip(self._streams, kept, strict=True):
-            if log_probs is not None:
-                stream.keep(log_probs)
 
-    def _acts_sanely(self) -> bool:
-        """Whether what the policy makes of what the environments show now is finite."""
-        for stream in self._streams:
-            observations = self._normalize(stream.observations)
+    def _is_sane_for(self, shown: Floats) -> bool:
+        observations = self._normalize(shown)
+        with torch.inference_mode(), np.errstate(all="ignore"):
             actions = self._model.act(observations, np.random.default_rng(0))
-            with torch.inference_mode():
-                judged = self._model.evaluate(torch.from_numpy(observations), torch.from_numpy(actions))
-            if not all(bool(torch.isfinite(each).all()) for each in judged):
-                return False
-        return True
+            judged = self._model.evaluate(torch.from_numpy(observations), torch.from_numpy(actions))
+        return all(bool(torch.isfinite(each).all()) for each in judged)
 
     def _log_probs(self, stream: Stream) -> Floats:
         """``[T, N]``, of the actions in a stream under the present policy."""

@@ -49,7 +49,7 @@ def _look_up(task_name: str, algorithm_name: str) -> dict[str, object]:
         task, algorithm = load_task(task_name), load_algorithm(algorithm_name)
         try_out = getattr(task, "try_out", None)
         if try_out is not None:
-            try_out(int.from_bytes(os.urandom(4), "big"))
+            try_out(0)
         return {
             "target_return": task.target_return,
             "requires": requirements(algorithm_name, algorithm.version, task_name, task.version),
