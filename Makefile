@@ -23,14 +23,15 @@ setup: $(READY)        ## build .venv; does nothing when it is up to date
 demo: $(READY)         ## the whole thing on this machine: peers train one policy, and one of them is killed
 	@$(BIN)/shoal demo --kill-one $(ARGS)
 
-test: $(READY)         ## the test suite
-	@$(BIN)/pytest $(ARGS)
+test: $(READY)         ## the test suite, in two halves side by side; with ARGS those tests alone
+	@tools/test.sh $(ARGS)
 
 check: lint format-check types  ## what CI runs beside the tests
 
 lint: $(READY)         ## ruff, and the shell scripts' syntax
 	@$(BIN)/ruff check .
 	@bash -n tools/setup.sh
+	@bash -n tools/test.sh
 	@bash -n .ci/run
 
 format: $(READY)       ## rewrite the sources in the house format

@@ -25,12 +25,13 @@ from rich.live import Live
 
 from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, print_json
-from shoal.cli.spawn import BackgroundNode, descendants, kill_tree, wait_gone
+from shoal.cli.spawn import BackgroundNode, kill_tree, wait_gone
 from shoal.node.api.client import Client
 from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
 from shoal.node.config import NodeConfig
 from shoal.node.store.files import make_private_folder, storage_error
 from shoal.protocol.errors import RefusedError, ShoalError, UsageError
+from shoal.training.keeper import descendants
 
 MAX_PEERS: Final = 32
 KILL_AT_TRAINING: Final = 0.2

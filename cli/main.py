@@ -78,9 +78,16 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("SHOAL_DEBUG") == "1":
             raise
-        message = f"unexpected {type(error).__name__}: {error}; SHOAL_DEBUG=1 shows where, logs are in {default_home()}"
+        message = f"unexpected {type(error).__name__}: {error}; SHOAL_DEBUG=1 shows where{_where_logs_are()}"
         return _fail(FAILED, message, as_json=as_json)
     return code if isinstance(code, int) else 0
+
+
+def _where_logs_are() -> str:
+    try:
+        return f", logs are in {default_home()}"
+    except UsageError:
+        return ""
 
 
 def main() -> NoReturn:

@@ -180,11 +180,12 @@ def swarms(found: Sequence[SwarmSummary]) -> RenderableType:
     """The runs that the node is in."""
     if not found:
         return "no swarms: start one with `shoal swarm create`, or `shoal join TICKET`"
-    table = _table("swarm", "task", "role", "phase", ">epoch", ">return", ">target", ">env steps", ">members")
+    table = _table("swarm", "name", "task", "role", "phase", ">epoch", ">return", ">target", ">env steps", ">members")
     for each in found:
         is_alone = each.alone and each.phase not in ENDED
         table.add_row(
             short_swarm(each.swarm),
+            escape(each.name or ""),
             escape(each.task.removeprefix("gym:")),
             each.role,
             Text("ALONE", style=ALONE) if is_alone else _phase(each.phase),
@@ -194,7 +195,8 @@ def swarms(found: Sequence[SwarmSummary]) -> RenderableType:
             f"{each.env_steps:,}",
             str(each.num_members),
         )
-    return table
+    errors = [Text(f"{short_swarm(each.swarm)}: {each.error}", style="bold red") for each in found if each.error]
+    return Group(table, *errors) if errors else table
 
 
 def swarm(detail: SwarmDetail) -> RenderableType:
@@ -239,7 +241,7 @@ def live(details: Iterable[SwarmDetail], console: Console) -> SwarmDetail:
         for detail in details:
             if view is not None:
                 view.update(swarm(detail), refresh=True)
-            elif (news := (detail.epoch, detail.alone, detail.phase in ENDED)) != shown:
+            elif (news := (detail.epoch, detail.alone, detail.phase in ENDED, detail.error)) != shown:
                 shown = news
                 console.print(plain_line(detail), soft_wrap=True, markup=False)
             if detail.phase in ENDED:
@@ -250,10 +252,11 @@ def live(details: Iterable[SwarmDetail], console: Console) -> SwarmDetail:
 def plain_line(detail: SwarmDetail) -> str:
     """A run on one line, for logs."""
     alone = "  ALONE: nobody else is in the swarm" if detail.alone and detail.phase not in ENDED else ""
+    error = f"  {' '.join(detail.error.split())}" if detail.error else ""
     return (
         f"{duration(detail.elapsed_s):>8}  epoch {detail.epoch:<4} {detail.phase:<10}  "
         f"return {number(detail.mean_return)} of {number(detail.target_return)}  {detail.env_steps:,} steps  "
-        f"{detail.steps_per_s:,.0f} steps/s  {sum(member.live for member in detail.members)} live{alone}"
+        f"{detail.steps_per_s:,.0f} steps/s  {sum(member.live for member in detail.members)} live{alone}{error}"
     )
 
 

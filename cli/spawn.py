@@ -12,12 +12,12 @@ import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, Final
 
 from shoal.node.config import NodeConfig, relay_limit_words
-from shoal.node.store.files import storage_error
+from shoal.node.store.files import open_own, storage_error
 from shoal.protocol.errors import NoPeersError, RefusedError, ShoalError, UsageError
+from shoal.training.keeper import descendants
 
 READY_TIMEOUT_S: Final = 60.0
 _ERRORS: Final[dict[int, type[ShoalError]]] = {
@@ -37,7 +37,17 @@ class BackgroundNode:
         config.paths.create()
         reader, writer = os.pipe()
         command = [
-            *(sys.executable, "-m", "shoal.cli.main", "up", "--profile", config.profile, "--ready-fd", str(writer)),
+            *(
+                sys.executable,
+                "-P",
+                "-m",
+                "shoal.cli.main",
+                "up",
+                "--profile",
+                config.profile,
+                "--ready-fd",
+                str(writer),
+            ),
             *(word for address in config.listen for word in ("--listen", address)),
             *(word for address in config.bootstrap for word in ("--bootstrap", address)),
             *("--mdns" if config.mdns else "--no-mdns", "--api-port", str(config.api_port)),
@@ -45,7 +55,7 @@ class BackgroundNode:
             *(("--serve-bench",) if config.serve_bench else ()),
         ]
         try:
-            with config.paths.log.open("ab") as log:
+            with open(open_own(config.paths.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:  # noqa: PTH123
                 self.process = subprocess.Popen(  # noqa: S603  this program, with checked settings
                     command,
                     stdin=subprocess.DEVNULL,
@@ -138,16 +148,3 @@ def wait_gone(pid: int, timeout_s: float) -> bool:
         return bool(select.select([descriptor], [], [], timeout_s)[0])
     finally:
         os.close(descriptor)
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have started."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(word) for word in task.read_text().split()]
-        except OSError:  # that thread has just ended
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found

@@ -119,6 +119,17 @@ def show(swarm: OptionalSwarm = None, profile: Profile = "default", as_json: AsJ
         out.print(f"ticket {detail.ticket}", soft_wrap=True, style="dim")
 
 
+@swarm_app.command("ticket")
+def ticket(swarm: OptionalSwarm = None, profile: Profile = "default", as_json: AsJson = False) -> None:
+    """A ticket for a swarm, as things are now: with where its members are reached today."""
+    with connect(profile) as client:
+        detail = client.swarm(client.the_swarm(swarm))
+    if as_json:
+        print_json({"swarm": detail.swarm, "ticket": detail.ticket})
+    else:
+        console().print(detail.ticket, soft_wrap=True, markup=False, highlight=False)
+
+
 def join(
     ticket: Annotated[str, typer.Argument(help="What `shoal swarm create` printed.")],
     role: RoleOption = RoleChoice.AUTO,

@@ -117,11 +117,14 @@ class _Branch:
     __slots__ = (
         "broken",
         "has",
+        "have_at",
         "lazy",
         "next_at",
         "num_missing",
         "peer",
         "pruned_at",
+        "said_at",
+        "unsaid",
         "waiting",
         "wants",
         "wants_at",
@@ -132,6 +135,9 @@ class _Branch:
         self.lazy: set[str] = set()  # sources whose items it is not pushed
         self.next_at = -inf  # no push before
         self.waiting: dict[str, ItemId] | None = None  # for the next push, by key
+        self.unsaid: dict[str, Item] = {}  # to be announced to it, by key
+        self.have_at = inf  # when it is announced at the latest
+        self.said_at = -inf  # when anything was announced
         self.has: set[ItemId] = set()  # what needs not be announced to it any more
         self.num_missing = 0  # items that it announced and that are waited for
         self.broken = 0  # promises, less those that it kept since
@@ -167,7 +173,6 @@ class Gossip:
         "_parent",
         "_rng",
         "_seen",
-        "_unsaid",
         "_woken_at",
         "me",
     )
@@ -187,7 +192,6 @@ class Gossip:
         self._branches: dict[PeerId, _Branch] = {}
         self._seen: dict[ItemId, str] = {}  # and the source of each
         self._parent: dict[str, _Branch | None] = {}  # by source: whom its newest came from
-        self._unsaid: dict[str, Item] = {}  # to be announced to lazy neighbours, by key
         self._missing: dict[ItemId, _Missing] = {}
         # Each wait is always as long, so what is due next stands in front.
         self._first: deque[tuple[float, Sequence[ItemId]]] = deque()
@@ -289,7 +293,6 @@ class Gossip:
                 self._came([item.id for item in fresh if item.id in self._missing])
             if branch is not None:
                 for item in fresh:
-                    branch.has.add(item.id)
                     self._set_eager(branch, item.source)
             self._pass_on(fresh, branch, now, outputs)
         if known:
@@ -325,35 +328,30 @@ class Gossip:
             ]
 
     def _pass_on(self, items: tuple[Item, ...], origin: _Branch | None, now: float, outputs: list[Output]) -> None:
-        seen, parent, unsaid = self._seen, self._parent, self._unsaid
+        seen, parent = self._seen, self._parent
         for item in items:
             seen[item.id] = item.source
             parent[item.source] = origin
-            unsaid[item.key] = item
         if len(seen) > self._config.max_seen or len(parent) > self._config.max_sources:
             self._forget()
         if len(items) == 1:
             self._pass_one_on(items[0], origin, now, outputs)
         else:
             self._pass_many_on(items, origin, now, outputs)
-        if self._have_at == inf:
-            self._have_at = now + self._config.have_gap_s
-        while len(unsaid) > self._config.max_waiting:
-            del unsaid[next(iter(unsaid))]
-            self._counts.dropped += 1
 
     def _pass_one_on(self, item: Item, origin: _Branch | None, now: float, outputs: list[Output]) -> None:
         """As `_pass_many_on`: nearly all that comes, comes alone."""
         source = item.source
         push: tuple[ItemId, ...] = (item.id,)
         for branch in self._branches.values():
-            if branch is origin or source in branch.lazy:
+            if branch is origin:
                 continue
-            if branch.waiting is not None or branch.next_at > now:
+            if source in branch.lazy:
+                self._announce_later(branch, (item,), now)
+            elif branch.waiting is not None or branch.next_at > now:
                 self._wait(branch, (item,))
             else:
-                branch.next_at = now + self._config.flush_gap_s
-                outputs.append(Push(branch.peer, push))
+                self._push(branch, push, now, outputs)
 
     def _pass_many_on(self, items: tuple[Item, ...], origin: _Branch | None, now: float, outputs: list[Output]) -> None:
         ids: tuple[ItemId, ...] | None = None
@@ -362,18 +360,25 @@ class Gossip:
                 continue
             lazy = branch.lazy
             mine = [item for item in items if item.source not in lazy] if lazy else items
+            if len(mine) < len(items):
+                self._announce_later(branch, [item for item in items if item.source in lazy], now)
             if not mine:
                 continue
             if branch.waiting is not None or branch.next_at > now:
                 self._wait(branch, mine)
-                continue
-            branch.next_at = now + self._config.flush_gap_s
-            if len(mine) < len(items):
-                outputs.append(Push(branch.peer, tuple([item.id for item in mine])))
+            elif len(mine) < len(items):
+                self._push(branch, tuple([item.id for item in mine]), now, outputs)
             else:
                 if ids is None:
                     ids = tuple([item.id for item in items])
-                outputs.append(Push(branch.peer, ids))
+                self._push(branch, ids, now, outputs)
+
+    def _push(self, branch: _Branch, ids: tuple[ItemId, ...], now: float, outputs: list[Output]) -> None:
+        """With what is to be announced to it, so that this needs no message of its own."""
+        branch.next_at = now + self._config.flush_gap_s
+        outputs.append(Push(branch.peer, ids))
+        if branch.unsaid and now >= branch.said_at + self._config.have_gap_s:
+            self._announce_to(branch, now, outputs)
 
     def _forget(self) -> None:
         """Forget the oldest, many at once: looking for the first of a dict passes over all that was deleted."""
@@ -403,9 +408,8 @@ class Gossip:
             if branch.waiting is None:
                 continue
             if branch.next_at <= now:
-                outputs.append(Push(branch.peer, tuple(branch.waiting.values())))
-                branch.waiting = None
-                branch.next_at = now + self._config.flush_gap_s
+                ids, branch.waiting = tuple(branch.waiting.values()), None
+                self._push(branch, ids, now, outputs)
             elif branch.next_at < self._flush_at:
                 self._flush_at = branch.next_at
 
@@ -413,7 +417,7 @@ class Gossip:
         if self._flush_at <= now:
             self._flush(now, outputs)
         if self._have_at <= now:
-            self._announce(outputs)
+            self._announce(now, outputs)
         if self._first or self._next:
             self._ask_for_missing(now, outputs)
         if self._overlay.due <= now:
@@ -422,19 +426,34 @@ class Gossip:
 
     # --- announcements -----------------------------------------------------------------------------------------------
 
-    def _announce(self, outputs: list[Output]) -> None:
+    def _announce_later(self, branch: _Branch, items: Sequence[Item], now: float) -> None:
+        unsaid = branch.unsaid
+        if not unsaid:
+            branch.have_at = now + self._config.have_late_s
+            self._have_at = min(self._have_at, branch.have_at)
+        for item in items:
+            unsaid[item.key] = item
+        while len(unsaid) > self._config.max_waiting:
+            del unsaid[next(iter(unsaid))]
+            self._counts.dropped += 1
+
+    def _announce(self, now: float, outputs: list[Output]) -> None:
         self._have_at = inf
-        unsaid = list(self._unsaid.values())
-        self._unsaid.clear()
         for branch in self._branches.values():
-            lazy, has = branch.lazy, branch.has
-            if lazy:
-                news = tuple([item.id for item in unsaid if item.source in lazy and item.id not in has])
-                outputs += [
-                    Tell(branch.peer, Control(have=news[start : start + MAX_HAVE]))
-                    for start in range(0, len(news), MAX_HAVE)
-                ]
-            has.clear()
+            if branch.have_at <= now + self._config.have_gap_s:  # one wake for several
+                self._announce_to(branch, now, outputs)
+            elif branch.have_at < self._have_at:
+                self._have_at = branch.have_at
+
+    def _announce_to(self, branch: _Branch, now: float, outputs: list[Output]) -> None:
+        lazy, has = branch.lazy, branch.has
+        news = tuple([item.id for item in branch.unsaid.values() if item.source in lazy and item.id not in has])
+        outputs += [
+            Tell(branch.peer, Control(have=news[start : start + MAX_HAVE])) for start in range(0, len(news), MAX_HAVE)
+        ]
+        branch.said_at, branch.have_at = now, inf
+        branch.unsaid.clear()
+        has.clear()
 
     def _told(self, peer: PeerId, message: Control, now: float, outputs: list[Output]) -> None:
         if message.neighbour or message.disconnect or message.walks or message.shuffle or message.shuffle_reply:
@@ -461,10 +480,8 @@ class Gossip:
             self._give(branch, message.want, now, outputs)
 
     def _heard_of(self, branch: _Branch, have: tuple[ItemId, ...], now: float) -> None:
-        if self._unsaid:
-            branch.has.update(have)
-            if len(branch.has) > self._config.max_waiting:
-                branch.has.clear()
+        if branch.unsaid:
+            self._it_has(branch, have)
         seen, missing = self._seen, self._missing
         new = []
         most = self._config.max_missing if branch.broken < _MANY_BROKEN else _MAX_MISSING_OF_LIAR
@@ -486,6 +503,11 @@ class Gossip:
         if new:
             self._first.append((now + self._config.graft_wait_s, new))
 
+    def _it_has(self, branch: _Branch, ids: Sequence[ItemId]) -> None:
+        branch.has.update(ids)
+        if len(branch.has) > self._config.max_waiting:
+            branch.has.clear()
+
     def _came(self, ids: Sequence[ItemId]) -> None:
         for item_id in ids:
             entry = self._missing.pop(item_id, None)
@@ -495,7 +517,7 @@ class Gossip:
                 branch = self._branches.get(peer)
                 if branch is not None:
                     branch.num_missing -= 1
-                    branch.has.add(item_id)
+                    self._it_has(branch, (item_id,))
             if entry.asked is None:
                 continue
             asked = self._branches.get(entry.asked)
@@ -580,7 +602,7 @@ class Gossip:
             return
         branch.lazy.remove(source)
         # What was to be announced to it is not any more, so it has to be pushed.
-        late = [item for item in self._unsaid.values() if item.source == source and item.id not in branch.has]
+        late = [item for item in branch.unsaid.values() if item.source == source and item.id not in branch.has]
         if late:
             self._wait(branch, late)
 

@@ -4,29 +4,35 @@ An op is sealed by its author and names the op before it by hash, so nobody else
 author cannot change its past unseen. An op is applied to the document before it is taken into the log: a log
 never holds what cannot be replayed.
 
-Two different ops of one author at one place are a `Fork`: a proof, which anybody can check, that the author keeps two
-logs. It need not be malice; a profile that was copied or restored from a backup does it too. Whoever holds the proof
-cuts the log before the fork, lets the op with the lower hash stand there if it fits what is before it, and takes
-nothing of that author after it: the log is frozen. Of several forks of one author the one at the lowest place counts,
-and of those at one place the one with the lowest hash. So what a log comes to depends on what its author signed and not
-on the order in which that was heard.
+So that a log does not grow for ever, its author makes every few hundredth op a *snapshot* (`shoal.crdt.snapshots`),
+which begins the document anew. Whoever takes it in drops what was before; whoever held nothing, or less, needs nothing
+else. A log is therefore held from its newest snapshot on.
+
+Every op *claims* which op has its own place, which the place before it, and a snapshot which had many earlier places.
+Two ops of one author that claim different things of one place are a `Fork`: a proof, which anybody can check, that the
+author keeps two logs. It need not be malice; a profile that was copied or restored from a backup does it too. Whoever
+holds the proof cuts the log before that place and takes nothing of that author from there on: the log is frozen. Of
+several forks of one author the one at the lowest place counts. So what a log comes to depends on what its author signed
+and not on the order in which that was heard. (If everybody had dropped what was before the fork, it comes to nothing.)
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from shoal.crdt.document import Document
+from shoal.crdt.document import MAX_REGISTERS, Document
+from shoal.crdt.snapshots import MAX_SEQ, NAME_BYTES, places
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, TooLargeError, UsageError
+from shoal.protocol.errors import LimitError, ProtocolError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed
 
-KIND: Final = "op/1"
+KIND: Final = "op/2"
 
 NO_OP: Final = bytes(32)
 """What the first op of a log follows."""
@@ -34,8 +40,17 @@ NO_OP: Final = bytes(32)
 MAX_LAMPORT: Final = 2**53
 """Lamport times stop here; a liar who starts at the end makes ties, but stops nobody from writing."""
 
-MAX_LOG_BYTES: Final = 16 * 1024 * 1024
-"""All ops of one author; one of a thousand bytes per epoch lasts for 16,000 epochs."""
+MAX_LOG_OPS: Final = 1024
+"""Ops of one author from its newest snapshot on."""
+
+MAX_LOG_BYTES: Final = 512 * 1024
+"""The same in bytes."""
+
+COMPACT_OPS: Final = 256
+"""After so many ops an author makes the next one a snapshot,"""
+
+COMPACT_BYTES: Final = 128 * 1024
+"""or after so many bytes beside the last snapshot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +63,8 @@ class Op:
         seq: its place in the author's log, from 1.
         prev: sha256 of the sealed op before it, `NO_OP` for the first.
         lamport: greater than that of any op that the author had seen, up to `MAX_LAMPORT`.
-        update: for `Document.apply`.
+        update: for `Document.apply`; of a snapshot, to an empty one.
+        trail: of a snapshot, and of no other op: the first `NAME_BYTES` of the hash of the op at each of its `places`.
     """
 
     swarm: SwarmId
@@ -57,14 +73,17 @@ class Op:
     prev: bytes
     lamport: int
     update: bytes
+    trail: bytes | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.seq <= MAX_LOG_BYTES:
+        if not 1 <= self.seq <= MAX_SEQ:
             raise ProtocolError(f"an op cannot have the sequence number {self.seq}")
         if not 1 <= self.lamport <= MAX_LAMPORT:
             raise ProtocolError(f"an op cannot have the Lamport time {self.lamport}")
-        if len(self.prev) != len(NO_OP):
+        if len(self.prev) != len(NO_OP) or (self.seq == 1 and self.prev != NO_OP):
             raise ProtocolError("an op names the op before it by 32 bytes")
+        if self.trail is not None and len(self.trail) != NAME_BYTES * len(places(self.seq)):
+            raise ProtocolError("a snapshot names the ops at all of its places")
 
 
 class FrozenLogError(UsageError):
@@ -76,13 +95,11 @@ class Outcome(Enum):
 
     APPENDED = auto()
     HELD = auto()
-    """It is in the log already; nothing was changed."""
+    """It is in the log, or before its snapshot; nothing was changed."""
     GAP = auto()
     """Ops before it are missing; offer it again after them."""
-    ASTRAY = auto()
-    """It follows another past than the one held: there is a fork below it. Ask for the ops before it."""
     FORKED = auto()
-    """Its author also signed another op at its place: `OpLog.rival` and it make a `Fork` that is to be taken."""
+    """It contradicts what is held: `OpLog.fork_with` has the proof, which is to be taken."""
     FROZEN = auto()
     """It is at or after a fork; nothing of its author is taken there any more."""
 
@@ -99,61 +116,92 @@ def open_op(sealed: Signed) -> Op:
         LimitError: if it is too big.
         ProtocolError: if it is no op, or not by the author of the seal.
     """
-    if len(sealed.payload) > MAX_OP_BYTES or len(encode(sealed)) > MAX_OP_BYTES:
+    return read_op(sealed).op
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOp:
+    """An op with what is needed of it again and again.
+
+    Attributes:
+        sealed: as it travels.
+        op: what is in it.
+        hash: its `op_hash`.
+        num_bytes: as it is stored and sent.
+    """
+
+    sealed: Signed
+    op: Op
+    hash: bytes
+    num_bytes: int
+
+    def claims(self) -> dict[int, bytes]:
+        """The first `NAME_BYTES` of the hash of every op that it speaks of, by place."""
+        op = self.op
+        found = {op.seq: self.hash[:NAME_BYTES]}
+        if op.seq > 1:
+            found[op.seq - 1] = op.prev[:NAME_BYTES]
+        if op.trail is not None:
+            found.update(_trail_of(op))
+        return found
+
+
+def read_op(sealed: Signed) -> ReadOp:
+    """As `open_op`."""
+    data = encode(sealed) if len(sealed.payload) <= MAX_OP_BYTES else b""
+    if not 0 < len(data) <= MAX_OP_BYTES:
         raise LimitError(f"an op by {sealed.author} exceeds the limit of {MAX_OP_BYTES} bytes")
     op = decode(Op, sealed.payload, max_bytes=MAX_OP_BYTES)
     if op.author != sealed.author:
         raise ProtocolError(f"{sealed.author} sealed an op that changes the document of {op.author}")
-    return op
+    return ReadOp(sealed, op, hashlib.sha256(data).digest(), len(data))
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """The proof that an author signed two different ops for one place; made by `prove`.
+    """The proof that an author keeps two logs; made by `prove`.
 
     Attributes:
         swarm: of both.
-        author: who is shown to keep two logs.
-        seq: the place.
-        stands: the one of the lower hash.
-        other: any other.
-        stands_hash: its `op_hash`.
+        author: who is shown to keep them.
+        seq: the lowest place of which the two ops claim different things.
+        one: an op.
+        other: one that contradicts it.
     """
 
     swarm: SwarmId
     author: PeerId
     seq: int
-    stands: Signed
+    one: Signed
     other: Signed
-    stands_hash: bytes
-
-    @property
-    def rank(self) -> tuple[int, bytes]:
-        """Of two forks of one author, the one with the lower counts."""
-        return self.seq, self.stands_hash
 
 
-def prove(*ops: Signed) -> Fork:
-    """The fork that two or more ops show.
+def contradiction(claims: Mapping[int, bytes], others: Mapping[int, bytes]) -> int | None:
+    """The lowest place of which the two say different things."""
+    return min((seq for seq, name in claims.items() if others.get(seq, name) != name), default=None)
+
+
+def prove(one: Signed, other: Signed) -> Fork:
+    """The fork that two ops show.
 
     Raises:
-        SignatureError: if the author did not sign them all.
+        SignatureError: if the author did not sign both.
         ProtocolError: if they show none.
     """
-    ordered = sorted({op_hash(sealed): sealed for sealed in ops}.items())
-    opened = [open_op(sealed) for _, sealed in ordered]
-    if len(opened) < 2 or len({(op.swarm, op.author, op.seq) for op in opened}) > 1:
-        raise ProtocolError("a fork is shown by different ops of one author at one place, in one swarm")
-    for _, sealed in ordered:
-        sealed.check(KIND)
-    (stands_hash, stands), (_, other) = ordered[:2]
-    return Fork(opened[0].swarm, opened[0].author, opened[0].seq, stands, other, stands_hash)
+    first, second = sorted((read_op(one), read_op(other)), key=lambda read: read.hash)
+    op = first.op
+    seq = contradiction(first.claims(), second.claims())
+    if (op.swarm, op.author) != (second.op.swarm, second.op.author) or seq is None:
+        raise ProtocolError("a fork is shown by two ops of one author in one swarm that contradict each other")
+    first.sealed.check(KIND)
+    second.sealed.check(KIND)
+    return Fork(op.swarm, op.author, seq, first.sealed, second.sealed)
 
 
 class OpLog:
     """All ops of one author in one swarm that this node holds, and the document that they make."""
 
-    __slots__ = ("_hashes", "_lamports", "_num_bytes", "_ops", "_sizes", "author", "document", "fork", "swarm")
+    __slots__ = ("_lamports", "_num_bytes", "_ops", "_trail", "author", "base", "document", "fork", "swarm")
 
     def __init__(self, swarm: SwarmId, author: PeerId) -> None:
         self.swarm = swarm
@@ -161,16 +209,17 @@ class OpLog:
         self.document = Document()
         self.fork: Fork | None = None
         """Where the log is frozen, if it is."""
-        self._ops: list[Signed] = []
-        self._sizes: list[int] = []
+        self.base = 1
+        """The place of the first op that is held: of the newest snapshot, if there is one."""
+        self._ops: list[tuple[Signed, bytes, int]] = []  # each with its hash and size
         self._lamports: list[int] = []
-        self._hashes: list[bytes] = []
+        self._trail: dict[int, bytes] = {}  # what the first op claims of those before it
         self._num_bytes = 0
 
     @property
     def seq(self) -> int:
         """The number of the newest op; 0 if there is none."""
-        return len(self._ops)
+        return self.base + len(self._ops) - 1
 
     @property
     def lamport(self) -> int:
@@ -180,140 +229,195 @@ class OpLog:
     @property
     def head(self) -> bytes:
         """The hash of the newest op; `NO_OP` if there is none."""
-        return self.hash_at(self.seq)
+        return self._ops[-1][1] if self._ops else NO_OP
 
     @property
     def num_bytes(self) -> int:
-        """The size of all ops, as they are stored and sent."""
+        """The size of all ops that are held, as they are stored and sent."""
         return self._num_bytes
 
-    def hash_at(self, seq: int) -> bytes:
-        """The hash of an op that is held; `NO_OP` of number 0."""
-        return self._hashes[seq - 1] if seq > 0 else NO_OP
+    @property
+    def num_ops(self) -> int:
+        """How many ops are held."""
+        return len(self._ops)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether its author makes the next op a snapshot."""
+        first = self._ops[0][2] if self._ops else 0
+        return (
+            len(self._ops) >= COMPACT_OPS
+            or self._num_bytes - first >= COMPACT_BYTES
+            or self.document.num_registers > MAX_REGISTERS // 2
+        )
+
+    def hash_at(self, seq: int) -> bytes | None:
+        """The hash of an op that is held; `NO_OP` of number 0; None if it is not known in full."""
+        if seq == 0:
+            return NO_OP
+        return self._ops[seq - self.base][1] if self.base <= seq <= self.seq else None
 
     def op_at(self, seq: int) -> tuple[Signed, int]:
         """An op that is held, and its size in bytes."""
-        return self._ops[seq - 1], self._sizes[seq - 1]
+        sealed, _, num_bytes = self._ops[seq - self.base]
+        return sealed, num_bytes
 
-    def after(self, seq: int) -> list[tuple[int, Signed, int]]:
-        """Every op after a sequence number, in order: (Lamport time, sealed op, its size in bytes)."""
-        start = max(seq, 0)
-        return list(zip(self._lamports[start:], self._ops[start:], self._sizes[start:], strict=True))
+    def known(self, seq: int) -> bytes | None:
+        """The first `NAME_BYTES` of the hash at a place, if anything that is held says it."""
+        if self.base <= seq <= self.seq:
+            return self._ops[seq - self.base][1][:NAME_BYTES]
+        return self._trail.get(seq)
 
-    def rival(self, seq: int) -> Signed | None:
-        """The op that has this place here: held, or standing at the fork though it does not fit."""
-        if self.fork is not None and self.fork.seq == seq:
-            return self.fork.stands
-        return self._ops[seq - 1] if 1 <= seq <= self.seq else None
+    def conflict(self, read: ReadOp) -> int | None:
+        """The lowest place before the known fork at which an op contradicts what is held."""
+        end = MAX_SEQ + 1 if self.fork is None else self.fork.seq
+        lowest: int | None = None
+        for seq, name in read.claims().items():
+            if seq < end and (lowest is None or seq < lowest) and self.known(seq) not in (None, name):
+                lowest = seq
+        return lowest
 
-    def append(self, sealed: Signed, op: Op | None = None) -> Outcome:
-        """Check an op and take it in, if it is the next one.
+    def fork_with(self, read: ReadOp) -> Fork | None:
+        """The proof that an op makes together with what is held.
+
+        Raises:
+            SignatureError: if there is a conflict, and the author did not sign the op.
+        """
+        seq = self.conflict(read)
+        if seq is None:
+            return None
+        return prove(self._ops[max(seq - self.base, 0)][0], read.sealed)
+
+    def trail(self, seq: int) -> bytes:
+        """What a snapshot at the next place, ``seq``, has to claim."""
+        return b"".join(self.known(place) or b"" for place in places(seq))
+
+    def append(self, sealed: Signed, read: ReadOp | None = None, *, is_checked: bool = False) -> Outcome:
+        """Check an op and take it in, if it is the next one, or a later snapshot.
 
         Args:
             sealed: the op.
-            op: what `open_op` made of it, if that was asked already.
+            read: what `read_op` made of it, if that was asked already.
+            is_checked: the signature is known to be good.
 
         Raises:
             SignatureError: if the author did not sign it.
             LimitError: if it, or the log with it, is too big.
             ProtocolError: if it belongs elsewhere or breaks a rule. As with any error, nothing was changed.
         """
-        op = self._belonging(open_op(sealed) if op is None else op)
-        if op.seq <= self.seq and self._ops[op.seq - 1] == sealed:
+        read = self._belonging(read_op(sealed) if read is None else read)
+        op = read.op
+        if self.hash_at(op.seq) == read.hash:
             return Outcome.HELD
-        if self.fork is not None and (
-            op.seq > self.fork.seq or (op.seq == self.fork.seq and op_hash(sealed) > self.fork.stands_hash)
-        ):
+        place = self.conflict(read)
+        if place is None and self.fork is not None and op.seq >= self.fork.seq:
             return Outcome.FROZEN
-        sealed.check(KIND)
-        rival = self.rival(op.seq)
-        if rival is not None and rival != sealed:
+        if not is_checked:
+            sealed.check(KIND)
+        if place is not None:
             return Outcome.FORKED
+        if op.seq <= self.seq:
+            return Outcome.HELD
+        if op.trail is not None:
+            self._begin_at(read, Document([op.update]))
+            return Outcome.APPENDED
         if op.seq > self.seq + 1:
             return Outcome.GAP
-        if op.prev != self.head:
-            return Outcome.ASTRAY
         if op.lamport < self.lamport:
             raise ProtocolError(f"the Lamport time of {self.author} runs backwards at op {op.seq}")
-        num_bytes = self._room_for(sealed)
+        if len(self._ops) >= MAX_LOG_OPS or self._num_bytes + read.num_bytes > MAX_LOG_BYTES:
+            raise LimitError(
+                f"the log of {self.author} exceeds the limit of {MAX_LOG_OPS} ops or {MAX_LOG_BYTES} bytes since its "
+                "last snapshot"
+            )
         try:
             self.document.apply(op.update)
         except ProtocolError as error:
             if error.__cause__ is not None:
                 self._rebuild()
             raise
-        self._take(sealed, op.lamport, num_bytes)
+        self._take(read)
         return Outcome.APPENDED
 
-    def freeze(self, fork: Fork) -> bool:
-        """Cut the log before a fork, unless a fork that counts more is known; whether anything was changed.
-
-        The op that stands there is not in the log yet: `settle`.
-        """
-        if self.fork is not None and self.fork.rank <= fork.rank:
-            return False
-        self.fork = fork
-        keep = fork.seq - 1
-        if self.seq > keep:
-            self._num_bytes -= sum(self._sizes[keep:])
-            for held in (self._ops, self._sizes, self._lamports, self._hashes):
-                del held[keep:]
-            self._rebuild()
-        return True
-
-    def settle(self) -> Signed | None:
-        """Take in the op that stands at the fork, if the log has come to there and it fits; what was taken in."""
-        if self.fork is None or self.seq != self.fork.seq - 1:
-            return None
-        try:
-            outcome = self.append(self.fork.stands)
-        except ProtocolError:
-            return None
-        return self.fork.stands if outcome is Outcome.APPENDED else None
-
-    def append_own(self, sealed: Signed) -> None:
+    def append_own(self, sealed: Signed, document: Document | None = None) -> None:
         """Take in the op that was just made of an update that `document` itself wrote.
+
+        Args:
+            sealed: the op.
+            document: of a snapshot, the new document.
 
         Raises:
             ProtocolError: if it is not the next op.
         """
-        op = self._belonging(open_op(sealed))
-        if op.seq != self.seq + 1 or op.prev != self.head:
-            raise ProtocolError(f"op {op.seq} does not follow op {self.seq} of {self.author}")
-        self._take(sealed, op.lamport, len(encode(sealed)))
+        read = self._belonging(read_op(sealed))
+        if read.op.seq != self.seq + 1 or read.op.prev != self.head:
+            raise ProtocolError(f"op {read.op.seq} does not follow op {self.seq} of {self.author}")
+        if document is not None:
+            self._begin_at(read, document)
+        else:
+            self._take(read)
 
-    def check_room(self) -> None:
-        """Check that one more op of any size may be appended.
+    def freeze(self, fork: Fork) -> bool:
+        """Cut the log before a fork, unless one that counts more is known; whether anything was changed."""
+        if self.fork is not None and self.fork.seq <= fork.seq:
+            return False
+        self.fork = fork
+        keep = max(fork.seq - self.base, 0)
+        if len(self._ops) > keep:
+            self._num_bytes -= sum(num_bytes for _, _, num_bytes in self._ops[keep:])
+            del self._ops[keep:], self._lamports[keep:]
+            if not self._ops:
+                self.base, self._trail = 1, {}
+            self._rebuild()
+        return True
+
+    def check_not_frozen(self) -> None:
+        """Check that its author may write.
 
         Raises:
-            FrozenLogError: if its author keeps two logs.
-            TooLargeError: if it might not fit.
+            FrozenLogError: if it keeps two logs.
         """
         if self.fork is not None:
             raise FrozenLogError(
-                f"{self.author} has signed two different ops {self.fork.seq} in {self.swarm}: its profile was copied, "
-                "or restored from a backup. Nobody takes more of its ops; take part with a new profile"
+                f"{self.author} has signed two different logs in {self.swarm}, from op {self.fork.seq} on: its profile "
+                "was copied, or restored from a backup. Nobody takes more of its ops; take part with a new profile"
             )
-        if self._num_bytes + MAX_OP_BYTES > MAX_LOG_BYTES:
-            raise TooLargeError(f"the log of {self.author} is full: {MAX_LOG_BYTES} bytes per author and swarm")
 
-    def _belonging(self, op: Op) -> Op:
-        if op.swarm != self.swarm or op.author != self.author:
+    def check_head(self) -> None:
+        """Check the signature of the newest op: by its hash it vouches for all before it that are held.
+
+        Raises:
+            SignatureError: if the author did not sign it.
+        """
+        if self._ops:
+            self._ops[-1][0].check(KIND)
+
+    def _belonging(self, read: ReadOp) -> ReadOp:
+        if read.op.swarm != self.swarm or read.op.author != self.author:
+            op = read.op
             raise ProtocolError(f"an op of {op.author} in {op.swarm} was offered to the log of {self.author}")
-        return op
+        return read
 
-    def _room_for(self, sealed: Signed) -> int:
-        num_bytes = len(encode(sealed))
-        if self._num_bytes + num_bytes > MAX_LOG_BYTES:
-            raise LimitError(f"the log of {self.author} exceeds the limit of {MAX_LOG_BYTES} bytes per author")
-        return num_bytes
+    def _begin_at(self, read: ReadOp, document: Document) -> None:
+        self._ops, self._lamports, self._num_bytes = [], [], 0
+        self.base, self.document = read.op.seq, document
+        self._trail = _trail_of(read.op)
+        if read.op.seq > 1:
+            self._trail[read.op.seq - 1] = read.op.prev[:NAME_BYTES]
+        self._take(read)
 
-    def _take(self, sealed: Signed, lamport: int, num_bytes: int) -> None:
-        self._ops.append(sealed)
-        self._sizes.append(num_bytes)
-        self._lamports.append(lamport)
-        self._hashes.append(op_hash(sealed))
-        self._num_bytes += num_bytes
+    def _take(self, read: ReadOp) -> None:
+        self._ops.append((read.sealed, read.hash, read.num_bytes))
+        self._lamports.append(read.op.lamport)
+        self._num_bytes += read.num_bytes
 
     def _rebuild(self) -> None:
-        self.document = Document(open_op(held).update for held in self._ops)
+        self.document = Document(open_op(sealed).update for sealed, _, _ in self._ops)
+
+
+def _trail_of(op: Op) -> dict[int, bytes]:
+    trail = op.trail or b""
+    return {
+        seq: trail[at : at + NAME_BYTES]
+        for seq, at in zip(places(op.seq), range(0, len(trail), NAME_BYTES), strict=False)
+    }

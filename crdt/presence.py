@@ -50,6 +50,10 @@ Facts = Mapping[str, Any]
 """Plain data; whoever reads a fact checks its form, and changes nothing in it."""
 
 
+def _worth_nothing(_: Facts) -> int:
+    return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopicRule:
     """What is taken on one topic from one author.
@@ -59,12 +63,15 @@ class TopicRule:
         keep: how many of an author's newest records are held.
         per_s: how many records a second are news in the long run.
         burst: how many may be news at once.
+        worth: what an author is worth who says this. In a full table, one who is worth more takes the place of one
+            who is worth less.
     """
 
     max_bytes: int
     keep: int = 1
     per_s: float
     burst: int
+    worth: Callable[[Facts], int] = _worth_nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +227,7 @@ class _Author:
     newest: Opened
     expires_at: float = 0.0
     is_live: bool = False
+    worth: int = 0  # the most that it said in this life
     spoken: dict[str, _Spoken] = field(default_factory=dict)  # by topic
     facts: dict[str, Facts] = field(default_factory=dict)  # the newest of each topic
 
@@ -228,7 +236,19 @@ class PresenceTable:
     """What the peers of one swarm say. Bounded to `limits.MAX_MEMBERS` peers, this node among them."""
 
     __slots__ = (
-        *("_authors", "_by_id", "_check", "_live", "_next_expiry", "_own", "_own_facts", "_read", "_seen", "_seq"),
+        *(
+            "_authors",
+            "_by_id",
+            "_check",
+            "_displaced",
+            "_live",
+            "_next_expiry",
+            "_own",
+            "_own_facts",
+            "_read",
+            "_seen",
+            "_seq",
+        ),
         *("_started_at", "num_excess", "num_outdone", "own", "swarm", "topics"),
     )
 
@@ -270,6 +290,7 @@ class PresenceTable:
         self._by_id: dict[bytes, Signed] = {}
         self._seen: dict[bytes, Known] = {}  # by signature, what was checked; oldest first
         self._next_expiry = float("inf")  # of nobody who is live before this
+        self._displaced: list[PeerId] = []  # who had to make room, and was not told of as gone
 
     # Speaking.
 
@@ -323,6 +344,11 @@ class PresenceTable:
         return [self.announce(signer, topic, facts, every_s) for topic, facts in again.items()]
 
     @property
+    def incarnation(self) -> int:
+        """As which this node speaks now."""
+        return self._started_at
+
+    @property
     def own_facts(self) -> Mapping[str, Facts]:
         """What this node said last, by topic."""
         return MappingProxyType(self._own_facts)
@@ -352,7 +378,7 @@ class PresenceTable:
         author = self._authors.get(name)
         if author is None:
             self._check(sealed, KIND)
-            self._make_room(now)
+            self._make_room(rule.worth(presence.facts), now)
             author = self._authors[name] = _Author(opened)
             spoken = author.spoken[topic] = _Spoken(rule.burst, now)
         else:
@@ -379,6 +405,9 @@ class PresenceTable:
         spoken.tokens -= 1
         self._hold(spoken.held, opened, rule)
         author.facts[topic] = spoken.held[-1].presence.facts
+        worth = rule.worth(presence.facts)
+        if worth > author.worth:
+            author.worth = worth
         self._remember(opened)
         if stamp >= author.newest.stamp:
             author.newest = opened
@@ -443,6 +472,7 @@ class PresenceTable:
                 self._by_id.pop(opened.item, None)
             spoken.held.clear()
         author.facts = {}
+        author.worth = 0
 
     # Who is there.
 
@@ -476,11 +506,14 @@ class PresenceTable:
 
     def expire(self, now: float) -> list[PeerId]:
         """Whom nothing was heard of for too long, each told once."""
-        if now < self._next_expiry:
+        if now < self._next_expiry and not self._displaced:
             return []
         gone = sorted(peer for peer in self._live if self._authors[peer].expires_at <= now)
         for peer in gone:
             self.drop(peer)
+        if self._displaced:
+            gone = list(dict.fromkeys((*gone, *(peer for peer in self._displaced if peer not in self._live))))
+            self._displaced.clear()
         self._next_expiry = min((self._authors[peer].expires_at for peer in self._live), default=float("inf"))
         return gone
 
@@ -507,16 +540,27 @@ class PresenceTable:
             return f"{presence.author}/{presence.topic}"
         return f"{presence.author}/{presence.topic}/{presence.seq}"
 
-    def _make_room(self, now: float) -> None:
-        if len(self._authors) < MAX_MEMBERS - 1:
+    def _make_room(self, worth: int, now: float) -> None:
+        """For one more author: of one who is gone, or of one who is worth less."""
+        authors = self._authors
+        if len(authors) < MAX_MEMBERS - 1:
             return
-        gone = [
-            (author.expires_at, peer)
-            for peer, author in self._authors.items()
-            if not author.is_live or author.expires_at <= now
-        ]
-        if not gone:
-            raise LimitError(f"{self.swarm} has {MAX_MEMBERS} live peers already; one more is not listened to")
-        _, peer = min(gone)
-        self._forget_records(self._authors.pop(peer))
-        self._live.pop(peer, None)
+        may_have_gone = len(self._live) < len(authors) or now >= self._next_expiry
+        if not may_have_gone and worth <= 0:
+            raise self._is_full()
+        _, _, _, peer = min(
+            (author.is_live and author.expires_at > now, author.worth, author.expires_at, peer)
+            for peer, author in authors.items()
+        )
+        author = authors[peer]
+        if author.is_live and author.expires_at > now and author.worth >= worth:
+            self._next_expiry = min(each.expires_at for each in authors.values())
+            raise self._is_full()
+        if author.is_live:
+            self._displaced.append(peer)
+            del self._live[peer]
+        self._forget_records(author)
+        del authors[peer]
+
+    def _is_full(self) -> LimitError:
+        return LimitError(f"{self.swarm} has {MAX_MEMBERS} live peers already; one more is not listened to")

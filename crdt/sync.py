@@ -5,11 +5,13 @@ the other answers with what comes after (`SwarmDocs.missing`), and the first tak
 arrive in any order and any number of times. What cannot be placed yet is not kept: the next exchange brings it again,
 in order. So two nodes with the same version hold the same documents, byte for byte.
 
+A snapshot stands for all that was before it: whoever is at an earlier place is sent it and what comes after.
+
 Forks (`shoal.crdt.oplog.Fork`) travel the same way. Whoever sees that another's newest op is not the one that it holds
-itself at that place sends ops from there on backwards, in steps that double; the first that differ prove a fork at the
-lowest place among them, and since a lower fork counts more, a few exchanges find the first place at which the two logs
-part. A proof is sent as its two ops, side by side. A head says where its log is frozen, so what would be refused is not
-sent again; nor are ops of authors for whom the asker has no place.
+itself at that place sends ops from there on backwards, in steps that double, and its snapshot last; the first that
+contradict each other prove a fork at the lowest place among them, and since a lower fork counts more, a few exchanges
+find the first place at which the two logs part. A proof is sent as its two ops, side by side. A head says where its log
+is frozen, so what would be refused is not sent again; nor are ops of authors for whom the asker has no place.
 
 Store before you acknowledge: the shell writes `Received.forks` and `Received.accepted`, and what `SwarmDocs.write`
 returns, to disk before it answers the sender or anybody's sync, or sends the op. `version` and `missing` show what is
@@ -25,7 +27,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.crdt.oplog import KIND, MAX_LAMPORT, NO_OP, Fork, Op, OpLog, Outcome, open_op, prove
+from shoal.crdt.oplog import (
+    KIND,
+    MAX_LAMPORT,
+    NO_OP,
+    Fork,
+    Op,
+    OpLog,
+    Outcome,
+    ReadOp,
+    contradiction,
+    open_op,
+    prove,
+    read_op,
+)
 from shoal.protocol.codec import encode
 from shoal.protocol.errors import LimitError, ProtocolError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
@@ -40,23 +55,20 @@ class Head:
     Attributes:
         seq: of the newest op held; 0 if there is none.
         hash: its `op_hash`.
-        fork: the place at which the log is frozen; 0 if it is not.
-        stands: the `op_hash` of the op that stands there, whether it is held or not.
+        fork: the place from which on the log is frozen; 0 if it is not.
     """
 
     seq: int = 0
     hash: bytes = NO_OP
     fork: int = 0
-    stands: bytes = b""
 
     def __post_init__(self) -> None:
-        lengths = len(self.hash), len(self.stands)
-        if self.seq < 0 or self.fork < 0 or lengths != (len(NO_OP), len(NO_OP) if self.fork else 0):
+        if self.seq < 0 or self.fork < 0 or len(self.hash) != len(NO_OP):
             raise ProtocolError(f"number {self.seq}, fork {self.fork} cannot be of a log's head")
 
     def counts_before(self, fork: Fork | None) -> bool:
         """Whether it is frozen by a fork that counts more than this one."""
-        return self.fork > 0 and (fork is None or (self.fork, self.stands) < fork.rank)
+        return self.fork > 0 and (fork is None or self.fork < fork.seq)
 
 
 _NOTHING = Head()
@@ -106,6 +118,19 @@ class Received:
     missing: frozenset[PeerId] = frozenset()
     forks: tuple[Fork, ...] = ()
 
+    def then(self, later: Received) -> Received:
+        """This and what came of a batch right after it, as if both were one."""
+        cut = {fork.author: fork.seq for fork in later.forks}
+        accepted = [op for op in self.accepted if op.author not in cut or open_op(op).seq < cut[op.author]]
+        forks = {fork.author: fork for fork in (*self.forks, *later.forks)}
+        rejected = {each.sealed: each for each in (*self.rejected, *later.rejected)}
+        return Received(
+            (*accepted, *later.accepted),
+            tuple(rejected.values()),
+            self.missing | later.missing,
+            tuple(forks.values()),
+        )
+
 
 class SwarmDocs:
     """Everything that one node knows of one swarm's shared state."""
@@ -123,11 +148,32 @@ class SwarmDocs:
         self._logs = {own: OpLog(swarm, own)}
         for fork in forks:
             self._log_of(fork.author).freeze(fork)
-        restored = self.receive(stored)
-        if restored.rejected:
-            raise ProtocolError(f"the stored state of {swarm} is damaged: {restored.rejected[0].reason}")
-        if restored.missing:
-            raise ProtocolError(f"the stored state of {swarm} is damaged: ops of {min(restored.missing)} are missing")
+        read = [self._read_stored(sealed) for sealed in stored]
+        self._restore(sorted(read, key=lambda each: (each.op.author, each.op.seq)))
+        self.check_restored()
+
+    def restore(self, ops: Iterable[Signed]) -> None:
+        """Take in more of what is stored, before anything else; `check_restored` after the last of it.
+
+        Args:
+            ops: in the order of each author's log.
+
+        Raises:
+            ProtocolError: as when made.
+        """
+        self._restore(map(self._read_stored, ops))
+
+    def check_restored(self) -> None:
+        """Check that what was restored was signed: the newest op of each log vouches for all before it.
+
+        Raises:
+            ProtocolError: as when made.
+        """
+        try:
+            for log in self._logs.values():
+                log.check_head()
+        except ProtocolError as error:
+            raise ProtocolError(f"the stored state of {self.swarm} is damaged: {error}") from error
 
     @property
     def lamport(self) -> int:
@@ -136,8 +182,8 @@ class SwarmDocs:
 
     @property
     def num_ops(self) -> int:
-        """How many ops are held."""
-        return sum(log.seq for log in self._logs.values())
+        """How many ops are held; those before a snapshot are not."""
+        return sum(log.num_ops for log in self._logs.values())
 
     @property
     def frozen(self) -> dict[PeerId, Fork]:
@@ -195,42 +241,40 @@ class SwarmDocs:
         rejected: list[Rejected] = []
         missing: set[PeerId] = set()
         forks: list[Fork] = []
-        by_author: dict[PeerId, list[tuple[int, Signed, Op]]] = {}
+        by_author: dict[PeerId, list[ReadOp]] = {}
         for sealed in ops:
             try:
-                op = self._open(sealed)
+                read = self._read(sealed)
             except ProtocolError as error:
                 rejected.append(Rejected(sealed.author, str(error), sealed))
             else:
-                by_author.setdefault(op.author, []).append((op.seq, sealed, op))
+                by_author.setdefault(read.op.author, []).append(read)
         for author, offered in sorted(by_author.items()):
-            offered.sort(key=lambda item: item[0])
-            fork = self._find_fork(author, offered, rejected)
+            offered.sort(key=lambda each: each.op.seq)
+            fork, genuine = self._find_fork(author, offered, rejected)
             if fork is not None:
                 forks.append(fork)
-            accepted += self._settled(author)
-            for _, sealed, op in offered:
+            for each in genuine:
                 try:
-                    outcome = self._append(sealed, op)
+                    outcome = self._append(each)
                 except ProtocolError as error:
-                    rejected.append(Rejected(author, str(error), sealed))
+                    rejected.append(Rejected(author, str(error), each.sealed))
                     continue
                 match outcome:
                     case Outcome.APPENDED:
-                        accepted.append(sealed)
-                        accepted += self._settled(author)
+                        accepted.append(each.sealed)
                     case Outcome.HELD:
                         pass
-                    case Outcome.GAP | Outcome.ASTRAY:
+                    case Outcome.GAP:
                         missing.add(author)
                     case Outcome.FORKED | Outcome.FROZEN:
-                        reason = f"{author} signed two logs; its op {op.seq} is not taken"
-                        if fork is None or sealed not in (fork.stands, fork.other):
-                            rejected.append(Rejected(author, reason, sealed))
+                        reason = f"{author} signed two logs; its op {each.op.seq} is not taken"
+                        if fork is None or each.sealed not in (fork.one, fork.other):
+                            rejected.append(Rejected(author, reason, each.sealed))
         return Received(tuple(accepted), tuple(rejected), frozenset(missing), tuple(forks))
 
     def write(self, signer: Signer, **registers: Any) -> Signed:
-        """Set registers of the own document.
+        """Set registers of the own document; now and then by a snapshot, which keeps fewer of many old entries.
 
         Args:
             signer: of the own key.
@@ -242,30 +286,58 @@ class SwarmDocs:
         Raises:
             UsageError: if the signer is another, or a value is not plain data; as a `FrozenLogError`, if two logs were
                 signed with this key.
-            TooLargeError: if it is too much for one op, or the log is full. As with any error, nothing was changed.
+            TooLargeError: if it is too much for one op or one document. As with any error, nothing was changed.
         """
         if signer.peer_id != self.own:
             raise UsageError(f"only {self.own} writes here, not {signer.peer_id}")
         log = self._logs[self.own]
-        log.check_room()
-        lamport = min(self.lamport + 1, MAX_LAMPORT)
-        update = log.document.set(registers)
-        op = Op(swarm=self.swarm, author=self.own, seq=log.seq + 1, prev=log.head, lamport=lamport, update=update)
+        log.check_not_frozen()
+        lamport, seq = min(self.lamport + 1, MAX_LAMPORT), log.seq + 1
+        if log.is_due:
+            document, update = log.document.compacted(registers)
+            trail = log.trail(seq)
+        else:
+            document, update, trail = None, log.document.set(registers), None
+        op = Op(
+            swarm=self.swarm,
+            author=self.own,
+            seq=seq,
+            prev=log.head,
+            lamport=lamport,
+            update=update,
+            trail=trail,
+        )
         sealed = signer.seal(KIND, encode(op))
-        log.append_own(sealed)
+        log.append_own(sealed, document)
         return sealed
 
-    def documents(self) -> dict[PeerId, dict[str, Any]]:
-        """The registers of every author, for `shoal.crdt.views`."""
-        return {author: log.document.values() for author, log in sorted(self._logs.items()) if log.seq}
+    def documents(self) -> dict[PeerId, Mapping[str, Any]]:
+        """The registers of every author, for `shoal.crdt.views`; what is in it is never changed."""
+        return {author: log.document.view() for author, log in sorted(self._logs.items()) if log.seq}
 
     # Inside.
 
-    def _open(self, sealed: Signed) -> Op:
-        op = open_op(sealed)
-        if op.swarm != self.swarm:
-            raise ProtocolError(f"an op of {op.author} in {op.swarm} was offered to {self.swarm}")
-        return op
+    def _read(self, sealed: Signed) -> ReadOp:
+        read = read_op(sealed)
+        if read.op.swarm != self.swarm:
+            raise ProtocolError(f"an op of {read.op.author} in {read.op.swarm} was offered to {self.swarm}")
+        return read
+
+    def _read_stored(self, sealed: Signed) -> ReadOp:
+        try:
+            return self._read(sealed)
+        except ProtocolError as error:
+            raise ProtocolError(f"the stored state of {self.swarm} is damaged: {error}") from error
+
+    def _restore(self, ops: Iterable[ReadOp]) -> None:
+        for read in ops:
+            author = read.op.author
+            try:
+                outcome = self._log_of(author).append(read.sealed, read, is_checked=True)
+            except ProtocolError as error:
+                raise ProtocolError(f"the stored state of {self.swarm} is damaged: {error}") from error
+            if outcome not in (Outcome.APPENDED, Outcome.HELD):
+                raise ProtocolError(f"the stored state of {self.swarm} is damaged: ops of {author} are missing")
 
     @property
     def _is_full(self) -> bool:
@@ -278,7 +350,7 @@ class SwarmDocs:
         if theirs.counts_before(log.fork):
             return True
         if log.fork is not None and theirs.seq >= log.fork.seq:
-            return log.seq < log.fork.seq - (0 if theirs.fork == log.fork.seq and theirs.hash == theirs.stands else 1)
+            return log.seq < log.fork.seq - 1
         return theirs.seq > log.seq or (theirs.seq == log.seq and theirs.hash != log.head)
 
     def _lacking(self, theirs: Version) -> dict[PeerId, Iterator[list[tuple[Signed, int]]]]:
@@ -297,67 +369,67 @@ class SwarmDocs:
         return log
 
     def _find_fork(
-        self, author: PeerId, offered: list[tuple[int, Signed, Op]], rejected: list[Rejected]
-    ) -> Fork | None:
-        """Freeze the author's log by the fork that counts most among those which these ops and those held show."""
+        self, author: PeerId, offered: list[ReadOp], rejected: list[Rejected]
+    ) -> tuple[Fork | None, list[ReadOp]]:
+        """Freeze the author's log by the fork that counts most among those that these ops and those held show.
+
+        Returns:
+            The fork, if it is news, and the ops without those that the author did not sign, if that matters.
+        """
         log = self._logs.get(author)
-        by_seq: dict[int, list[Signed]] = {}
-        for seq, sealed, _ in offered:
-            if sealed not in (rivals := by_seq.setdefault(seq, [])):
-                rivals.append(sealed)
-        for seq, rivals in by_seq.items():  # in order, and the lowest counts
-            held = None if log is None else log.rival(seq)
-            if held is not None and held not in rivals:
-                rivals.append(held)
-            if log is not None and log.fork is not None and seq > log.fork.seq:
-                break
-            if len(rivals) < 2:
+        best: Fork | None = None
+        genuine: list[ReadOp] = []
+        claimed: dict[int, tuple[bytes, ReadOp]] = {}  # what the genuine ops say of each place, and which
+        for read in offered:
+            op = read.op
+            if log is not None and log.hash_at(op.seq) == read.hash:
                 continue
-            if log is not None and log.fork is not None and {*rivals} <= {log.fork.stands, log.fork.other}:
+            end = None if log is None or log.fork is None else log.fork.seq
+            claims = read.claims()
+            is_at_odds = log is not None and log.conflict(read) is not None
+            others = {seq: claimed[seq][0] for seq in claims if seq in claimed and (end is None or seq < end)}
+            against = contradiction(others, claims)
+            if end is not None and min(claims) >= end:
+                genuine.append(read)  # it shows nothing that counts more than what is known: it is refused unread
                 continue
-            genuine = []
-            for sealed in rivals:
-                try:
-                    sealed.check(KIND)
-                except ProtocolError as error:
-                    rejected.append(Rejected(author, str(error), sealed))
-                else:
-                    genuine.append(sealed)
-            offered[:] = [item for item in offered if item[0] != seq or item[1] in genuine]
-            if len(genuine) < 2:
-                continue
-            fork = prove(*genuine)
             try:
-                log = self._log_of(author)
-            except LimitError as error:
-                rejected += [Rejected(author, str(error), sealed) for sealed in genuine]
-                offered.clear()
-                return None
-            return fork if log.freeze(fork) else None
-        return None
+                read.sealed.check(KIND)
+            except ProtocolError as error:
+                rejected.append(Rejected(author, str(error), read.sealed))
+                continue
+            genuine.append(read)
+            found = log.fork_with(read) if log is not None and is_at_odds else None
+            if against is not None and (found is None or against < found.seq):
+                found = prove(claimed[against][1].sealed, read.sealed)
+            if found is not None and (best is None or found.seq < best.seq):
+                best = found
+            for seq, name in claims.items():
+                claimed.setdefault(seq, (name, read))
+        if best is None:
+            return None, genuine
+        try:
+            log = self._log_of(author)
+        except LimitError as error:
+            rejected += [Rejected(author, str(error), read.sealed) for read in genuine]
+            return None, []
+        return best if log.freeze(best) else None, genuine
 
-    def _settled(self, author: PeerId) -> list[Signed]:
+    def _append(self, read: ReadOp) -> Outcome:
+        author = read.op.author
         log = self._logs.get(author)
-        settled = None if log is None else log.settle()
-        return [] if settled is None else [settled]
-
-    def _append(self, sealed: Signed, op: Op) -> Outcome:
-        log = self._logs.get(sealed.author)
         if log is not None:
-            return log.append(sealed, op)
+            return log.append(read.sealed, read, is_checked=True)
         if self._is_full:
-            raise LimitError(f"{self.swarm} has {MAX_MEMBERS} authors already; {sealed.author} is one too many")
-        log = OpLog(self.swarm, sealed.author)
-        outcome = log.append(sealed, op)
+            raise LimitError(f"{self.swarm} has {MAX_MEMBERS} authors already; {author} is one too many")
+        log = OpLog(self.swarm, author)
+        outcome = log.append(read.sealed, read, is_checked=True)
         if outcome is Outcome.APPENDED:  # nobody gets a place by a forged op
-            self._logs[sealed.author] = log
+            self._logs[author] = log
         return outcome
 
 
 def _head_of(log: OpLog) -> Head:
-    if log.fork is None:
-        return Head(log.seq, log.head)
-    return Head(log.seq, log.head, log.fork.seq, log.fork.stands_hash)
+    return Head(log.seq, log.head, 0 if log.fork is None else log.fork.seq)
 
 
 def _units(log: OpLog, theirs: Head) -> Iterator[list[tuple[Signed, int]]]:
@@ -365,17 +437,22 @@ def _units(log: OpLog, theirs: Head) -> Iterator[list[tuple[Signed, int]]]:
     end = log.seq
     if theirs.counts_before(log.fork):
         end = min(end, theirs.fork - 1)
-    elif log.fork is not None and (theirs.fork, theirs.stands) != log.fork.rank:
-        yield [(sealed, len(encode(sealed))) for sealed in (log.fork.stands, log.fork.other)]
+    elif log.fork is not None and theirs.fork != log.fork.seq:
+        yield [(sealed, len(encode(sealed))) for sealed in (log.fork.one, log.fork.other)]
         if theirs.seq >= log.fork.seq:
             return  # it will cut its log, and then say how far it is
-    if theirs.seq > end:
+    if theirs.seq > end or end < log.base:
         return
-    if theirs.hash == log.hash_at(theirs.seq):
+    if theirs.seq >= log.base - 1 and theirs.hash == log.hash_at(theirs.seq):
         for seq in range(theirs.seq + 1, end + 1):
             yield [log.op_at(seq)]
         return
+    if theirs.seq < log.base:
+        for seq in range(log.base, end + 1):
+            yield [log.op_at(seq)]
+        return
     seq, step = theirs.seq, 1
-    while seq > 0:
+    while seq > log.base:
         yield [log.op_at(seq)]
         seq, step = seq - step, 2 * step
+    yield [log.op_at(log.base)]

@@ -1,5 +1,8 @@
 """What the documents say together: pure functions from every author's registers to one answer.
 
+`Views` keeps the answers up to date: only registers that changed are read again, so that a change costs the same
+however much everybody else has written.
+
 The registers are written by strangers. Whatever in them is not of the form that `docs/architecture.md` gives is as good
 as not written; nothing here raises. Every node with the same documents computes the same answers.
 """
@@ -7,7 +10,8 @@ as not written; nothing here raises. Every node with the same documents computes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +24,11 @@ Documents = Mapping[PeerId, Mapping[str, Any]]
 
 MAX_COUNT: Final = 2**53
 """Above this a counter or an epoch is a lie; sums of 256 still fit into 64 bits."""
+
+MAX_CLAIMS: Final = 16
+"""Evaluations of one author that reached the target, in `Views.useful`,"""
+NUM_NEWEST: Final = 16
+"""and those of its highest epochs."""
 
 MAX_ROLE_CHARS: Final = 32
 MAX_DIGEST_CHARS: Final = 128
@@ -84,13 +93,8 @@ class Contributed:
 
 def members(docs: Documents) -> dict[PeerId, Membership]:
     """Everybody who ever joined, in order; those who left are marked so."""
-    found = {}
-    for author in sorted(docs):
-        register = _map(docs[author].get("member"))
-        role, left = register.get("role"), register.get("left", False)
-        if isinstance(role, str) and 0 < len(role) <= MAX_ROLE_CHARS and isinstance(left, bool):
-            found[author] = Membership(role, left)
-    return found
+    found = ((author, _membership(docs[author])) for author in sorted(docs))
+    return {author: membership for author, membership in found if membership is not None}
 
 
 def best_policy(docs: Documents, refused: AbstractSet[str] = frozenset()) -> Policy | None:
@@ -143,13 +147,132 @@ def first_solved(
 
 def contributions(docs: Documents) -> dict[PeerId, Contributed]:
     """What each author says it put in, in order of authors; an unverified claim."""
-    found = {}
-    for author in sorted(docs):
-        register = _map(docs[author].get("contributions"))
-        env_steps, rounds = _count(register.get("env_steps")), _count(register.get("rounds"))
-        if env_steps is not None and rounds is not None:
-            found[author] = Contributed(env_steps, rounds)
-    return found
+    found = ((author, _contributed(docs[author])) for author in sorted(docs))
+    return {author: contributed for author, contributed in found if contributed is not None}
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read of one author: of which registers, and each of its evaluations with the entry that says it."""
+
+    registers: Mapping[str, Any]
+    entries: dict[str, tuple[Any, Evaluation | None]]
+    useful: tuple[Evaluation, ...]
+
+
+class Views:
+    """The answers to the newest documents that it was told of.
+
+    Attributes:
+        members: as the function `members`.
+        contributions: as the function `contributions`.
+        useful: every evaluation that can matter to a run: of each author the first `MAX_CLAIMS` that reached the
+            target, and the `NUM_NEWEST` of the highest epochs. As long as it does not change, it is the same object.
+        num_read: how many entries of growing registers were read.
+    """
+
+    def __init__(self, target_return: float | None = None) -> None:
+        """Start with no documents; without a target, no evaluation reaches it."""
+        self.members: Mapping[PeerId, Membership] = {}
+        self.contributions: Mapping[PeerId, Contributed] = {}
+        self.useful: tuple[Evaluation, ...] = ()
+        self.num_read = 0
+        self._target_return = target_return
+        self._docs: Documents = {}
+        self._read: dict[PeerId, _Read] = {}
+        self._sorted: list[tuple[int, str, str, Evaluation]] = []
+        self._evaluations: tuple[Evaluation, ...] | None = ()
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """As the function `evaluations`; as long as it does not change, it is the same object."""
+        if self._evaluations is None:
+            self._evaluations = tuple(item[3] for item in self._sorted)
+        return self._evaluations
+
+    def update(self, docs: Documents) -> None:
+        """These are the documents now; registers that did not change have to be the same objects as before."""
+        if docs is self._docs:
+            return
+        self._docs = docs
+        are_useful_as_before = True
+        memberships, contributed = dict(self.members), dict(self.contributions)
+        for author in self._read.keys() - docs.keys():
+            are_useful_as_before &= not self._evaluate(author, {})
+            del self._read[author]
+            memberships.pop(author, None)
+            contributed.pop(author, None)
+        for author, registers in docs.items():
+            before = self._read.get(author)
+            if before is not None and before.registers is registers:
+                continue
+            _keep(memberships, author, _membership(registers))
+            _keep(contributed, author, _contributed(registers))
+            are_useful_as_before &= not self._evaluate(author, registers)
+        self.members = {author: memberships[author] for author in sorted(memberships)}
+        self.contributions = {author: contributed[author] for author in sorted(contributed)}
+        if not are_useful_as_before:
+            self.useful = tuple(each for author in sorted(self._read) for each in self._read[author].useful)
+
+    def _evaluate(self, author: PeerId, registers: Mapping[str, Any]) -> bool:
+        """Read the evaluations that changed; whether that changes what is useful of them."""
+        read = self._read.get(author)
+        if read is None:
+            read = self._read[author] = _Read({}, {}, ())
+        entries = _map(registers.get("evaluations"))
+        if entries is read.registers.get("evaluations"):
+            read.registers = registers
+            return False
+        held = read.entries
+        changed = [key for key, entry in entries.items() if key not in held or held[key][0] is not entry]
+        gone = [key for key in held if key not in entries]
+        for key in (*gone, *changed):
+            before = held.pop(key, (None, None))[1]
+            if before is not None:
+                del self._sorted[bisect_left(self._sorted, _place(before))]
+            if key in entries:
+                self.num_read += 1
+                found = _evaluation(author, key, _map(entries[key]))
+                held[key] = entries[key], found
+                if found is not None:
+                    insort(self._sorted, (*_place(found), found))
+        read.registers = registers
+        if changed or gone:
+            self._evaluations = None
+        useful = self._useful(each for _, each in held.values() if each is not None)
+        is_changed, read.useful = useful != read.useful, useful
+        return is_changed
+
+    def _useful(self, found: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
+        in_order = sorted(found, key=lambda each: (each.epoch, each.cid))
+        target = self._target_return
+        claims = [each for each in in_order if target is not None and each.mean_return >= target][:MAX_CLAIMS]
+        return tuple(dict.fromkeys((*claims, *in_order[-NUM_NEWEST:])))
+
+
+def _keep(found: dict[PeerId, Any], author: PeerId, value: Membership | Contributed | None) -> None:
+    if value is None:
+        found.pop(author, None)
+    else:
+        found[author] = value
+
+
+def _place(evaluation: Evaluation) -> tuple[int, str, str]:
+    return evaluation.epoch, evaluation.cid, evaluation.author
+
+
+def _membership(registers: Mapping[str, Any]) -> Membership | None:
+    register = _map(registers.get("member"))
+    role, left = register.get("role"), register.get("left", False)
+    if isinstance(role, str) and 0 < len(role) <= MAX_ROLE_CHARS and isinstance(left, bool):
+        return Membership(role, left)
+    return None
+
+
+def _contributed(registers: Mapping[str, Any]) -> Contributed | None:
+    register = _map(registers.get("contributions"))
+    env_steps, rounds = _count(register.get("env_steps")), _count(register.get("rounds"))
+    return None if env_steps is None or rounds is None else Contributed(env_steps, rounds)
 
 
 def _rank(policy: Policy) -> tuple[int, int, str, str]:

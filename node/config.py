@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ import platformdirs
 from shoal.node.mesh.addresses import check_listen, protocols_of
 from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.reach.settings import ReachConfig
-from shoal.node.store.files import make_private_folder
+from shoal.node.store.files import check_own_file, make_own_folder
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 
@@ -25,9 +26,18 @@ _PROFILE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def default_home() -> Path:
-    """``$SHOAL_HOME``, or the platform's folder for applications' data."""
-    named = os.environ.get("SHOAL_HOME")
-    return Path(named).expanduser().absolute() if named else Path(platformdirs.user_data_dir("shoal", appauthor=False))
+    """``$SHOAL_HOME``, or the platform's folder for applications' data.
+
+    Raises:
+        UsageError: if there is no such place.
+    """
+    try:
+        named = os.environ.get("SHOAL_HOME") or platformdirs.user_data_dir("shoal", appauthor=False)
+        home = Path(named).expanduser()
+    except RuntimeError as error:
+        nobody = "this user has no home (neither HOME nor an entry in /etc/passwd)"
+        raise UsageError(f"{nobody}; set SHOAL_HOME to a folder of its own") from error
+    return home.absolute()
 
 
 def default_listen() -> tuple[str, ...]:
@@ -89,9 +99,11 @@ class ProfilePaths:
         """Make the profile's folder, for this user alone.
 
         Raises:
-            ShoalError: if it cannot be made.
+            ShoalError: if it cannot be made, or if it, or what is in it, is not this user's.
         """
-        make_private_folder(self.root)
+        make_own_folder(self.root)
+        for name in (self.identity, self.database, self.lock, self.api, self.api_token, self.log):
+            check_own_file(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +121,7 @@ class NodeConfig:
     """Which identity and data to use: letters, digits, ``_``, ``.`` and ``-``."""
 
     listen: tuple[str, ...] = field(default_factory=default_listen)
-    """TCP multiaddrs to listen on; port 0 lets the system choose."""
+    """TCP multiaddrs to listen on; port 0 is the port of last time, or any that is free."""
 
     bootstrap: tuple[str, ...] = ()
     """Full multiaddrs (``/ip4/…/tcp/…/p2p/…``) of nodes to connect to at the start."""
@@ -128,6 +140,9 @@ class NodeConfig:
 
     max_peers: int = 256
     """How many peers stay connected, unless its swarms and relays need more."""
+
+    wall_clock: Callable[[], float] = time.time
+    """Unix seconds. Nothing is timed by it: it may be wrong, and may be set back."""
 
     def __post_init__(self) -> None:
         check_profile(self.profile)

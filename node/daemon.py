@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 import shoal
-from shoal.crdt.views import contributions, evaluations, members
 from shoal.node.api.schemas import (
     BenchRequest,
     BenchResult,
@@ -45,6 +44,7 @@ from shoal.node.api.schemas import (
     TriedInfo,
 )
 from shoal.node.api.server import serve_api
+from shoal.node.budgets import raise_descriptors
 from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.doctor import examine
 from shoal.node.identity import load_or_create_identity
@@ -55,10 +55,12 @@ from shoal.node.mesh.paths import PathKind
 from shoal.node.metrics import MethodMetrics
 from shoal.node.reach.reach import Reach, open_reach
 from shoal.node.store.database import Storage
+from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
+from shoal.node.way_back import keep_way_back
 from shoal.node.wire.bench import Bench, BenchServer
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import NodeService
@@ -90,6 +92,7 @@ def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None], fault_seam:
     """
     paths = config.paths
     paths.create()
+    raise_descriptors()
     with hold_profile(paths.lock, config.profile):
         try:
             trio.run(run_node, config, lambda node: on_ready(node.node()), fault_seam)
@@ -105,6 +108,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
     paths = config.paths
     identity = load_or_create_identity(paths.identity)
     storage = Storage(paths.database)
+    remembered = Remembered(storage, config.wall_clock)
     router = Router()
     try:
         async with (
@@ -118,18 +122,27 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
                 relay_limits=config.reach.relay_limits,
                 max_peers=config.max_peers,
                 domain=domain,
+                kept_ports=remembered.ports(),
             ) as host,
             open_reach(host, router, config.reach) as reach,
         ):
+            remembered.set_ports({address: port for address, port in host.ports.items() if address.endswith("/tcp/0")})
             content = ContentStore(storage, host)
             swarms = Swarms(
-                signer=identity.signer, host=host, storage=storage, content=content, paths=paths, domain=domain
+                signer=identity.signer,
+                host=host,
+                storage=storage,
+                content=content,
+                paths=paths,
+                domain=domain,
+                remembered=remembered,
             )
             for service in swarms.services():
                 router.add(service)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
             node = Node(config, host, reach, swarms, domain)
             domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
+            domain.start_soon("keeping a way back", keep_way_back, host, remembered, policy=Policy.RESTART)
             domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
             await swarms.take_up()
             await domain.start("the local API", node.serve_api, policy=Policy.RESTART)
@@ -349,7 +362,7 @@ class Node:
         replica = self._swarms.get(swarm).replica
         return StateInfo(
             version={str(author): seq for author, seq in replica.version().items()},
-            documents={str(author): values for author, values in replica.documents().items()},
+            documents={str(author): dict(values) for author, values in replica.documents().items()},
         )
 
     async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
@@ -402,13 +415,13 @@ class Node:
     def _detail(self, joined: Joined) -> SwarmDetail:
         run, manifest, replica = joined.run, joined.manifest, joined.replica
         policy, progress = run.policy, run.core.progress
-        documents = replica.documents()
-        found = evaluations(documents)
+        found = replica.views.evaluations
         points = [CurvePoint(epoch=int(p[0]), env_steps=int(p[1]), mean_return=p[2]) for p in run.curve()]
         people = self._members(joined)
         mean_return = progress.final.mean_return if progress.final else (found[-1].mean_return if found else None)
         return SwarmDetail(
             swarm=run.swarm,
+            name=manifest.name or None,
             task=manifest.task,
             algorithm=manifest.algorithm,
             role=str(run.role),
@@ -441,12 +454,11 @@ class Node:
 
     def _members(self, joined: Joined) -> list[MemberInfo]:
         replica, me = joined.replica, self._host.peer_id
-        documents = replica.documents()
-        contributed = contributions(documents)
+        contributed = replica.views.contributions
         total = sum(entry.env_steps for entry in contributed.values())
         told = joined.run.core.live
         listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in told.items()}
-        listed |= {peer: known.role for peer, known in members(documents).items() if not known.left}
+        listed |= {peer: known.role for peer, known in replica.views.members.items() if not known.left}
         listed[me] = str(joined.run.role)
         found = []
         for peer, role in sorted(listed.items()):

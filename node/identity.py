@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from shoal.node.store.files import make_private_folder, write_private
+from shoal.node.store.files import make_own_folder, open_own, write_private
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.signing import Signer
 
@@ -31,7 +31,7 @@ def load_or_create_identity(path: Path) -> Identity:
         ShoalError: if the file cannot be read or written, is not a key, or is open to other users.
     """
     try:
-        with path.open("rb") as file:
+        with open(open_own(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123  a descriptor
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             secret = file.read(SECRET_BYTES + 1)
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def load_or_create_identity(path: Path) -> Identity:
 
 
 def _create(path: Path) -> Identity:
-    make_private_folder(path.parent)
+    make_own_folder(path.parent)
     secret = secrets.token_bytes(SECRET_BYTES)
     write_private(path, secret)
     return Identity(Signer(secret), secret)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shoal.node.store.files import make_private_folder, storage_error
+from shoal.node.store.files import make_own_folder, open_own, storage_error
 from shoal.protocol.errors import RefusedError
 
 
@@ -20,9 +20,9 @@ def hold_profile(path: Path, profile: str) -> Iterator[None]:
         RefusedError: if a node already runs under it.
         ShoalError: if the file cannot be written.
     """
-    make_private_folder(path.parent)
+    make_own_folder(path.parent)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise storage_error(path, error) from error
     try:
@@ -47,7 +47,7 @@ def hold_profile(path: Path, profile: str) -> Iterator[None]:
 def lock_holder(path: Path) -> int | None:
     """The process that holds the lock now, if any."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_own(path, os.O_RDONLY)
     except OSError:
         return None
     try:

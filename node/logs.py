@@ -7,9 +7,9 @@ import logging.handlers
 import os
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from shoal.node.store.files import make_private_folder, storage_error
+from shoal.node.store.files import make_own_folder, open_own, storage_error
 
 MAX_BYTES: Final = 4 * 1024 * 1024
 KEPT_FILES: Final = 3
@@ -23,6 +23,15 @@ _QUIETER: Final = {
 }
 
 
+class _OwnFile(logging.handlers.RotatingFileHandler):
+    """Opens no file but this user's own, and that for nobody else."""
+
+    def _open(self) -> Any:
+        descriptor = open_own(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.fchmod(descriptor, 0o600)
+        return open(descriptor, self.mode, encoding=self.encoding)  # noqa: PTH123  a descriptor
+
+
 def set_up_logging(path: Path, *, foreground: bool) -> None:
     """Send all reports of this process to the profile's log, and warnings to stderr when in the foreground.
 
@@ -31,10 +40,9 @@ def set_up_logging(path: Path, *, foreground: bool) -> None:
     Raises:
         ShoalError: if the log cannot be written.
     """
-    make_private_folder(path.parent)
+    make_own_folder(path.parent)
     try:
-        file = logging.handlers.RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
-        path.chmod(0o600)
+        file = _OwnFile(path, maxBytes=MAX_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
     except OSError as error:
         raise storage_error(path, error) from error
     file.setFormatter(logging.Formatter(_FORMAT))

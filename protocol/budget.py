@@ -7,14 +7,33 @@ itself, and nobody else.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from shoal.protocol.limits import MAX_CALLS_IN_FLIGHT, MAX_HELD_BYTES, MAX_MESSAGE_STREAMS
 
 BURST_S = 2.0
 """A rate limit may be used ahead by so many seconds."""
 
 
+class Purse(Protocol):
+    """What there is for one peer in the budget of a whole node, from which its account draws."""
+
+    def hold(self, change: int) -> bool:
+        """Count bytes that are taken, or given back; False if it is more than there is for this peer now."""
+
+
+class _Bottomless:
+    def hold(self, change: int) -> bool:
+        return True
+
+
 class Budget:
     """The account of one peer.
+
+    Args:
+        max_calls: that may have entered and not left.
+        max_bytes: of calls, and as much of unfinished frames.
+        purse: from which those bytes are drawn; None: there are as many as that.
 
     Attributes:
         num_calls: that have entered and not left.
@@ -28,6 +47,7 @@ class Budget:
         "_allowances",
         "_max_bytes",
         "_max_calls",
+        "_purse",
         "buffered_bytes",
         "held_bytes",
         "num_calls",
@@ -35,7 +55,9 @@ class Budget:
         "num_streams",
     )
 
-    def __init__(self, *, max_calls: int = MAX_CALLS_IN_FLIGHT, max_bytes: int = MAX_HELD_BYTES) -> None:
+    def __init__(
+        self, *, max_calls: int = MAX_CALLS_IN_FLIGHT, max_bytes: int = MAX_HELD_BYTES, purse: Purse | None = None
+    ) -> None:
         self.num_calls = 0
         self.num_running = 0
         self.num_streams = 0
@@ -43,13 +65,17 @@ class Budget:
         self.buffered_bytes = 0
         self._max_calls = max_calls
         self._max_bytes = max_bytes
+        self._purse = purse or _Bottomless()
         self._allowances: dict[str, tuple[float, float]] = {}  # by method: calls left, and when that was
 
     def buffer(self, change: int) -> str | None:
         """Count how much is here of frames that are not whole yet; returns what is wrong if it is too much."""
         self.buffered_bytes += change
         if self.buffered_bytes > self._max_bytes:
+            self._purse.hold(change)
             return f"more than {self._max_bytes} bytes of unfinished frames, over all streams"
+        if not self._purse.hold(change):
+            return f"no memory for {self.buffered_bytes} bytes of unfinished frames now; too many others hold some"
         return None
 
     def enter(self, num_bytes: int, num_streams: int = 0) -> str | None:
@@ -60,6 +86,9 @@ class Budget:
             return f"more than {MAX_MESSAGE_STREAMS} streams of messages; end one before opening another"
         if self.held_bytes + num_bytes > self._max_bytes and self.num_calls:
             return f"requests and answers of more than {self._max_bytes} bytes in flight; wait for answers"
+        if not self._purse.hold(num_bytes):
+            self._purse.hold(-num_bytes)
+            return "no memory for this request now, too many others hold some; try again later"
         self.num_calls += 1
         self.num_streams += num_streams
         self.held_bytes += num_bytes
@@ -72,6 +101,9 @@ class Budget:
         """
         if self.held_bytes + num_bytes > self._max_bytes and self.num_running:
             return False
+        if not self._purse.hold(num_bytes) and self.num_running:
+            self._purse.hold(-num_bytes)
+            return False
         self.num_running += 1
         self.held_bytes += num_bytes
         return True
@@ -82,6 +114,7 @@ class Budget:
         self.num_running -= was_running
         self.num_streams -= num_streams
         self.held_bytes -= num_bytes
+        self._purse.hold(-num_bytes)
 
     def spend(self, method: str, calls_per_s: float, now: float) -> str | None:
         """Count a call against its method's rate (a token bucket); returns why not if it comes too soon."""

@@ -100,6 +100,10 @@ class Claims:
         self.liars.add(claim.author)
         self._by_author.pop(claim.author, None)
 
+    def unfit(self, claim: Evaluation) -> None:
+        """Its policy ended a worker here: whether it is true cannot be known, and it is not tried again."""
+        self.measured(claim.cid, float("-inf"))
+
     def unreachable(self, claim: Evaluation, now: float) -> None:
         """Nobody gave its policy."""
         before = self._waits.get(claim.author)

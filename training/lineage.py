@@ -69,6 +69,7 @@ class Lineage:
     """What each member says that it holds."""
 
     __slots__ = (
+        "_different",
         "_fork_since",
         "_is_new",
         "_me",
@@ -90,6 +91,7 @@ class Lineage:
         self._me = me
         self._says: dict[PeerId, float] = {}
         self._results: dict[PeerId, Result] = {}
+        self._different: list[Result] | None = None
         self._past: dict[Cid, None] = {}
         self._support: dict[Cid, float] = {}
         self._total = 0.0
@@ -117,6 +119,7 @@ class Lineage:
             del self._past[next(iter(self._past))]
         self._is_new = is_new
         self._says = dict(says)
+        self._different = None
         for author, result in self._results.items():
             self._note_together(author, result)
         self._recount()
@@ -127,6 +130,7 @@ class Lineage:
             return False
         before = self._results.get(author)
         self._results[author] = result
+        self._different = None
         self._note_together(author, result)
         stake = self._stake(author)
         if before is None:
@@ -182,7 +186,7 @@ class Lineage:
         own = self.own
         best: Result | None = None
         for result in self._distinct():
-            if (own is not None and result.epoch <= own.epoch) or self._is_refused(result, now):
+            if (own is not None and result.epoch <= own.epoch) or self.is_refused(result, now):
                 continue
             if self._support.get(result.cid, 0.0) < self._total / 2 - _EPSILON:
                 continue
@@ -196,7 +200,7 @@ class Lineage:
         found: dict[Cid, Result] = {}
         for result in self._results.values():
             is_next = own is not None and result.parent == own.cid and result.ballot == ballot
-            if is_next and not self._is_refused(result, now):
+            if is_next and not self.is_refused(result, now):
                 found[result.cid] = result
         if not found:
             return None
@@ -214,7 +218,7 @@ class Lineage:
         ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
         for result in self._distinct():
-            if result.epoch == 0 or self._is_refused(result, now) or self._is_on_own_line(result):
+            if result.epoch == 0 or self.is_refused(result, now) or self._is_on_own_line(result):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())
             is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, result.cid)
@@ -240,18 +244,22 @@ class Lineage:
 
     def _distinct(self) -> list[Result]:
         """Every policy that somebody holds, as those with the most stake say of it."""
+        if self._different is not None:
+            return self._different
         stakes: dict[Result, float] = {}
         for author, result in self._results.items():
             stakes[result] = stakes.get(result, 0.0) + self._stake(author)
         best: dict[Cid, Result] = {}
         for result in sorted(stakes, key=lambda each: (stakes[each], each.env_steps)):
             best[result.cid] = result
-        return list(best.values())
+        self._different = list(best.values())
+        return self._different
 
     def _candidate(self, result: Result) -> Candidate:
         return Candidate(result, self.holders(result.cid))
 
-    def _is_refused(self, result: Result, now: float) -> bool:
+    def is_refused(self, result: Result, now: float) -> bool:
+        """Whether this was refused, for now or for good."""
         found = (self._refused.get(result), self._refused.get(result.cid))
         return any(refused is not None and now < refused.until for refused in found)
 
@@ -264,6 +272,7 @@ class Lineage:
         return self._says.get(author, 0.0) if self._says else 1.0
 
     def _recount(self) -> None:
+        self._different = None
         self._support = {}
         self._total = self._stake(self._me) if self.own is not None else 0.0
         for author, result in self._results.items():

@@ -21,6 +21,7 @@ from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
 
 KIND: Final = "manifest/1"
+MAX_NAME_CHARS: Final = 80
 MAX_REQUIREMENTS: Final = 64
 MAX_VERSION: Final = 2**31 - 1
 
@@ -62,6 +63,7 @@ class Manifest:
         eval_episodes: episodes per evaluation.
         eval_interval: epochs between evaluations.
         max_env_steps: the run ends, unsolved, after this many steps by all learners together.
+        name: for people; may be empty, and the same in any number of runs.
         created_at: Unix seconds by the owner's clock; tells apart runs that are alike.
         requires: what a member must have, and of which version; see `training.requirements`.
         version: of this schema.
@@ -79,6 +81,7 @@ class Manifest:
     eval_episodes: int = 20
     eval_interval: int = 2
     max_env_steps: int = 10_000_000
+    name: str = ""
     created_at: int = 0
     requires: dict[str, int] = field(default_factory=dict)
     version: int = 1
@@ -100,6 +103,8 @@ class Manifest:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"{name.replace('_', ' ')} must be between {low} and {high}, not {value}")
+        if len(self.name) > MAX_NAME_CHARS or not self.name.isprintable():
+            raise UsageError(f"a run's name is at most {MAX_NAME_CHARS} printable characters, not {self.name[:90]!r}")
         if len(self.requires) > MAX_REQUIREMENTS:
             raise UsageError(f"a manifest names at most {MAX_REQUIREMENTS} requirements, not {len(self.requires)}")
         for name, version in self.requires.items():

@@ -15,13 +15,22 @@ def load_plugin(group: str, noun: str, name: str) -> object:
     Raises:
         UsageError: if nobody offers it, or what it needs is not installed.
     """
+    check_plugin(group, noun, name)
+    try:
+        return entry_points(group=group)[name].load()
+    except ImportError as error:
+        raise UsageError(f"{noun} {name!r} needs {error.name or error}; pip install 'shoal[train]'") from error
+
+
+def check_plugin(group: str, noun: str, name: str) -> None:
+    """Check that an installed package offers something by this name, without loading it.
+
+    Raises:
+        UsageError: if nobody does.
+    """
     found = entry_points(group=group)
     if name not in found.names:
         raise UsageError(f"no {noun} is called {name[:80]!r}; {suggest(name, found.names)}")
-    try:
-        return found[name].load()
-    except ImportError as error:
-        raise UsageError(f"{noun} {name!r} needs {error.name or error}; pip install 'shoal[train]'") from error
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

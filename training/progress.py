@@ -16,7 +16,7 @@ FACTS_GAP_S: Final = 1.0
 """Between two reports of progress, in a small swarm; as many reports reach a member of a large one."""
 FACTS_PEERS: Final = 8
 FEW: Final = 32
-"""Live members up to which others are told at once of what they act by; of many, nobody waits for one."""
+"""Live members up to which others are told at once of each thing that they act by; of many, nobody waits for one."""
 MAX_RECENT: Final = 20
 RATE_WINDOW_S: Final = 6.0
 
@@ -94,16 +94,18 @@ class Progress:
     def to_tell(self, role: Role, epoch: int, num_live: int, now: float) -> Facts | None:
         """What the others are to be told now: at once what they act by, the rest now and then; None if nothing."""
         told = (self.phase, epoch, self.step, self.samples, self.own_env_steps)
-        is_late = now >= self._said_at + FACTS_GAP_S * max(1.0, num_live / FACTS_PEERS)
-        said = self._said
-        if told == self._told or (not is_late and (num_live > FEW or (said is not None and self.phase is said.phase))):
+        if told == self._told:
             return None
+        said, phase = self._said, self.phase
+        if now < self._said_at + FACTS_GAP_S * max(1.0, num_live / FACTS_PEERS):
+            if said is None or phase is said.phase:
+                return None
+            # Whoever begins to take part counts from then on, and whoever ceases to is not waited for.
+            is_urgent = (phase in BUSY) != (said.phase in BUSY)
+            if num_live <= FEW:
+                is_urgent = is_urgent or phase in BUSY or (phase is Phase.UPDATING and self.step == 0)
+            if not is_urgent:
+                return None
         facts = self.facts(role, epoch)
-        is_urgent = said is None or (
-            facts.phase is not said.phase
-            and (facts.phase in BUSY or (facts.phase is Phase.UPDATING and facts.step == 0))
-        )
-        if not is_urgent and not is_late:
-            return None
         self._said, self._said_at, self._told = facts, now, told
         return facts

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
 from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import pacing
@@ -82,6 +82,7 @@ from shoal.training.run_events import (
     Policy,
     Said,
     Say,
+    TaskFailed,
     Tick,
     Update,
     Updated,
@@ -119,7 +120,7 @@ ALONE_S: Final = 2.0
 RETRY_END_S: Final = 5.0
 MAX_FAILED_MERGES: Final = 3
 MAX_ENDED: Final = 2
-"""Workers that one state or ballot may end."""
+"""Workers that one ballot, or the own policy, may end; another's state may end one, and is not loaded again."""
 _NOT_LEARNING: Final = (Phase.DONE, Phase.FAILED, Phase.STARTING)
 _NEVER: Final = float("inf")
 
@@ -168,6 +169,7 @@ class Run:
         self._limits = Limits.of_batch(manifest.batch_size)
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
+        self._num_learners = 0  # of them
         self._heard_at: dict[PeerId, float] = {}
         self._saving = Saving(self.progress)
         self._early = Early(self._live)
@@ -183,6 +185,7 @@ class Run:
         self._settle_s = 0.0  # settling its rounds, without waiting for those who are late
         self._usual_s = 0.0  # both together, of the epochs before
         self._failed_merges = 0
+        self._kept = None if stored is None else stored.cid
         self._ended_by: Cid | bytes | None = None  # what ended the worker, and how often in a row
         self._num_ended = 0
         self._num_kept = 0
@@ -215,11 +218,7 @@ class Run:
     @property
     def learners(self) -> list[PeerId]:
         """Other live members that still learn."""
-        return [
-            peer
-            for peer, facts in self._live.items()
-            if facts.role is Role.LEARNER and facts.phase not in _NOT_LEARNING
-        ]
+        return [peer for peer, facts in self._live.items() if _learns(facts)]
 
     @property
     def learned_wait_s(self) -> float:
@@ -247,7 +246,8 @@ class Run:
                 self._own_said(statement, name, now, outputs)
             case Gone(author):
                 self._gone(author, now, outputs)
-            case Documents(evaluations):
+            case Documents(evaluations, own):
+                self._count_on(own)
                 found = possible(evaluations)
                 self.claims.heard(found)
                 self._evaluated = frozenset(each.cid for each in found)
@@ -262,6 +262,9 @@ class Run:
                 self._opened(policy, now, outputs)
             case WorkerGone(reason):
                 self._worker_gone(reason, now, outputs)
+            case TaskFailed(reason):
+                self._worker_gone(reason, now, outputs)
+                self.progress.phase = Phase.FAILED
             case Tick():
                 self._tick(now, outputs)
             case _:
@@ -272,6 +275,16 @@ class Run:
             outputs.append(Say(facts))
         self._set_wake(now, outputs)
         return outputs
+
+    def _count_on(self, own: Contributed | None) -> None:
+        """Go on counting from what this node's document says, where that is more than what was kept on this disk."""
+        if own is None:
+            return
+        progress = self.progress
+        progress.own_env_steps = max(progress.own_env_steps, own.env_steps)
+        more = max(own.rounds - progress.rounds, 0)
+        progress.rounds += more
+        self._rounds_before += more
 
     # Others.
 
@@ -297,7 +310,9 @@ class Run:
                     if is_ahead:
                         self._look(now, outputs)
             case Facts():
+                before = self._live.get(author)
                 self._live[author] = statement
+                self._num_learners += _learns(statement) - (before is not None and _learns(before))
                 self._alone_at, self.progress.is_alone = None, False
                 if statement.phase in BUSY:
                     self._in_round(Busy(author), now, outputs)
@@ -328,7 +343,8 @@ class Run:
                 pass
 
     def _gone(self, author: PeerId, now: float, outputs: list[Output]) -> None:
-        self._live.pop(author, None)
+        facts = self._live.pop(author, None)
+        self._num_learners -= facts is not None and _learns(facts)
         self._heard_at.pop(author, None)
         self.lineage.gone(author)
         if not self._live and self._alone_at is None:
@@ -344,7 +360,7 @@ class Run:
         return policy is not None and not any(peer == self._me or peer in self._live for peer in policy.electorate)
 
     def _equal_stake(self) -> float:
-        return self._manifest.batch_size / (len(self.learners) + 1)
+        return self._manifest.batch_size / (self._num_learners + 1)
 
     def _first_round(self, policy: Policy, after: bytes, now: float, outputs: list[Output]) -> None:
         if self._counts_alike:
@@ -446,7 +462,7 @@ class Run:
             self._hold(policy, now, outputs)
 
     def _worker_gone(self, reason: str, now: float, outputs: list[Output]) -> None:
-        job, taken = self._job, self._taken
+        job, taken, claim, policy = self._job, self._taken, self._checking, self.policy
         self._is_open = self._is_exchanging = False
         self._job = self._in_worker = None
         self._checking = None
@@ -458,13 +474,22 @@ class Run:
             name = job.result.cid if isinstance(job, Load) else job.ballot.name
             self._num_ended = self._num_ended + 1 if name == self._ended_by else 1
             self._ended_by = name
-            if self._num_ended < MAX_ENDED:
+            is_own = (
+                isinstance(job, Merge) or (policy is not None and policy.cid == job.result.cid) or name == self._kept
+            )
+            if is_own and self._num_ended < MAX_ENDED:
                 return
             self._num_ended = 0
             if isinstance(job, Merge):
                 self._merge_failed(reason, now, outputs)
             elif taken is not None and taken.result.cid == job.result.cid:
                 self._not_taken(taken, Refusal.UNFIT, now, outputs)
+            elif claim is not None and claim.cid == job.result.cid:
+                self.claims.unfit(claim)
+            elif is_own:  # it is lost; what the next worker opens with is gone on from
+                self.lineage.refuse(job.result, Refusal.UNFIT, now)
+                self.policy = self.round = self._stored = None
+                outputs.append(Note("the policy that this node held ends every worker: it is given up"))
 
     def _job_done(self, event: Event, now: float, outputs: list[Output]) -> None:
         job, self._job = self._job, None
@@ -584,7 +609,8 @@ class Run:
             if waiting is not None and waiting.result.epoch <= policy.epoch:
                 self._taking = self._taken = None
         is_of_few = len(self._live) < MAX_VOTERS
-        is_told = is_of_few or self.round is None or self._me in self.round.voters
+        has_voice = self._role is Role.LEARNER if self.round is None else self._me in self.round.voters
+        is_told = is_of_few or has_voice
         if is_told or (self.round is not None and self.round.key.epoch + 1 != policy.epoch):
             outputs.append(Say(policy.result))
             self._result_due = _NEVER
@@ -602,6 +628,7 @@ class Run:
         if self._taken is not None or self.progress.phase is Phase.DONE:
             return
         if self._role is Role.LEARNER and self.policy is None:
+            self._seek_stored(now, outputs)
             return
         candidate = self.lineage.overtaken(now)
         if candidate is None and self.round is not None and self.round.decided is not None:
@@ -658,18 +685,39 @@ class Run:
         if taking is not None and taking.result.cid == cid:
             is_unfit = event.lack is Lack.UNFIT
             text = "cannot be a state of this run" if is_unfit else "cannot be had now"
-            outputs.append(Note(f"epoch {taking.result.epoch} {text}: {event.reason}", is_warning=is_unfit))
+            text = f"epoch {taking.result.epoch} {text}: {event.reason}"
+            is_own = self.policy is None and self._stored is not None and taking.result.cid == self._stored.cid
+            is_first = is_own and not is_unfit and self.progress.phase is not Phase.FETCHING
+            if is_first:
+                self.progress.phase = Phase.FETCHING
+                text += "; it was trained here and is not on this disk any more, so a member who has it is waited for"
+            outputs.append(Note(text, is_warning=is_unfit or is_first))
             self._not_taken(taking, Refusal.UNFIT if is_unfit else Refusal.UNREACHABLE, now, outputs)
         self._in_round(CannotBeHad(cid), now, outputs)
 
     def _not_taken(self, candidate: Candidate, why: Refusal, now: float, outputs: list[Output]) -> None:
         self._taking = self._taken = None
         self.lineage.refuse(candidate.result, why, now)
-        if self.policy is None and self._in_worker is not None:  # what an earlier life kept is gone
-            self._stored = None
+        if self.policy is None and self._in_worker is not None and why is not Refusal.UNREACHABLE:
+            self._stored = None  # what an earlier life kept is worth nothing
             self._hold(self._in_worker, now, outputs)
         else:
             self._look(now, outputs)
+
+    def _seek_stored(self, now: float, outputs: list[Output]) -> None:
+        """What an earlier life kept is gone from the disk: wait for a member who has it, or has come further.
+
+        To begin anew would give up all that was trained, and bring a run to life again that had ended.
+        """
+        stored = self._stored
+        if stored is None or self._in_worker is None or self._taking is not None:
+            return
+        candidate = self.lineage.overtaken(now) or self.lineage.other_line(now)
+        if candidate is None or candidate.result.epoch == 0:
+            if self.lineage.is_refused(stored, now):
+                return
+            candidate = Candidate(stored, self.lineage.holders(stored.cid))
+        self._take(candidate, now, outputs)
 
     def _loaded(self, policy: Policy, num_kept: int, now: float, outputs: list[Output]) -> None:
         before, taken, claim = self.policy, self._taken, self._checking
@@ -797,7 +845,7 @@ class Run:
             self._start(Load(policy.result, keep_samples=False), Phase.FETCHING, now, outputs)
         elif self._must_evaluate and policy.cid not in self._evaluated:
             self._start(Evaluate(), Phase.EVALUATING, now, outputs)
-        elif policy.epoch == 0 and len(self.learners) + 1 < self._manifest.min_learners:
+        elif policy.epoch == 0 and self._num_learners + 1 < self._manifest.min_learners:
             self.progress.phase = Phase.WAITING
         else:
             self._collect_or_update(policy, now, outputs)
@@ -891,6 +939,10 @@ class Run:
         if at != self._wake_at:
             self._wake_at = at
             outputs.append(Wake(at))
+
+
+def _learns(facts: Facts) -> bool:
+    return facts.role is Role.LEARNER and facts.phase not in _NOT_LEARNING
 
 
 def _claimed(claim: Evaluation) -> Result:

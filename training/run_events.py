@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
 from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import Electorate
@@ -66,6 +66,13 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """The environments of the task do not work on this node: it learns no more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """A member signed something. ``name`` is the hash of the record."""
 
@@ -91,9 +98,10 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents changed: every evaluation in them."""
+    """The documents changed: every evaluation in them that can matter, and what this node's own says it put in."""
 
     evaluations: tuple[Evaluation, ...]
+    own: Contributed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,7 @@ class Tick:
 Event: TypeAlias = (
     Opened
     | WorkerGone
+    | TaskFailed
     | Heard
     | Said
     | Gone

@@ -7,7 +7,7 @@ from typing import Final
 from shoal.training.progress import Progress
 from shoal.training.run_events import Keep, Output, Policy, Write
 
-WRITE_GAP_S: Final = 5.0
+WRITE_GAP_S: Final = 10.0
 """Between two writes of the policy into the document; what is newer, members tell each other."""
 KEEP_GAP_S: Final = 1.0
 """Between two writes of the policy to disk."""

@@ -45,7 +45,10 @@ from shoal.training.statements import TOPIC_OF, TOPIC_RULES, Facts, Result, Stat
 if TYPE_CHECKING:
     from shoal.training.sim import Swarm
 
-HEARTBEAT_PEERS: Final = 64
+HEARTBEAT_PEERS: Final = 16
+"""As `shoal.node.swarm.replica.HEARTBEAT_MEMBERS`."""
+LOOK_S: Final = 2.0
+"""How often it is noticed at least who is gone."""
 MESSAGE_BYTES: Final = 120
 """What a call adds to its content."""
 FETCH_TIMEOUT_S: Final = 2.0
@@ -224,9 +227,9 @@ class Member:
             self.step(events.Gone(peer))
         if not self.swarm.is_small:
             live = self.table.live(now)
-            sample = network.rng.sample(sorted(live), min(8, len(live)))
+            sample = network.rng.sample(list(live), min(8, len(live)))
             self.to_gossip(Known(tuple(sample)))
-        network.at(every_s, self.heartbeat, of=self.peer)
+        network.at(min(every_s, LOOK_S), self.heartbeat, of=self.peer)
 
     # Saying.
 
@@ -496,7 +499,11 @@ class Member:
         if cid in self.contents:
             self.swarm.network.at(0.0, self.step, events.Fetched(cid), of=self.peer)
             return
-        self.ask(cid, [peer for peer in sources if peer != self.peer], 0)
+        asked = [peer for peer in sources if peer != self.peer]
+        if len(asked) > MAX_ASKED:  # of many that have it, each member begins with another
+            first = self.number % len(asked)
+            asked = [*asked[first:], *asked[:first]]
+        self.ask(cid, asked, 0)
 
     def ask(self, cid: Cid, sources: list[PeerId], number: int) -> None:
         """Ask the next one; the answer comes when the request has gone there and the bytes have come back."""

@@ -235,15 +235,26 @@ TOPICS: Final[Mapping[str, type[Any]]] = {
 }
 TOPIC_OF: Final = {kind: topic for topic, kind in TOPICS.items()}
 
+
+def _learns(_: Mapping[str, Any]) -> int:
+    return 1
+
+
+def _may_learn(facts: Mapping[str, Any]) -> int:
+    return int(facts.get("role") == Role.LEARNER)
+
+
 TOPIC_RULES: Final = {
-    "facts": TopicRule(max_bytes=768, per_s=4, burst=16),
+    "facts": TopicRule(max_bytes=768, per_s=4, burst=16, worth=_may_learn),
     "addresses": TopicRule(max_bytes=10_240, per_s=0.5, burst=8),
-    "offer": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),
-    "proposal": TopicRule(max_bytes=6144, keep=4, per_s=200, burst=400),
-    "vote": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400),
+    "offer": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400, worth=_learns),
+    "proposal": TopicRule(max_bytes=6144, keep=4, per_s=200, burst=400, worth=_learns),
+    "vote": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400, worth=_learns),
     "result": TopicRule(max_bytes=768, keep=4, per_s=20, burst=40),
 }
-"""How much of each one member may say: in mode ``gradient`` a round takes some milliseconds, an epoch never does."""
+"""How much of each one member may say: in mode ``gradient`` a round takes some milliseconds, an epoch never does.
+
+Of more members than can be listened to, those who learn are heard, however many only follow and store."""
 
 
 def read_statement(topic: str, facts: dict[str, Any]) -> Statement | None:

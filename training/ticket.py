@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +18,27 @@ from shoal.protocol.ids import SwarmId
 
 _PREFIX: Final = "shoal1"
 MAX_TICKET_CHARS: Final = 4096
+MAX_ADDRESSES: Final = 12
+
+
+def in_turns(by_member: Iterable[Sequence[str]], usefulness: Callable[[str], int]) -> list[str]:
+    """Addresses of several members: the best of each, then the second best of each, and so on.
+
+    So a ticket leads somewhere as long as one of them is there. An address that is useful to few comes after all that
+    are useful to more.
+
+    Args:
+        by_member: of each its addresses; a member named earlier comes earlier.
+        usefulness: the lower the better.
+    """
+    turns = [
+        (usefulness(each), turn, each) for known in by_member for turn, each in enumerate(_ranked(known, usefulness))
+    ]
+    return list(dict.fromkeys(address for *_, address in sorted(turns, key=lambda each: each[:2])))
+
+
+def _ranked(addresses: Sequence[str], usefulness: Callable[[str], int]) -> list[str]:
+    return sorted(dict.fromkeys(addresses), key=usefulness)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +52,17 @@ class Ticket:
 
     swarm: SwarmId
     addresses: tuple[str, ...]
+
+    @classmethod
+    def of(cls, swarm: SwarmId, addresses: Iterable[str]) -> Ticket:
+        """A ticket with as many of these as it can carry, from the first on."""
+        taken: tuple[str, ...] = ()
+        for address in dict.fromkeys(addresses):
+            if len(taken) == MAX_ADDRESSES:
+                break
+            if len(str(cls(swarm, (*taken, address)))) <= MAX_TICKET_CHARS:
+                taken = (*taken, address)
+        return cls(swarm, taken)
 
     def __str__(self) -> str:
         payload = encode(self)

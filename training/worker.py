@@ -3,7 +3,7 @@
 A shell: it reads calls from a socket, does them one after the other, and answers. The node that started it drives
 it (`training.worker_calls`) and replaces it when it dies. It ends when the socket does.
 
-    python -m shoal.training.worker FD
+Started by `shoal.training.keeper`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import json
 import logging
 import math
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +27,7 @@ from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
+from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
@@ -38,6 +37,8 @@ from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
 from shoal.training.tasks import load_task
+from shoal.training.tasks.failures import FILE, Failures, TaskFailedError, append
+from shoal.training.watch import Slot
 from shoal.training.worker_calls import (
     ABANDON,
     BEGIN,
@@ -50,6 +51,7 @@ from shoal.training.worker_calls import (
     MERGE,
     MERGE_FAILED,
     OPEN,
+    TASK_FAILED,
     Abandon,
     Begin,
     Collect,
@@ -79,6 +81,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._learner: Learner | None = None
+        self._failures = Failures("")
         self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
         self._exchange = Exchange({}, 0, {})  # the round under way
         self._events: Events | None = None
@@ -110,7 +113,10 @@ class Worker:
         manifest = request.manifest
         task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
         check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
-        self._learner = algorithm.learner(manifest, task, peer=request.peer)
+        self._failures = task.failures
+        if request.folder:
+            self._failures.keep_in(Path(request.folder))
+        self._learner = algorithm.learner(manifest, task, peer=request.peer, life=request.life)
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
@@ -136,7 +142,8 @@ class Worker:
         ends = math.inf if request.max_seconds is None else began + request.max_seconds
         collected = self.learner.collect(request.num_steps, lambda: time.monotonic() >= ends)
         returns = tuple(float(value) for value in collected.episode_returns)
-        return Collected(collected.samples, collected.total, returns, time.monotonic() - began)
+        seconds, failed = time.monotonic() - began, self._failures
+        return Collected(collected.samples, collected.total, returns, seconds, failed.count, failed.summary)
 
     def begin(self, request: Begin) -> MergeAnswer:
         """Start the update of the policy that the learner holds."""
@@ -247,7 +254,8 @@ class Worker:
     def evaluate(self, request: Evaluate) -> Evaluated:
         """Evaluate the present policy."""
         returns = self.learner.evaluate(request.episodes, request.seed)
-        return Evaluated(tuple(float(value) for value in returns))
+        failed = self._failures
+        return Evaluated(tuple(float(value) for value in returns), failed.count, failed.summary)
 
     def log(self, request: Log) -> Empty:
         """Note numbers of the node."""
@@ -364,7 +372,9 @@ def serve(connection_socket: socket.socket) -> None:
         while data := connection_socket.recv(1 << 20):
             for event in connection.receive_data(data, time.monotonic()):
                 if isinstance(event, Called):
+                    watch.page[Slot.BUSY] = 1
                     _do(worker, connection, event)
+                    watch.page[Slot.BUSY] = 0
                     for piece in connection.data_to_send():
                         connection_socket.sendall(piece)
     finally:
@@ -382,6 +392,9 @@ def _do(worker: Worker, connection: RpcConnection, call: Called) -> None:
         connection.answer(call.call_id, body, attachments)
     except RemoteError as error:
         connection.fail(call.call_id, error.status, error.message)
+    except TaskFailedError as error:
+        log.exception("%s failed", call.method)
+        connection.fail(call.call_id, TASK_FAILED, str(error))
     except ShoalError as error:
         connection.fail(call.call_id, Status.INVALID_ARGUMENT, str(error))
     except (OSError, MemoryError) as error:
@@ -410,17 +423,25 @@ def _count(what: str, value: object) -> int:
     return value
 
 
-def main() -> None:
-    """Serve the socket whose file descriptor is the only argument."""
+def main(connection_socket: socket.socket, folder: Path) -> None:
+    """Serve a socket as this process's only business.
+
+    Args:
+        connection_socket: to the node.
+        folder: of the run.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)  # stderr: the worker's log
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the node, which closes the socket
     torch.set_num_threads(1)
     os.nice(5)  # the node that this worker belongs to comes first
+    report = folder / FILE
+    append(report, "")
+    watch.begin(report, lambda words: append(report, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {_where()} {words}\n"))
     try:
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(connection_socket)
     except (ConnectionError, BrokenPipeError):
         return
 
 
-if __name__ == "__main__":
-    main()
+def _where() -> str:
+    act, index = watch.place_of(watch.page[Slot.PLACE])
+    return f"environment {index}, {act.words}:"

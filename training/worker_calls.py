@@ -21,12 +21,15 @@ class Open:
     """Set up a run: task, algorithm and the initial state, which the manifest's seed fixes for everybody.
 
     Attributes:
-        folder: of the run on this machine; training metrics go into its ``tensorboard``. Empty: nowhere.
+        folder: of the run on this machine; training metrics go into its ``tensorboard``, and what fails in environments
+            into `shoal.training.tasks.failures.FILE`. Empty: nowhere.
+        life: another text for every worker, so that none meets the episodes of the one before it.
     """
 
     manifest: Manifest
     peer: PeerId
     folder: str = ""
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,16 @@ class Collected:
         epoch_samples: since the last update.
         episode_returns: of the episodes that ended in this call.
         seconds: that it took.
+        failures: environments that have failed since the worker was opened.
+        failure: the last of them, in one line.
     """
 
     samples: int
     epoch_samples: int
     episode_returns: tuple[float, ...]
     seconds: float = 0.0
+    failures: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +187,16 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The undiscounted return of each episode."""
+    """The undiscounted return of each episode, but for those whose environment failed.
+
+    Attributes:
+        failures: as in `Collected`.
+        failure: likewise.
+    """
 
     returns: tuple[float, ...]
+    failures: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,15 +229,20 @@ class Finish:
 MERGE_FAILED: Final = Status.ABORTED
 """How `MERGE` fails if the update was taken back; the message names the authors that were merged."""
 
+TASK_FAILED: Final = Status.UNKNOWN
+"""How any method fails if too many environments of the task did: other people's code, of which nobody knows what to
+expect. The message says why; another worker would hardly come further."""
+
 MAX_COUNT: Final = 2**53
 """More epochs or environment steps than this are refused wherever they are given."""
 
-OPEN: Final = Method("worker.open", Open, StateAnswer)
-LOAD: Final = Method("worker.load", Load, StateAnswer)
-COLLECT: Final = Method("worker.collect", Collect, Collected)
-BEGIN: Final = Method("worker.begin", Begin, MergeAnswer)
-MERGE: Final = Method("worker.merge", Merge, MergeAnswer)
-ABANDON: Final = Method("worker.abandon", Abandon, Empty)
-EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated)
-LOG: Final = Method("worker.log", Log, Empty)
-FINISH: Final = Method("worker.finish", Finish, Empty)
+# No time is too long for these: the node watches what the worker does (`shoal.training.watch`).
+OPEN: Final = Method("worker.open", Open, StateAnswer, timeout_s=None)
+LOAD: Final = Method("worker.load", Load, StateAnswer, timeout_s=None)
+COLLECT: Final = Method("worker.collect", Collect, Collected, timeout_s=None)
+BEGIN: Final = Method("worker.begin", Begin, MergeAnswer, timeout_s=None)
+MERGE: Final = Method("worker.merge", Merge, MergeAnswer, timeout_s=None)
+ABANDON: Final = Method("worker.abandon", Abandon, Empty, timeout_s=None)
+EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated, timeout_s=None)
+LOG: Final = Method("worker.log", Log, Empty, timeout_s=None)
+FINISH: Final = Method("worker.finish", Finish, Empty, timeout_s=None)

@@ -113,7 +113,14 @@ class NodeView(Protocol):
 
 def create_app(node: NodeView) -> FastAPI:
     """The API of one node, without any check of who asks."""
-    app = FastAPI(title="Shoal", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(
+        title="Shoal",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        responses={status: {"model": ErrorAnswer} for status in (400, 404, 409, 422, 500, 503)},
+    )
     _add_error_handlers(app)
     _add_node_routes(app, node)
     _add_swarm_routes(app, node)
@@ -248,7 +255,8 @@ def _resolve_or_404(node: NodeView, text: str) -> SwarmId:
 
 def error_response(status: int, code: int, message: str) -> JSONResponse:
     """The one form of every failure."""
-    answer = ErrorAnswer(error=ErrorBody(code=code, message=message))
+    said = message.encode("utf-8", "backslashreplace").decode()  # it may repeat what cannot be sent as it is
+    answer = ErrorAnswer(error=ErrorBody(code=code, message=said))
     return JSONResponse(answer.model_dump(), status_code=status)
 
 
@@ -269,7 +277,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is"
-        return error_response(error.status_code, UsageError.exit_code, message)
+        status = 422 if error.status_code == 400 else error.status_code  # FastAPI's own for a body that is no JSON
+        return error_response(status, UsageError.exit_code, message)
 
     @app.exception_handler(Exception)
     async def on_unexpected(_: Request, error: Exception) -> JSONResponse:

@@ -6,10 +6,20 @@ written under JSON's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
@@ -18,6 +28,12 @@ from shoal.training.manifest import Manifest, Mode
 Name = TypeVar("Name", PeerId, Cid, SwarmId)
 
 _MANIFEST_DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Manifest)}
+
+MAX_TEXT_CHARS: Final = 8192
+MAX_VALUES: Final = 10_000
+MAX_DEPTH: Final = 32
+MAX_INT: Final = 2**53
+"""What every JSON reader takes for the number that was written."""
 
 
 def _reads(kind: type[Name]) -> PlainValidator:
@@ -45,6 +61,35 @@ def _named(name: str, json_name: str, default: Any = ...) -> Any:
     return Field(default, validation_alias=AliasChoices(json_name, name), serialization_alias=json_name)
 
 
+def _check_plain(value: object) -> None:
+    """Raise ValueError for what the wire, the disk or a command line cannot hold."""
+    ahead: list[tuple[object, int]] = [(value, 0)]
+    count = 0
+    while ahead:
+        each, depth = ahead.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise ValueError(f"should be no deeper than {MAX_DEPTH}, and of no more than {MAX_VALUES} values")
+        match each:
+            case str():
+                if len(each) > MAX_TEXT_CHARS:
+                    raise ValueError(f"texts should be of no more than {MAX_TEXT_CHARS} characters")
+                if not each.isascii() and any("\ud800" <= char <= "\udfff" for char in each):
+                    raise ValueError("a text holds half of a character (a surrogate)")
+            case bool():
+                pass
+            case int() if not -(2**63) <= each < 2**63:
+                raise ValueError("whole numbers should fit into 64 bits")
+            case float() if not math.isfinite(each):
+                raise ValueError("numbers should be finite")
+            case dict():
+                ahead += [(part, depth + 1) for pair in each.items() for part in pair]
+            case list() | tuple():
+                ahead += [(part, depth + 1) for part in each]
+            case _:
+                pass
+
+
 class Model(BaseModel):
     """Frozen; unknown fields are ignored, so that an older client can ask a newer node.
 
@@ -54,13 +99,23 @@ class Model(BaseModel):
     model_config = ConfigDict(defer_build=True, frozen=True, extra="ignore", serialize_by_alias=True)
 
 
-class Question(Model):
-    """What a client sends; built at once, as FastAPI has it."""
+class Asked(Model):
+    """What somebody asks for: refused unless all of it, at whatever depth, can be written down and signed.
+
+    JSON lets pass what nothing behind the API has room for: integers of any size, numbers that are none, half of a
+    character, texts and lists without end. Built at once, as FastAPI has it.
+    """
 
     model_config = ConfigDict(defer_build=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_plain(cls, value: Any) -> Any:
+        _check_plain(value)
+        return value
 
-class BenchRequest(Question):
+
+class BenchRequest(Asked):
     """What to measure.
 
     Attributes:
@@ -74,7 +129,7 @@ class BenchRequest(Question):
 
     kind: Literal["rpc", "stream", "load"]
     peer: PeerName
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, le=MAX_INT)
     concurrency: int = Field(default=1, ge=1, le=1024)
     seconds: float = Field(default=5.0, ge=0.1, le=600)
     transport: Literal["auto", "libp2p"] = "auto"
@@ -311,7 +366,7 @@ class DoctorInfo(Model):
     peers: list[PeerInfo] = []
 
 
-class PingRequest(Question):
+class PingRequest(Asked):
     """Call a peer once, after connecting to it if need be."""
 
     peer: str
@@ -418,7 +473,7 @@ class StateInfo(Model):
     documents: dict[str, dict[str, Any]]
 
 
-class CreateSwarm(Question):
+class CreateSwarm(Asked):
     """Start a training run; what is left out takes the manifest's default."""
 
     task: str
@@ -444,7 +499,7 @@ class CreatedSwarm(Model):
     ticket: str
 
 
-class JoinSwarm(Question):
+class JoinSwarm(Asked):
     """Take part in a run that somebody else started."""
 
     ticket: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from multiaddr import Multiaddr
@@ -15,6 +15,22 @@ from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
 
 CIRCUIT: Final = "/p2p-circuit"
+_OURS: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "127.0.0.0/8",
+            "10.0.0.0/8",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+            "100.64.0.0/10",
+            "0.0.0.0/8",
+            "::1",
+            "fc00::/7",
+        ),
+    )
+)
+"""Where an address means something else to everybody: this machine, private networks, those of providers."""
 
 
 def ip_port(address: str) -> tuple[str, int] | None:
@@ -65,6 +81,45 @@ def is_loopback(ip: str) -> bool:
         return False
 
 
+def may_be_heard_of(
+    ip: str,
+    seen_from: Iterable[str],
+    on_link: Callable[[], Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]],
+) -> bool:
+    """Whether an IP that others named is worth dialing, and no way to have this node look around where it is.
+
+    Of this machine and of private networks are only those where somebody is connected from, or that are on the link.
+
+    Args:
+        ip: which.
+        seen_from: where the peer, or others that this node chose itself, are connected from.
+        on_link: gives the networks of this machine's interfaces; asked only if it matters.
+    """
+    try:
+        address = ipaddress.ip_address(ip)
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+    except ValueError:
+        return False
+    if address.is_unspecified or address.is_multicast or address.is_link_local or ip == "255.255.255.255":
+        return False
+    block = next((each for each in _OURS if each.version == address.version and address in each), None)
+    if block is None:
+        return True
+    if any(each in block for each in map(_parsed, seen_from) if each is not None and each.version == block.version):
+        return True
+    return not address.is_loopback and any(
+        address in network for network in on_link() if network.version == address.version
+    )
+
+
+def _parsed(ip: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(ip)
+    except ValueError:
+        return None
+
+
 def network_of(ip: str) -> str:
     """What an IP stands and falls with: its /16, or /32 of IPv6."""
     try:
@@ -82,6 +137,18 @@ def dialable(addresses: Iterable[str]) -> list[str]:
         if family and CIRCUIT not in address:
             found.setdefault(family, address)
     return list(found.values())
+
+
+def usefulness(address: str) -> int:
+    """How likely somebody anywhere can dial a multiaddr, for sorting: the lowest is the best.
+
+    By the internet, by a relay on it, on the same network, by a relay there, on the same machine alone.
+    """
+    ip = ip_of(address)
+    if is_loopback(ip):
+        return 4
+    is_local = bool(ip) and not is_global(ip)
+    return 2 * is_local + (CIRCUIT in address)
 
 
 def check_listen(text: str) -> None:

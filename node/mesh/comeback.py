@@ -5,12 +5,12 @@ When that is worth it, `shoal.node.mesh.connections` knows; here it is waited an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Final
 from weakref import WeakKeyDictionary
 
 import trio
 
-from shoal.node.mesh.address_book import AddressBook
 from shoal.node.mesh.connections import COME_BACK_S, Connections, Loss, PathsBroken
 from shoal.node.mesh.dialing import Dialer
 from shoal.node.mesh.libp2p_host import Libp2pHost
@@ -20,13 +20,23 @@ COME_BACK_AGAIN_S: Final = 0.2
 
 
 class Comebacks:
-    """Of all peers."""
+    """Of all peers.
 
-    def __init__(self, connections: Connections, libp2p: Libp2pHost, dialer: Dialer, book: AddressBook) -> None:
+    Args:
+        addresses: gives those of a peer that may be dialed now.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        libp2p: Libp2pHost,
+        dialer: Dialer,
+        addresses: Callable[[PeerId], Sequence[str]],
+    ) -> None:
         self._connections = connections
         self._libp2p = libp2p
         self._dialer = dialer
-        self._book = book
+        self._addresses = addresses
         self._dialing: WeakKeyDictionary[Loss, trio.Lock] = WeakKeyDictionary()
 
     def is_expected(self, peer: PeerId) -> bool:
@@ -55,7 +65,7 @@ class Comebacks:
         return self._libp2p.is_alive(peer)
 
     async def _reach(self, peer: PeerId) -> bool:
-        return await self._dialer.reach(peer, self._book.addresses(peer))
+        return await self._dialer.reach(peer, self._addresses(peer))
 
     def _may_come(self, loss: Loss) -> bool:
         return loss.may_be_made_good(trio.current_time(), is_relay_there=self._libp2p.is_alive(loss.relay))

@@ -30,6 +30,8 @@ COME_BACK_S: Final = 10.0
 RELAY_ENDS_S: Final = 1.0
 """How long after its circuits a relay may end, as it does in good order, to count as the reason for their end."""
 MAX_LOSSES: Final = 1024
+NEEDED: Final = frozenset(("bootstrap", "relay"))
+"""By whom a peer is wanted that stays however many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,7 +426,13 @@ class Connections:
         if len(self._peers) <= self.max_peers:
             return []
         candidates = [
-            Candidate(peer, state.kind, peer in self._wanted, state.used_at)
+            Candidate(
+                peer,
+                state.kind,
+                peer in self._wanted,
+                state.used_at,
+                is_needed=not NEEDED.isdisjoint(self._wanted.get(peer, ())),
+            )
             for peer, state in self._peers.items()
             if peer != newcomer
         ]

@@ -13,6 +13,7 @@ from typing import Final
 
 import trio
 
+from shoal.node.budgets import Dials
 from shoal.node.mesh.addresses import CIRCUIT
 from shoal.node.mesh.circuits import BROKEN
 from shoal.protocol.errors import ShoalError
@@ -61,6 +62,7 @@ class Dialer:
         dial: opens a connection to a peer by one address; raises what `BROKEN` holds or a `ShoalError`.
         is_connected: whether any connection to a peer stands.
         relays: connected peers that relay, with an address of each.
+        budget: of what is dialed at the word of others; whoever is there gives back what the try cost.
     """
 
     def __init__(
@@ -68,16 +70,22 @@ class Dialer:
         dial: Callable[[PeerId, str], Awaitable[None]],
         is_connected: Callable[[PeerId], bool],
         relays: Mapping[PeerId, str],
+        budget: Dials,
     ) -> None:
         self._dial = dial
         self._is_connected = is_connected
         self._relays = relays
+        self._budget = budget
         self._attempts: dict[PeerId, _SharedAttempt] = {}  # as many as there are callers
 
     async def reach(self, peer: PeerId, addresses: Sequence[str]) -> bool:
         """Dial a peer, unless others do so just now; whether a connection stands.
 
         What comes of one attempt holds for all whose addresses are in it.
+
+        Args:
+            peer: to reach.
+            addresses: full multiaddrs of it.
         """
         wanted = frozenset(addresses)
         while (running := self._attempts.get(peer)) is not None:
@@ -103,10 +111,12 @@ class Dialer:
         return self._is_connected(peer)
 
     async def _dial_one_of_many(self, peer: PeerId, address: str, wait_s: float, others: trio.CancelScope) -> None:
-        await trio.sleep(wait_s)
+        if wait_s:
+            await trio.sleep(wait_s)
         try:
             await self._dial(peer, address)
         except (ShoalError, *BROKEN) as error:
             log.debug("dialing %s failed: %s", address, error)
         else:
+            self._budget.give_back(peer, address)
             others.cancel()

@@ -29,6 +29,7 @@ import trio
 from libp2p.abc import INetworkService
 from multiaddr import Multiaddr
 
+from shoal.node.budgets import NodeBudgets, user_of
 from shoal.node.mesh.interfaces import local_ips
 from shoal.node.wire.lanes import TLS_HANDSHAKE, peek_first_byte
 from shoal.protocol.errors import ShoalError
@@ -39,6 +40,8 @@ FIRST_BYTE_S: Final = 10.0
 MAX_SILENT: Final = 512
 MAX_SILENT_PER_IP: Final = 32
 """Connections that have not sent a byte yet; over that, a new one is closed."""
+TURN_S: Final = 6.0
+"""How long a connection waits for its turn to prove who is at its other end."""
 QUESTION_S: Final = 30.0
 """How long an answered question stays open at most."""
 ASK_AGAIN_S: Final = 0.05
@@ -76,24 +79,59 @@ class _Question:
 
 
 class Door:
-    """Listens, and hands on what comes in."""
+    """Listens, and hands on what comes in. `run` must run for anything to be handed on.
 
-    def __init__(self, accept_lane: AcceptLane) -> None:
+    Args:
+        accept_lane: takes what is no connection of libp2p's.
+        budgets: of which handshakes, sockets and dials are.
+        is_wanted_at: whether a peer that this node wants is connected by an IP, whose connections do not wait then.
+    """
+
+    def __init__(self, accept_lane: AcceptLane, budgets: NodeBudgets, is_wanted_at: Callable[[str], bool]) -> None:
         self._accept_lane = accept_lane
+        self._budgets = budgets
+        self._is_wanted_at = is_wanted_at
+        self._dialing = trio.CapacityLimiter(budgets.max_dialing)
+        self._asked = trio.Event()
         self._silent: Counter[str] = Counter()  # by IP
         self._knocks: dict[bytes, trio.Event] = {}
         self._ports: dict[socket.AddressFamily, int] = {}
         self._questions: dict[tuple[str, int, int | None], _Question] = {}  # to IP and port, from a spare port
 
-    async def listen(self, network: INetworkService, address: str) -> None:
+    async def listen(self, network: INetworkService, address: str, kept_port: int = 0) -> int:
         """Listen on a multiaddr.
+
+        Args:
+            network: libp2p's.
+            address: the multiaddr.
+            kept_port: to be had rather than any other where the multiaddr leaves the port to the system.
+
+        Returns:
+            The port.
 
         Raises:
             ListenError: if it cannot be had.
         """
-        _check_free(address)
-        if not await network.listen(Multiaddr(address)):
+        before = set(network.listeners)
+        for wanted in dict.fromkeys((_with_port(address, kept_port), address)):
+            try:
+                _check_free(wanted)
+            except ListenError:
+                if wanted == address:
+                    raise
+                log.warning(
+                    "port %d, at which others know this node, is taken by another program: it listens on another one, "
+                    "and whoever was not connected meanwhile has to find it anew; stop that program and restart the "
+                    "node to have the port back",
+                    kept_port,
+                )
+                continue
+            if await network.listen(Multiaddr(wanted)):
+                break
+        else:
             raise ListenError(f"cannot listen on {address}; choose another address with --listen")
+        opened = [accepting for name in network.listeners.keys() - before for accepting in _sockets(network, name)]
+        return int(opened[0].getsockname()[1]) if opened else 0
 
     def open(self, network: Any) -> None:
         """Begin to tell apart what comes in by the listeners of libp2p."""
@@ -101,6 +139,34 @@ class Door:
             self._share(listener)
             for accepting in listener.listeners:
                 self._ports.setdefault(accepting.socket.family, accepting.socket.getsockname()[1])
+
+    async def run(self) -> None:
+        """Give those that came in their turns to prove who they are."""
+        turns = self._budgets.handshakes
+        while True:
+            for turn in turns.granted(trio.current_time()):
+                turn.set()  # type: ignore[attr-defined]  # a ticket of `_turn`
+            at = turns.next_at(trio.current_time())
+            if at is not None:
+                await trio.sleep_until(at)
+            else:
+                self._asked = trio.Event()
+                await self._asked.wait()
+
+    async def _turn(self, ip: str) -> bool:
+        """Wait until a connection from this IP may cost a handshake; False if that takes too long."""
+        if self._is_wanted_at(ip):
+            return True
+        turn, user = trio.Event(), user_of(ip)
+        if not self._budgets.handshakes.ask(user, turn):
+            return False
+        self._asked.set()
+        try:
+            with trio.move_on_after(TURN_S):
+                await turn.wait()
+        finally:
+            self._budgets.handshakes.forget(user, turn)
+        return turn.is_set()
 
     def port(self, ip: str) -> int | None:
         """The first port that this node listens on in the family of an address; None if it does not."""
@@ -152,7 +218,8 @@ class Door:
             if own is not None:
                 _share_port(sock)
                 await sock.bind(("::" if family is socket.AF_INET6 else "0.0.0.0", own))  # noqa: S104  the route decides
-            await sock.connect((ip, port))
+            async with self._dialing:
+                await sock.connect((ip, port))
         except BaseException:
             sock.close()
             raise
@@ -216,23 +283,34 @@ class Door:
             if not ip or self._silent[ip] >= MAX_SILENT_PER_IP or self._silent.total() >= MAX_SILENT:
                 await stream.close()
                 return
-            self._silent[ip] += 1
-            try:
-                first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
-                if first in (KNOCK, QUESTION):
-                    await self._answer(sock)  # counts as silent: it says no more
-            finally:
-                self._silent[ip] -= 1
-                if not self._silent[ip]:
-                    del self._silent[ip]
-            if first == TLS_HANDSHAKE:
-                await self._accept_lane(sock, ip)
-            elif first in (b"", KNOCK, QUESTION):
+            user = user_of(ip)
+            if not self._budgets.sockets.take(user, 1):
+                log.debug("too many connections of %s; one is closed", user)
                 await stream.close()
-            else:
-                await libp2p(stream)
+                return
+            try:
+                await self._take_in(stream, sock, ip, libp2p)
+            finally:
+                self._budgets.sockets.hold(user, -1)
 
         listener.handler = take
+
+    async def _take_in(self, stream: Any, sock: Any, ip: str, libp2p: Callable[[Any], Awaitable[None]]) -> None:
+        self._silent[ip] += 1
+        try:
+            first = await peek_first_byte(sock, timeout_s=FIRST_BYTE_S)
+            if first in (KNOCK, QUESTION):
+                await self._answer(sock)  # counts as silent: it says no more
+        finally:
+            self._silent[ip] -= 1
+            if not self._silent[ip]:
+                del self._silent[ip]
+        if first in (b"", KNOCK, QUESTION) or not await self._turn(ip):
+            await stream.close()
+        elif first == TLS_HANDSHAKE:
+            await self._accept_lane(sock, ip)
+        else:
+            await _until_closed(libp2p, stream)
 
     async def _answer(self, sock: trio.socket.SocketType) -> None:
         with trio.move_on_after(QUESTION_S), contextlib.suppress(OSError):
@@ -242,6 +320,25 @@ class Door:
                 await sock.recv(1)
             elif (came := self._knocks.get(data[1:])) is not None:
                 came.set()
+
+
+async def _until_closed(serve: Callable[[Any], Awaitable[None]], stream: Any) -> None:
+    """Serve a connection, and no longer than it stands.
+
+    libp2p's handler waits until the whole node ends and so holds one of the places that it has for connections that
+    come in, long after the connection has ended; when all are taken, nobody comes in any more.
+    """
+    close = stream.close
+
+    async def close_and_end() -> None:
+        try:
+            await close()
+        finally:
+            scope.cancel()
+
+    with trio.CancelScope() as scope:
+        stream.close = close_and_end
+        await serve(stream)
 
 
 async def knock(ip: str, port: int, nonce: bytes, *, timeout_s: float) -> bool:
@@ -270,6 +367,15 @@ async def _ask(stream: trio.SocketStream) -> tuple[tuple[str, int], tuple[str, i
     except trio.BrokenResourceError as error:
         raise OSError("it broke off") from error
     return stream.socket.getsockname()[:2], _read_endpoint(line)
+
+
+def _with_port(address: str, port: int) -> str:
+    """A multiaddr that leaves its port to the system, with this one if there is one."""
+    return f"{address.removesuffix('0')}{port}" if port and address.endswith("/tcp/0") else address
+
+
+def _sockets(network: Any, listener: str) -> list[trio.socket.SocketType]:
+    return [accepting.socket for accepting in network.listeners[listener].listeners]
 
 
 def _share_port(sock: Any) -> None:

@@ -22,8 +22,9 @@ from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.tools.anyio_service import background_trio_service
 
+from shoal.node.budgets import BudgetLimits, NodeBudgets, max_descriptors
 from shoal.node.mesh.address_book import AddressBook
-from shoal.node.mesh.addresses import CIRCUIT, ip_of, ip_port, is_loopback
+from shoal.node.mesh.addresses import CIRCUIT, ip_of, ip_port, is_loopback, may_be_heard_of
 from shoal.node.mesh.circuits import parse_circuit
 from shoal.node.mesh.comeback import Comebacks
 from shoal.node.mesh.connections import (
@@ -52,7 +53,7 @@ from shoal.node.mesh.connections import (
 )
 from shoal.node.mesh.dialing import Dialer
 from shoal.node.mesh.door import Door
-from shoal.node.mesh.interfaces import reachable_addresses
+from shoal.node.mesh.interfaces import on_link, reachable_addresses
 from shoal.node.mesh.kademlia import Kademlia, keep_announced, open_kademlia
 from shoal.node.mesh.keepalive import keep_alive
 from shoal.node.mesh.libp2p_host import Libp2pHost, make_libp2p_host, peer_named
@@ -77,9 +78,18 @@ __all__ = ["Connected", "Host", "HostEvent", "Path", "PeerDown", "PeerUp", "open
 
 log = logging.getLogger(__name__)
 
+MAX_HEARD_ADDRESSES: Final = 8
+"""Addresses of one peer that are dialed at a time at the word of others."""
+MAX_HEARD_CIRCUITS: Final = 4
+MAX_SEEN_FROM: Final = 64
+NOT_THERE_S: Final = 30.0
+"""How long a peer is not dialed again for the DHT that could not be reached."""
+MAX_NOT_THERE: Final = 1024
 BOOTSTRAP_RETRY_MAX_S: Final = 10.0
 MAX_EVENTS: Final = 1024
 MAX_PEERS: Final = 256
+LOOK_AT_UNREAD_S: Final = 0.25
+"""How often it is looked at what came by the connections and was not read."""
 
 HostEvent = PeerUp | PeerDown
 
@@ -96,21 +106,29 @@ class Host:
         lanes: bool = True,
         relay_limits: RelayLimits,
         max_peers: int,
+        budget_limits: BudgetLimits | None = None,
     ) -> None:
         self.peer_id = libp2p.peer_id
         self.domain = domain
         """Of all tasks that the mesh has; it ends before the connections do."""
-        self.links = Links(self, router, domain, lanes=lanes)
-        self.door = Door(self._accept_lane)
+        self._connections = Connections(max_peers)
+        self.budgets = NodeBudgets(self._connections.wanted.__contains__, budget_limits, max_descriptors())
+        """From which what every peer may hold is drawn."""
+        self.links = Links(self, router, domain, lanes=lanes, memory=self.budgets.memory)
+        self.door = Door(self._accept_lane, self.budgets, self._is_wanted_at)
         self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
+        self.ports: dict[str, int] = {}
+        """By multiaddr that it was told to listen on, the port."""
         self.kademlia: Kademlia | None = None
         """None until it runs."""
         self._libp2p = libp2p
-        self._connections = Connections(max_peers)
         self._book = AddressBook()
-        self._dialer = Dialer(self.dial, self.is_connected, self._connections.relays)
-        self._comebacks = Comebacks(self._connections, libp2p, self._dialer, self._book)
+        self._dialer = Dialer(self.dial, self.is_connected, self._connections.relays, self.budgets.dials)
+        self._dht_dialer = Dialer(self.dial, self.is_connected, {}, self.budgets.dials)
+        self._not_there: dict[PeerId, float] = {}  # peers that the DHT named, until when they are not dialed for it
+        self._comebacks = Comebacks(self._connections, libp2p, self._dialer, self._comeback_addresses)
         self._announced: tuple[str, ...] = ()
+        self._seen_from: dict[str, None] = {}
         self._followers: list[Callable[[PeerId], None]] = []
         self._came_or_went = Signal()
         self._peer_came = Signal()
@@ -169,6 +187,7 @@ class Host:
         waiting = self._events_in.statistics().current_buffer_used
         return {
             **self._connections.statistics(),
+            **self.budgets.statistics(),
             "known_peers": len(self._book),
             "waiting_events": waiting,
             "lost_events": self._num_lost_events,
@@ -233,8 +252,12 @@ class Host:
 
     # --- reaching peers ---
 
-    async def connect(self, addresses: Sequence[str]) -> PeerId:
+    async def connect(self, addresses: Sequence[str], *, heard: bool = False) -> PeerId:
         """Connect to the one peer that these full multiaddrs name, by one of them or through a relay.
+
+        Args:
+            addresses: which.
+            heard: whether they are the word of other peers, and so dialed only within what `sift` lets through.
 
         Raises:
             NoPeersError: if it cannot be reached by any of them.
@@ -244,7 +267,9 @@ class Host:
         if peer == self.peer_id:
             return peer
         self.remember(peer, named)
-        if peer not in self.connected and not await self._dialer.reach(peer, named):
+        if peer not in self.connected and not await self._dialer.reach(
+            peer, self.sift(peer, named) if heard else named
+        ):
             raise NoPeersError(f"cannot reach {peer} at {', '.join(addresses)}")
         return peer
 
@@ -256,12 +281,51 @@ class Host:
         """
         if peer == self.peer_id or peer in self.connected:
             return peer
-        if await self._dialer.reach(peer, self.known_addresses(peer)):
+        if await self.reach_heard(peer, self.known_addresses(peer)):
             return peer
         found = await self.kademlia.find_peer(peer) if self.kademlia is not None else ()
-        if found and await self._dialer.reach(peer, found):
+        if found and await self.reach_heard(peer, found):
             return peer
         raise NoPeersError(f"cannot find {peer}: neither the DHT nor a relay leads to it now")
+
+    async def reach_heard(self, peer: PeerId, addresses: Sequence[str]) -> bool:
+        """Dial a peer where others say that it is; whether it is connected."""
+        return await self._dialer.reach(peer, self.sift(peer, addresses))
+
+    async def reach_for_dht(self, peer: PeerId, addresses: Sequence[str]) -> bool:
+        """Dial a peer of which the DHT needs an answer; whether it is connected. No relay is troubled for that."""
+        now = trio.current_time()
+        if self._not_there.get(peer, 0.0) > now:
+            return False
+        direct = [address for address in self.sift(peer, addresses) if CIRCUIT not in address]
+        if direct and await self._dht_dialer.reach(peer, direct):
+            return True
+        self._not_there.pop(peer, None)
+        self._not_there[peer] = now + NOT_THERE_S
+        while len(self._not_there) > MAX_NOT_THERE:
+            del self._not_there[next(iter(self._not_there))]
+        return False
+
+    def sift(self, peer: PeerId, addresses: Iterable[str]) -> list[str]:
+        """Those addresses of a peer, as others gave them, that are worth dialing, and that it is not too soon for.
+
+        Whatever is given back counts as dialed, see `shoal.node.budgets.Dials`.
+        """
+        own = [state for each, state in self.connected.items() if each == peer or each in self.wanted or state.outbound]
+        seen_from = {ip_of(path.address) for state in own for path in state.paths}
+        seen_from.update(self._seen_from, map(ip_of, self.listened()))
+        now = trio.current_time()
+        direct: list[str] = []
+        circuits: list[str] = []
+        for address in dict.fromkeys(addresses):
+            group, most = (circuits, MAX_HEARD_CIRCUITS) if CIRCUIT in address else (direct, MAX_HEARD_ADDRESSES)
+            ip = ip_of(address)
+            if len(group) >= most or (ip and not may_be_heard_of(ip, seen_from, on_link)):
+                continue
+            is_there = group is circuits and address.partition(CIRCUIT)[0].rpartition("/p2p/")[2] in self.connected
+            if is_there or self.budgets.dials.may(peer, address, now):
+                group.append(address)
+        return direct + circuits
 
     async def dial(self, peer: PeerId, address: str) -> None:
         """Open one more connection to a peer, by this address.
@@ -295,6 +359,17 @@ class Host:
     async def close_path(self, path: Path) -> None:
         """Close one connection, if it still stands."""
         await self._libp2p.close_path(path.id)
+
+    def _note_where(self, peer: PeerId) -> None:
+        """Remember where peers are that this node chose to dial, also for when they are gone."""
+        state = self.connected[peer]
+        if state.outbound:
+            self._seen_from[ip_of(state.address)] = None
+            while len(self._seen_from) > MAX_SEEN_FROM:
+                del self._seen_from[next(iter(self._seen_from))]
+
+    def _comeback_addresses(self, peer: PeerId) -> list[str]:
+        return self.sift(peer, self.known_addresses(peer))
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to a peer."""
@@ -382,6 +457,7 @@ class Host:
     def _carry_out(self, output: Output) -> None:
         match output:
             case PeerUp(peer):
+                self._note_where(peer)
                 self._peers[peer] = self.domain.inside("peer", peer)
                 self.links.peer_up(peer)
                 self._pass_on(output)
@@ -426,6 +502,8 @@ class Host:
         """Begin every task of the mesh, now that it listens; returns once the distributed hash table runs."""
         self.spawn("retiring paths", self._keep_time, policy=Policy.RESTART)
         self.spawn("sharing the relay", self.relay.run, policy=Policy.RESTART)
+        self.spawn("letting in", self.door.run, policy=Policy.RESTART)
+        self.spawn("holding peers to their shares", self._hold_to_shares, policy=Policy.RESTART)
         await self.domain.start("the DHT", self._take_part_in_dht, policy=Policy.RESTART)
         for address in bootstrap:
             self.spawn("staying connected", self.stay_connected, [address], policy=Policy.RESTART)
@@ -442,6 +520,15 @@ class Host:
         if not await home.serve("serving a stream", self.links.serve_stream, peer, protocol, stream):
             await stream.close()
 
+    def _is_wanted_at(self, ip: str) -> bool:
+        """Whether a peer that this node wants is connected by this IP."""
+        return any(
+            ip_of(path.address) == ip
+            for peer in self.wanted
+            if (state := self.connected.get(peer)) is not None
+            for path in state.paths
+        )
+
     async def _accept_lane(self, sock: Socket, ip: str) -> None:
         if not await self.domain.serve("accepting a lane", self.links.accept_lane, sock, ip):
             sock.close()
@@ -455,10 +542,22 @@ class Host:
                 self._wake_at = math.inf
                 self._tell(Tick(frozenset(filter(self._libp2p.is_busy, self._connections.retiring))))
 
+    async def _hold_to_shares(self) -> None:
+        while True:
+            await trio.sleep(LOOK_AT_UNREAD_S)
+            await self._libp2p.cut_greedy(self.budgets, self.wanted.__contains__)
+            for shares in (self.budgets.memory.strangers, self.budgets.memory.members):
+                while (peer := shares.greediest()) is not None:
+                    log.warning("%s holds %d bytes, more than anybody else; it is cut off", peer, shares.held(peer))
+                    self.budgets.num_cut += 1
+                    await self.disconnect(peer)
+                    if shares.greediest() == peer:
+                        break  # what it holds is on its way back
+
     async def _take_part_in_dht(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         failure: Exception | None = None
         try:
-            async with open_kademlia(self.libp2p, self.peer_id) as self.kademlia:
+            async with open_kademlia(self.libp2p, self.peer_id, self.wanted.__contains__) as self.kademlia:
                 try:
                     for peer in self._peers:
                         self._add_soon(peer)
@@ -507,6 +606,8 @@ async def open_host(
     relay_limits: RelayLimits | None = None,
     max_peers: int = MAX_PEERS,
     domain: Domain | None = None,
+    kept_ports: Mapping[str, int] | None = None,
+    budget_limits: BudgetLimits | None = None,
 ) -> AsyncIterator[Host]:
     """Stand up a host, listening; tears it down at the end.
 
@@ -520,6 +621,8 @@ async def open_host(
         relay_limits: of what this node relays, once it does.
         max_peers: how many are kept connected, unless more are wanted.
         domain: in which its tasks may fail; by default one of its own.
+        kept_ports: by listening multiaddr with port 0, the port that is to be had rather than any other.
+        budget_limits: of what peers may hold and make it do.
 
     Raises:
         ListenError: if an address cannot be listened on.
@@ -534,13 +637,23 @@ async def open_host(
         try:
             router.add(_NodeCalls())
             limits = relay_limits or RelayLimits()
-            host = Host(libp2p, router, mesh, lanes=lanes, relay_limits=limits, max_peers=max_peers)
+            host = Host(
+                libp2p,
+                router,
+                mesh,
+                lanes=lanes,
+                relay_limits=limits,
+                max_peers=max_peers,
+                budget_limits=budget_limits,
+            )
             libp2p.announce(host.addresses)
             for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
                 libp2p.serve(protocol, host.serve)
             libp2p.follow(host.take)
+            libp2p.dial_by(host.reach_for_dht)
             for address in listen:
-                await host.door.listen(libp2p.network, address)
+                port = await host.door.listen(libp2p.network, address, (kept_ports or {}).get(address, 0))
+                host.ports[address] = port
             host.door.open(libp2p.network)
             await host.begin(bootstrap, mdns=mdns)
             try:

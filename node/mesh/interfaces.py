@@ -1,16 +1,58 @@
-"""The addresses of this machine's interfaces."""
+"""The addresses of this machine's interfaces.
+
+They are asked for often, by whatever tells others where this node is, and asking takes a descriptor. A machine that has
+none to spare just then has the addresses that it had.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import logging
+from dataclasses import dataclass
 
 import ifaddr
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceAddress:
+    """One of them.
+
+    Attributes:
+        prefix_bits: of the network that is on the link.
+        has_scope: whether an IPv6 address makes sense only together with the interface.
+    """
+
+    ip: str
+    prefix_bits: int
+    has_scope: bool = False
+
+
+_last_known: tuple[InterfaceAddress, ...] = ()
+
+
+def interface_addresses() -> tuple[InterfaceAddress, ...]:
+    """All addresses of this machine's interfaces, in their order; those of the last time if it cannot tell now."""
+    global _last_known  # what the machine has, not what anybody here decided
+    try:
+        adapters = list(ifaddr.get_adapters())
+    except OSError as error:
+        log.warning("the addresses of this machine cannot be read now: %s", error)
+        return _last_known
+    _last_known = tuple(
+        InterfaceAddress(each.ip, each.network_prefix)
+        if isinstance(each.ip, str)
+        else InterfaceAddress(each.ip[0], each.network_prefix, has_scope=bool(each.ip[2]))
+        for adapter in adapters
+        for each in adapter.ips
+    )
+    return _last_known
 
 
 def interface_ips() -> list[str]:
     """The addresses of this machine's interfaces, in their order, but for link-local ones."""
-    known = [each.ip if isinstance(each.ip, str) else each.ip[0] for a in ifaddr.get_adapters() for each in a.ips]
-    return [ip for ip in known if not ipaddress.ip_address(ip).is_link_local]
+    return [each.ip for each in interface_addresses() if not ipaddress.ip_address(each.ip).is_link_local]
 
 
 def local_ips() -> frozenset[str]:
@@ -18,17 +60,21 @@ def local_ips() -> frozenset[str]:
     return frozenset(interface_ips())
 
 
+def on_link() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """The networks that this machine's interfaces are in, but for loopback and link-local ones."""
+    return [
+        ipaddress.ip_network(f"{each.ip}/{each.prefix_bits}", strict=False)
+        for each in interface_addresses()
+        if not (address := ipaddress.ip_address(each.ip)).is_loopback and not address.is_link_local
+    ]
+
+
 def reachable_addresses(address: str) -> list[str]:
     """A listening multiaddr that stands for every interface, as those of the interfaces; loopback last."""
     _, family, ip, rest = address.split("/", 3)
     if ip not in ("0.0.0.0", "::"):  # noqa: S104  compared with, not bound to
         return [address]
-    found = []
-    for adapter in ifaddr.get_adapters():
-        for known in adapter.ips:
-            if family == "ip4" and isinstance(known.ip, str):
-                found.append(ipaddress.ip_address(known.ip))
-            elif family == "ip6" and not isinstance(known.ip, str) and not known.ip[2]:  # no link-local scope
-                found.append(ipaddress.ip_address(known.ip[0]))
-    found.sort(key=lambda known: (known.is_loopback, known.is_private))
-    return [f"/{family}/{known}/{rest}" for known in found if not known.is_link_local]
+    known = [ipaddress.ip_address(each.ip) for each in interface_addresses() if not each.has_scope]
+    found = [each for each in known if f"ip{each.version}" == family and not each.is_link_local]
+    found.sort(key=lambda each: (each.is_loopback, each.is_private))
+    return [f"/{family}/{each}/{rest}" for each in found]

@@ -1,19 +1,24 @@
 """libp2p's Kademlia as this node uses it: finding peers by name, and who holds what.
 
-What counts of the answers, and when to announce, is decided by `shoal.dht.providers`.
+What counts of the answers, and when to announce, is decided by `shoal.dht.providers`; what is kept for others, by
+`shoal.node.mesh.provider_store`. Values, which libp2p's table keeps too, are none of this node's business: it takes
+none. Streams of the table are read by few tasks at once, so a peer gets few of them, each for a while.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
-from libp2p.abc import IHost
+from libp2p.abc import IHost, INetStream
+from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.peer.id import ID
+from libp2p.records.validator import NamespacedValidator
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
@@ -28,6 +33,8 @@ from shoal.dht.providers import (
     Wake,
     providers_of,
 )
+from shoal.node.mesh.circuits import end_stream
+from shoal.node.mesh.provider_store import BoundedProviders
 from shoal.node.signals import Signal
 from shoal.protocol.ids import Cid, PeerId
 
@@ -36,13 +43,44 @@ log = logging.getLogger(__name__)
 ADD_AFTER_S: Final = (0.0, 0.5, 2.0)
 """Kademlia takes a peer once identify has told that it speaks Kademlia, which may take a round trip yet."""
 
+STREAM_S: Final = 15.0
+"""How long a peer's stream is read; whoever asks well opens one for each question."""
+MAX_STREAMS: Final = 12
+MAX_STREAMS_PER_PEER: Final = 3
+MAX_STRANGERS_STREAMS: Final = 8
+"""Of all peers together that this node does not want; the rest is for those that it wants."""
+
 
 class Kademlia:
     """The distributed hash table. Made by `open_kademlia`."""
 
-    def __init__(self, dht: KadDHT, me: PeerId) -> None:
+    def __init__(self, dht: KadDHT, me: PeerId, is_wanted: Callable[[PeerId], bool]) -> None:
         self.libp2p = dht
         self._me = me
+        self._is_wanted = is_wanted
+        self._streams: Counter[PeerId] = Counter()
+        self.num_refused_streams = 0
+
+    async def serve(self, stream: INetStream) -> None:
+        """Answer what a peer asks by a stream."""
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        num_of_strangers = sum(num for each, num in self._streams.items() if not self._is_wanted(each))
+        if (
+            self._streams[peer] >= MAX_STREAMS_PER_PEER
+            or self._streams.total() >= MAX_STREAMS
+            or (num_of_strangers >= MAX_STRANGERS_STREAMS and not self._is_wanted(peer))
+        ):
+            self.num_refused_streams += 1
+            await end_stream(stream)
+            return
+        self._streams[peer] += 1
+        try:
+            with trio.move_on_after(STREAM_S) as scope:
+                await self.libp2p.handle_stream(stream)
+            if scope.cancelled_caught:
+                await end_stream(stream)
+        finally:
+            self._streams -= Counter([peer])
 
     async def add_peer(self, peer: PeerId) -> None:
         """Ask a connected peer from now on, if it takes part."""
@@ -69,11 +107,15 @@ class Kademlia:
 
 
 @asynccontextmanager
-async def open_kademlia(host: IHost, me: PeerId) -> AsyncIterator[Kademlia]:
+async def open_kademlia(host: IHost, me: PeerId, is_wanted: Callable[[PeerId], bool]) -> AsyncIterator[Kademlia]:
     """Take part in the table inside the block, which must not raise: libp2p would lose the error."""
-    dht = KadDHT(host, DHTMode.SERVER)
+    nothing = NamespacedValidator({}, strict_validation=True)
+    dht = KadDHT(host, DHTMode.SERVER, validator=nothing, validator_changed=True, strict_validation=True)
+    dht.provider_store = BoundedProviders(host, dht.peer_routing)
+    kademlia = Kademlia(dht, me, is_wanted)
+    host.set_stream_handler(PROTOCOL_ID, kademlia.serve)
     async with background_trio_service(dht):
-        yield Kademlia(dht, me)
+        yield kademlia
 
 
 async def keep_announced(cid: Cid, provide: Callable[[Cid], Awaitable[bool]], peer_came: Signal) -> None:

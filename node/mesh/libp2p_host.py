@@ -6,6 +6,7 @@ in `shoal.node.mesh.libp2p_repairs`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
@@ -13,21 +14,25 @@ from typing import Any, Final, Protocol
 
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IRawConnection, ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import MultiselectError, ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.security.exceptions import HandshakeFailure
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 
+from shoal.node.budgets import NodeBudgets
 from shoal.node.mesh.addresses import CIRCUIT, full_address
 from shoal.node.mesh.circuits import BROKEN, RelayError, closed_on_failure, parse_circuit
 from shoal.node.mesh.connections import PathDown, PathId, PathUp
@@ -36,6 +41,8 @@ from shoal.node.mesh.libp2p_stream import Libp2pByteStream
 from shoal.node.wire.channel import ByteStream, StreamClosedError, UnknownProtocolError
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
+
+log = logging.getLogger(__name__)
 
 NEGOTIATE_S: Final = 10.0
 
@@ -71,6 +78,27 @@ class Libp2pHost:
     def announce(self, addresses: Callable[[], Iterable[str]]) -> None:
         """Tell peers these full multiaddrs as this node's, and none that libp2p finds by itself."""
         announce_as_told(self.libp2p, addresses)
+
+    def dial_by(self, reach: Callable[[PeerId, Sequence[str]], Awaitable[bool]]) -> None:
+        """Have peers reached by this, instead of by libp2p, which dials whatever it has heard in the DHT.
+
+        Args:
+            reach: reaches a peer whose full multiaddrs are given; whether it is connected.
+        """
+
+        async def dial_peer(name: ID) -> list[INetConn]:
+            peer = PeerId(str(name))
+            if not self.is_alive(peer):
+                try:
+                    PeerId.parse(peer)
+                    known = [full_address(str(address), peer) for address in self.network.peerstore.addrs(name)]
+                except (PeerStoreError, UsageError, ValueError) as error:
+                    raise SwarmException(f"no address of {peer} is known") from error
+                if not await reach(peer, known):
+                    raise SwarmException(f"{peer} cannot be reached")
+            return [each for each in self._connections(peer) if _is_open(each)]
+
+        self.network.dial_peer = dial_peer
 
     # --- what is there ---
 
@@ -162,9 +190,37 @@ class Libp2pHost:
         if connection is not None:
             await connection.close()
 
+    async def cut_greedy(self, budgets: NodeBudgets, is_wanted: Callable[[PeerId], bool]) -> None:
+        """Close the connections of peers that are not wanted and hold more than their share.
+
+        What comes by a stream lies in its window until it is read, a quarter of a megabyte at least; streams are opened
+        without asking, and libp2p bounds neither.
+        """
+        most = budgets.limits.strangers_bytes
+        unread: dict[PathId, int] = {}
+        for path, connection in self._paths.items():
+            if not is_wanted(_peer_of(connection)):
+                muxed = _muxed(connection)
+                unread[path] = sum(map(len, muxed.stream_buffers.values()))
+                if len(muxed.streams) > budgets.limits.max_streams:
+                    unread[path] += most  # as if it held all
+        while unread and sum(unread.values()) > most // 2:
+            path = max(unread, key=lambda each: unread[each])
+            greedy = self._paths.get(path)
+            if greedy is not None:
+                budgets.num_cut += 1
+                held = f"{len(_muxed(greedy).streams)} streams and {unread[path] % most} bytes that are not read"
+                log.warning("%s has %s; its connection is closed", _peer_of(greedy), held)
+                await greedy.close()
+            del unread[path]
+
     async def disconnect(self, peer: PeerId) -> None:
-        """Close every connection to a peer."""
-        await self.libp2p.disconnect(ID.from_base58(str(peer)))
+        """Close every connection to a peer that stands now.
+
+        libp2p's own way forgets, after it has closed those, also whatever came in the meantime.
+        """
+        for connection in self._connections(peer):
+            await connection.close()
 
     async def close(self) -> None:
         """Close everything."""
@@ -200,10 +256,13 @@ def make_libp2p_host(secret: bytes, max_peers: int) -> Libp2pHost:
     apply_repairs()
     key_pair = create_new_key_pair(secret)
     # Noise alone: libp2p's own list ends in plain text, to which whoever is in the middle could talk both sides down.
-    noise = NoiseTransport(key_pair, noise_privkey=create_new_x25519_key_pair().private_key)
+    noise = _NoiseOfNodes(key_pair, noise_privkey=create_new_x25519_key_pair().private_key)
     # Several paths may lead to a peer; how many peers there may be is decided by this node and not by libp2p.
     limits = ConnectionConfig(
-        max_connections=3 * max_peers + 256, high_watermark=3 * max_peers + 256, max_connections_per_peer=8
+        max_connections=3 * max_peers + 256,
+        high_watermark=3 * max_peers + 256,
+        max_connections_per_peer=8,
+        inbound_upgrade_timeout=NEGOTIATE_S,
     )
     host = new_host(
         key_pair=key_pair,
@@ -213,6 +272,18 @@ def make_libp2p_host(secret: bytes, max_peers: int) -> Libp2pHost:
         disable_identify_address_discovery=True,
     )
     return Libp2pHost(host)
+
+
+class _NoiseOfNodes(NoiseTransport):
+    """Lets nobody in whose key is none that a node has: its name would mean nothing to the rest of the node."""
+
+    async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
+        secured = await super().secure_inbound(conn)
+        try:
+            PeerId.parse(str(secured.get_remote_peer()))
+        except UsageError as error:
+            raise HandshakeFailure("the key of that peer is not Ed25519") from error
+        return secured
 
 
 def peer_named(addresses: Sequence[str]) -> tuple[PeerId, list[str]]:

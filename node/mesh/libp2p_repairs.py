@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import libp2p.network.swarm
+import libp2p.kad_dht.kad_dht
+import libp2p.kad_dht.peer_routing
+import libp2p.kad_dht.provider_store
 import libp2p.peer.peerstore
 import trio
 from libp2p.abc import IHost
@@ -21,6 +23,7 @@ from libp2p.io.exceptions import IOException
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.peer.envelope import Envelope
+from libp2p.peer.peerdata import PeerData
 from libp2p.peer.peerstore import PeerStore
 from libp2p.protocol_muxer.exceptions import (
     MultiselectClientError,
@@ -43,6 +46,15 @@ log = logging.getLogger(__name__)
 
 REPAIRED_VERSION: Final = "0.8.1"
 
+MAX_KEPT_ADDRESSES: Final = 16
+"""Of a peer, as libp2p keeps them; likewise below."""
+MAX_KEPT_ADDRESS_BYTES: Final = 256
+MAX_KEPT_PROTOCOLS: Final = 64
+MAX_KEPT_PROTOCOL_CHARS: Final = 128
+MAX_KEPT_RECORD_BYTES: Final = 8192
+MAX_DHT_QUESTION_BYTES: Final = 16 * 1024
+MAX_DHT_ANSWER_BYTES: Final = 256 * 1024
+
 
 def apply_repairs() -> None:
     """Repair the installed libp2p; does nothing, and says so, if its version is another than `REPAIRED_VERSION`."""
@@ -50,19 +62,14 @@ def apply_repairs() -> None:
     if version != REPAIRED_VERSION:
         log.warning("libp2p is %s, not %s: its repairs are left out", version, REPAIRED_VERSION)
         return
-    _dial_without_waiting_for_the_race()
     _hold_peers_to_their_windows()
     _see_ipv6_addresses()
     _dial_nobody_unasked()
     _finish_frames_once_begun()
     _propose_with_the_greeting()
     _take_no_offence_at_old_records()
-
-
-def _dial_without_waiting_for_the_race() -> None:
-    # Symptom: every successful dial takes 250 ms longer than it must. The event that ends the happy-eyeballs wait
-    # (RFC 8305) is only set when an attempt fails.
-    libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.0
+    _keep_little_of_a_peer()
+    _read_short_dht_messages()
 
 
 def announce_as_told(host: IHost, addresses: Callable[[], Iterable[str]]) -> None:
@@ -148,6 +155,8 @@ def _take_no_offence_at_old_records() -> None:
         return  # repaired already
 
     def consume_newer(store: PeerStore, envelope: Envelope, ttl: int) -> bool:
+        if len(envelope.raw_payload) > MAX_KEPT_RECORD_BYTES:
+            return False
         record = envelope.record()
         known = store.peer_record_map.get(record.peer_id)
         is_own = libp2p.peer.peerstore._peer_record_signer_matches(envelope)
@@ -156,6 +165,40 @@ def _take_no_offence_at_old_records() -> None:
         return consume(store, envelope, ttl)
 
     PeerStore.consume_peer_record = consume_newer  # type: ignore[method-assign,assignment]
+
+
+def _keep_little_of_a_peer() -> None:
+    # Symptom: a peer that names 30,000 addresses or protocols of its own has them kept, and told to others; twice if
+    # they are signed. There is no bound but that of the message.
+    add, add_protocols, set_protocols = PeerData.add_addrs, PeerData.add_protocols, PeerData.set_protocols
+    if add.__name__ == "add_few":
+        return  # repaired already
+
+    def add_few(data: PeerData, addresses: Sequence[Multiaddr]) -> None:
+        room = max(0, MAX_KEPT_ADDRESSES - len(data.addrs))
+        new = [each for each in addresses[:MAX_KEPT_ADDRESSES] if len(each.to_bytes()) <= MAX_KEPT_ADDRESS_BYTES]
+        add(data, [each for each in new if each not in data.addrs][:room])
+
+    def short(protocols: Sequence[str]) -> list[str]:
+        return [each for each in protocols[:MAX_KEPT_PROTOCOLS] if len(each) <= MAX_KEPT_PROTOCOL_CHARS]
+
+    def add_few_protocols(data: PeerData, protocols: Sequence[str]) -> None:
+        add_protocols(data, short(protocols)[: max(0, MAX_KEPT_PROTOCOLS - len(data.protocols))])
+
+    def set_few_protocols(data: PeerData, protocols: Sequence[str]) -> None:
+        set_protocols(data, short(protocols))
+
+    PeerData.add_addrs = add_few  # type: ignore[method-assign,assignment]
+    PeerData.add_protocols = add_few_protocols  # type: ignore[method-assign,assignment]
+    PeerData.set_protocols = set_few_protocols  # type: ignore[method-assign,assignment]
+
+
+def _read_short_dht_messages() -> None:
+    # Symptom: whoever asks, adds a provider or answers in the DHT may send 4 MiB at a time, all of which is parsed on
+    # the loop: 66 MB of memory and half a second each. A question takes 3 kB, the longest honest answer some 100.
+    vars(libp2p.kad_dht.kad_dht)["MAX_DHT_MESSAGE_SIZE"] = MAX_DHT_QUESTION_BYTES
+    vars(libp2p.kad_dht.provider_store)["MAX_DHT_MESSAGE_SIZE"] = MAX_DHT_ANSWER_BYTES
+    vars(libp2p.kad_dht.peer_routing)["MAX_DHT_MESSAGE_SIZE"] = MAX_DHT_ANSWER_BYTES
 
 
 def _propose_with_the_greeting() -> None:

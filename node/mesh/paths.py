@@ -118,6 +118,8 @@ class Value(IntEnum):
 
 
 RECENT_S: Final = 60.0
+MAX_OVER: Final = 2
+"""So many times as many peers as there should be are kept if swarms use them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +128,16 @@ class Candidate:
 
     Attributes:
         kind: of its best path.
+        is_wanted: a swarm uses it, or as below.
         used_at: when a call last went either way.
+        is_needed: this node is reached through it, or a person named it.
     """
 
     peer: PeerId
     kind: PathKind
     is_wanted: bool
     used_at: float
+    is_needed: bool = False
 
     def value(self, now: float) -> Value:
         """What it is worth."""
@@ -145,11 +150,19 @@ def surplus(candidates: Iterable[Candidate], max_peers: int, now: float) -> list
     """Whom to let go so that at most ``max_peers`` stay: the least valued, among equals the longest unused.
 
     A relayed peer goes before one that is reached better, since it costs a third party. Those that are wanted stay,
-    even if they are too many.
+    even if they are too many. But anybody who knows a swarm's name can make itself one of its members: when there are
+    `MAX_OVER` times as many as there should be, those of them go that this node has not called for longest, unless
+    they are needed.
     """
     found = list(candidates)
     spare = sorted(
         (candidate for candidate in found if not candidate.is_wanted),
         key=lambda candidate: (candidate.value(now), -candidate.kind.rank, candidate.used_at),
     )
-    return [candidate.peer for candidate in spare[: max(0, len(found) - max_peers)]]
+    gone = spare[: max(0, len(found) - max_peers)]
+    members = sorted(
+        (candidate for candidate in found if candidate.is_wanted and not candidate.is_needed),
+        key=lambda candidate: (-candidate.kind.rank, candidate.used_at),
+    )
+    gone += members[: max(0, len(found) - len(gone) - MAX_OVER * max_peers)]
+    return [candidate.peer for candidate in gone]

@@ -5,7 +5,8 @@ out; they are optional there). The three parts:
 
 - **hop**: this node relays. A peer reserves, and others may then be connected to it through this node, which passes
   bytes on that it cannot read, within `RelayLimits` and with fair turns (`shoal.node.mesh.relay_limits`).
-- **stop**: this node is the far end of a circuit that another one opened.
+- **stop**: this node is the far end of a circuit that another one opened; through a relay that it has asked for that,
+  since any other may make up whom it brings.
 - **client**: `reserve` and `dial`.
 
 What the three share, down to how their messages lie on a stream, is `shoal.node.mesh.circuits`.
@@ -59,6 +60,8 @@ STOP_PROTOCOL: Final = TProtocol("/libp2p/circuit/relay/0.2.0/stop")
 MESSAGE_TIMEOUT_S: Final = 10.0
 MAX_HANDSHAKES_PER_PEER: Final = 16
 DIAL_TIMEOUT_S: Final = 10.0
+EXPIRED_S: Final = 60.0
+"""How long after its end a reservation may still bring circuits, since clocks differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,9 @@ class Relay:
         self._asked = trio.Event()
         self._is_open = False
         self._handshakes: Counter[PeerId] = Counter()
+        self._reserved: dict[PeerId, float] = {}  # the relays that this node may be reached through, and until when
+        self.num_unasked = 0
+        """Circuits that came from where this node had asked for none."""
         host.set_stream_handler(STOP_PROTOCOL, self._take_stop)
 
     @property
@@ -131,6 +137,7 @@ class Relay:
     def peer_down(self, peer: PeerId) -> None:
         """A peer has no connection any more."""
         self.ledger.release(peer)
+        self._reserved.pop(peer, None)
 
     # --- client ---
 
@@ -140,13 +147,17 @@ class Relay:
         Raises:
             RelayError: if it does not.
         """
+        self._reserved = {each: until for each, until in self._reserved.items() if until > trio.current_time()}
+        self._reserved.setdefault(relay, trio.current_time() + MESSAGE_TIMEOUT_S)  # it may be used before it is known
         answer = await self._ask(relay, pb.HopMessage(type=pb.HopMessage.RESERVE))
         try:
             addresses = tuple(str(Multiaddr(raw)) for raw in answer.reservation.addrs[:16])
         except ValueError:
             addresses = ()
+        expires_s = max(0.0, answer.reservation.expire - time.time())
+        self._reserved[relay] = trio.current_time() + expires_s + EXPIRED_S
         return Reservation(
-            expires_s=max(0.0, answer.reservation.expire - time.time()),
+            expires_s=expires_s,
             addresses=tuple(address for address in addresses if CIRCUIT not in address),
             circuit_s=answer.limit.duration,
             circuit_bytes=answer.limit.data,
@@ -214,6 +225,11 @@ class Relay:
     async def _serve_stop(self, stream: INetStream) -> None:
         relay = PeerId(str(stream.muxed_conn.peer_id))
         muxed = None
+        if self._reserved.get(relay, 0) < trio.current_time():
+            self.num_unasked += 1
+            log.info("%s brings a circuit and was not asked to relay for this node; it is refused", relay)
+            await end_stream(stream)
+            return
         with self._handshake(relay) as is_allowed:
             if is_allowed:
                 muxed = await self._accept_circuit(stream, relay)

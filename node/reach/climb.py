@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 MEET_S: Final = 3.0
 """How long a peer may take to introduce itself."""
 DIRECT_S: Final = 1.0
-MAX_DIALS: Final = 16
 LET_BEGIN_S: Final = 4.0
 """How long the side that should not begin a punch waits for the other before it tries itself."""
 PUNCH_HEAD_START_S: Final = 1.0
@@ -125,6 +124,10 @@ class Climber:
         if not addresses:
             _note(state, Rung.DIRECT, "the peer has no address that this node could dial")
             return
+        addresses = self._host.sift(peer, addresses)
+        if not addresses:
+            _note(state, Rung.DIRECT, "its addresses lead nowhere from here, or were dialed often enough for now")
+            return
         reasons: set[str] = set()
 
         async def dial(address: str) -> None:
@@ -137,7 +140,7 @@ class Climber:
 
         with trio.move_on_after(DIRECT_S) as scope:
             async with trio.open_nursery() as nursery:
-                for address in addresses[:MAX_DIALS]:
+                for address in addresses:
                     nursery.start_soon(dial, address)
         if _is_at_top(state):
             _note(state, Rung.DIRECT, None)

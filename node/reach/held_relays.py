@@ -177,7 +177,7 @@ class HeldRelays:
             if peer in self._host.connected or len(self._host.relays) >= 2 * NUM_RELAYS:
                 continue
             try:
-                await self._host.connect([address for address in addresses if CIRCUIT not in address])
+                await self._host.connect([address for address in addresses if CIRCUIT not in address], heard=True)
             except (NoPeersError, UsageError, IndexError) as error:
                 log.debug("a relay of the DHT: %s", error)
 

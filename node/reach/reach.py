@@ -72,7 +72,7 @@ PROVIDE_S: Final = 600.0
 PROBE_AGAIN_S: Final = 600.0
 KNOCK_S: Final = 2.0
 
-WATCH_S: Final = 1.0
+WATCH_S: Final = 2.0
 ASLEEP_S: Final = 4.0
 """A pause of this process that long means that others may have given up on it."""
 CHECK_S: Final = 2.0

@@ -25,7 +25,7 @@ from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES, MAX_OP_BYTES
 from shoal.protocol.signing import Signed
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 MAX_WAL_BYTES: Final = 4 * 1024 * 1024
 """What is kept of the write-ahead log's file once all of it is in the file itself."""
 VACUUM_PAGES: Final = 1024
@@ -46,15 +46,12 @@ CREATE TABLE blocks (
 ) STRICT;
 CREATE INDEX blocks_by_use ON blocks (pinned, last_used);
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
-"""
-
-_FORKS: Final = """
 CREATE TABLE forks (
-    swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, stands BLOB NOT NULL, other BLOB NOT NULL,
+    swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, one BLOB NOT NULL, other BLOB NOT NULL,
     PRIMARY KEY (swarm, author)
 ) STRICT, WITHOUT ROWID;
 """
-"""The proof that an author signed two logs; new in schema 2."""
+"""Of an author's ops, those from its newest snapshot on are kept; of one who signed two logs, the proof."""
 
 
 class StorageError(ShoalError):
@@ -99,7 +96,7 @@ class Storage:
             clock: Unix seconds, for the order of use of blocks.
 
         Raises:
-            StorageError: if it cannot be opened, is no such file, or was written by a newer Shoal.
+            StorageError: if it cannot be opened, is no such file, or was written by a newer or an older Shoal.
         """
         self.path = path
         self._clock = clock
@@ -182,25 +179,26 @@ class Storage:
 
         Args:
             swarm: of all of them.
-            ops: in order for each author.
+            ops: in order for each author. With a snapshot, those of its author before it go.
             forks: kept before the ops, each in the place of an earlier one of its author; ops from a fork on go.
 
         Raises:
             StorageError: if the swarm was not added, or another op is kept in the place of one of these.
         """
-        rows = [(str(swarm), str(sealed.author), open_op(sealed).seq, encode(sealed)) for sealed in ops]
+        opened = [(sealed, open_op(sealed)) for sealed in ops]
         with self._transaction() as db:
             for fork in forks:
                 db.execute(
                     "INSERT INTO forks VALUES (?, ?, ?, ?) ON CONFLICT (swarm, author) DO UPDATE SET"
-                    " stands = excluded.stands, other = excluded.other",
-                    (str(swarm), str(fork.author), encode(fork.stands), encode(fork.other)),
+                    " one = excluded.one, other = excluded.other",
+                    (str(swarm), str(fork.author), encode(fork.one), encode(fork.other)),
                 )
                 db.execute(
                     "DELETE FROM ops WHERE swarm = ? AND author = ? AND seq >= ?",
                     (str(swarm), str(fork.author), fork.seq),
                 )
-            for row in rows:
+            for sealed, op in opened:
+                row = (str(swarm), str(op.author), op.seq, encode(sealed))
                 added = db.execute("INSERT INTO ops VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount
                 if added == 0:
                     (held,) = db.execute(
@@ -208,8 +206,11 @@ class Storage:
                     ).fetchone()
                     if held != row[3]:
                         raise StorageError(
-                            f"{self.path} holds another op {row[2]} of {row[1]}; stop other nodes that use this profile"
+                            f"{self.path} holds another op {op.seq} of {op.author}; stop other nodes that use this "
+                            "profile"
                         )
+                if op.trail is not None:
+                    db.execute("DELETE FROM ops WHERE swarm = ? AND author = ? AND seq < ?", row[:3])
 
     def load_ops(self, swarm: SwarmId) -> list[Signed]:
         """Every op of a swarm, by author and sequence number."""
@@ -219,7 +220,7 @@ class Storage:
 
     def load_forks(self, swarm: SwarmId) -> list[Fork]:
         """The fork kept of each author of a swarm who signed two logs."""
-        rows = self._rows("SELECT stands, other FROM forks WHERE swarm = ? ORDER BY author", (str(swarm),))
+        rows = self._rows("SELECT one, other FROM forks WHERE swarm = ? ORDER BY author", (str(swarm),))
         with self._explained():
             return [prove(*(decode(Signed, sealed, max_bytes=MAX_OP_BYTES) for sealed in row)) for row in rows]
 
@@ -367,6 +368,11 @@ class Storage:
             raise StorageError(
                 f"{self.path} is of schema {version}, newer than this Shoal's {SCHEMA_VERSION}; update Shoal"
             )
+        if 0 < version < SCHEMA_VERSION:
+            raise StorageError(
+                f"{self.path} was written by an older Shoal (schema {version}, now {SCHEMA_VERSION}), which kept "
+                "swarms in another way; move it away, and the node starts afresh: join its runs anew"
+            )
         if version == 0:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")
@@ -376,9 +382,7 @@ class Storage:
         if version == 0:
             if db.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 raise StorageError(f"{self.path} is a database of something else; choose another place for it")
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {_FORKS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version == 1:
-            db.executescript(f"BEGIN IMMEDIATE; {_FORKS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
     def _set_pinned(self, cids: Iterable[Cid], pinned: int) -> None:
         with self._transaction() as db:

@@ -16,6 +16,7 @@ class ReplicaStatistics:
         dropped: what did not fit into the queue of a member that is gone by now.
         failed_pushes: calls that failed, each try counted.
         lost: members that took no pushes any more.
+        unheard: connections that came or went without news of it.
         not_stored: batches of ops that could not be written to disk.
     """
 
@@ -25,4 +26,5 @@ class ReplicaStatistics:
     dropped: int = 0
     failed_pushes: int = 0
     lost: int = 0
+    unheard: int = 0
     not_stored: int = 0

@@ -8,6 +8,10 @@ something signed by it, presence or an op: only then is it gossiped with and kep
 repairs: when a peer is met, at random intervals with a random member, and when something does not fit what is held.
 An op is on disk before it is acknowledged, passed on or acted on.
 
+A node whose disk was put back to an earlier state would sign other ops at places that it has used. So nothing of its
+own is written before a member was asked how far this node's own log is, or nobody could be asked for a while; until
+then it is held back.
+
 While a swarm is small every live member is dialed; in a larger one, whom gossip wants as neighbours.
 """
 
@@ -16,7 +20,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import trio
@@ -43,14 +48,16 @@ from shoal.crdt.gossip_messages import (
 from shoal.crdt.oplog import Fork, FrozenLogError, op_hash
 from shoal.crdt.presence import Excess, Fresh, Opened, Outdone, Presence, PresenceTable, Stale, record_hash
 from shoal.crdt.presence import Known as Heard
-from shoal.crdt.sync import Received, SwarmDocs
+from shoal.crdt.sync import Received, SwarmDocs, Version
+from shoal.crdt.views import Views, members
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm.counters import ReplicaStatistics
 from shoal.node.swarm.journal import Journal
-from shoal.node.swarm.members import Members
+from shoal.node.swarm.members import SMALL
+from shoal.node.swarm.reaching import Reaching
 from shoal.node.swarm.waiting import PUSH_BYTES, Waiting, in_parts
 from shoal.node.wire.contracts import (
     GossipPush,
@@ -73,13 +80,15 @@ ADDRESSES: Final = "addresses"
 """The topic on which this node says where it is reached: ``{"addresses": [full multiaddrs]}``."""
 
 HEARTBEAT_S: Final = 1.0
-HEARTBEAT_MEMBERS: Final = 64
+HEARTBEAT_MEMBERS: Final = 16
 """With more live members than this, each speaks less often, so that all together say as much."""
 REANNOUNCE_S: Final = 1.0
 REPEAT_S: Final = 0.2
 """After what was said last, and a newcomer may have missed."""
 SYNC_INTERVAL_S: Final = 5.0
-EXPIRE_INTERVAL_S: Final = 0.25
+EXPIRE_LEAST_S: Final = 0.25
+EXPIRE_MOST_S: Final = 1.0
+"""Between two looks at who is gone: when somebody may be, and otherwise, for one who speaks more often may come."""
 CALL_TIMEOUT_S: Final = 5.0
 PUSH_TRIES: Final = 3
 PUSH_AGAIN_S: Final = 0.2
@@ -87,6 +96,15 @@ PEER_TRIES: Final = 3
 MAX_RECENT_OPS: Final = 2048
 """Ops that can be passed on by name; who is asked for an older one leaves it to sync."""
 MAX_ADDRESSES: Final = 16
+OWN_HEAD_S: Final = 60.0
+"""How long a node with other members waits for one that tells the head of its own log, before it writes."""
+OWN_HEAD_ALONE_S: Final = 5.0
+"""The same, if it knows of no other author."""
+OTHERS_S: Final = 1.0
+"""How long those who answer later are waited for: one of them may know more."""
+TWICE_FROM_S: Final = 10.0
+"""Newer words in one's own name after so long were not left over from one's own life before."""
+TWICE_FOR_S: Final = 60.0
 
 
 class Replica:
@@ -96,6 +114,7 @@ class Replica:
         changed: set at every change of presence, documents or neighbours.
         on_heard: told of every news by another member: (author, topic, facts, hash of the record).
         on_gone: told of every member of whom nothing was heard for too long, or whose connection is gone.
+        on_outdone: told of the incarnation as which this node speaks from now on.
         on_documents: told when documents have changed, and are on disk.
         counters: what went wrong.
     """
@@ -111,6 +130,9 @@ class Replica:
         domain: Domain,
         *,
         rng: random.Random | None = None,
+        known: Sequence[str] = (),
+        is_new: bool = False,
+        target_return: float | None = None,
     ) -> None:
         """Take over what is stored; `begin` does the rest.
 
@@ -123,12 +145,16 @@ class Replica:
             host: carries the calls.
             domain: where its tasks may fail; `end` when it ends.
             rng: for whom to sync with, and for gossip.
+            known: full multiaddrs of members, the newest first.
+            is_new: nobody else can hold ops of this node, because it has just created the swarm.
+            target_return: of the run; which evaluations matter depends on it.
         """
         self.swarm = swarm
         self.changed = Signal()
         self.counters = ReplicaStatistics()
         self.on_heard: Callable[[PeerId, str, Mapping[str, Any], bytes], None] = lambda *_: None
         self.on_gone: Callable[[PeerId], None] = lambda _: None
+        self.on_outdone: Callable[[int], None] = lambda _: None
         self.on_documents: Callable[[], None] = lambda: None
         self._signer = signer
         self._journal = Journal(swarm, signer, docs, storage)
@@ -138,7 +164,9 @@ class Replica:
         self._gossip = Gossip(signer.peer_id, self._rng)
         self._met: dict[PeerId, Waiting] = {}
         self._contacts: set[PeerId] = set()
-        self._members = Members(swarm, signer.peer_id, host)
+        self._members = Reaching(swarm, signer.peer_id, host, storage, known)
+        self._up: set[PeerId] = set()  # of whose connection this knows
+        self._differed: set[PeerId] = set()  # of whose connection it knew otherwise than the host, at the last look
         self._syncing: set[PeerId] = set()
         self._refusals: dict[PeerId, int] = {}
         self._recent_ops: dict[ItemId, Signed] = {}
@@ -146,10 +174,19 @@ class Replica:
         self._published_at = -math.inf
         self._must_reannounce = False
         self._must_repeat = False
+        self._to_say: list[Opened] | None = None
         self._speak = Signal()
         self._tick_at = math.inf
         self._retime = Signal()
         self._said_frozen = False
+        self._views = Views(target_return)
+        self._knows_own_head = is_new
+        self._num_syncing = 0
+        self._has_synced = False
+        self._synced = Signal()
+        self._first_outdone_at = math.inf
+        self._last_outdone_at = -math.inf
+        self._written_elsewhere_at = -math.inf
 
     # What the rest of the node reads.
 
@@ -179,6 +216,24 @@ class Replica:
         return self._signer.peer_id in self._journal.frozen
 
     @property
+    def problem(self) -> str | None:
+        """What is wrong with this node's identity in this swarm, and what to do about it, if something is."""
+        if self.is_frozen:
+            return (
+                "this node's identity has written two logs: two nodes have used its profile, or it was restored from a "
+                "backup. Nobody takes what it writes any more; leave this swarm, and join it again with a new profile "
+                "(another SHOAL_HOME)"
+            )
+        now = trio.current_time()
+        is_outdone = self._last_outdone_at - self._first_outdone_at > TWICE_FROM_S
+        if (is_outdone and now < self._last_outdone_at + TWICE_FOR_S) or now < self._written_elsewhere_at + TWICE_FOR_S:
+            return (
+                "another node speaks with this node's identity: its profile was copied. Stop one of the two and give "
+                "it a new profile (another SHOAL_HOME), before both write and neither is believed"
+            )
+        return None
+
+    @property
     def frozen(self) -> dict[PeerId, Fork]:
         """The members who were shown to keep two logs, by what shows it."""
         return self._journal.frozen
@@ -191,8 +246,22 @@ class Replica:
         """The full multiaddrs at which a member says that it is reached."""
         return self._members.addresses(peer)
 
-    def documents(self) -> dict[PeerId, dict[str, Any]]:
-        """Every author's registers."""
+    def members_addresses(self) -> tuple[str, ...]:
+        """Full multiaddrs by which members are found, those connected last first."""
+        return self._members.worth_keeping()
+
+    def look_for(self, addresses: Sequence[str]) -> None:
+        """Somebody says that members are to be found there: full multiaddrs."""
+        self._members.look_for(addresses)
+
+    @property
+    def views(self) -> Views:
+        """What the documents say together, up to date."""
+        self._views.update(self._journal.documents())
+        return self._views
+
+    def documents(self) -> Mapping[PeerId, Mapping[str, Any]]:
+        """Every author's registers. Never changed."""
         return self._journal.documents()
 
     def version(self) -> dict[PeerId, int]:
@@ -215,12 +284,27 @@ class Replica:
             UsageError: if the topic is unknown, or the facts are not plain data or too much for it.
         """
         record = self._presence.announce(self._signer, topic, facts, self.every_s)
-        self._say([record])
+        if self._to_say is None:
+            self._say([record])
+        else:
+            self._to_say.append(record)
         self.changed.set()
         return record.record_hash
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published inside the block goes out at its end, to each neighbour in one message. Not nested."""
+        to_say: list[Opened] = []
+        self._to_say = to_say
+        try:
+            yield
+        finally:
+            self._to_say = None
+            if to_say:
+                self._say(to_say)
+
     async def write(self, **registers: Any) -> bool:
-        """Set registers of this node's document; returns when they are on disk.
+        """Set registers of this node's document; returns when they are on disk, or held back at the start.
 
         Returns:
             Whether they were written: not if two logs were signed with this node's key, see `is_frozen`.
@@ -230,33 +314,52 @@ class Replica:
             LimitError: if it is too much.
             StorageError: if the disk fails. Nothing was changed then, as after any error.
         """
+        if not self._knows_own_head and not self.is_frozen:
+            self._journal.hold(registers)
+            self._domain.call("telling of documents", self.on_documents)
+            self.changed.set()
+            return True
+        return await self._written(self._journal.write(registers))
+
+    async def write_held(self) -> None:
+        """Write what was held back, whether anybody was asked for the head of the own log or not. Raises as `write`."""
+        while self._journal.is_holding:
+            await self._written(self._journal.write_held())
+        self._knows_own_head = True
+
+    async def _written(self, writing: Awaitable[Signed | None]) -> bool:
         try:
-            op = await self._journal.write(registers)
+            op = await writing
         except FrozenLogError as error:
             self._say_frozen(error)
             return False
-        self._spread_ops([op], source=None)
+        if op is not None:
+            self._spread_ops([op], source=None)
         return True
 
     def begin(self) -> None:
         """Keep in step with the others from now on."""
         domain = self._domain
+        domain.start_soon("asking for the own log", self._ask_for_own_log, policy=Policy.RESTART)
         domain.start_soon("speaking", self._speak_loop, policy=Policy.RESTART)
         domain.start_soon("timing gossip", self._tick_loop, policy=Policy.RESTART)
         domain.start_soon("syncing", self._sync_loop, policy=Policy.RESTART)
-        domain.start_soon("dialing members", self._dial_loop, policy=Policy.RESTART)
+        self._members.begin(
+            domain, lambda: self.live.keys(), lambda: self._contacts, self._who_left, self._sync_quietly
+        )
         domain.start_soon("noticing who is gone", self._expire_loop, policy=Policy.RESTART)
 
     def end(self) -> None:
         """Forget the members, now that the tasks have ended."""
         for peer in list(self._met):
             self._unmeet(peer)
-        self._members.forget_all()
+        self._members.end()
 
     # Peers come and go.
 
     async def peer_up(self, peer: PeerId) -> None:
         """A connection stands; find out whether the peer is in the swarm, and catch up with it if so."""
+        self._up.add(peer)
         for attempt in range(PEER_TRIES):
             try:
                 await self.sync_with(peer)
@@ -273,13 +376,14 @@ class Replica:
 
     def peer_down(self, peer: PeerId) -> None:
         """The last connection to a peer is gone."""
+        self._up.discard(peer)
         self._refusals.pop(peer, None)
         was_member = peer in self._contacts
         self._unmeet(peer)
         self._handle(ContactDown(peer))
         if was_member:
-            self._members.lost(peer, trio.current_time())
-            if self._members.is_small(len(self.live)) and self._presence.drop(peer):
+            self._members.lost(peer)
+            if len(self.live) <= SMALL and self._presence.drop(peer):
                 self._say_gone(peer)
             self.changed.set()
 
@@ -291,6 +395,19 @@ class Replica:
             ProtocolError: if its answer breaks the protocol.
             StorageError: if what it has cannot be stored.
         """
+        self._num_syncing += 1
+        try:
+            theirs = await self._catch_up_with(peer)
+            self._has_synced = True
+        finally:
+            self._num_syncing -= 1
+            self._synced.set()
+        lacks = await self._journal.missing(theirs, PUSH_BYTES)
+        waiting = self._met.get(peer)
+        if waiting is not None and lacks:
+            waiting.add(ops=[(_op_id(op), op) for op in lacks])
+
+    async def _catch_up_with(self, peer: PeerId) -> Version:
         while True:
             ours = await self._journal.version()
             answer = await self._service_of(peer).sync(SyncRequest(self.swarm, plain_version(ours), ours.is_full))
@@ -298,11 +415,26 @@ class Replica:
             self._meet(peer)
             received = await self._take_ops(answer.ops, peer)
             if not received.accepted and not received.forks:
-                break
-        lacks = await self._journal.missing(theirs, PUSH_BYTES)
-        waiting = self._met.get(peer)
-        if waiting is not None and lacks:
-            waiting.add(ops=[(_op_id(op), op) for op in lacks])
+                return theirs
+
+    async def _ask_for_own_log(self) -> None:
+        """Let nothing be written before this node knows how far its own log is; then write what was held back."""
+        if self._knows_own_head:
+            return
+        has_others = any(author != self._signer.peer_id for author in self._journal.seqs())
+        with trio.move_on_after(OWN_HEAD_S if has_others else OWN_HEAD_ALONE_S) as asking:
+            while not self._has_synced:
+                await self._synced.wait()
+            with trio.move_on_after(OTHERS_S):
+                while self._num_syncing:
+                    await self._synced.wait()
+        if has_others and asking.cancelled_caught:
+            log.warning(
+                "%s: no member can be asked how far this node's own log is, so it goes on from what is on its disk; if "
+                "that was restored from a backup, the others will not believe it",
+                self.swarm,
+            )
+        await self.write_held()
 
     def _service_of(self, peer: PeerId) -> SwarmService:
         return client(SwarmService, self._host.at(peer), timeout_s=CALL_TIMEOUT_S)
@@ -405,7 +537,7 @@ class Replica:
             case Fresh(presence, name):
                 fresh.append(self._item(presence, name))
                 if presence.topic == ADDRESSES:
-                    self._members.told(presence.author, presence.facts)
+                    self._members.told(presence.author, presence.facts, peer)
                 self._welcome(presence.author)
                 news = (presence.author, presence.topic, presence.facts, name)
                 self._domain.call("telling news", self.on_heard, *news)
@@ -420,6 +552,8 @@ class Replica:
             case Excess():
                 pass  # the table counts it
             case Outdone():
+                self._first_outdone_at = min(self._first_outdone_at, now)
+                self._last_outdone_at = now
                 self._must_reannounce = True
                 self._speak.set()
 
@@ -443,12 +577,15 @@ class Replica:
             self.counters.refused_ops += 1
             self._refuse(source, rejected.reason)
         for fork in received.forks:
-            log.error("%s has signed two different ops %d: nothing after that is taken of it", fork.author, fork.seq)
+            log.error("%s has signed two logs: nothing is taken of it from op %d on", fork.author, fork.seq)
             if fork.author == self._signer.peer_id:
                 self._say_frozen(None)
+        own = [op for op in received.accepted if op.author == self._signer.peer_id]
+        if own:
+            self._say_own(len(own), source)
         not_known = {*received.accepted, *(rejected.sealed for rejected in received.rejected)}
         known = [_op_id(op) for op in ops if op not in not_known and op.author not in received.missing]
-        shown = [op for fork in received.forks for op in (fork.stands, fork.other)]
+        shown = [op for fork in received.forks for op in (fork.one, fork.other)]
         self._spread_ops([*shown, *received.accepted], source, known=[*also_known, *known])
         return received
 
@@ -469,6 +606,17 @@ class Replica:
         if ops:
             self._domain.call("telling of documents", self.on_documents)
             self.changed.set()
+
+    def _say_own(self, count: int, source: PeerId) -> None:
+        if self._knows_own_head:
+            self._written_elsewhere_at = trio.current_time()
+            log.error(
+                "%s has %d ops in the name of this node that it did not write since it started: its profile was copied "
+                "or restored; stop the other node that uses it, if there is one",
+                *(source, count),
+            )
+        else:
+            log.warning("%d ops of this node's own, which its disk had lost, came back from %s", count, source)
 
     def _say_frozen(self, error: FrozenLogError | None) -> None:
         if not self._said_frozen:
@@ -561,7 +709,7 @@ class Replica:
         self._unmeet(peer)
         self._handle(ContactDown(peer))
         if was_member:
-            self._members.lost(peer, trio.current_time())
+            self._members.lost(peer)
         self.changed.set()
 
     # Loops.
@@ -598,6 +746,7 @@ class Replica:
             self._presence.num_outdone,
         )
         self._say(self._presence.reannounce(self._signer, self.every_s))
+        self._domain.call("noting that it was outdone", self.on_outdone, self._presence.incarnation)
 
     async def _tick_loop(self) -> None:
         while True:
@@ -610,8 +759,8 @@ class Replica:
     async def _sync_loop(self) -> None:
         while True:
             await trio.sleep(SYNC_INTERVAL_S * self._rng.uniform(0.5, 1.5))
-            if self._contacts:
-                await self._sync_quietly(self._rng.choice(sorted(self._contacts)))
+            if self._contacts:  # who does not answer holds up nobody else
+                self._sync_soon(self._rng.choice(sorted(self._contacts)))
 
     async def _sync_quietly(self, peer: PeerId) -> None:
         if peer in self._syncing or peer == self._signer.peer_id:
@@ -628,28 +777,34 @@ class Replica:
         finally:
             self._syncing.discard(peer)
 
-    async def _dial_loop(self) -> None:
-        """Be connected to every live member of a small swarm, and to those that were lost."""
-        while True:
-            for peer in self._members.due(self.live, self._contacts, self.documents(), trio.current_time()):
-                self._domain.start_soon("reaching a member", self._dial, peer, policy=Policy.DROP)
-            await self._members.wait()
-
-    async def _dial(self, peer: PeerId) -> None:
-        try:
-            if await self._members.connect(peer) and peer not in self._contacts:
-                await self._sync_quietly(peer)
-        finally:
-            self._members.tried(peer, trio.current_time())
+    def _who_left(self) -> set[PeerId]:
+        return {peer for peer, membership in members(self.documents()).items() if membership.left}
 
     async def _expire_loop(self) -> None:
         while True:
-            await trio.sleep(EXPIRE_INTERVAL_S)
+            due_s = (self._presence.next_expiry() or math.inf) - trio.current_time()
+            await trio.sleep(min(max(due_s, EXPIRE_LEAST_S), EXPIRE_MOST_S))
+            self._compare()
             gone = self._presence.expire(trio.current_time())
             for peer in gone:
                 self._say_gone(peer)
             if gone:
                 self.changed.set()
+
+    def _compare(self) -> None:
+        """News of a connection can be lost, when too many come at once: whom the host has, is what counts.
+
+        What differs at two looks in a row is no news that is still on its way.
+        """
+        differs = self._up ^ self._host.connected.keys()
+        for peer in differs & self._differed:
+            self.counters.unheard += 1
+            if peer in self._up:
+                self.peer_down(peer)
+            else:
+                self._up.add(peer)
+                self._of(peer).start_soon("catching up", self.peer_up, peer, policy=Policy.DROP)
+        self._differed = differs
 
     def _of(self, peer: PeerId) -> Domain:
         """Where what fails with one peer ends."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from shoal.crdt.views import Evaluation, evaluations
+from shoal.crdt.snapshots import thinned
+from shoal.crdt.views import Evaluation
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
@@ -27,7 +29,7 @@ from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.holding import NoRoomError
 from shoal.node.swarm.needs import Needs
 from shoal.node.swarm.replica import Replica
-from shoal.node.swarm.workers import open_worker
+from shoal.node.swarm.workers import WorkerLostError, open_worker
 from shoal.node.wire.channel import Channel
 from shoal.protocol.codec import decode, encode, to_plain
 from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status, UsageError
@@ -35,6 +37,7 @@ from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
 from shoal.training.electorate import Electorate
 from shoal.training.exchange.ballots import Ballot
+from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import LOOK_S, Run
 from shoal.training.run_events import Policy
@@ -51,6 +54,7 @@ from shoal.training.worker_calls import (
     MERGE,
     MERGE_FAILED,
     OPEN,
+    TASK_FAILED,
     Abandon,
     Begin,
     Collect,
@@ -69,7 +73,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WORKER_TIMEOUT_S: Final = 300.0
+MAX_LOST: Final = 3
+"""Workers in a row that the task may cost before the run is given up; an update between them makes it no row."""
+GOODBYE_S: Final = 0.3
+TOLD_S: Final = 60.0
+"""How long the last failure of an environment is shown, while the run goes on."""
 STATE_SLACK_BYTES: Final = 1024 * 1024
 """Two states of one run differ only in what they say of members beside their arrays."""
 STORED_STATE_BYTES: Final = 1024 * 1024 * 1024
@@ -80,8 +88,12 @@ KEEP_PART: Final = 0.1
 """Of the time, that writing policies to disk may take."""
 MAX_DIALED: Final = 3
 """Members that are dialed for one content that nobody who is connected was named for."""
+MAX_CURVE: Final = 1024
+"""Points of the curve that is shown."""
 MAX_QUEUED: Final = 65_536
 """Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
+EVENTS_AT_ONCE: Final = 64
+"""Handled before other tasks have their turn; what they make this node say goes out together."""
 CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
 
 
@@ -132,12 +144,18 @@ class Runner:
         self._job_arrived = trio.Event()
         self._to_write: deque[events.Keep | events.Write | events.WriteEvaluation] = deque()
         self._must_write = trio.Event()
+        self._job: events.Job | events.Abandon | None = None  # the last that was begun in this worker
+        self._num_lost = 0
+        self._num_failures = 0
+        self._failed_at = -math.inf
         self._wake_at = math.inf
         self._retimed = trio.Event()
         self._needs = Needs()
         self._fetching: dict[Cid, trio.CancelScope] = {}  # what others contribute
         self._state_bytes: int | None = None
         self._keep_at = -math.inf
+        self._curve: tuple[object, float, tuple[tuple[float, ...], ...]] = (None, 0.0, ())
+        self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
 
     # What the rest of the node asks.
@@ -154,11 +172,16 @@ class Runner:
         return sum(recent) / len(recent) if recent else None
 
     def curve(self) -> tuple[tuple[float, ...], ...]:
-        """(epoch, environment steps, return), one point per evaluated epoch."""
-        points: dict[int, tuple[float, ...]] = {}
-        for found in evaluations(self.replica.documents()):
-            points.setdefault(found.epoch, (float(found.epoch), float(found.env_steps), found.mean_return))
-        return tuple(points[epoch] for epoch in sorted(points))
+        """(epoch, environment steps, return), of each epoch that was evaluated up to now; evenly fewer of very many."""
+        found = self.replica.views.evaluations
+        end = math.inf if self.policy is None else self.policy.epoch + 1
+        if self._curve[0] is not found or self._curve[1] != end:
+            points: dict[int, tuple[float, ...]] = {}
+            for each in found:
+                if each.epoch <= end:
+                    points.setdefault(each.epoch, (float(each.epoch), float(each.env_steps), each.mean_return))
+            self._curve = found, end, tuple(thinned({str(n): points[n] for n in sorted(points)}, MAX_CURVE).values())
+        return self._curve[2]
 
     # Its life.
 
@@ -183,6 +206,7 @@ class Runner:
             own_env_steps=stored.env_steps,
             rounds=stored.rounds,
         )
+        self._told = (None, None)
         self._queue.clear()
         self._jobs.clear()
         self._to_write.clear()
@@ -231,7 +255,11 @@ class Runner:
             self.post(events.Heard(author, statement, name))
 
     def _on_documents(self) -> None:
-        self.post(events.Documents(evaluations(self.replica.documents())))
+        views = self.replica.views
+        useful, own = views.useful, views.contributions.get(self._me)
+        if self._told[0] is not useful or self._told[1] != own:
+            self._told = useful, own
+            self.post(events.Documents(useful, own))
 
     # Events and what is done about them.
 
@@ -247,11 +275,13 @@ class Runner:
         while True:
             await self._arrived.wait()
             self._arrived = trio.Event()
-            for number, event in enumerate(self._drain()):
-                for output in self.core.handle(event, trio.current_time()):
-                    self._do(output)
-                self._follow()
-                if number % 64 == 63:
+            while self._queue:
+                with self.replica.together():
+                    for event in self._next_events():
+                        for output in self.core.handle(event, trio.current_time()):
+                            self._do(output)
+                        self._follow()
+                if self._queue:
                     await trio.lowlevel.checkpoint()
             self.changed.set()
 
@@ -264,8 +294,10 @@ class Runner:
                     scope.cancel()
             self._content.hold(self.swarm, self._needs.in_memory())
 
-    def _drain(self) -> Iterator[events.Event]:
-        while self._queue:
+    def _next_events(self) -> Iterator[events.Event]:
+        for _ in range(EVENTS_AT_ONCE):
+            if not self._queue:
+                return
             yield self._queue.popleft()
 
     def _do(self, output: events.Output) -> None:
@@ -356,7 +388,7 @@ class Runner:
             addresses = self.replica.addresses(peer)
             try:
                 if addresses:
-                    await self._host.connect(addresses)
+                    await self._host.connect(addresses, heard=True)
                     return (peer,)
             except (NoPeersError, UsageError) as error:
                 log.debug("dialing %s failed: %s", peer, error)
@@ -371,29 +403,64 @@ class Runner:
         while True:
             began = trio.current_time()
             try:
-                async with open_worker(nursery, self._me, self._folder / "worker.log") as worker:
+                async with open_worker(nursery, self._me, self._folder) as worker:
                     opened = await self._open(worker)
                     if not started:
                         started = True
                         task_status.started()
-                    self.error = None
                     self.post(opened)
                     await self._do_jobs(worker)
             except (RemoteError, ShoalError) as error:
-                if not started and not isinstance(error, RemoteError):
+                if isinstance(error, RemoteError) and error.status is TASK_FAILED:
+                    await self._fail(error.message, started=started)
+                may_work = isinstance(error, RemoteError) or (isinstance(error, WorkerLostError) and not error.is_task)
+                if not started and not may_work:
                     raise
                 self.error = str(error)
                 if isinstance(error, RemoteError):
-                    self.error = f"the worker failed ({error}); see {self._folder / 'worker.log'}"
+                    self.error = f"the worker failed ({error}); see {self._folder / WORKER_LOG}"
+                self._num_lost += self._is_of_task(error)
+                if self._num_lost >= MAX_LOST:
+                    await self._fail(f"{self.error}; {self._num_lost} in a row", started=started)
             self._jobs.clear()
             wait_s = backoff.after(trio.current_time() - began)
             self.post(events.WorkerGone(f"{self.error}; next try in {wait_s:.1f} s"))
             await trio.sleep(wait_s)
 
+    def _is_of_task(self, error: ShoalError) -> bool:
+        """Whether a worker came to its end by what its environments do, so that the next one may as well."""
+        if isinstance(error, WorkerLostError):
+            return error.is_task
+        is_in_them = self._job is None or isinstance(self._job, events.Collect | events.Evaluate)
+        return isinstance(error, RemoteError) and error.status is Status.INTERNAL and is_in_them
+
+    async def _fail(self, reason: str, *, started: bool) -> None:
+        """Give the run up on this node: its task does not work here."""
+        if not started:
+            raise ShoalError(reason)
+        self.error = reason
+        self.post(events.TaskFailed(reason))
+        self._domain.start_soon("learning the task", self._give_up, reason, policy=Task.END)
+        await trio.sleep_forever()
+
+    async def _give_up(self, reason: str) -> None:
+        await trio.sleep(GOODBYE_S)  # for the others to hear that this node does not learn any more
+        raise ShoalError(reason)
+
+    def _note_failures(self, count: int, last: str) -> None:
+        """Show what failed in environments, for a while."""
+        now = trio.current_time()
+        if count > self._num_failures:
+            self._num_failures, self._failed_at, self.error = count, now, last
+            log.warning("swarm %s: %s", self.swarm, last)
+        elif self.error is not None and now >= self._failed_at + TOLD_S:
+            self.error = None
+
     async def _open(self, worker: Channel) -> events.Opened:
-        request = Open(self.manifest, self._me, str(self._folder))
+        self._job, self._num_failures = None, 0
+        request = Open(self.manifest, self._me, str(self._folder), secrets.token_hex(8))
         try:
-            answer = await worker.call(OPEN, request, timeout_s=WORKER_TIMEOUT_S)
+            answer = await worker.call(OPEN, request)
         except RemoteError as error:
             if error.status is Status.INVALID_ARGUMENT:
                 raise UsageError(error.message) from error
@@ -409,13 +476,15 @@ class Runner:
                 self._job_arrived = trio.Event()
                 await self._job_arrived.wait()
                 continue
-            match self._jobs.popleft():
+            self._job = self._jobs.popleft()
+            match self._job:
                 case events.Collect(samples, max_seconds):
-                    done = await worker.call(COLLECT, Collect(samples, max_seconds), timeout_s=WORKER_TIMEOUT_S)
+                    done = await worker.call(COLLECT, Collect(samples, max_seconds))
+                    self._note_failures(done.failures, done.failure)
                     self.post(events.Collected(done.epoch_samples, done.samples, done.seconds, done.episode_returns))
                 case events.Update(policy):
                     begin = Begin(policy.epoch, policy.cid, policy.env_steps, policy.electorate.to_plain())
-                    await self._merged(await worker.call(BEGIN, begin, timeout_s=WORKER_TIMEOUT_S))
+                    await self._merged(await worker.call(BEGIN, begin))
                 case events.Merge(ballot):
                     await self._merge(worker, ballot)
                 case events.Load(result, keep_samples):
@@ -425,7 +494,7 @@ class Runner:
                 case events.Finish(final):
                     await self._finish(worker, final)
                 case events.Abandon(keep_samples):
-                    await worker.call(ABANDON, Abandon(keep_samples), timeout_s=WORKER_TIMEOUT_S)
+                    await worker.call(ABANDON, Abandon(keep_samples))
 
     async def _merge(self, worker: Channel, ballot: Ballot) -> None:
         key = self.core.round.key if self.core.round is not None else None
@@ -441,7 +510,7 @@ class Runner:
                 tuple(each.offer.seconds for each in ballot.offers),
                 tuple(contributions),
             )
-            answer = await worker.call(MERGE, request, timeout_s=WORKER_TIMEOUT_S)
+            answer = await worker.call(MERGE, request)
         except UnavailableError as error:
             self.post(events.MergeFailed(str(error)))
         except RemoteError as error:
@@ -455,6 +524,7 @@ class Runner:
         """The update wants something averaged, or is done."""
         if answer.state is not None:
             cid = await self._content.put(answer.state.state or b"", owner=self.swarm)
+            self._num_lost = 0
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats))
             return
         offered: Cid | None = None
@@ -472,7 +542,7 @@ class Runner:
             self._needs.come(cid, is_policy=True)
             sources = await self._reachable(self.core.lineage.holders(cid))
             data = await self._content.get(cid, sources, max_bytes=self._max_bytes(is_policy=True), owner=self.swarm)
-            answer = await worker.call(LOAD, Load(data, keep_samples), timeout_s=WORKER_TIMEOUT_S)
+            answer = await worker.call(LOAD, Load(data, keep_samples))
         except UnavailableError as error:
             self.post(events.LoadRefused(str(error)))
         except RemoteError as error:
@@ -484,11 +554,12 @@ class Runner:
 
     async def _evaluate(self, worker: Channel) -> None:
         request = Evaluate(self.manifest.eval_episodes, (self.manifest.seed + 1_000_003) % 2**32)
-        evaluated = await worker.call(EVALUATE, request, timeout_s=WORKER_TIMEOUT_S)
+        evaluated = await worker.call(EVALUATE, request)
+        self._note_failures(evaluated.failures, evaluated.failure)
         mean = sum(evaluated.returns) / len(evaluated.returns)
         env_steps = 0 if self.policy is None else self.policy.env_steps
         if math.isfinite(mean):
-            await worker.call(LOG, Log(env_steps, {"evaluation/return": mean}), timeout_s=WORKER_TIMEOUT_S)
+            await worker.call(LOG, Log(env_steps, {"evaluation/return": mean}))
         self.post(events.Evaluated(mean))
 
     async def _finish(self, worker: Channel, final: Evaluation | None) -> None:
@@ -511,7 +582,7 @@ class Runner:
             "seconds": round(self.ended_at - self.started_at, 3),
             "curve": [{"epoch": int(p[0]), "env_steps": int(p[1]), "return": p[2]} for p in points],
         }
-        await worker.call(FINISH, Finish(str(self._folder), points, result), timeout_s=WORKER_TIMEOUT_S)
+        await worker.call(FINISH, Finish(str(self._folder), points, result))
         self.results = self._folder
         log.info("swarm %s: done, solved: %s (epoch %d)", self.swarm, progress.solved, result["epoch"])
         self.post(events.Finished())

@@ -9,26 +9,30 @@ Also the services that peers call: content, documents and presence.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
 
 import trio
 
-from shoal.crdt.oplog import Fork
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
 from shoal.node.config import ProfilePaths
+from shoal.node.mesh.addresses import usefulness
 from shoal.node.mesh.host import Host, HostEvent, PeerDown, PeerUp
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StoredSwarm
+from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.journal import load_docs
+from shoal.node.swarm.lookup import look_up
+from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
@@ -37,11 +41,11 @@ from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, 
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, current_call
-from shoal.protocol.signing import Signed, Signer
+from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
 from shoal.training.requirements import check_here
 from shoal.training.statements import TOPIC_RULES, Phase
-from shoal.training.ticket import Ticket
+from shoal.training.ticket import Ticket, in_turns
 
 if TYPE_CHECKING:
     from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
@@ -50,7 +54,6 @@ log = logging.getLogger(__name__)
 
 LOOKUPS: Final = 3
 LOOKUP_PAUSE_S: Final = 1.0
-TICKET_ADDRESSES: Final = 8
 
 
 @dataclass(slots=True)
@@ -78,7 +81,7 @@ class Joined:
     @property
     def error(self) -> str | None:
         """What is wrong, if something is."""
-        return self.run.error if self.failure is None else self.failure
+        return self.failure or self.replica.problem or self.run.error
 
 
 class Swarms:
@@ -93,8 +96,10 @@ class Swarms:
         content: ContentStore,
         paths: ProfilePaths,
         domain: Domain,
+        remembered: Remembered,
     ) -> None:
         self.joined: dict[SwarmId, Joined] = {}
+        self._created: set[SwarmId] = set()  # in this life of the node, which alone can have written in them so far
         self.changed = Signal()
         self._signer = signer
         self._host = host
@@ -102,6 +107,9 @@ class Swarms:
         self._content = content
         self._paths = paths
         self._domain = domain
+        self._remembered = remembered
+        self._entering: WeakValueDictionary[SwarmId, trio.Lock] = WeakValueDictionary()
+        self._is_taken_up = False
 
     def get(self, swarm: SwarmId) -> Joined:
         """One of them.
@@ -115,12 +123,10 @@ class Swarms:
         return membership
 
     def ticket(self, swarm: SwarmId) -> str:
-        """A ticket for a swarm, with this node's and some other members' addresses."""
-        addresses = [*self._host.addresses()]
+        """A ticket for a swarm, with addresses of this node and of other members, the most useful first."""
         replica = self.get(swarm).replica
-        for member in replica.live:
-            addresses += replica.addresses(member)
-        return str(Ticket(swarm, tuple(dict.fromkeys(addresses))[:TICKET_ADDRESSES]))
+        known = by_peer(replica.members_addresses()).values()
+        return str(Ticket.of(swarm, in_turns([self._host.addresses(), *known], usefulness)))
 
     # What a person does.
 
@@ -131,8 +137,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         role = self._role(request.role)
-        target_return, requires = await self._check_task(request.task, request.algorithm)
-        manifest = Manifest(
+        asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
             algorithm=request.algorithm,
@@ -141,15 +146,26 @@ class Swarms:
             mode=request.mode,
             batch_size=request.batch_size,
             min_learners=request.min_learners,
-            target_return=target_return if request.target_return is None else request.target_return,
+            target_return=request.target_return,
             eval_episodes=request.eval_episodes,
             eval_interval=request.eval_interval,
             max_env_steps=request.max_env_steps,
+            name=request.name or "",
             created_at=int(time.time()),
-            requires=requires,
         )
+        target_return, requires = await self._check_task(request.task, request.algorithm)
+        if request.target_return is not None:
+            target_return = request.target_return
+        manifest = replace(asked, target_return=target_return, requires=requires)
+        held = await trio.to_thread.run_sync(self._storage.list_swarms)
+        known = self.joined.keys() | {entry.swarm for entry in held}
         swarm, data = sign_manifest(manifest, self._signer)
-        await self._enter(self._entry(swarm, data, role), is_new=True)
+        while swarm in known or swarm in self._entering:  # another run like this one was started in the same second
+            manifest = replace(manifest, created_at=manifest.created_at + 1)
+            swarm, data = sign_manifest(manifest, self._signer)
+        self._created.add(swarm)
+        async with self._alone_in(swarm):
+            await self._enter(self._entry(swarm, data, role), is_new=True)
         return swarm
 
     async def join(self, ticket: Ticket, role_name: str) -> tuple[SwarmId, Role]:
@@ -160,8 +176,13 @@ class Swarms:
             UsageError: if this node cannot take part in this run.
         """
         role = self._role(role_name)
+        async with self._alone_in(ticket.swarm):
+            return await self._join(ticket, role)
+
+    async def _join(self, ticket: Ticket, role: Role) -> tuple[SwarmId, Role]:
         known = self.joined.get(ticket.swarm)
         if known is not None and known.failure is None:
+            known.replica.look_for(ticket.addresses)
             return ticket.swarm, known.run.role
         held = await trio.to_thread.run_sync(self._storage.list_swarms)
         stored = next((entry for entry in held if entry.swarm == ticket.swarm), None)
@@ -170,7 +191,9 @@ class Swarms:
         if known is not None:
             known.home.cancel()
             await known.home.wait_gone()
-        entry = self._entry(ticket.swarm, data, role, ticket.addresses)
+        before = () if stored is None else stored.addresses
+        addresses = tuple(dict.fromkeys((*ticket.addresses, *before)))
+        entry = self._entry(ticket.swarm, data, role, addresses)
         await self._enter(entry, is_new=stored is None or stored.has_left)
         return ticket.swarm, role
 
@@ -180,10 +203,15 @@ class Swarms:
         Raises:
             UsageError: if this node is not in it.
         """
+        async with self._alone_in(swarm):
+            await self._leave(swarm)
+
+    async def _leave(self, swarm: SwarmId) -> None:
         membership = self.get(swarm)
         if membership.domain is not None:
             try:
                 await membership.replica.write(member={"role": str(membership.run.role), "left": True})
+                await membership.replica.write_held()
             except ShoalError as error:
                 log.warning("%s is left without a goodbye: %s", swarm, error)
             await trio.sleep(0.2)  # for the goodbye to go out; who misses it, hears it by sync from the others
@@ -205,10 +233,18 @@ class Swarms:
                 continue
             home = self._domain.inside("swarm", str(stored.swarm))
             home.start_soon("living", self._take_up, home, stored, manifest, policy=Policy.RESTART)
-            ticket = Ticket(stored.swarm, stored.addresses)
-            home.start_soon("reaching members", self._reach_quietly, ticket, policy=Policy.RESTART)
+        self._is_taken_up = True
 
     # Entering.
+
+    @asynccontextmanager
+    async def _alone_in(self, swarm: SwarmId) -> AsyncIterator[None]:
+        """Only one at a time enters or leaves a swarm, so that no two replicas of one are run."""
+        lock = self._entering.get(swarm)
+        if lock is None:
+            lock = self._entering[swarm] = trio.Lock()
+        async with lock:
+            yield
 
     def _role(self, name: str) -> Role:
         if name == "auto":
@@ -224,17 +260,7 @@ class Swarms:
     async def _check_task(self, task: str, algorithm: str) -> tuple[float | None, dict[str, int]]:
         """Whether both are installed here; gives the task's own target, and what members of a run must have."""
         require_training()
-        result = await trio.run_process(
-            [sys.executable, "-m", "shoal.training.tasks", task, algorithm],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-        try:
-            answer = json.loads(result.stdout)
-        except ValueError as error:
-            log.warning("checking %s failed: %s", task, result.stderr.decode(errors="replace")[-2000:])
-            raise ShoalError(f"the task {task!r} could not be looked up; the node's log says why") from error
+        answer = await look_up(task, algorithm)
         if "error" in answer:
             raise UsageError(answer["error"])
         return answer["target_return"], answer["requires"]
@@ -284,13 +310,13 @@ class Swarms:
         """One swarm from entering it until it is left, or until a failure ends it."""
         has_begun = False
         # Shown from now on; nothing may be written before what is stored has been read.
-        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, (), (), home)
+        membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, None, home, 0)
         try:
             check_here(manifest, Role(entry.role))
-            stored = await trio.to_thread.run_sync(self._storage.load_ops, entry.swarm)
-            forks = await trio.to_thread.run_sync(self._storage.load_forks, entry.swarm)
+            docs = await load_docs(entry.swarm, self._signer.peer_id, self._storage)
+            incarnation = await trio.to_thread.run_sync(self._remembered.next_incarnation)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
-                membership = self._membership(home, entry, manifest, stored, forks, domain)
+                membership = self._membership(home, entry, manifest, docs, domain, incarnation)
                 membership.domain = domain
                 self.joined[entry.swarm] = membership
                 await self._begin(membership, domain, entry)
@@ -315,18 +341,29 @@ class Swarms:
         home: Domain,
         entry: StoredSwarm,
         manifest: Manifest,
-        stored: Sequence[Signed],
-        forks: Sequence[Fork],
+        docs: SwarmDocs | None,
         domain: Domain,
+        incarnation: int,
     ) -> Joined:
         swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
-        docs = SwarmDocs(swarm, me, stored, forks)
-        presence = PresenceTable(swarm, me, int(time.time() * 1000), TOPIC_RULES)
-        replica = Replica(swarm, self._signer, docs, presence, self._storage, self._host, domain)
+        docs = SwarmDocs(swarm, me) if docs is None else docs
+        presence = PresenceTable(swarm, me, incarnation, TOPIC_RULES)
+        replica = Replica(
+            *(swarm, self._signer, docs, presence, self._storage, self._host, domain),
+            known=entry.addresses,
+            is_new=swarm in self._created,
+            target_return=manifest.target_return,
+        )
+        replica.on_outdone = lambda number: domain.start_soon(
+            "noting an incarnation", self._note_incarnation, number, policy=Policy.DROP
+        )
         folder = self._paths.swarm(swarm)
         run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
         replica.changed = run.changed = self.changed
         return Joined(manifest, run, replica, home)
+
+    async def _note_incarnation(self, number: int) -> None:
+        await trio.to_thread.run_sync(self._remembered.note_incarnation, number)
 
     async def _begin(self, membership: Joined, domain: Domain, entry: StoredSwarm) -> None:
         run, replica = membership.run, membership.replica
@@ -356,7 +393,8 @@ class Swarms:
         for _ in range(LOOKUPS):
             if reached or not self._host.connected:
                 break
-            reached = await self._connect_any([list(a) for a in await self._host.find_providers(ticket.swarm)])
+            found = await self._host.find_providers(ticket.swarm)
+            reached = await self._connect_any([list(each) for each in found], heard=True)
             if not reached:
                 await trio.sleep(LOOKUP_PAUSE_S)
         if not reached and must:
@@ -366,14 +404,14 @@ class Swarms:
             )
         return reached
 
-    async def _connect_any(self, groups: list[list[str]]) -> list[PeerId]:
-        """Dial all; returns those that answered by the time the first did."""
+    async def _connect_any(self, groups: list[list[str]], *, heard: bool = False) -> list[PeerId]:
+        """Dial all, as `Host.connect` does; returns those that answered by the time the first did."""
         reached: list[PeerId] = []
         async with open_plain_nursery() as nursery:
 
             async def dial(addresses: list[str]) -> None:
                 try:
-                    peer = await self._host.connect(addresses)
+                    peer = await self._host.connect(addresses, heard=heard)
                 except (ShoalError, ValueError) as error:  # whatever a ticket or the DHT gives for an address
                     log.info("%s", error)
                     return
@@ -384,9 +422,6 @@ class Swarms:
             for addresses in groups:
                 nursery.start_soon(dial, addresses)
         return reached
-
-    async def _reach_quietly(self, ticket: Ticket) -> None:
-        await self._reach(ticket, must=False)
 
     async def _fetch_manifest(self, swarm: SwarmId, peers: list[PeerId]) -> bytes:
         try:
@@ -416,10 +451,13 @@ class Swarms:
         """The state of a swarm that this node is in.
 
         Raises:
-            RemoteError: NOT_FOUND if it is in no such swarm, or if that does not run.
+            RemoteError: NOT_FOUND if it is in no such swarm, or if that does not run; UNAVAILABLE if it is about to.
         """
         membership = self.joined.get(swarm)
+        is_coming = not self._is_taken_up if membership is None else membership.failure is None
         if membership is None or membership.domain is None:
+            if is_coming:  # who heard that it is not in the swarm would forget it
+                raise RemoteError(Status.UNAVAILABLE, "this node has just begun; ask again")
             raise RemoteError(Status.NOT_FOUND, f"this node is not in {swarm}")
         return membership.replica
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 from shoal.crdt.gossip_messages import Control
 from shoal.crdt.sync import Head, Version
 from shoal.node.wire.lanes import LaneKind, LaneTicket
-from shoal.protocol.codec import Attachment
+from shoal.protocol.codec import Attachment, decode, encode
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
-from shoal.protocol.limits import BLOCK_BYTES
+from shoal.protocol.limits import BLOCK_BYTES, MAX_MEMBERS
 from shoal.protocol.services import Empty, Service, unary
 from shoal.protocol.signing import Signed
 
@@ -29,18 +30,24 @@ class Block:
     data: Attachment
 
 
+MAX_HEAD_BYTES: Final = 128
+"""One author and its head, as they are encoded; 121 at most."""
+
+_HEADS: Final[Any] = dict[str, Head]
+
+
 @dataclass(frozen=True, slots=True)
 class SyncRequest:
     """Asks for the ops that the caller lacks.
 
     Attributes:
         swarm: of which.
-        version: how far the caller is, by author.
+        version: how far the caller is, by author: `plain_version`.
         is_full: whether it has a place for no more authors.
     """
 
     swarm: SwarmId
-    version: dict[str, Head]
+    version: bytes
     is_full: bool = False
 
 
@@ -49,7 +56,7 @@ class SyncAnswer:
     """Ops that the caller lacks, in order (maybe not all of them), and how far the answerer is itself."""
 
     ops: tuple[Signed, ...]
-    version: dict[str, Head]
+    version: bytes
     is_full: bool = False
 
 
@@ -71,20 +78,21 @@ class GossipPush:
 
 
 def typed_version(message: SyncRequest | SyncAnswer) -> Version:
-    """How far a peer says it is, checked.
+    """How far a peer says it is, checked. What names more authors than there can be is refused unread.
 
     Raises:
-        ProtocolError: if an author is not a peer id.
+        ProtocolError: if it is no version, or an author is not a peer id.
     """
+    heads = decode(_HEADS, message.version, max_bytes=MAX_MEMBERS * MAX_HEAD_BYTES)
     try:
-        return Version({PeerId.parse(author): head for author, head in message.version.items()}, message.is_full)
+        return Version({PeerId.parse(author): head for author, head in heads.items()}, message.is_full)
     except UsageError as error:
         raise ProtocolError(str(error)) from error
 
 
-def plain_version(version: Version) -> dict[str, Head]:
-    """The heads as they go into a message."""
-    return {str(author): head for author, head in version.heads.items()}
+def plain_version(version: Version) -> bytes:
+    """The heads as they go into a message: MessagePack, from author to head."""
+    return encode({str(author): head for author, head in version.heads.items()})
 
 
 class NodeService(Service, name="node"):

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
+from shoal.node.budgets import Memory
 from shoal.node.metrics import Metrics
 from shoal.node.supervise import Domain, Policy
 from shoal.node.wire.bulk import Bulk
@@ -84,7 +85,7 @@ class _Link:
     """One peer."""
 
     domain: Domain
-    account: Account = field(default_factory=Account)
+    account: Account
     opening: trio.Lock = field(default_factory=trio.Lock)
     stream: Channel | None = None
     lane: Channel | None = None
@@ -105,13 +106,16 @@ class _Link:
 class Links:
     """The streams to all peers. `close` ends them."""
 
-    def __init__(self, paths: Paths, router: Router, domain: Domain, *, lanes: bool = True) -> None:
+    def __init__(
+        self, paths: Paths, router: Router, domain: Domain, *, lanes: bool = True, memory: Memory | None = None
+    ) -> None:
         self.metrics = Metrics()
         self.bulk = Bulk(self)
         self._paths = paths
         self._router = router
         self._domain = domain
         self._lanes = lanes
+        self._memory = memory
         self._is_draining = False
         self._door = LaneDoor()
         self._links: dict[PeerId, _Link] = {}
@@ -244,7 +248,8 @@ class Links:
     def _link_of(self, peer: PeerId) -> _Link:
         link = self._links.get(peer)
         if link is None:
-            link = self._links[peer] = _Link(self._domain.inside("peer", peer))
+            purse = None if self._memory is None else self._memory.purse(peer)
+            link = self._links[peer] = _Link(self._domain.inside("peer", peer), Account(purse=purse))
         return link
 
     async def _dial_stream(self, peer: PeerId, link: _Link, protocol: str) -> Channel:

@@ -18,7 +18,7 @@ import trio
 
 from shoal.node.metrics import Metrics
 from shoal.node.wire.outbox import ENOUGH_BYTES, Outbox, total_bytes
-from shoal.protocol.budget import Budget
+from shoal.protocol.budget import Budget, Purse
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import (
     LimitError,
@@ -155,8 +155,8 @@ class Serving:
 class Account:
     """What one peer holds of this node over all of its streams, and which of its calls wait for room in that."""
 
-    def __init__(self, *, max_bytes: int = MAX_HELD_BYTES) -> None:
-        self.budget = Budget(max_bytes=max_bytes)
+    def __init__(self, *, max_bytes: int = MAX_HELD_BYTES, purse: Purse | None = None) -> None:
+        self.budget = Budget(max_bytes=max_bytes, purse=purse)
         self._waiting: deque[tuple[Server, Serving]] = deque()
 
     def reserve(self, server: Server, serving: Serving) -> None:

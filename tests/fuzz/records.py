@@ -19,6 +19,7 @@ from shoal.crdt import oplog, presence, views
 from shoal.crdt.document import MAX_REGISTERS, Document
 from shoal.crdt.oplog import NO_OP, Fork, Op, op_hash, open_op
 from shoal.crdt.presence import Excess, Fresh, PresenceTable
+from shoal.crdt.snapshots import NAME_BYTES, places
 from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import ProtocolError, UsageError
@@ -69,7 +70,7 @@ class _Scene:
             require(fork.author in self.authors, "a fork was shown of somebody who signed nothing")
             self.forks[fork.author] = fork
             self.accepted = [op for op in self.accepted if op.author != fork.author or open_op(op).seq < fork.seq]
-            self.authors[fork.author].receive([fork.stands, fork.other])
+            self.authors[fork.author].receive([fork.one, fork.other])
         for sealed in received.accepted:
             require(sealed.author in self.authors, "an op was taken that nobody here signed")
             self.accepted.append(sealed)
@@ -77,21 +78,25 @@ class _Scene:
             again = self.authors[sealed.author].receive([sealed])
             is_astray = sealed.author in self.authors[sealed.author].frozen or sealed.author in self.forks
             require(sealed in again.accepted or not again.missing or is_astray, "one takes an op that another refuses")
-        again = self.docs.receive([*received.accepted, *(op for f in received.forks for op in (f.stands, f.other))])
+        again = self.docs.receive([*received.accepted, *(op for f in received.forks for op in (f.one, f.other))])
         require(not again.accepted and not again.forks, "an op or a fork was taken twice")
 
-    def next_op(self, signer: Signer, lies: int, update: bytes) -> Signed:
+    def next_op(self, signer: Signer, lies: int, update: bytes, *, is_snapshot: bool = False) -> Signed:
         """The author's next op with any update, and with lies beside it."""
         author = signer.peer_id
         seq = self.docs.seqs().get(author, 0) + 1
         seq += (1 if lies & _LIE_GAP else 0) - (1 if lies & _LIE_REWRITE and seq > 1 else 0)
+        log = self.docs._logs.get(author)
+        trail = log.trail(seq) if log is not None and is_snapshot else b""
+        names = NAME_BYTES * len(places(seq))
         op = Op(
             swarm=OTHER_SWARM if lies & _LIE_SWARM else SWARM,
             author=author,
             seq=seq,
-            prev=bytes(32) if lies & _LIE_PREV else self.heads[author],
+            prev=NO_OP if lies & _LIE_PREV or seq == 1 else self.heads[author],
             lamport=1 if lies & _LIE_LAMPORT else self.docs.lamport + 1,
             update=update,
+            trail=(trail + bytes(names))[:names] if is_snapshot else None,
         )
         return _seal(signer, oplog.KIND, encode(op), lies)
 
@@ -137,6 +142,13 @@ def _step_registers(scene: _Scene, signer: Signer, lies: int, data: bytes) -> No
         scene.receive(scene.next_op(signer, lies, _yjs_update(registers, clock)))
 
 
+def _step_snapshot(scene: _Scene, signer: Signer, lies: int, data: bytes) -> None:
+    """The same as a snapshot."""
+    registers = _unpacked(data)
+    if isinstance(registers, dict):
+        scene.receive(scene.next_op(signer, lies, _yjs_update(registers, 0), is_snapshot=True))
+
+
 def _step_op(scene: _Scene, signer: Signer, lies: int, data: bytes) -> None:
     """Any payload of an op."""
     scene.receive(_seal(signer, oplog.KIND, data, lies))
@@ -180,6 +192,7 @@ _VERSION: Final[Any] = dict[str, Head]
 _STEPS: Final[tuple[Callable[[_Scene, Signer, int, bytes], None], ...]] = (
     *(_step_honest_write, _step_update, _step_registers, _step_op),
     *(_step_sealed, _step_presence, _step_announce, _step_version),
+    _step_snapshot,
 )
 
 
@@ -224,8 +237,12 @@ def _check_documents(scene: _Scene) -> None:
 
 def _clock(scene: _Scene, author: PeerId) -> int:
     """How many items the author's updates have made so far: the clock at which its next update starts."""
-    ops = [decode(Op, sealed.payload, max_bytes=2**17) for sealed in scene.accepted if sealed.author == author]
-    return sum(_varint_at(op.update, 1) for op in ops)
+    clock = 0
+    for sealed in scene.accepted:
+        if sealed.author == author:
+            op = decode(Op, sealed.payload, max_bytes=2**17)
+            clock = (clock if op.trail is None else 0) + _varint_at(op.update, 1)
+    return clock
 
 
 def _varint_at(data: bytes, at: int) -> int:
@@ -278,7 +295,7 @@ def _seeds() -> list[bytes]:
     heard = bob.announce(BOB, "facts", decode(_FACTS, said["facts"]), 1.0).sealed
     vote = bob.announce(BOB, "vote", decode(_FACTS, said["vote"]), 1.0).sealed
     first = SwarmDocs(SWARM, BOB.peer_id).write(BOB, **registers)
-    version = encode({str(ALICE.peer_id): Head(), str(BOB.peer_id): Head(7, bytes(32), 9, bytes(32))})
+    version = encode({str(ALICE.peer_id): Head(), str(BOB.peer_id): Head(7, bytes(32), 9)})
     announced = [(6, bytes([1 | index << 2]) + said[topic]) for index, topic in enumerate(_TOPIC_NAMES)]
     scenes: list[list[Step]] = [
         [write, (0, b"\0" + encode({"member": {"left": True}})), (7, b"\0" + version)],
@@ -287,6 +304,8 @@ def _seeds() -> list[bytes]:
         [(3, b"\1" + first.payload), (4, b"\0" + encode(first)), (5, b"\1" + heard.payload)],
         [*announced, (4, b"\0" + encode(heard))],
         [(4, b"\0" + encode(vote)), (4, b"\0" + encode(heard)), *[announced[0]] * 6],
+        [write, (8, b"\0" + encode(raw)), (2, b"\0" + encode(raw)), (8, bytes([_LIE_GAP]) + encode(raw))],
+        [write, write, write, *((8, bytes([lie]) + encode(raw)) for lie in (_LIE_PREV, _LIE_REWRITE, _LIE_SWARM))],
         [write, *((2, bytes([lie]) + encode(raw)) for lie in (_LIE_PREV, _LIE_REWRITE, _LIE_LAMPORT, _LIE_SIGNATURE))],
     ]
     return [pack_steps(scene) for scene in scenes]

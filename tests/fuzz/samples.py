@@ -30,10 +30,11 @@ _WHOLE: tuple[object, ...] = (
     Manifest(owner=ALICE.peer_id, task="gym:CartPole-v1", algorithm="ppo", hyperparameters={"gamma": 0.9}),
     ContentManifest(size=BLOCK_BYTES + 1, blocks=(Cid.of_block(b"a"), Cid.of_block(b"b"))),
     Op(swarm=SWARM, author=ALICE.peer_id, seq=1, prev=bytes(32), lamport=1, update=b"\0"),
+    Op(swarm=SWARM, author=ALICE.peer_id, seq=4, prev=bytes(32), lamport=1, update=b"\0", trail=bytes(32)),
     Presence(
         swarm=SWARM, author=ALICE.peer_id, topic="facts", started_at=1, seq=1, every_s=1.0, facts={"role": "learner"}
     ),
-    Head(seq=7, hash=bytes(32), fork=9, stands=bytes(32)),
+    Head(seq=7, hash=bytes(32), fork=9),
     Walk(ALICE.peer_id, 3),
     Control(have=(bytes(16),), want=(bytes(16),), neighbour=Ask.JOIN, walks=(Walk(ALICE.peer_id, 3),)),
     BulkRef(bytes(ID_BYTES), 7),

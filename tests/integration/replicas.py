@@ -12,13 +12,13 @@ from typing import Any
 import trio
 
 from shoal.crdt.presence import PresenceTable, TopicRule
-from shoal.crdt.sync import SwarmDocs
+from shoal.crdt.sync import SwarmDocs, Version
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.node.swarm.replica import Replica
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest, plain_version
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, current_call
@@ -56,7 +56,7 @@ class Listener(SwarmService):
     """Takes whatever it is told, and says nothing."""
 
     async def sync(self, request: SyncRequest) -> SyncAnswer:
-        return SyncAnswer((), {})
+        return SyncAnswer((), plain_version(Version()))
 
     async def gossip(self, request: GossipPush) -> Empty:
         return Empty()
@@ -111,10 +111,11 @@ async def a_node(
     *,
     folder: Path | None = None,
     stored: list[Signed] | None = None,
+    is_new: bool | None = None,
     started_at: int = 1_000_000,
     listen: str = "/ip4/127.0.0.1/tcp/0",
 ) -> AsyncIterator[Node]:
-    """A node that is in the swarm."""
+    """A node that is in the swarm; nobody has ops of its own if ``is_new``, as when none were stored."""
     signer, calls = signer_of(number), Calls()
     with tempfile.TemporaryDirectory() as temporary:
         async with a_host(number, calls, listen) as host, Supervisor().open("node") as outer:
@@ -124,7 +125,8 @@ async def a_node(
                 storage.append_ops(SWARM, stored or [])
                 docs = SwarmDocs(SWARM, signer.peer_id, storage.load_ops(SWARM), storage.load_forks(SWARM))
                 table = PresenceTable(SWARM, signer.peer_id, started_at, TOPICS)
-                replica = Replica(SWARM, signer, docs, table, storage, host, domain)
+                new = signer.peer_id not in docs.seqs() if is_new is None else is_new
+                replica = Replica(SWARM, signer, docs, table, storage, host, domain, is_new=new)
                 node = Node(signer, host, replica, storage, calls, domain=domain)
                 replica.on_heard = lambda *news: node.heard.append(news)  # type: ignore[arg-type]
                 replica.on_gone = node.gone.append

@@ -1,7 +1,7 @@
 """Each repair of libp2p does what it is for, and libp2p without it does not: its symptom is shown beside it.
 
 When an upgrade of libp2p mends a symptom, the second half of its test fails, and the repair may go. Of the repairs, the
-race of dials is in ``test_host.py`` and the windows are in ``test_hostile.py``.
+windows are in ``test_hostile.py``, and what is kept of a peer and read of the DHT in ``test_strangers.py``.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@ The tasks are read from the source, so that one that is added is in this test fr
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import errno
 import gc
 import itertools
 import os
 import signal
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,163 +22,68 @@ import pytest
 import trio
 from libp2p.peer.id import ID
 
-import shoal.node
 from shoal.crdt.sync import Head
-from shoal.node.api.client import Client
-from shoal.node.api.schemas import FailureInfo, SwarmDetail
-from shoal.node.config import NodeConfig, ReachConfig
-from shoal.node.daemon import Node, run_node
+from shoal.node.daemon import Node
 from shoal.node.identity import load_or_create_identity
-from shoal.node.mesh.circuits import BROKEN
 from shoal.node.mesh.connections import ClosePath, LetGo
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.reach.punch import DCUTR_PROTOCOL, PunchError
 from shoal.node.reach.webrtc import open_webrtc
-from shoal.node.store.database import Storage, StorageError, StoredSwarm
+from shoal.node.store.database import Storage, StorageError
+from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import ReachService, SessionDescription, SyncRequest
-from shoal.protocol.errors import RemoteError, ShoalError, UsageError
+from shoal.node.wire.contracts import NodeService, ReachService, SessionDescription, SwarmService, SyncRequest
+from shoal.protocol.codec import encode
+from shoal.protocol.errors import RemoteError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
-from shoal.protocol.services import client
+from shoal.protocol.services import Empty, client
 from shoal.protocol.signing import Signer
-from shoal.training.manifest import Manifest, sign_manifest
 from shoal.training.run_events import Fetch
 from shoal.training.ticket import Ticket
 
+from .lives import (
+    ALIVE,
+    GENEROUS_S,
+    LOOPBACK,
+    OF_A_LEARNER,
+    ON_A_LAN,
+    TASKS,
+    WHY,
+    Failures,
+    Scene,
+    all_fail,
+    ask,
+    running,
+    supervised,
+    until,
+)
+
 pytestmark = pytest.mark.trio
 
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-GENEROUS_S = 30.0
-OWNER = Signer(b"o" * 32)
 STRANGER = Signer(b"s" * 32).peer_id
-ALIVE = ("storing", "starting")
-WHY = "it was made to fail"
-
-
-def supervised(source: str) -> Iterator[tuple[str, Policy]]:
-    """The tasks that a source starts in a failure domain, by name."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-            name, by = node.args[0], node.func.attr
-            policies = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "policy"]
-            if isinstance(name, ast.Constant) and isinstance(name.value, str) and (policies or by in ("call", "serve")):
-                yield name.value, Policy[policies[0].rpartition(".")[2]] if policies else Policy.DROP
-
-
-SOURCES = [path for folder in shoal.node.__path__ for path in sorted(Path(folder).rglob("*.py"))]
-TASKS = dict(task for path in SOURCES for task in supervised(path.read_text(encoding="utf-8")))
-
-
-NOT_IN_THE_SCENE = {
-    "mapping the port": "a node that listens on loopback alone asks no router",
-    "meeting a neighbour on the LAN": "it is not looked for on loopback",
-    "reaching a neighbour": "in a swarm so small every member is dialed, and not those alone whom gossip wants",
-}
-"""Tasks that do not begin in the scene, and why."""
-
-
-async def until(holds: Callable[[], object]) -> None:
-    """Wait for what no event tells of."""
-    with trio.fail_after(GENEROUS_S):
-        while not holds():  # noqa: ASYNC110  see above
-            await trio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
-def _process() -> Iterator[None]:
+def _process(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A node changes its process: how it takes signals, and what its collector looks at."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    caplog.get_records("call").clear()  # they hold what failed, and with it their sockets
     gc.unfreeze()
-    gc.collect()
+    for _ in range(5):  # what one pass finalises may have held what the next one finds
+        gc.collect()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@dataclass
-class Scene:
-    """A profile that is in two swarms, in which it stores."""
-
-    home: Path
-    role: str = "storage"
-    bootstrap: tuple[str, ...] = ()
-    config: NodeConfig = field(init=False)
-    first: SwarmId = field(init=False)
-    second: SwarmId = field(init=False)
-
-    def __post_init__(self) -> None:
-        reach = ReachConfig(port_mapping=False, relay="on")
-        self.config = NodeConfig(
-            home=self.home, profile="p", listen=(LOOPBACK,), mdns=True, bootstrap=self.bootstrap, reach=reach
-        )
-        self.config.paths.create()
-        self.signer = load_or_create_identity(self.config.paths.identity).signer
-        self.first, self.second = (self._joined(seed) for seed in (1, 2))
-
-    def _joined(self, seed: int) -> SwarmId:
-        manifest = Manifest(owner=OWNER.peer_id, task="gym:CartPole-v1", algorithm="ppo", seed=seed)
-        swarm, data = sign_manifest(manifest, OWNER)
-        role = self.role if seed == 1 else "storage"
-        with self.storage() as storage:
-            storage.add_swarm(StoredSwarm(swarm=swarm, manifest=data, role=role, joined_at=float(seed), addresses=()))
-        return swarm
-
-    def storage(self) -> _Stored:
-        return _Stored(self.config.paths.database)
-
-    def has_left(self) -> list[bool]:
-        with self.storage() as storage:
-            return [entry.has_left for entry in storage.list_swarms()]
-
-
-class _Stored:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Storage:
-        self._storage = Storage(self._path)
-        return self._storage
-
-    def __exit__(self, *_: object) -> None:
-        self._storage.close()
-
-
-@asynccontextmanager
-async def running(scene: Scene, seam: Callable[[str, str], None] | None = None) -> AsyncIterator[Node]:
-    """The whole node of a scene."""
-    async with trio.open_nursery() as nursery:
-        is_ready = trio.Event()
-        nodes: list[Node] = []
-
-        def on_ready(node: Node) -> None:
-            nodes.append(node)
-            is_ready.set()
-
-        nursery.start_soon(run_node, scene.config, on_ready, seam)
-        with trio.fail_after(GENEROUS_S):
-            await is_ready.wait()
-        yield nodes[0]
-        nodes[0].stop()
-
-
-async def ask(scene: Scene, swarm: SwarmId) -> tuple[SwarmDetail, list[FailureInfo]]:
-    """What the node's API says."""
-
-    def asks() -> tuple[SwarmDetail, list[FailureInfo]]:
-        with Client(scene.config.paths, scene.config.profile) as client:
-            return client.swarm(swarm), client.metrics().failures
-
-    return await trio.to_thread.run_sync(asks)
 
 
 # --- each task -------------------------------------------------------------------------------------------------------
 
 
 async def test_the_tasks_are_found() -> None:
-    assert {"living", "run", "following the host", "the local API"} <= TASKS.keys()
+    assert {"living", "run", "following the host", "the local API"} | ON_A_LAN <= TASKS.keys()
     source = "domain.start_soon('a', f, policy=Policy.END)\nd.call('b', f)\nnursery.start_soon(f)\nx.start('c', f)"
     assert list(supervised(source)) == [("a", Policy.END), ("b", Policy.DROP)]
 
@@ -190,114 +95,180 @@ async def test_the_node_and_its_other_swarm_live_on_when_each_task_fails_once(
 ) -> None:
     networks = itertools.count(1)  # the machine comes to another one each second
     monkeypatch.setattr("shoal.node.reach.reach.local_ips", lambda: {f"192.0.2.{next(networks) % 250}"})
-    failed_in: dict[str, str] = {}
-    begun: Counter[tuple[str, str]] = Counter()
-    expected = TASKS.keys() - NOT_IN_THE_SCENE.keys()
-
-    def seam(domain: str, name: str) -> None:
-        begun[domain, name] += 1
-        if name not in failed_in and str(scene.second) not in domain:
-            failed_in[name] = domain
-            raise ZeroDivisionError(f"{WHY}: {name};")
-
-    def all_have_failed() -> bool:
-        again = [(failed_in[name], name) for name in expected & failed_in.keys() if TASKS[name] is Policy.RESTART]
-        return expected <= failed_in.keys() and all(begun[task] > 1 for task in again if not task[0].startswith("peer"))
-
     async with running(Scene(tmp_path / "friend")) as friend:
         scene = Scene(tmp_path / "node", bootstrap=tuple(friend.node().addresses))
-        async with running(scene, seam) as node:
+        failures = Failures(scene, TASKS.keys() - ON_A_LAN - OF_A_LEARNER)
+        async with running(scene, failures.seam) as node:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(be_strange_to, node, friend, scene.first)
-                nursery.start_soon(lose_again_and_again, node, friend.node().peer_id, scene.first)
-                with trio.move_on_after(GENEROUS_S):
-                    await until(all_have_failed)
+                happenings = Happenings(node, friend, scene.first)
+                nursery.start_soon(failures.make, *happenings.of_circuits())
+                nursery.start_soon(failures.make, *happenings.of_others())
+                nursery.start_soon(failures.make, *happenings.of_members())
+                await all_fail(failures, node)
                 nursery.cancel_scope.cancel()
-            assert expected - failed_in.keys() == set()
-            assert all_have_failed()
-            await until(lambda: scene.first in node.node().swarms and node.swarm(scene.first).phase in ALIVE)
-            await until(lambda: Path(scene.config.paths.api).exists())
-            shown, failures = await ask(scene, scene.second)
-        assert shown.phase in ALIVE
-        assert shown.error is None
-        own = {each.task: each.count for each in failures if each.fault == "own"}
-        assert own == dict.fromkeys(failed_in, 1)
-        assert scene.has_left() == [False, False]
-    check_told(caplog, failed_in)
-    caplog.clear()  # it holds what failed, and with it their sockets
+            await failures.check(caplog)
 
 
-def check_told(caplog: pytest.LogCaptureFixture, failed_in: dict[str, str]) -> None:
-    """Each failure is in the log once, with its task and where that was."""
-    for task, domain in failed_in.items():
-        told = [record for record in caplog.records if f"{WHY}: {task};" in record.getMessage()]
-        assert len(told) == 1
-        assert f"{domain}: {task} failed" in told[0].getMessage()
-        assert told[0].exc_info is not None
+Happening = tuple[Callable[[], Awaitable[object]], tuple[str, ...]]
 
 
-async def be_strange_to(node: Node, friend: Node, swarm: SwarmId) -> None:
-    """Hosts that come and go, by every way in, and what else happens to a node; again and again."""
-    name, host, climber = node.node().peer_id, node._host, node._reach._climber
-    for number in itertools.count():
-        first = 3 * number % 250
-        async with stranger(node, first) as one, stranger(node, first + 1) as other, plain(first + 2) as hidden:
-            with contextlib.suppress(ShoalError, *BROKEN):
-                one.relay.open()
-                await hidden.connect(one.addresses())
-                await hidden.relay.reserve(one.peer_id)
-                await host.relay.reserve(one.peer_id)
-                await host.connect([f"{one.addresses()[0]}/p2p-circuit/p2p/{hidden.peer_id}"])
-                async with open_webrtc() as webrtc:
-                    offer = await webrtc.offer([])
-                    reach = client(ReachService, hidden.at(name), timeout_s=5)
-                    await reach.webrtc(SessionDescription(offer.sdp))
-                    await offer.aclose()
-            with contextlib.suppress(ShoalError, *BROKEN):
-                await hidden.disconnect(name)
-                await hidden.relay.dial(f"{one.addresses()[0]}/p2p-circuit/p2p/{name}")
-            with contextlib.suppress(ShoalError, *BROKEN):
-                await one.relay.reserve(name)
-                await other.relay.dial(f"{node.node().addresses[0]}/p2p-circuit/p2p/{one.peer_id}")
+@dataclass
+class Happenings:
+    """What happens to a node, by the tasks that begin by it: hosts come by every way in, and go, and others do not."""
+
+    node: Node
+    friend: Node
+    swarm: SwarmId
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, 250)))
+
+    def of_circuits(self) -> Iterator[Happening]:
+        """Each with the names of those tasks."""
+        yield self.a_circuit_leads_out, ("climbing", "meeting a peer", "finding relays", "running a stream")
+        yield self.a_circuit_leads_in, ("taking a circuit", "letting a stream go", "serving a stream")
+        yield self.webrtc_is_offered, ("awaiting WebRTC",)
+        yield self.it_relays, ("relaying",)
+
+    def of_others(self) -> Iterator[Happening]:
+        """Likewise."""
+        yield self.a_punch_is_proposed, ("answering a punch",)
+        yield self.a_punch_fails, ("ending a punch",)
+        yield self.there_is_no_room, ("closing a path", "letting a peer go")
+        yield self.somebody_comes_and_goes, ("accepting a lane", "keeping a lane", "keeping a peer alive")
+
+    def of_members(self) -> Iterator[Happening]:
+        """Likewise."""
+        yield self.somebody_is_ahead, ("syncing with a peer",)
+        yield self.news_is_lost, ("catching up",)
+        yield self.it_is_outdone, ("noting an incarnation",)
+        yield self.something_is_missing, ("fetching",)
+        yield self.a_friend_pulls, ("serving a bulk lane",)
+        yield self.a_friend_is_lost, ("telling who is gone", "reaching a member")
+
+    @property
+    def name(self) -> PeerId:
+        return self.node.node().peer_id
+
+    @property
+    def address(self) -> str:
+        return self.node.node().addresses[0]
+
+    async def a_circuit_leads_out(self) -> None:
+        async with self.stranger() as one, self.host() as hidden:
+            await self._reserve(one, hidden)
+            await self.node._host.relay.reserve(one.peer_id)
+            await self.node._host.connect([f"{one.addresses()[0]}/p2p-circuit/p2p/{hidden.peer_id}"])
+            await trio.sleep(0.5)  # as long as it takes to climb, or to fail
+
+    async def a_circuit_leads_in(self) -> None:
+        async with self.relayed() as hidden:
+            await client(NodeService, hidden.at(self.name), timeout_s=5).ping(Empty())
+            await hidden.dial(self.name, self.address)
+
+    async def webrtc_is_offered(self) -> None:
+        async with open_webrtc() as webrtc:
+            offer = await webrtc.offer([])  # before there is a circuit, from which the node climbs
+            async with self.relayed() as hidden:
+                await client(ReachService, hidden.at(self.name), timeout_s=5).webrtc(SessionDescription(offer.sdp))
+            await offer.aclose()
+
+    async def it_relays(self) -> None:
+        async with self.stranger() as one, self.stranger() as other:
+            await one.relay.reserve(self.name)
+            await other.relay.dial(f"{self.address}/p2p-circuit/p2p/{one.peer_id}")
+
+    async def a_punch_is_proposed(self) -> None:
+        async with self.stranger() as one:
             with contextlib.suppress(Exception):
-                await one.libp2p.new_stream(ID.from_base58(name), [DCUTR_PROTOCOL])
+                await one.libp2p.new_stream(ID.from_base58(self.name), [DCUTR_PROTOCOL])
+
+    async def a_punch_fails(self) -> None:
+        puncher = self.node._reach._climber._puncher
+        assert puncher is not None
+        async with self.stranger() as one:
             with contextlib.suppress(PunchError):
-                await climber._puncher._dial_all(other.peer_id, [("127.0.0.1", 1)], None, is_initiator=True)
-            lane = await friend._host.links.dial_bulk_lane(name)
-            if lane is not None:
-                lane.close()
-            if swarm in node.node().swarms:
-                node._swarms.get(swarm).run._do(Fetch(Cid.of_block(b"nobody has this"), (), keep=False))
-            if other.peer_id in host.connected:
-                host._carry_out(ClosePath(host.connected[other.peer_id].best.id))
-                host._carry_out(LetGo(other.peer_id))
-            await trio.sleep(0.1)
+                await puncher._dial_all(one.peer_id, [("127.0.0.1", 1)], None, is_initiator=True)
 
+    async def a_friend_pulls(self) -> None:
+        lane = await self.friend._host.links.dial_bulk_lane(self.name)
+        if lane is not None:
+            lane.close()
 
-async def lose_again_and_again(node: Node, friend: PeerId, swarm: SwarmId) -> None:
-    """The connections to another member end whenever it has just become one."""
-    while True:
-        joined = node._swarms.joined.get(swarm)
+    async def a_friend_is_lost(self) -> None:
+        joined = self.node._swarms.joined.get(self.swarm)
+        friend = self.friend.node().peer_id
         if joined is not None and friend in joined.replica.neighbours and friend in joined.replica.live:
-            await node._host.disconnect(friend)
-        await trio.sleep(0.2)
+            await self.node._host.disconnect(friend)
+
+    async def something_is_missing(self) -> None:
+        if self.swarm in self.node.node().swarms:
+            run = self.node._swarms.get(self.swarm).run
+            run._do(Fetch(Cid.of_block(b"nobody has this"), (), keep=False))
+
+    async def it_is_outdone(self) -> None:
+        if self.swarm in self.node.node().swarms:
+            self.node._swarms.get(self.swarm).replica._reannounce()
+
+    async def somebody_is_ahead(self) -> None:
+        async with self.stranger() as one:
+            ahead = SyncRequest(self.swarm, encode({str(self.friend.node().peer_id): Head(99, bytes(32))}))
+            await client(SwarmService, one.at(self.name), timeout_s=5).sync(ahead)
+
+    async def news_is_lost(self) -> None:
+        joined = self.node._swarms.joined.get(self.swarm)
+        friend = self.friend.node().peer_id
+        if joined is not None and friend in self.node._host.connected:
+            joined.replica.peer_down(friend)  # and nobody says that it is there again
+
+    async def there_is_no_room(self) -> None:
+        host = self.node._host
+        async with self.stranger() as one:
+            await host.wait_connected(one.peer_id)
+            host._carry_out(ClosePath(host.connected[one.peer_id].best.id))
+            host._carry_out(LetGo(one.peer_id))
+
+    async def somebody_comes_and_goes(self) -> None:
+        async with self.stranger() as one:
+            await client(NodeService, one.at(self.name), timeout_s=5).ping(Empty())
+            await trio.sleep(0.5)  # as long as a lane takes
+
+    async def _reserve(self, relay: Host, hidden: Host) -> None:
+        relay.relay.open()
+        await hidden.connect(relay.addresses())
+        await hidden.relay.reserve(relay.peer_id)
+
+    @asynccontextmanager
+    async def host(self) -> AsyncIterator[Host]:
+        """A host."""
+        secret = bytes([next(self.numbers)]) * 32
+        async with open_host(secret=secret, listen=[LOOPBACK], bootstrap=[], mdns=False, router=Router()) as host:
+            yield host
+
+    @asynccontextmanager
+    async def relayed(self) -> AsyncIterator[Host]:
+        """A host that has come to the node by a circuit."""
+        async with self.stranger() as one, self.host() as hidden:
+            await self._reserve(one, hidden)
+            await self.node._host.relay.reserve(one.peer_id)
+            await hidden.relay.dial(f"{one.addresses()[0]}/p2p-circuit/p2p/{self.name}")
+            yield hidden
+
+    @asynccontextmanager
+    async def stranger(self) -> AsyncIterator[Host]:
+        """A host that connects to the node, and goes again."""
+        async with self.host() as host:
+            await host.connect(self.node.node().addresses)
+            yield host
 
 
-@asynccontextmanager
-async def plain(number: int) -> AsyncIterator[Host]:
-    """A host."""
-    secret = bytes([number]) * 32
-    async with open_host(secret=secret, listen=[LOOPBACK], bootstrap=[], mdns=False, router=Router()) as host:
-        yield host
-
-
-@asynccontextmanager
-async def stranger(node: Node, number: int) -> AsyncIterator[Host]:
-    """A host that connects to the node, and goes again."""
-    async with plain(number) as host:
-        with contextlib.suppress(ShoalError):
-            await host.connect(node.node().addresses)
-        yield host
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network of its own needs root")
+async def test_so_they_do_on_a_lan_and_in_a_swarm_that_is_not_all_connected(tmp_path: Path) -> None:
+    network = "ip link set lo up && ip link add eth0 type veth peer name far && ip addr add 10.77.0.1/24 dev eth0"
+    network += " && ip link set far up && ip link set eth0 up && ip route add default via 10.77.0.254"
+    scene = [sys.executable, "-m", "pytest", str(Path(__file__).with_name("lives_on_a_lan.py"))]
+    command = ["unshare", "--net", "sh", "-c", f'{network} && exec "$@"', "sh", *scene]
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'there'}"]
+    done = await trio.run_process([*command, *options], capture_stdout=True, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")
 
 
 # --- a swarm that ends -----------------------------------------------------------------------------------------------
@@ -320,6 +291,7 @@ async def swarms_of(scene: Scene) -> AsyncIterator[Swarms]:
                 content=ContentStore(storage, host),
                 paths=scene.config.paths,
                 domain=domain,
+                remembered=Remembered(storage),
             )
             for service in swarms.services():
                 router.add(service)
@@ -333,7 +305,8 @@ async def fails() -> None:
 
 
 async def end_by_a_failure(swarms: Swarms, swarm: SwarmId) -> None:
-    await until(lambda: swarm in swarms.joined and str(swarms.get(swarm).phase) in ALIVE)
+    await until(lambda: swarm in swarms.joined and swarms.get(swarm).domain)
+    await until(lambda: str(swarms.get(swarm).phase) in ALIVE)
     domain = swarms.get(swarm).domain
     assert domain is not None
     domain.start_soon("a task", fails, policy=Policy.END)
@@ -381,7 +354,7 @@ async def test_a_peer_that_calls_and_comes_and_goes_while_a_swarm_is_left_harms_
         membership = swarms.get(scene.first)
         domain, replica = membership.domain, membership.replica
         assert domain is not None
-        ahead = SyncRequest(scene.first, {str(scene.signer.peer_id): Head(99, bytes(32), 99, bytes(32))})
+        ahead = SyncRequest(scene.first, encode({str(scene.signer.peer_id): Head(99, bytes(32), 99)}))
         nursery.start_soon(swarms.leave, scene.first)
         while scene.first in swarms.joined:
             for event in (PeerUp(STRANGER), PeerDown(STRANGER), PeerUp(STRANGER)):

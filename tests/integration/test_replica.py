@@ -7,16 +7,21 @@ import sqlite3
 import pytest
 import trio
 
+from shoal.crdt import oplog
 from shoal.crdt.document import Document
 from shoal.crdt.oplog import KIND, NO_OP, Op
 from shoal.crdt.presence import KIND as PRESENCE
 from shoal.crdt.presence import PresenceTable, record_hash
-from shoal.crdt.sync import Head, SwarmDocs
+from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.node import supervise
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest
+from shoal.node.store.database import StorageError
+from shoal.node.swarm import replica
+from shoal.node.swarm.journal import SLICE_OPS
+from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest, plain_version, typed_version
 from shoal.protocol.codec import encode
-from shoal.protocol.errors import Fault, RemoteError, Status
-from shoal.protocol.ids import SwarmId
+from shoal.protocol.errors import Fault, LimitError, RemoteError, Status
+from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.limits import MAX_MEMBERS
 from shoal.protocol.services import client
 from shoal.protocol.signing import Signed
 
@@ -95,7 +100,7 @@ async def test_a_stranger_is_answered_but_not_kept_until_it_has_signed_something
         async with together(a_node(1), a_host(3, Listener())) as (one, stranger):
             await stranger.connect(one.host.addresses())
             calls = client(SwarmService, stranger.at(one.me), timeout_s=5)
-            await calls.sync(SyncRequest(SWARM, {}))
+            await calls.sync(SyncRequest(SWARM, encode({})))
             await calls.gossip(GossipPush(SWARM))
             assert one.replica.neighbours == frozenset()
             assert stranger.peer_id not in one.host.wanted
@@ -112,10 +117,10 @@ async def test_nothing_that_a_peer_sends_is_told_as_a_fault_of_the_node() -> Non
             await liar.connect(one.host.addresses())
             calls = client(SwarmService, liar.at(one.me), timeout_s=5)
             with pytest.raises(RemoteError) as told:
-                await calls.sync(SyncRequest(SWARM, {"nobody": Head()}))
+                await calls.sync(SyncRequest(SWARM, encode({"nobody": Head()})))
             assert told.value.status is Status.INVALID_ARGUMENT
-            huge = Head(2**53, bytes(32), 2**53, bytes(32))
-            await calls.sync(SyncRequest(SWARM, {str(one.me): huge, str(liar.peer_id): huge}))
+            huge = Head(2**53, bytes(32), 2**53)
+            await calls.sync(SyncRequest(SWARM, encode({str(one.me): huge, str(liar.peer_id): huge})))
             one.replica.on_heard = lambda *_: 1 // 0
             key = signer_of(3)
             record = PresenceTable(SWARM, key.peer_id, 1, TOPICS).announce(key, "facts", {}, 1.0).sealed
@@ -158,7 +163,8 @@ async def test_a_copied_profile_ends_the_same_everywhere_and_others_go_on() -> N
             assert not await one.replica.write(policy=9)
             assert not two.replica.is_frozen
             assert await two.replica.write(policy="goes on")
-            await one.until(lambda: one.replica.documents().get(two.me) == {"policy": "goes on"})
+            for node in (one, two, three):
+                await node.until(lambda node=node: node.replica.documents().get(two.me) == {"policy": "goes on"})  # type: ignore[misc]
             for node in (one, two, three):
                 again = SwarmDocs(SWARM, node.me, node.storage.load_ops(SWARM), node.storage.load_forks(SWARM))
                 assert again.documents() == node.replica.documents()
@@ -259,3 +265,126 @@ async def test_a_record_that_was_overtaken_while_it_waited_is_not_sent() -> None
             await two.until(lambda: any(news[3] == last for news in two.heard))
             assert len([news for news in two.heard if news[1] == "facts"]) < 10
             assert last == record_hash(one.replica._presence.find(last[:16]))  # type: ignore[arg-type]
+
+
+async def test_a_profile_restored_from_a_backup_goes_on_from_what_the_others_hold_of_its_log() -> None:
+    key = signer_of(1)
+    docs = SwarmDocs(SWARM, key.peer_id)
+    ops = [docs.write(key, policy=n, evaluations={str(n): n}) for n in range(9)]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, stored=ops[:4]), a_node(2, stored=ops)) as (one, two):
+            assert await one.replica.write(policy="after the backup")
+            assert one.replica.documents()[key.peer_id]["policy"] == "after the backup"  # here, and nowhere else yet
+            assert one.replica.version() == {key.peer_id: 4}
+            await one.host.connect(two.host.addresses())
+            await two.until(lambda: two.replica.version() == {key.peer_id: 10})
+            await one.until(lambda: one.replica.documents() == two.replica.documents())
+            assert two.replica.documents()[key.peer_id]["policy"] == "after the backup"
+            assert two.replica.documents()[key.peer_id]["evaluations"].keys() == {str(n) for n in range(9)}
+            assert one.replica.frozen == two.replica.frozen == {}
+            assert one.replica.problem is None
+
+
+async def test_a_profile_whose_disk_is_gone_goes_on_from_what_the_others_hold_of_its_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(oplog, "COMPACT_OPS", 10)
+    key = signer_of(1)
+    docs = SwarmDocs(SWARM, key.peer_id)
+    stored = [docs.write(key, policy=n) for n in range(35)][30:]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, is_new=False), a_node(2, stored=stored)) as (one, two):
+            assert await one.replica.write(policy="again")
+            await one.host.connect(two.host.addresses())
+            await two.until(lambda: two.replica.version() == {key.peer_id: 36})
+            assert two.replica.frozen == {}
+
+
+async def test_a_node_that_nobody_can_be_asked_about_writes_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "OWN_HEAD_ALONE_S", 0.05)
+    key = signer_of(1)
+    stored = [SwarmDocs(SWARM, key.peer_id).write(key, policy=1)]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, stored=stored)) as (one,):
+            assert await one.replica.write(policy=2)
+            assert await one.replica.write(policy=3)
+            await one.until(
+                lambda: SwarmDocs(SWARM, one.me, one.storage.load_ops(SWARM)).documents() == {one.me: {"policy": 3}}
+            )
+
+
+async def test_what_was_held_back_survives_a_disk_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "OWN_HEAD_ALONE_S", 3600.0)
+    key = signer_of(1)
+    stored = [SwarmDocs(SWARM, key.peer_id).write(key, policy=1)]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1, stored=stored)) as (one,):
+            assert await one.replica.write(policy=2)
+            one.storage._db.execute("PRAGMA query_only = ON")
+            with pytest.raises(StorageError):
+                await one.replica.write_held()
+            one.storage._db.execute("PRAGMA query_only = OFF")
+            assert one.replica.documents() == {key.peer_id: {"policy": 2}}
+            assert one.replica.version() == {key.peer_id: 1}
+            await one.replica.write_held()
+            assert await one.replica.write(other=3)
+            assert one.replica.version() == {key.peer_id: 3}
+            assert one.replica.documents() == {key.peer_id: {"policy": 2, "other": 3}}
+
+
+async def test_an_identity_that_runs_twice_is_told_to_its_user() -> None:
+    """The copy has written what the original hears in its own name, and then both write."""
+    key = signer_of(1)
+    copy = SwarmDocs(SWARM, key.peer_id)
+    ops = [copy.write(key, policy="copy")]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_node(2)) as (one, two):
+            await one.host.connect(two.host.addresses())
+            await one.knows(two)
+            await two.knows(one)
+            calls = client(SwarmService, two.host.at(one.me), timeout_s=5)
+            await calls.gossip(GossipPush(SWARM, ops=tuple(ops)))
+            await one.until(lambda: one.replica.problem is not None)
+            assert "its profile was copied. Stop one of the two" in str(one.replica.problem)
+            assert await one.replica.write(policy="original")
+            forked = copy.write(key, policy="copy again")
+            await calls.gossip(GossipPush(SWARM, ops=(forked,)))
+            await one.until(lambda: one.replica.is_frozen)
+            assert "join it again with a new profile" in str(one.replica.problem)
+            assert not await one.replica.write(policy="more")
+
+
+async def test_a_sync_that_names_thousands_of_authors_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr(PeerId, "parse", lambda text: parsed.append(text) or signer_of(1).peer_id)
+    heads = {f"{n:052}": Head(7, bytes(32)) for n in range(4500)}
+    with pytest.raises(LimitError):
+        typed_version(SyncRequest(SWARM, encode(heads)))
+    assert parsed == []
+    monkeypatch.undo()
+    most = Version({signer.peer_id: Head(2**32, bytes(32), 2**32) for signer in map(signer_of, range(MAX_MEMBERS))})
+    assert typed_version(SyncRequest(SWARM, plain_version(most))) == most
+
+
+async def test_seven_hundred_forged_ops_in_one_push_leave_others_their_turns() -> None:
+    """And the good one among them is taken."""
+    key = signer_of(3)
+    docs = SwarmDocs(SWARM, key.peer_id)
+    good = docs.write(key, policy="good")
+    forged = [Signed(key.peer_id, good.payload[:-1] + bytes([n % 256]), bytes(64)) for n in range(350)]
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1)) as (one,):
+            steps = 0
+
+            async def count() -> None:
+                nonlocal steps
+                while True:
+                    steps += 1
+                    await trio.lowlevel.checkpoint()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(count)
+                await one.replica.serve_gossip(signer_of(2).peer_id, GossipPush(SWARM, ops=(*forged, good, *forged)))
+                nursery.cancel_scope.cancel()
+            assert one.replica.documents() == {key.peer_id: {"policy": "good"}}
+            assert steps > len(forged) // SLICE_OPS

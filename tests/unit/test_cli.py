@@ -16,11 +16,12 @@ from rich.console import Console
 
 from shoal.cli import main, render
 from shoal.cli.common import hyperparameters
-from shoal.cli.spawn import descendants, kill_tree, wait_gone
+from shoal.cli.spawn import kill_tree, wait_gone
 from shoal.node.api.schemas import CurvePoint, MemberInfo, NodeInfo, PeerInfo, SwarmDetail
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.signing import Signer
+from shoal.training.keeper import descendants
 
 ME, OTHER = (Signer(bytes([seed]) * 32).peer_id for seed in (1, 2))
 SWARM = SwarmId.of_manifest(b"one")

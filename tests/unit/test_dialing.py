@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.node.budgets import BudgetLimits, Dials
 from shoal.node.mesh.dialing import (
     CIRCUIT_HEAD_START_S,
     DIAL_TIMEOUT_S,
@@ -43,7 +44,7 @@ class Far:
         self.after_s = after_s
         self.dialed: list[str] = []
         self.is_connected = False
-        self.dialer = Dialer(self.dial, lambda peer: self.is_connected, {})
+        self.dialer = Dialer(self.dial, lambda peer: self.is_connected, {}, Dials(BudgetLimits()))
 
     async def dial(self, peer: PeerId, address: str) -> None:
         self.dialed.append(address)

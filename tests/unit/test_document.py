@@ -201,7 +201,50 @@ def test_damaged_updates_change_nothing_or_are_valid(data: st.DataObject) -> Non
     except ProtocolError:
         assert document.values() == before
     else:
-        document.values()
+        assert document.values() == as_yjs_has_it(document)
+
+
+def as_yjs_has_it(document: Document) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, raw in document._map.items():
+        name, _, entry = key.partition("/")
+        try:
+            value = module._unpack(bytes(raw))
+        except ProtocolError:
+            continue
+        if name not in module.GROWING:
+            found[key] = value
+        elif entry:
+            found.setdefault(name, {})[entry] = value
+    return found
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.sampled_from("xyz"), st.none() | st.integers(0, 8)), min_size=1, max_size=3),
+            st.lists(st.tuples(st.integers(0, 8), st.integers(1, 3)), max_size=2),
+        ),
+        max_size=6,
+    )
+)
+def test_whatever_replaces_and_deletes_what_the_registers_are_those_of_yjs(
+    updates: list[tuple[list[tuple[str, int | None]], list[tuple[int, int]]]],
+) -> None:
+    document, clock = Document(), 0
+    for items, deleted in updates:
+        body = b""
+        for key, origin in items:
+            start = bytes([0x28, 1]) + text("registers") + text(key) if origin is None else b"\xa8\1" + var(origin)
+            body += start + var(1) + bytes([116]) + text(str(clock)[:1])
+        ranges = b"".join(var(start) + var(length) for start, length in sorted(deleted))
+        tail = var(1) + var(1) + var(len(deleted)) + ranges if deleted else b"\0"
+        try:
+            document.apply(var(1) + var(len(items)) + var(1) + var(clock) + body + tail)
+        except ProtocolError:
+            continue
+        clock += len(items)
+        assert document.values() == as_yjs_has_it(document)
 
 
 @given(st.binary(max_size=200))

@@ -141,18 +141,53 @@ def test_a_duplicate_prunes_the_link_for_its_source_and_for_no_other() -> None:
     assert core.pushed() == [(B, 3)]
 
 
-def test_whoever_is_pruned_is_told_later_that_there_is_news() -> None:
+def pruned_by_b() -> Core:
+    """A core whose neighbour B has pruned the only source."""
     core = Core(A, B)
     core.receive(A, item(1))
     core.handle(Told(B, Control(prune=(item(1).id,))))
     core.wait(1.0)
     core.told()
     core.pushed()
+    return core
+
+
+def test_whoever_is_pruned_is_told_later_that_there_is_news() -> None:
+    core = pruned_by_b()
     core.receive(A, item(2))
+    core.wait(0.4)
     core.receive(A, item(3))
-    core.wait(0.2)
+    assert core.told() == []
+    core.wait(0.1)
     assert core.pushed() == []
     assert core.told() == [Tell(B, Control(have=(item(2).id, item(3).id)))]
+    core.wait(1.0)
+    assert core.told() == []
+
+
+def test_whoever_is_pruned_is_told_that_there_is_news_with_the_next_push() -> None:
+    core = pruned_by_b()
+    core.receive(A, item(2))
+    core.receive(A, item(3, source="another"))
+    core.told()
+    assert core.pushed() == [(B, 3)]
+    core.receive(A, item(4))
+    core.wait(0.15)
+    core.receive(A, item(5, source="another"))
+    assert core.pushed() == [(B, 5)]
+    assert core.told() == [Tell(B, Control(have=(item(4).id,)))]
+    core.wait(1.0)
+    assert core.told() == []
+
+
+def test_what_a_neighbour_has_announced_itself_is_not_announced_to_it() -> None:
+    core = pruned_by_b()
+    core.receive(A, item(2))
+    core.handle(Told(B, Control(have=(item(2).id,))))
+    core.handle(Told(B, Control(have=(item(3).id,))))
+    core.receive(A, item(3))
+    core.wait(1.0)
+    assert core.told() == []
 
 
 def test_the_last_link_into_a_tree_is_not_pruned() -> None:

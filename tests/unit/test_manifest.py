@@ -53,6 +53,7 @@ def test_every_field_is_part_of_the_name() -> None:
         {},
         {"seed": 1},
         {"created_at": 1},
+        {"name": "one for people"},
         {"mode": Mode.GRADIENT},
         {"target_return": 1.0},
     ]
@@ -92,6 +93,8 @@ def test_other_bytes_are_refused() -> None:
         {"eval_episodes": 0},
         {"max_env_steps": 2**63},
         {"created_at": -1},
+        {"name": "x" * 81},
+        {"name": "two\nlines"},
         {"created_at": 2**63},
         {"version": 2},
         {"owner": "somebody"},

@@ -1,5 +1,7 @@
 """The kinds of path, when a climb is worth another try, and whom to let go."""
 
+from dataclasses import replace
+
 import pytest
 
 from shoal.node.mesh.paths import CLIMB_AGAIN_S, Candidate, Ladder, PathKind, Rung, kind_of, surplus
@@ -76,3 +78,9 @@ def test_of_two_strangers_the_relayed_one_goes():
 def test_those_a_swarm_uses_stay_even_if_they_are_too_many():
     peers = [candidate(number, is_wanted=True) for number in range(3)] + [candidate(3)]
     assert surplus(peers, 2, 1000) == [PEERS[3]]
+
+
+def test_members_without_end_are_let_go_too_but_never_whom_this_node_needs():
+    peers = [replace(candidate(0, is_wanted=True), is_needed=True)]
+    peers += [candidate(number, is_wanted=True, used_at=number) for number in (3, 2, 1)]
+    assert surplus(peers, 1, 1000) == [PEERS[1], PEERS[2]]

@@ -263,6 +263,34 @@ def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ann.find(record_hash(seal(peers[1]))[:ID_BYTES]) is None
 
 
+def test_in_a_full_table_whoever_is_worth_more_takes_the_place_of_one_who_is_worth_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_MEMBERS", 3)
+    topics = TOPICS | {"vote": TopicRule(max_bytes=1024, per_s=1, burst=4, worth=lambda _: 1)}
+    ann = PresenceTable(SWARM, ANN.peer_id, 1000, topics)
+    peers = [Signer(bytes([n]) * 32) for n in range(5)]
+    ann.receive(seal(peers[0]), 0.0)
+    ann.receive(seal(peers[1], topic="vote"), 1.0)
+    assert isinstance(ann.receive(seal(peers[2], topic="vote"), 2.0), Fresh)
+    assert set(ann.live(2.0)) == {peers[1].peer_id, peers[2].peer_id}
+    assert ann.expire(2.0) == [peers[0].peer_id]  # who had to go is told of as gone, once
+    assert ann.expire(2.0) == []
+    for topic in ("facts", "vote"):
+        with pytest.raises(LimitError):
+            ann.receive(seal(peers[3], topic=topic), 2.0)
+
+
+def test_whose_place_another_took_after_it_expired_is_told_of_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_MEMBERS", 3)
+    ann = table(ANN)
+    peers = [Signer(bytes([n]) * 32) for n in range(4)]
+    ann.receive(seal(peers[0]), 0.0)
+    ann.receive(seal(peers[1]), 1.0)
+    ann.receive(seal(peers[2]), 3.5)
+    assert ann.expire(3.5) == [peers[0].peer_id]
+
+
 def test_what_was_seen_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SEEN", 3)
     ann = table(ANN)

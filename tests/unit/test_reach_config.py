@@ -172,12 +172,12 @@ def test_a_node_in_the_background_is_set_up_as_one_in_the_foreground(
     in_the_foreground = config_of(monkeypatch, ["up", *words])
     assert main.run(["up", "-d", *words]) == 1
     (command,) = commands
-    assert command[1:4] == ["-m", "shoal.cli.main", "up"]
-    assert config_of(monkeypatch, command[3:]) == in_the_foreground
+    assert command[1:5] == ["-P", "-m", "shoal.cli.main", "up"]
+    assert config_of(monkeypatch, command[4:]) == in_the_foreground
 
 
 def test_this_file_knows_every_setting() -> None:
     """So that a new one does not get lost on the way to the background: each differs from its default above."""
     for config, usual in ((EXPECTED, NodeConfig()), (EXPECTED.reach, ReachConfig())):
         same = {each.name for each in fields(config) if getattr(config, each.name) == getattr(usual, each.name)}
-        assert same <= {"home"}, same
+        assert same <= {"home", "wall_clock"}, same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -41,12 +42,19 @@ def test_who_starts_a_run_can_join_it() -> None:
     assert Worker().open(Open(manifest, ALICE)).epoch == 0
 
 
+def check_by_a_process(algorithm: str) -> dict[str, object]:
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "shoal.training.tasks", str(writer), "--", TASK, algorithm]
+    subprocess.run(command, pass_fds=[writer], check=True)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        found: dict[str, object] = json.load(answer)
+    return found
+
+
 def test_the_check_that_a_node_asks_for_gives_the_installed_versions() -> None:
-    command = [sys.executable, "-m", "shoal.training.tasks", TASK, "ppo"]
-    answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert answer == {"target_return": 475.0, "requires": installed()}
-    answer = json.loads(subprocess.run([*command[:-1], "pppo"], capture_output=True, check=True).stdout)
-    assert "did you mean ppo" in answer["error"]
+    assert check_by_a_process("ppo") == {"target_return": 475.0, "requires": installed()}
+    assert "did you mean ppo" in str(check_by_a_process("pppo")["error"])
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
 from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS
@@ -284,12 +284,42 @@ def test_a_state_that_ends_every_worker_is_given_up() -> None:
     node.wait(LOOK_S)
     node.give(events.Fetched(after.cid))
     assert of(events.Load, node.collect(10))
-    for _ in range(MAX_ENDED - 1):
-        node.give(events.WorkerGone("overflow"))
-        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == after.result
     node.give(events.WorkerGone("overflow"))
     assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
     assert of(events.Collect, node.give(events.Loaded(SHARED, 0)))
+    for peer in (A, B):
+        node.hear(peer, facts(after), after.result)
+    assert not of(events.Fetch, node.wait(LOOK_S))
+
+
+def test_a_state_that_an_earlier_life_kept_is_not_loaded_at_every_restart_if_it_ends_the_worker() -> None:
+    node = Node(stored=SHARED.result)
+    assert of(events.Fetch, node.give(events.Opened(INITIAL)))
+    assert of(events.Load, node.give(events.Fetched(SHARED.cid)))
+    for _ in range(MAX_ENDED - 1):  # once may be the machine's fault, and it is all that is left
+        node.give(events.WorkerGone("overflow"))
+        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
+    node.give(events.WorkerGone("overflow"))
+    assert of(events.Collect, node.give(events.Opened(INITIAL)))
+    assert node.run.policy == INITIAL
+
+
+def test_an_own_policy_that_ends_every_worker_is_given_up() -> None:
+    node = Node().holding(SHARED)
+    node.give(events.WorkerGone("killed"))
+    for _ in range(MAX_ENDED):
+        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
+        node.give(events.WorkerGone("overflow"))
+    assert of(events.Collect, node.give(events.Opened(INITIAL)))
+    assert node.run.policy == INITIAL
+
+
+def test_a_task_that_does_not_work_here_is_told_to_the_others_and_nothing_more_is_done() -> None:
+    node = Node().holding(SHARED)
+    outputs = node.give(events.TaskFailed("no environment works"))
+    (told,) = (say.statement for say in of(events.Say, outputs) if isinstance(say.statement, Facts))
+    assert told.phase is Phase.FAILED
+    assert not any(isinstance(each, events.Collect | events.Load) for each in node.wait(60))
 
 
 def test_what_a_part_of_the_swarm_loses_when_it_heals_is_counted_and_told() -> None:
@@ -348,10 +378,19 @@ def test_who_was_started_again_goes_on_from_what_it_kept() -> None:
     assert of(events.Collect, outputs)
 
 
-def test_who_kept_something_that_is_gone_begins_anew() -> None:
+def test_counting_goes_on_from_what_the_own_document_says_where_the_disk_kept_less() -> None:
     node = Node(stored=SHARED.result)
-    node.give(events.Opened(INITIAL))
-    node.give(events.NotFetched(SHARED.cid, "the disk was replaced"))
+    node.run.handle(events.Documents((), Contributed(5000, 7)), node.now)
+    assert node.run.facts().env_steps == 5000
+    assert (node.run.progress.rounds, node.run.trained_alone) == (7, True)
+    node.run.handle(events.Documents((), Contributed(10, 1)), node.now)
+    assert node.run.facts().env_steps == 5000
+
+
+def test_who_kept_something_that_does_not_fit_begins_anew() -> None:
+    node = Node(stored=SHARED.result)
+    node.give(events.Opened(INITIAL), events.Fetched(SHARED.cid))
+    node.give(events.LoadRefused("it is no state of this run"))
     assert node.run.policy == INITIAL
 
 
@@ -373,3 +412,30 @@ def test_statements_of_rounds_to_come_are_bounded_by_author_and_in_all() -> None
     kept = early.of(key)
     assert len(kept) == MAX_MEMBERS * MAX_EARLY
     assert first in {each.author for each in kept}
+
+
+def test_a_node_whose_state_is_gone_waits_for_who_has_it_and_never_begins_anew() -> None:
+    node = Node(stored=SHARED.result)
+    (fetch,) = of(events.Fetch, node.give(events.Opened(INITIAL)))
+    assert fetch.cid == SHARED.cid
+    notes = of(events.Note, node.give(events.NotFetched(SHARED.cid, "nobody is known to hold it")))
+    assert [note.is_warning for note in notes] == [True]
+    tried = []
+    for _ in range(240):
+        found = node.wait(1.0)
+        assert not of(events.Collect, found)
+        for fetch in of(events.Fetch, found):
+            tried.append(fetch.sources)
+            assert not of(events.Collect, node.give(events.NotFetched(fetch.cid, "nobody is known to hold it")))
+    assert 2 <= len(tried) < 40
+    assert set(tried) == {()}
+    assert node.run.policy is None
+    assert node.run.progress.phase is Phase.FETCHING
+    node.hear(A, SHARED.result)
+    found = node.wait(120.0)
+    assert (A,) in [fetch.sources for fetch in of(events.Fetch, found)]
+    node.give(events.Fetched(SHARED.cid))
+    (load,) = [node.run._job]
+    assert isinstance(load, events.Load)
+    node.give(events.Loaded(SHARED, 0))
+    assert node.run.policy == SHARED

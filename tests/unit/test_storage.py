@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.crdt import oplog
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.store.database import SCHEMA_VERSION, Storage, StorageError, StoredSwarm
 from shoal.protocol.errors import ProtocolError
@@ -122,18 +123,29 @@ def test_a_fork_cuts_what_is_kept_and_survives(path: Path) -> None:
         assert again.documents() == docs.documents()
 
 
-def test_a_file_of_the_first_schema_is_taken_over(path: Path) -> None:
+def test_a_snapshot_takes_the_place_of_what_is_before_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oplog, "COMPACT_OPS", 10)
+    ops = some_ops(35)
     with Storage(path) as storage:
         storage.add_swarm(a_swarm())
-        storage.append_ops(SWARM, some_ops())
-    with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE forks")
-        db.execute("PRAGMA user_version = 1")
-    db.close()
+        storage.append_ops(SWARM, [*ops[:15], *some_ops(3, BOB)])
+        for op in ops[15:]:
+            storage.append_ops(SWARM, [op])
     with Storage(path) as storage:
-        assert storage.load_ops(SWARM) == some_ops()
-        assert storage.load_forks(SWARM) == []
-        assert storage._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
+        assert [op for op in storage.load_ops(SWARM) if op.author == ANN.peer_id] == ops[30:]
+        again = SwarmDocs(SWARM, ANN.peer_id, storage.load_ops(SWARM))
+        assert again.documents() == {ANN.peer_id: {"policy": "34"}, BOB.peer_id: {"policy": "2"}}
+
+
+@pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
+def test_a_file_of_an_older_shoal_is_told_in_one_line(path: Path, version: int) -> None:
+    Storage(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version = {version}")
+    db.close()
+    with pytest.raises(StorageError, match="written by an older Shoal") as told:
+        Storage(path)
+    assert "\n" not in str(told.value)
 
 
 def test_blocks(path: Path) -> None:
@@ -293,11 +305,12 @@ signer, swarm = Signer(b"a" * 32), SwarmId.of_manifest(b"one")
 storage = Storage(Path(sys.argv[1]))
 docs = SwarmDocs(swarm, signer.peer_id, storage.load_ops(swarm))
 while True:
-    block = str(docs.num_ops + 1).encode()
+    number = docs.seqs().get(signer.peer_id, 0)
+    block = str(number + 1).encode()
     storage.put_block(Cid.of_block(block), block)
-    op = docs.write(signer, policy={"epoch": docs.num_ops})
+    op = docs.write(signer, policy={"epoch": number})
     storage.append_ops(swarm, [op])
-    print(docs.num_ops, flush=True)
+    print(number + 1, flush=True)
 """
 
 
@@ -317,7 +330,8 @@ def test_a_writer_that_is_killed_loses_nothing_that_it_acknowledged(path: Path) 
         assert writer.wait() == -signal.SIGKILL
         with Storage(path) as storage:
             docs = SwarmDocs(SWARM, ANN.peer_id, storage.load_ops(SWARM))
-            assert acknowledged <= docs.num_ops <= acknowledged + 1
-            assert docs.documents()[ANN.peer_id] == {"policy": {"epoch": docs.num_ops - 1}}
-            for number in range(1, acknowledged + 1):
-                assert storage.has_block(Cid.of_block(str(number).encode()))
+            number = docs.seqs()[ANN.peer_id]
+            assert acknowledged <= number <= acknowledged + 1
+            assert docs.documents()[ANN.peer_id] == {"policy": {"epoch": number - 1}}
+            for each in range(1, acknowledged + 1):
+                assert storage.has_block(Cid.of_block(str(each).encode()))

@@ -7,6 +7,7 @@ violation: a guard that finds nothing because it looks at nothing fails there.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -40,7 +41,7 @@ ROOMS = tuple(MAY_IMPORT)
 # The rooms inside node/ and the files beside them, lowest first: each may import those before it. Whatever of node/ is
 # not named here is the process itself, above all of them.
 NODE_LAYERS = (
-    ("shoal.node.signals", "shoal.node.metrics", "shoal.node.supervise"),
+    ("shoal.node.signals", "shoal.node.metrics", "shoal.node.budgets", "shoal.node.supervise"),
     ("shoal.node.store",),
     ("shoal.node.wire",),
     ("shoal.node.mesh",),
@@ -56,7 +57,10 @@ NODE_CORES = (
 )
 
 TORCH_FOLDERS = ("shoal.training.tasks", "shoal.training.algorithms", "shoal.training.models")
-WORKER_SHELL = "shoal.training.worker"
+WORKER_SHELLS = (
+    *("shoal.training.worker", "shoal.training.keeper", "shoal.training.watch"),
+    *("shoal.training.tasks.failures", "shoal.training.tasks.__main__"),
+)
 
 LOOPS_AND_WIRES = (
     *("trio", "asyncio", "anyio", "uvloop", "curio", "concurrent", "threading", "_thread", "multiprocessing"),
@@ -118,12 +122,14 @@ def read(path: Path, root: Path, prefix: str = "") -> Module:
     return Module(name, ast.parse(path.read_text(encoding="utf-8"), str(path)), is_package)
 
 
+@functools.cache
 def product_modules() -> list[Module]:
     """Everything that is imported as ``shoal`` or ``shoal.…``."""
     modules = [read(path, ROOT, "shoal") for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return [read(ROOT / "src/shoal/__init__.py", ROOT / "src"), *modules]
 
 
+@functools.cache
 def all_modules() -> list[Module]:
     """The product, and everything around it."""
     around = ("tests", "benchmarks", "examples", "tools", "docs", ".ci")
@@ -375,11 +381,13 @@ def test_a_write_into_the_host_is_caught(source: str) -> None:
 
 # Nurseries of a single call: it ends with them, and its caller gets what fails in them.
 NURSERIES = {
+    "shoal.node.mesh.provider_store.find_providers": "one look-up asks several at once, and is over with them",
     "shoal.node.supervise.start_soon": "the nursery under all failure domains",
     "shoal.node.api.app.__call__": "one answer to a client of the local API",
     "shoal.node.api.server._serve": "the local API, which is a task as a whole",
     "shoal.node.mesh.dialing._dial_all": "one attempt to reach a peer",
     "shoal.node.mesh.libp2p_repairs.write_frame": "one write",
+    "shoal.node.mesh.libp2p_host.disconnect": "the end of all connections to one peer",
     "shoal.node.mesh.relay.run": "both ways of one circuit, which is served in libp2p's task",
     "shoal.node.reach.climb._climb": "one climb, which is a task",
     "shoal.node.reach.climb._try_direct": "one climb, which is a task",
@@ -390,6 +398,7 @@ NURSERIES = {
     "shoal.node.reach.reach._keep_telling": "one round of introductions",
     "shoal.node.swarm.content._carry_out": "one fetch",
     "shoal.node.swarm.content._fly": "one fetch",
+    "shoal.node.swarm.lookup.look_up": "one question of a person",
     "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
     "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
     "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
@@ -446,7 +455,7 @@ def impurities(modules: Iterable[Module]) -> list[str]:
     found = []
     for module in modules:
         is_core = module.room in ("protocol", "crdt", "dht", "training") or module.name in NODE_CORES
-        if not is_core or module.name == WORKER_SHELL:
+        if not is_core or module.name in WORKER_SHELLS:
             continue
         uses_torch = within(module.name, TORCH_FOLDERS) and mentions([module], ["torch"])
         banned = LOOPS_AND_WIRES if uses_torch else LOOPS_AND_WIRES + CLOCKS_AND_CHANCE

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.node.mesh.addresses import usefulness
 from shoal.protocol.codec import encode
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId, SwarmId
-from shoal.training.ticket import MAX_TICKET_CHARS, Ticket
+from shoal.training.ticket import MAX_ADDRESSES, MAX_TICKET_CHARS, Ticket, in_turns
 
 SWARM = SwarmId.of_manifest(b"a run")
 ADDRESS = f"/ip4/192.0.2.7/tcp/4001/p2p/{PeerId.of_public_key(bytes(32))}"
@@ -115,3 +116,24 @@ def refused(text: str) -> None:
         Ticket.parse(text)
     assert "ticket" in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_a_ticket_takes_as_many_addresses_as_can_be_read_again() -> None:
+    long = [f"/dns4/{'x' * 400}{number}/tcp/4001/p2p/{ADDRESS[-52:]}" for number in range(20)]
+    ticket = Ticket.of(SWARM, long)
+    assert ticket.addresses == tuple(long[: len(ticket.addresses)])
+    assert 4 <= len(ticket.addresses) < MAX_ADDRESSES
+    assert Ticket.parse(str(ticket)) == ticket
+    assert Ticket.of(SWARM, [ADDRESS] * 50).addresses == (ADDRESS,)
+    many = [f"/ip4/192.0.2.{number}/tcp/4001" for number in range(50)]
+    assert Ticket.of(SWARM, many).addresses == tuple(many[:MAX_ADDRESSES])
+
+
+def test_the_most_useful_addresses_come_first_and_of_each_member_one_before_the_second_of_any() -> None:
+    name = ADDRESS.partition("/p2p/")[2]
+    ours = ["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1", "/ip4/5.1.0.1/tcp/1", "/ip4/5.1.0.2/tcp/1"]
+    theirs = ["/ip6/2a00::1/tcp/1", f"/ip4/5.1.0.7/tcp/1/p2p/{name}/p2p-circuit", "/ip4/10.0.0.2/tcp/1"]
+    assert in_turns([ours, theirs], usefulness) == [
+        *("/ip4/5.1.0.1/tcp/1", "/ip6/2a00::1/tcp/1", "/ip4/5.1.0.2/tcp/1", theirs[1]),
+        *("/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.2/tcp/1", "/ip4/127.0.0.1/tcp/1"),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.crdt.views import (
+    MAX_CLAIMS,
+    NUM_NEWEST,
     Contributed,
     Membership,
     Policy,
+    Views,
     best_policy,
     contributions,
     evaluations,
@@ -151,3 +155,53 @@ def test_a_policy_with_one_wrong_field_is_no_policy(field: str, value: Any) -> N
     wrong = policy() | {field: value}
     expected = field == "digest" and value == "no cid"
     assert (best_policy({ANN: {"member": MEMBER, "policy": wrong}}) is not None) == expected
+
+
+def test_views_say_what_the_functions_say_whatever_changes() -> None:
+    rng = random.Random(7)
+    authors = [Signer(bytes([n]) * 32).peer_id for n in range(1, 5)]
+    docs: dict[PeerId, dict[str, Any]] = {}
+    views = Views(target_return=0.5)
+    for step in range(300):
+        author = rng.choice(authors)
+        before = docs.get(author, {})
+        held = before.get("evaluations")
+        held = held if isinstance(held, dict) else {}
+        entry = {"cid": Cid.of_block(bytes([rng.randrange(9)])), "return": rng.random(), "env_steps": 1, "episodes": 1}
+        change: dict[str, Any] = rng.choice(
+            [
+                {"member": {"role": rng.choice(["learner", ""]), "left": rng.random() < 0.3}},
+                {"contributions": {"env_steps": rng.randrange(9), "rounds": rng.choice([1, None])}},
+                {"evaluations": {**held, str(rng.randrange(12)): entry}},
+                {"evaluations": dict(list(held.items())[::2])},
+                {"evaluations": rng.choice([{"1": "odd"}, 3, {}])},
+            ]
+        )
+        docs = {**docs, author: {**before, **change}}
+        if step % 17 == 0:
+            docs.pop(author)
+        views.update(docs)
+        assert views.members == members(docs)
+        assert views.contributions == contributions(docs)
+        assert views.evaluations == evaluations(docs)
+        assert {each for each in views.evaluations if each.mean_return >= 0.5} <= set(views.useful)
+
+
+def test_sixteen_thousand_evaluations_of_one_author_cost_nothing_when_something_else_changes() -> None:
+    liar, other = (Signer(bytes([n]) * 32).peer_id for n in (1, 2))
+    entry = {"cid": Cid.of_block(b"x"), "return": 1e9, "env_steps": 1, "episodes": 1}
+    docs: dict[PeerId, dict[str, Any]] = {liar: {"evaluations": {str(n): entry for n in range(16_200)}}}
+    views = Views(target_return=1.0)
+    views.update(docs)
+    before, useful, all_of_them = views.num_read, views.useful, views.evaluations
+    for epoch in range(100):
+        docs = {**docs, other: {"policy": {"epoch": epoch}, "member": {"role": "learner", "left": False}}}
+        views.update(docs)
+    assert views.num_read == before
+    assert views.useful is useful
+    assert views.evaluations is all_of_them
+    assert len(useful) <= MAX_CLAIMS + NUM_NEWEST
+    docs = {**docs, other: {"evaluations": {"3": entry}}}
+    views.update(docs)
+    assert views.num_read == before + 1
+    assert views.evaluations == evaluations(docs)

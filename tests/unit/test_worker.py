@@ -223,6 +223,8 @@ def test_a_state_with_an_epoch_or_steps_that_cannot_be_is_refused(meta: dict[str
         {"adam__second": -1e-6},
         {"parameters__actor__0__bias": 1e10},
         {"parameters__actor__0__bias": -np.inf},
+        {"parameters__actor__log_std": 1e3},
+        {"parameters__actor__log_std": -1e9},
         {"moments__observation__count": 2.0**60},
         {"moments__observation__count": np.nan},
         {"moments__observation__mean": 1e300},

@@ -140,7 +140,13 @@ class Learner(Protocol):
         ...
 
     def evaluate(self, episodes: int, seed: int) -> list[float]:
-        """Undiscounted returns of ``episodes`` greedy episodes in environments of their own; repeatable by ``seed``."""
+        """Undiscounted returns of ``episodes`` greedy episodes in environments of their own; repeatable by ``seed``.
+
+        Episodes whose environment failed are left out.
+
+        Raises:
+            TaskFailedError: if all failed, or too many environments did.
+        """
         ...
 
 
@@ -151,8 +157,10 @@ class Algorithm(Protocol):
     version: int
     """Raised when the same samples and merges would lead to other parameters, or its state has another form."""
 
-    def learner(self, manifest: Manifest, task: Task, *, peer: PeerId) -> Learner:
+    def learner(self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "") -> Learner:
         """A learner in its initial state, which is the same on every peer.
+
+        What it meets in its environments depends on the peer and on ``life``, which is another one after each restart.
 
         Raises:
             UsageError: if the manifest's hyperparameters are unknown or out of range.

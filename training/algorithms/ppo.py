@@ -43,6 +43,7 @@ import torch
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
+from shoal.training import watch
 from shoal.training.algorithms.adam import Adam, clip_by_norm
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
 from shoal.training.algorithms.plausible import Limits
@@ -55,6 +56,8 @@ from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import check_fit
 from shoal.training.tasks import Task, VectorEnv
 from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.failures import TaskFailedError
+from shoal.training.watch import Slot
 
 _MAX_BACKLOG: Final = 8  # batches that may wait for an update
 _MAX_EVAL_ENVS: Final = 32
@@ -71,7 +74,7 @@ class PPO:
     version = 1
 
     def learner(
-        self, manifest: Manifest, task: Task, *, peer: PeerId, streams: Sequence[str] | None = None
+        self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "", streams: Sequence[str] | None = None
     ) -> PPOLearner:
         """A learner in its initial state.
 
@@ -79,13 +82,14 @@ class PPO:
             manifest: what is trained.
             task: the manifest's.
             peer: whose learner it is.
+            life: tells this learner's stream from those of its earlier lives.
             streams: the names of the rollout streams that it owns; one, named after the peer, by default. A process
                 that owns the streams of several peers makes, in mode ``gradient``, the update they make together.
 
         Raises:
             UsageError: if the manifest's hyperparameters are unknown or out of range.
         """
-        return PPOLearner(ppo_config(manifest, task), manifest, task, streams or [peer])
+        return PPOLearner(ppo_config(manifest, task), manifest, task, streams or [f"{peer}/{life}" if life else peer])
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,8 @@ class PPOLearner:
     def import_state(self, arrays: Arrays, *, keep_samples: bool = False) -> None:
         """Take a state that some peer exported; see `Learner.import_state` and the head of this module."""
         self._check_state(arrays)
+        if not self._acts_sanely(arrays):
+            raise ProtocolError("this policy acts or judges in numbers that are not finite; take another state")
         if not keep_samples:
             self.abandon()
         if self._running is not None:
@@ -181,6 +187,22 @@ class PPOLearner:
             if stream.samples:
                 stream.keep(self._log_probs(stream))
         self._load(arrays)
+
+    def _acts_sanely(self, arrays: Arrays) -> bool:
+        """Whether what the policy of a state makes of what the environments show now is finite. Nothing has changed."""
+        before = {name: array.copy() for name, array in self._state().items()}
+        self._load(arrays)
+        try:
+            return all(self._is_sane_for(stream.observations) for stream in self._streams)
+        finally:
+            self._load(before)
+
+    def _is_sane_for(self, shown: Floats) -> bool:
+        observations = self._normalize(shown)
+        with torch.inference_mode(), np.errstate(all="ignore"):
+            actions = self._model.act(observations, np.random.default_rng(0))
+            judged = self._model.evaluate(torch.from_numpy(observations), torch.from_numpy(actions))
+        return all(bool(torch.isfinite(each).all()) for each in judged)
 
     def _log_probs(self, stream: Stream) -> Floats:
         """``[T, N]``, of the actions in a stream under the present policy."""
@@ -197,23 +219,30 @@ class PPOLearner:
         return {name: array.copy() for name, array in state.items() if name.startswith(kept)}
 
     def evaluate(self, episodes: int, seed: int) -> list[float]:
-        """Undiscounted returns of greedy episodes; an episode is cut after 100,000 steps."""
+        """Undiscounted returns of greedy episodes; an episode is cut after 100,000 steps, left out if it fails."""
         returns: list[float] = []
-        while len(returns) < episodes:
-            count = min(episodes - len(returns), _MAX_EVAL_ENVS)
+        begun = 0
+        while begun < episodes:
+            count = min(episodes - begun, _MAX_EVAL_ENVS)
             if count not in self._eval_envs:
                 self._eval_envs[count] = self._task.make(count)
             env = self._eval_envs[count]
-            observations = env.reset([derive_seed(seed, "evaluation", len(returns) + i) for i in range(count)])
+            observations = env.reset([derive_seed(seed, "evaluation", begun + i) for i in range(count)])
             totals, live = np.zeros(count), np.ones(count, np.bool_)
+            failed: set[int] = set()
             for _ in range(_MAX_EVAL_STEPS):
                 step = env.step(self._model.act_greedily(self._normalize(observations)))
                 observations = step.observations
                 totals += step.rewards * live
+                failed |= {index for index in step.failed if live[index]}
                 live &= ~(step.terminated | step.truncated)
+                live[list(failed)] = False
                 if not live.any():
                     break
-            returns += totals.tolist()
+            begun += count
+            returns += [float(total) for index, total in enumerate(totals) if index not in failed]
+        if not returns:
+            raise TaskFailedError(f"every episode of an evaluation failed: {self._task.failures.summary}")
         return returns
 
     def _guarded_update(self) -> Update:
@@ -317,6 +346,7 @@ class PPOLearner:
 
     def _gradient(self, batch: _Batch, indices: npt.NDArray[np.int64], metrics: dict[str, float]) -> Floats:
         """Of the loss on one minibatch, float32 ``[num_parameters]``."""
+        watch.page[Slot.CALLS] += 1
         config, index = self.config, torch.from_numpy(indices)
         log_probs, entropy, values = self._model.evaluate(batch.observations[index], batch.actions[index])
         advantage = batch.advantages[index]

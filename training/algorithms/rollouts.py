@@ -2,7 +2,8 @@
 
 A stream is what one peer contributes: a few environments, and one random generator for actions and shuffling, all
 seeded from the run's seed and the stream's name. So a process that owns the streams of two peers sees exactly what
-the two peers see.
+the two peers see. A stream that is begun again has another name: the same episodes once more would teach nothing, and
+lead to the same failure if there was one.
 
 When the policy changes while steps wait for an update, they may be kept once (`Stream.keep`), with the
 log-probabilities that the policy that acted gave to its actions.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shoal.training.algorithms.base import DivergedError
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Floats
 
@@ -98,6 +100,8 @@ class Stream:
         before, finished = self.samples, list[float]()
         for _ in range(vector_steps):
             actions = policy(self._observations, self.rng)
+            if actions.dtype == np.float32 and not np.isfinite(actions).all():
+                raise DivergedError("the policy acts in numbers that are not finite; no environment is to blame for it")
             step = self._env.step(actions)
             self._discounted = self._discounted * self._gamma + step.rewards
             self._episode_returns += step.rewards
@@ -108,7 +112,8 @@ class Stream:
             if step.final_observations:
                 self._discounted = self._discounted.copy()  # the list above holds this array
                 for index, observation in sorted(step.final_observations.items()):
-                    finished.append(float(self._episode_returns[index]))
+                    if index not in step.failed:
+                        finished.append(float(self._episode_returns[index]))
                     self._episode_returns[index] = 0.0
                     self._discounted[index] = 0.0
                     if step.truncated[index]:
@@ -117,6 +122,11 @@ class Stream:
             if is_over():
                 break
         return self.samples - before, finished
+
+    @property
+    def observations(self) -> Floats:
+        """``[N, observation_size]``, what the environments show now."""
+        return self._observations
 
     def rollout(self) -> Rollout:
         """All steps since the last update, of which there must be some."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from shoal.training.tasks.failures import Failures
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Actions: TypeAlias = npt.NDArray[np.int64] | npt.NDArray[np.float32]
@@ -40,6 +43,8 @@ class Transition:
         terminated: ``[N]``, whether an episode ended in a state that is worth nothing from here on.
         truncated: ``[N]``, whether it was cut off, by a time limit, in a state that is worth what it is worth.
         final_observations: by environment, what was seen last in an episode that ended.
+        failed: environments that failed in this step, or in the reset before it, and were replaced by new ones. Their
+            episodes are cut off where they were seen last, with a reward of 0, and are not to be counted as episodes.
     """
 
     observations: Floats
@@ -47,10 +52,14 @@ class Transition:
     terminated: npt.NDArray[np.bool_]
     truncated: npt.NDArray[np.bool_]
     final_observations: dict[int, Floats]
+    failed: frozenset[int] = frozenset()
 
 
 class VectorEnv(Protocol):
-    """N environments that step together. One whose episode ends is reset within the same step."""
+    """N environments that step together. One whose episode ends is reset within the same step.
+
+    One that fails is told to `Task.failures` and replaced, so that the others go on.
+    """
 
     num_envs: int
 
@@ -81,6 +90,8 @@ class Task(Protocol):
     action_space: ActionSpace
     target_return: float | None
     """The mean return at which the task counts as solved, where it says so itself."""
+    failures: Failures
+    """What went wrong in its environments."""
 
     def make(self, num_envs: int) -> VectorEnv:
         """Environments of this task; `VectorEnv.reset` comes first."""

@@ -7,19 +7,37 @@ the mask that would have to keep that step out of the training data.
 
 An environment id comes from a manifest, so from the network: only what is in Gymnasium's registry is made. Gymnasium
 itself would import any module for an id such as ``module:Name-v0``.
+
+An environment is other people's code. What it answers is checked (`answers`) and copied, since many use one array for
+all observations; one that raises, does not come back (`shoal.training.watch`) or answers with what it may not is told
+to `Failures` and replaced by a new one with another seed, so that the same failure is not met by the same path. It is
+held to the bounds of its space, unless it is Gymnasium's own: of these some leave theirs (LunarLander, when it flies
+away), which is known and harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import gymnasium
 import numpy as np
 
 from shoal.protocol.errors import UsageError
+from shoal.training import watch
 from shoal.training.plugins import suggest
+from shoal.training.tasks.answers import Shown, read_reset, read_reward, read_step, read_truth
 from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats, Transition, VectorEnv
+from shoal.training.tasks.failures import BadAnswerError, Failures, Place, TaskFailedError, in_words
+from shoal.training.watch import Act, Slot
+
+log = logging.getLogger(__name__)
+
+MAX_OBSERVATION: Final = 2**18
+"""Numbers in one observation."""
+TRIED_STEPS: Final = 3
 
 
 class GymTask:
@@ -27,34 +45,93 @@ class GymTask:
 
     Raises:
         UsageError: if the id is not registered, what it needs is not installed, or its spaces are of another kind.
+        TaskFailedError: if one cannot be made.
     """
 
     version = 1
 
     def __init__(self, env_id: str) -> None:
-        env = _make(env_id)
+        self.name = f"gym:{env_id}"
+        self.failures = Failures(self.name)
+        self._env_id = env_id
+        env = self._first()
         try:
-            self.name = f"gym:{env_id}"
             self.observation_size = _observation_size(self.name, env.observation_space)
             self.action_space = _action_space(self.name, env.action_space)
             self.target_return: float | None = None if env.spec is None else env.spec.reward_threshold
         finally:
-            env.close()
-        self._env_id = env_id
+            _close(env, 0)
+
+    def _first(self) -> Any:
+        """One to learn from what the task is like.
+
+        Raises:
+            UsageError: if there is none of this name, or what it needs is missing.
+            TaskFailedError: if it fails.
+        """
+        try:
+            return _make(self._env_id, 0)
+        except UsageError:
+            raise
+        except BaseException as error:  # see the head
+            failed = f"{self.name} cannot be made: its constructor failed: {in_words(error)}"
+            raise TaskFailedError(failed) from error
 
     def make(self, num_envs: int) -> VectorEnv:
         """Environments of this task in one process."""
-        return GymVectorEnv([_make(self._env_id) for _ in range(num_envs)])
+        return GymVectorEnv([self._make_one(index) for index in range(num_envs)], self._make_one, self.failures)
+
+    def _make_one(self, index: int) -> Any:
+        while True:
+            try:
+                return _make(self._env_id, index)
+            except BaseException as error:  # it worked before; anything may be raised by other people's code
+                self.failures.add(Place(index, Act.MAKE), error)
+
+    def try_out(self, seed: int) -> None:
+        """A few steps of one environment, to meet at once what would fail every time.
+
+        Raises:
+            TaskFailedError: if it fails.
+        """
+        env = self.make(1)
+        try:
+            env.reset([seed])
+            rng = np.random.default_rng(seed)
+            for _ in range(TRIED_STEPS):
+                if self.failures.count:
+                    break
+                env.step(_any_actions(self.action_space, rng))
+        finally:
+            env.close()
+        if self.failures.count:
+            raise TaskFailedError(self.failures.last)
 
 
 class GymVectorEnv:
     """Gymnasium environments stepped one after the other; see `shoal.training.tasks.VectorEnv`."""
 
-    def __init__(self, envs: list[Any]) -> None:
+    def __init__(
+        self, envs: list[Any], make: Callable[[int], Any] | None = None, failures: Failures | None = None
+    ) -> None:
+        """Step these.
+
+        Args:
+            envs: that were just made, all alike.
+            make: gives a new one in place of one that failed, of which it is told the index; none: there is none.
+            failures: told what goes wrong.
+        """
         self.num_envs = len(envs)
         self._envs = envs
+        self._make = make
+        self._failures = failures or Failures("an environment")
         observation_space, action_space = envs[0].observation_space, envs[0].action_space
+        self._shown = Shown(observation_space, is_bounded=not _is_gymnasiums_own(envs[0]))
         self._shape = (self.num_envs, *observation_space.shape)
+        self._last = np.zeros(self._shape, np.float32)
+        self._seeds = [0] * self.num_envs
+        self._num_steps = 0
+        self._failed: set[int] = set()
         self._discrete = isinstance(action_space, gymnasium.spaces.Discrete)
         if self._discrete:
             self._start = int(action_space.start)
@@ -68,30 +145,103 @@ class GymVectorEnv:
     def reset(self, seeds: Sequence[int]) -> Floats:
         """Start all anew, each from its own seed."""
         observations = np.empty(self._shape, np.float32)
-        for index, (env, seed) in enumerate(zip(self._envs, seeds, strict=True)):
-            observations[index] = env.reset(seed=seed)[0]
+        self._seeds, self._num_steps = list(seeds), 0
+        self._failed.clear()
+        for index, seed in enumerate(seeds):
+            try:
+                observations[index] = self._reset(index, seed)
+            except BaseException as error:  # see the head
+                observations[index] = self._replace(index, Act.RESET, error)
+        self._last = observations
         return observations
 
     def step(self, actions: Actions) -> Transition:
         """Step all; reset those whose episode ended."""
+        shown, place = self._shown, watch.page
         observations = np.empty(self._shape, np.float32)
-        rewards = np.empty(self.num_envs, np.float32)
+        rewards = np.zeros(self.num_envs, np.float32)
         terminated = np.zeros(self.num_envs, np.bool_)
         truncated = np.zeros(self.num_envs, np.bool_)
         final_observations: dict[int, Floats] = {}
+        failed: dict[int, tuple[Act, BaseException]] = {}
+        place[Slot.CALLS] += 1
         for index, (env, action) in enumerate(zip(self._envs, self._to_env(actions), strict=True)):
-            observation, rewards[index], ends, is_cut, _ = env.step(action)
-            if ends or is_cut:
-                terminated[index], truncated[index] = ends, is_cut and not ends
-                final_observations[index] = np.asarray(observation, np.float32)
-                observation = env.reset()[0]
-            observations[index] = observation
-        return Transition(observations, rewards, terminated, truncated, final_observations)
+            try:
+                place[1] = Act.STEP | index
+                answer = env.step(action)
+                place[1] = 0
+                observation, reward, ends, is_cut = read_step(answer)
+                if not shown.fits(observation):
+                    observation = shown.read(observation)
+                rewards[index] = reward if type(reward) is float else read_reward(reward)
+                if ends is not False or is_cut is not False:
+                    ends, is_cut = read_truth("terminated", ends), read_truth("truncated", is_cut)
+                    if ends or is_cut:
+                        final = np.array(observation, np.float32)
+                        shown.check(final)
+                        terminated[index], truncated[index] = ends, is_cut and not ends
+                        final_observations[index] = final
+                        observation = self._reset(index)
+                observations[index] = observation
+            except BaseException as error:  # see the head
+                failed[index] = (Act(place[1] & ~0xFFFFFFFF) or Act.STEP, error)
+                place[1] = 0
+                observations[index] = self._last[index]
+        if not ((observations >= shown.low) & (observations <= shown.high)).all() or not np.isfinite(rewards).all():
+            self._check(observations, rewards, failed)
+        self._num_steps += 1
+        for index, (act, reason) in failed.items():
+            rewards[index], terminated[index], truncated[index] = 0.0, False, True
+            final_observations[index] = self._last[index].copy()
+            observations[index] = self._replace(index, act, reason)
+        self._last = observations
+        self._failures.stepped(self.num_envs - len(failed))
+        all_failed, self._failed = self._failed | failed.keys(), set()
+        return Transition(observations, rewards, terminated, truncated, final_observations, frozenset(all_failed))
 
     def close(self) -> None:
         """Close every environment."""
-        for env in self._envs:
-            env.close()
+        for index, env in enumerate(self._envs):
+            _close(env, index)
+
+    def _reset(self, index: int, seed: int | None = None) -> Floats:
+        watch.page[Slot.CALLS] += 1
+        watch.page[Slot.PLACE] = Act.RESET | index
+        answer = self._envs[index].reset() if seed is None else self._envs[index].reset(seed=seed)
+        observation = read_reset(answer, self._shown)
+        watch.page[Slot.PLACE] = 0
+        return observation
+
+    def _check(self, observations: Floats, rewards: Floats, failed: dict[int, tuple[Act, BaseException]]) -> None:
+        """Find those that gave numbers that are not finite, or outside of their space."""
+        for index in range(self.num_envs):
+            if index not in failed:
+                try:
+                    read_reward(rewards[index])
+                    self._shown.check(observations[index])
+                except BadAnswerError as error:
+                    failed[index] = (Act.STEP, error)
+
+    def _replace(self, index: int, act: Act, error: BaseException) -> Floats:
+        """Put a new environment in place of one that failed; gives what it shows first.
+
+        Raises:
+            TaskFailedError: if too many have failed.
+        """
+        reason = error
+        while True:
+            watch.page[Slot.PLACE] = 0
+            self._failures.add(Place(index, act, self._seeds[index], self._num_steps), reason)
+            self._failed.add(index)
+            if self._make is None:
+                raise TaskFailedError(self._failures.summary) from reason
+            _close(self._envs[index], index)
+            self._envs[index] = self._make(index)
+            self._seeds[index] = _another(self._seeds[index])
+            try:
+                return self._reset(index, self._seeds[index])
+            except BaseException as again:  # see the head
+                act, reason = Act.RESET, again
 
     def _to_env(self, actions: Actions) -> list[Any]:
         if self._discrete:
@@ -101,19 +251,54 @@ class GymVectorEnv:
         return list(scaled.astype(self._dtype))
 
 
-def _make(env_id: str) -> Any:
+def _another(seed: int) -> int:
+    """A seed that follows from another, and is not the same."""
+    return int.from_bytes(hashlib.sha256(f"after a failure\n{seed}".encode()).digest()[:4], "big")
+
+
+def _any_actions(space: ActionSpace, rng: np.random.Generator) -> Actions:
+    if isinstance(space, Discrete):
+        return rng.integers(space.count, size=1)
+    return rng.uniform(-1, 1, (1, space.size)).astype(np.float32)
+
+
+def _is_gymnasiums_own(env: Any) -> bool:
+    spec = getattr(env, "spec", None)
+    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
+
+
+def _close(env: Any, index: int) -> None:
+    """Close one that is not needed any more; what goes wrong then does not matter."""
+    try:
+        watch.page[Slot.CALLS] += 1
+        watch.page[Slot.PLACE] = Act.CLOSE | index
+        env.close()
+    except BaseException as error:  # see the head
+        log.info("an environment failed when it was closed: %s", in_words(error))
+    finally:
+        watch.page[Slot.PLACE] = 0
+
+
+def _make(env_id: str, index: int) -> Any:
     if env_id not in gymnasium.registry:
         raise UsageError(f"no Gymnasium environment is called {env_id[:80]!r}; {suggest(env_id, gymnasium.registry)}")
+    watch.page[Slot.CALLS] += 1
+    watch.page[Slot.PLACE] = Act.MAKE | index
     try:
         return gymnasium.make(env_id, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{env_id} cannot be made here: {reason[:300]}") from error
+    finally:
+        watch.page[Slot.PLACE] = 0
 
 
 def _observation_size(name: str, space: Any) -> int:
     if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
-        return int(space.shape[0])
+        size = int(space.shape[0])
+        if not 1 <= size <= MAX_OBSERVATION:
+            raise UsageError(f"{name} shows {size} numbers at once; 1 to {MAX_OBSERVATION} can be learned from")
+        return size
     raise UsageError(f"{name} shows {space}; only flat Box observations can be learned from, so choose another task")
 
 
