@@ -10,17 +10,13 @@ the last: the time to the first epochs in which all three have a part, and the m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import platform
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peers.nodes import Node, nodes
-
-from shoal.node.api.schemas import SwarmSummary
 
 RESULT = Path(__file__).parent / "results" / "contents.md"
 NUM_NODES = 3
@@ -65,23 +61,6 @@ def contributions_mb(width: int) -> float:
     return 3 * 4 * num_parameters / 1e6
 
 
-def command(node: Node, *words: str) -> None:
-    """Have a node do something that may take longer than its command waits: the node goes on with it."""
-    with contextlib.suppress(SystemExit, subprocess.TimeoutExpired):
-        node.run(*words)
-
-
-def the_swarm(node: Node) -> SwarmSummary:
-    """The only one that a node is in, as soon as it is."""
-    ends = time.monotonic() + TIMEOUT_S
-    with node.client() as client:
-        while time.monotonic() < ends:
-            for listed in client.swarms():
-                return listed
-            time.sleep(0.5)
-    raise SystemExit(f"{node.profile} is in no swarm after {TIMEOUT_S:.0f} s")
-
-
 def main() -> None:
     """Print the table and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,16 +77,10 @@ def main() -> None:
             "num_minibatches=1",
         ):
             settings += ["--set", each]
-        create = ("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "wide", *settings)
+        created = running[0].run("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "wide", *settings)
+        swarm, ticket = str(created["swarm"]), str(created["ticket"])
         with ThreadPoolExecutor() as pool:
-            pool.submit(command, running[0], *create)
-            swarm = the_swarm(running[0]).swarm
-            with running[0].client() as client:
-                ticket = client.swarm(swarm).ticket
-            for node in running[1:]:
-                pool.submit(command, node, "join", ticket, "-d")
-        for node in running:
-            the_swarm(node)
+            list(pool.map(lambda node: node.run("join", ticket, "-d"), running[1:]))
         began = time.monotonic()
         shown = []
         while not shown or min(each.epoch for each in shown) < options.epochs:
