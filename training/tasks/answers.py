@@ -25,6 +25,7 @@ class Shown:
     """What an environment may show.
 
     Attributes:
+        dtype: the space's.
         low: smallest numbers, float32 of the space's shape; the smallest finite ones where it has no bound.
         high: likewise the largest.
     """
@@ -32,7 +33,7 @@ class Shown:
     def __init__(self, space: Any, *, is_bounded: bool = True) -> None:
         """Read a Gymnasium Box; its bounds count only if ``is_bounded``."""
         self.shape: tuple[int, ...] = space.shape
-        self._dtype = np.dtype(space.dtype)
+        self.dtype = np.dtype(space.dtype)
         most = np.full(self.shape, np.finfo(np.float32).max, np.float64)
         low, high = space.low.astype(np.float64), space.high.astype(np.float64)
         is_closed = np.isfinite(low) & np.isfinite(high) & is_bounded
@@ -45,10 +46,6 @@ class Shown:
         )
         self._space = space
 
-    def fits(self, observation: object) -> bool:
-        """Whether an observation is at first sight what was promised; quick, for every step."""
-        return type(observation) is np.ndarray and observation.dtype == self._dtype and observation.shape == self.shape
-
     def read(self, observation: object) -> npt.NDArray[Any]:
         """An observation that does not fit, if it means the same as one that does.
 
@@ -58,8 +55,8 @@ class Shown:
         array = np.asarray(observation)
         if array.shape != self.shape:
             raise BadAnswerError(f"an observation is of shape {array.shape} and not {self.shape}, as its space says")
-        if not np.can_cast(array.dtype, self._dtype, "same_kind"):
-            raise BadAnswerError(f"an observation holds {array.dtype} and not {self._dtype}, as its space says")
+        if not np.can_cast(array.dtype, self.dtype, "same_kind"):
+            raise BadAnswerError(f"an observation holds {array.dtype} and not {self.dtype}, as its space says")
         return array
 
     def check(self, observation: Floats) -> None:
@@ -68,6 +65,8 @@ class Shown:
         Raises:
             BadAnswerError: if one is not finite, or outside of the space.
         """
+        if ((observation >= self.low) & (observation <= self.high)).all():
+            return
         if not np.isfinite(observation).all():
             index = int(np.flatnonzero(~np.isfinite(observation))[0])
             raise BadAnswerError(f"an observation is not finite: number {index} of it is {observation[index]}")
@@ -127,15 +126,15 @@ def read_truth(name: str, value: object) -> bool:
     raise BadAnswerError(f"{name} is {_what(value)} and not true or false")
 
 
-def read_step(answer: object) -> tuple[Any, Any, Any, Any]:
-    """The parts of a step that count: observation, reward, terminated, truncated.
+def read_step(answer: object) -> tuple[Any, Any, Any, Any, Any]:
+    """What a step gave: observation, reward, terminated, truncated, info.
 
     Raises:
         BadAnswerError: if it has others.
     """
     if type(answer) is not tuple or len(answer) != 5:
         raise BadAnswerError(f"step gave {_what(answer)} and not (observation, reward, terminated, truncated, info)")
-    return answer[:4]
+    return answer
 
 
 def _what(value: object) -> str:
