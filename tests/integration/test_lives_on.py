@@ -255,9 +255,6 @@ async def be_strange_to(node: Node, friend: Node, swarm: SwarmId) -> None:
                     await reach.webrtc(SessionDescription(offer.sdp))
                     await offer.aclose()
             with contextlib.suppress(ShoalError, *BROKEN):
-                ahead = SyncRequest(swarm, encode({str(friend.node().peer_id): Head(99, bytes(32))}))
-                await client(SwarmService, one.at(name), timeout_s=5).sync(ahead)
-            with contextlib.suppress(ShoalError, *BROKEN):
                 await hidden.disconnect(name)
                 await hidden.relay.dial(f"{one.addresses()[0]}/p2p-circuit/p2p/{name}")
             with contextlib.suppress(ShoalError, *BROKEN):
@@ -275,6 +272,9 @@ async def be_strange_to(node: Node, friend: Node, swarm: SwarmId) -> None:
             if other.peer_id in host.connected:
                 host._carry_out(ClosePath(host.connected[other.peer_id].best.id))
                 host._carry_out(LetGo(other.peer_id))
+            with contextlib.suppress(ShoalError, *BROKEN):
+                ahead = SyncRequest(swarm, encode({str(friend.node().peer_id): Head(99, bytes(32))}))
+                await client(SwarmService, one.at(name), timeout_s=1).sync(ahead)
             await trio.sleep(0.1)
 
 
