@@ -19,6 +19,7 @@ from pathlib import Path
 from peers.nodes import Node, nodes
 
 RESULT = Path(__file__).parent / "results" / "daemons.md"
+NOTES = "## What limits it"
 START_TIMEOUT_S = 120.0
 SETTLE_S = 30.0
 
@@ -95,6 +96,12 @@ def measure(mode: str, num_nodes: int, seconds: float) -> Row:
     )
 
 
+def kept_notes() -> str:
+    """What a person wrote below the table of the last run."""
+    _, heading, notes = (RESULT.read_text() if RESULT.exists() else "").partition(NOTES)
+    return f"\n{heading}{notes}" if heading else ""
+
+
 def main() -> None:
     """Print the table and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -117,7 +124,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
         *(row.cells() for row in rows),
     ]
-    RESULT.write_text("\n".join(lines) + "\n")
+    RESULT.write_text("\n".join(lines) + "\n" + kept_notes())
     print("\n".join(lines))
 
 

@@ -698,8 +698,10 @@ class Run:
     def _not_taken(self, candidate: Candidate, why: Refusal, now: float, outputs: list[Output]) -> None:
         self._taking = self._taken = None
         self.lineage.refuse(candidate.result, why, now)
-        if self.policy is None and self._in_worker is not None and why is not Refusal.UNREACHABLE:
-            self._stored = None  # what an earlier life kept is worth nothing
+        stored = self._stored
+        if stored is not None and candidate.result.cid == stored.cid and why is not Refusal.UNREACHABLE:
+            self._stored = stored = None  # what an earlier life kept is worth nothing
+        if self.policy is None and self._in_worker is not None and stored is None:
             self._hold(self._in_worker, now, outputs)
         else:
             self._look(now, outputs)

@@ -87,7 +87,7 @@ REPEAT_S: Final = 0.2
 """After what was said last, and a newcomer may have missed."""
 SYNC_INTERVAL_S: Final = 5.0
 EXPIRE_LEAST_S: Final = 0.25
-EXPIRE_MOST_S: Final = 1.0
+EXPIRE_MOST_S: Final = 2.0
 """Between two looks at who is gone: when somebody may be, and otherwise, for one who speaks more often may come."""
 CALL_TIMEOUT_S: Final = 5.0
 PUSH_TRIES: Final = 3

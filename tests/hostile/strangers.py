@@ -18,8 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,38 +79,51 @@ class Spent:
     is_set_up: trio.Event = field(default_factory=trio.Event)
 
 
-async def a_name(stack: AsyncExitStack, target: Target) -> Host:
+@asynccontextmanager
+async def a_name(target: Target) -> AsyncIterator[Host]:
     """One more stranger, connected."""
-    host = await stack.enter_async_context(
-        open_host(
-            secret=os.urandom(32),
-            listen=["/ip4/127.0.0.2/tcp/0"],
-            bootstrap=(),
-            mdns=False,
-            router=Router(),
-            lanes=False,
-        )
-    )
-    await host.connect(target.addresses)
-    return host
+    async with open_host(
+        secret=os.urandom(32),
+        listen=["/ip4/127.0.0.2/tcp/0"],
+        bootstrap=(),
+        mdns=False,
+        router=Router(),
+        lanes=False,
+    ) as host:
+        await host.connect(target.addresses)
+        yield host
 
 
 async def raw_stream(host: Host, target: Target, protocol: str) -> Any:
     return await host.libp2p.new_stream(ID.from_base58(str(target.peer)), [TProtocol(protocol)])
 
 
-async def names(stack: AsyncExitStack, target: Target, num: int = NUM_NAMES) -> list[Host]:
+@asynccontextmanager
+async def names(target: Target, num: int = NUM_NAMES) -> AsyncIterator[list[Host]]:
+    """As many strangers as are let in of so many."""
     found: list[Host] = []
+    num_tried = 0
 
-    async def come() -> None:
-        with suppress(*BROKEN):
-            found.append(await a_name(stack, target))
+    async def live() -> None:
+        nonlocal num_tried
+        try:
+            async with a_name(target) as host:
+                found.append(host)
+                num_tried += 1
+                await trio.sleep_forever()
+        except BROKEN:
+            num_tried += 1
 
-    for first in range(0, num, 10):
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(10, num - first)):
-                nursery.start_soon(come)
-    return found
+    async with trio.open_nursery() as nursery:
+        for number in range(num):
+            nursery.start_soon(live)
+            while num_tried < number - 8:  # noqa: ASYNC110  a few at a time
+                await trio.sleep(0.02)
+        with trio.move_on_after(SET_UP_S):
+            while num_tried < num:  # noqa: ASYNC110  likewise
+                await trio.sleep(0.02)
+        yield found
+        nursery.cancel_scope.cancel()
 
 
 async def does_nothing(target: Target, spent: Spent) -> None:
@@ -122,8 +135,7 @@ async def does_nothing(target: Target, spent: Spent) -> None:
 async def holds_half_frames(target: Target, spent: Spent) -> None:
     """Row 22: sixty names, and of each as many unfinished frames as it may have, held as long as it likes."""
     head = struct.pack("!IBBIIHI", 12 + 4 + 16 * MIB, FrameType.REQUEST, 0, 1, 0, 1, 16 * MIB)
-    async with AsyncExitStack() as stack:
-        hosts = await names(stack, target)
+    async with names(target) as hosts:
 
         async def hold(host: Host) -> None:
             while True:
@@ -146,8 +158,7 @@ async def holds_half_frames(target: Target, spent: Spent) -> None:
 
 async def leaves_streams_unread(target: Target, spent: Spent) -> None:
     """The same with streams that never agree on a protocol: each holds a window."""
-    async with AsyncExitStack() as stack:
-        hosts = await names(stack, target)
+    async with names(target) as hosts:
         spent.is_set_up.set()
         for host in hosts:
             connections = host.libp2p.get_network().get_connections(ID.from_base58(str(target.peer)))
@@ -164,8 +175,7 @@ async def leaves_streams_unread(target: Target, spent: Spent) -> None:
 async def fills_the_dht(target: Target, spent: Spent) -> None:
     """Row 18: provider records of 590,000 addresses, and as many short ones as fit."""
     address = Multiaddr("/ip4/192.0.2.1/tcp/1").to_bytes()
-    async with AsyncExitStack() as stack:
-        hosts = await names(stack, target, 10)
+    async with names(target, 10) as hosts:
         spent.is_set_up.set()
         long = True
         while True:
@@ -211,16 +221,14 @@ async def comes_and_goes(target: Target, spent: Spent) -> None:
     """Row 21: whole handshakes, each of a new name."""
     spent.is_set_up.set()
     while True:
-        async with AsyncExitStack() as stack:
-            with suppress(*BROKEN), trio.move_on_after(5):
-                await a_name(stack, target)
-            spent.num += 1
+        with suppress(*BROKEN), trio.move_on_after(5):
+            async with a_name(target):
+                spent.num += 1
 
 
 async def makes_up_circuits(target: Target, spent: Spent) -> None:
     """Row 17: circuits of twelve made-up peers, unasked, and introductions with sixteen new addresses at a time."""
-    async with AsyncExitStack() as stack:
-        host = await a_name(stack, target)
+    async with a_name(target) as host:
         spent.is_set_up.set()
         while True:
             for _ in range(12):
@@ -262,8 +270,8 @@ async def misleads_in_the_dht(target: Target, spent: Spent) -> None:
             spent.num += 1
             spent.num_bytes += len(raw)
 
-    async with AsyncExitStack() as stack:
-        for host in await names(stack, target, 10):
+    async with names(target, 10) as hosts:
+        for host in hosts:
             host.libp2p.set_stream_handler(TProtocol(PROTOCOL_ID), lie)
         spent.is_set_up.set()
         await trio.sleep_forever()
@@ -315,7 +323,7 @@ class Process:
 
     def _watch(self) -> None:
         while not self._stopped.wait(0.1):
-            with suppress(OSError):
+            with suppress(OSError, StopIteration):
                 lines = (self._folder / "status").read_text(encoding="ascii").splitlines()
                 rss = 1024 * int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
                 self.max_rss = max(self.max_rss, rss)

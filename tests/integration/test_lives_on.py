@@ -394,11 +394,11 @@ async def test_a_start_without_the_train_extra_keeps_the_run_and_says_how_to_go_
     scene = Scene(tmp_path, role="learner")
     monkeypatch.setattr("shoal.node.swarm.workers.TRAINING_MODULES", ("a_module_that_is_not_there",))
     async with running(scene) as node:
-        await until(lambda: node.swarm(scene.first).phase == "failed")
+        await until(lambda: scene.first in node.node().swarms and node.swarm(scene.first).phase == "failed")
         shown, _ = await ask(scene, scene.first)
         assert shown.error is not None
         assert "pip install 'shoal[train]'" in shown.error
-        await until(lambda: node.swarm(scene.second).phase in ALIVE)
+        await until(lambda: scene.second in node.node().swarms and node.swarm(scene.second).phase in ALIVE)
         (listed,) = [summary for summary in node.swarms() if summary.swarm == scene.first]
         assert (listed.phase, listed.error) == ("failed", shown.error)
     assert scene.has_left() == [False, False]
@@ -417,7 +417,7 @@ async def test_a_worker_that_gets_no_descriptors_is_tried_again(
     monkeypatch.setattr("trio.lowlevel.open_process", open_process)
     async with running(scene) as node:
         await until(lambda: len(tries) >= 3)
-        await until(lambda: node.swarm(scene.first).phase == "failed")
+        await until(lambda: scene.first in node.node().swarms and node.swarm(scene.first).phase == "failed")
         shown, failures = await ask(scene, scene.first)
         assert shown.error is not None
         assert "ulimit -n" in shown.error
