@@ -153,7 +153,7 @@ async def test_a_source_of_which_nothing_comes_is_given_up_and_said_to_be_silent
     async with store_and(tmp_path, giver) as scene:
         with pytest.raises(UnavailableError, match=r"nothing came of it for 0\.2 s"):
             await scene.store.get(content.cid, [scene.peer])
-        assert giver.asked[content.cid] == 3
+        assert giver.asked[content.cid] >= 1
 
 
 @pytest.mark.trio
