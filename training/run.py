@@ -425,7 +425,7 @@ class Run:
             return
         is_in_it = any(each.author == self._me for each in decided.offers)
         if current.key.step == 0 and not is_in_it and not self._waited_for_result(now):
-            self._give_up(outputs)  # the others went on; what was collected counts in the next epoch
+            self._give_up(now, outputs)  # the others went on; what was collected counts in the next epoch
         else:
             self._merge(decided, now, outputs)
 
@@ -438,9 +438,10 @@ class Run:
             self._is_shared = any(each.author != self._me for each in ballot.offers)
         self._start(Merge(ballot), Phase.UPDATING, now, outputs)
 
-    def _give_up(self, outputs: list[Output]) -> None:
+    def _give_up(self, now: float, outputs: list[Output]) -> None:
         self._is_exchanging = False
         outputs.append(Abandon(keep_samples=True))
+        self._look(now, outputs)  # who went on may have said what they hold already
 
     # The worker's jobs.
 
@@ -527,7 +528,7 @@ class Run:
         """The update under way wants something averaged."""
         policy, current = self.policy, self.round
         if policy is None or current is None:
-            self._give_up(outputs)
+            self._give_up(now, outputs)
             return
         if isinstance(job, Merge):
             key = RoundKey(policy.epoch, current.key.step + 1, job.ballot.name)
@@ -838,7 +839,7 @@ class Run:
             return
         if self._taken is not None:
             if self._is_exchanging:
-                self._give_up(outputs)
+                self._give_up(now, outputs)
             keep = policy is not None and in_worker.cid == policy.cid and not self.progress.is_following
             self._start(Load(self._taken.result, keep_samples=keep), Phase.FETCHING, now, outputs)
         elif policy is None or self._is_exchanging or self._end(now, outputs) or self._check_claims(now, outputs):

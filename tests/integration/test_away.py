@@ -12,6 +12,7 @@ import trio.testing
 from shoal.crdt.presence import PresenceTable
 from shoal.node.mesh.host import Host
 from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
+from shoal.protocol.codec import encode
 from shoal.protocol.services import Empty, client
 
 from .replicas import GENEROUS_S, SWARM, TOPICS, a_host, a_node, signer_of, together
@@ -57,7 +58,7 @@ async def test_news_of_a_connection_that_are_lost_are_made_good(monkeypatch: pyt
             await two.domain.wait_gone()
             await two.host.disconnect(one.me)
             await one.until(lambda: two.me not in one.replica.neighbours)
-            assert one.replica.counters.unheard >= 2
+            assert one.replica.counters.unheard >= 1
 
 
 class Silent(SwarmService):
@@ -69,7 +70,7 @@ class Silent(SwarmService):
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         if self.is_silent:
             await trio.sleep_forever()
-        return SyncAnswer((), {})
+        return SyncAnswer((), encode({}))
 
     async def gossip(self, request: GossipPush) -> Empty:
         return Empty()

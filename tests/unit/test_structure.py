@@ -387,7 +387,6 @@ NURSERIES = {
     "shoal.node.api.server._serve": "the local API, which is a task as a whole",
     "shoal.node.mesh.dialing._dial_all": "one attempt to reach a peer",
     "shoal.node.mesh.libp2p_repairs.write_frame": "one write",
-    "shoal.node.mesh.libp2p_host.disconnect": "the end of all connections to one peer",
     "shoal.node.mesh.relay.run": "both ways of one circuit, which is served in libp2p's task",
     "shoal.node.reach.climb._climb": "one climb, which is a task",
     "shoal.node.reach.climb._try_direct": "one climb, which is a task",
