@@ -100,10 +100,10 @@ class Progress:
         if now < self._said_at + FACTS_GAP_S * max(1.0, num_live / FACTS_PEERS):
             if said is None or phase is said.phase:
                 return None
-            # Whoever begins to take part counts from then on, and whoever ceases to is not waited for.
-            is_urgent = (phase in BUSY) != (said.phase in BUSY)
-            if num_live <= FEW:
-                is_urgent = is_urgent or phase in BUSY or (phase is Phase.UPDATING and self.step == 0)
+            if num_live > FEW:  # the gap is long there, and only who takes part is counted and waited for
+                is_urgent = (phase in BUSY) != (said.phase in BUSY)
+            else:
+                is_urgent = phase in BUSY or (phase is Phase.UPDATING and self.step == 0)
             if not is_urgent:
                 return None
         facts = self.facts(role, epoch)

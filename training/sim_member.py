@@ -45,7 +45,7 @@ from shoal.training.statements import TOPIC_OF, TOPIC_RULES, Facts, Result, Stat
 if TYPE_CHECKING:
     from shoal.training.sim import Swarm
 
-HEARTBEAT_PEERS: Final = 16
+HEARTBEAT_PEERS: Final = 64
 """As `shoal.node.swarm.replica.HEARTBEAT_MEMBERS`."""
 LOOK_S: Final = 2.0
 """How often it is noticed at least who is gone."""

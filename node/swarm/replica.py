@@ -80,7 +80,7 @@ ADDRESSES: Final = "addresses"
 """The topic on which this node says where it is reached: ``{"addresses": [full multiaddrs]}``."""
 
 HEARTBEAT_S: Final = 1.0
-HEARTBEAT_MEMBERS: Final = 16
+HEARTBEAT_MEMBERS: Final = 64
 """With more live members than this, each speaks less often, so that all together say as much."""
 REANNOUNCE_S: Final = 1.0
 REPEAT_S: Final = 0.2
