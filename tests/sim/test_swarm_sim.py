@@ -33,7 +33,7 @@ def test_128_learners_with_every_fault_at_once_agree_and_gossip_no_more_than_a_s
     learned, and liars whose turn it is cost more: `shoal sim --peers 128 --loss 0.05 --kills-per-hour 200 --late 1
     --liars 0.1`.
     """
-    config = SimConfig(peers=128, epochs=12, loss=0.05, kills_per_hour=200, late=1, liars=0.1, seed=1)
+    config = SimConfig(peers=128, epochs=9, loss=0.05, kills_per_hour=200, late=1, liars=0.1, seed=1)
     swarm = Swarm(config)
     swarm.play(limit_s(config))
     assert_it_held(swarm.report(), config.epochs)
