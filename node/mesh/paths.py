@@ -164,5 +164,5 @@ def surplus(candidates: Iterable[Candidate], max_peers: int, now: float) -> list
         (candidate for candidate in found if candidate.is_wanted and not candidate.is_needed),
         key=lambda candidate: (-candidate.kind.rank, candidate.used_at),
     )
-    gone += members[: max(0, len(found) - len(gone) - MAX_OVER * max_peers)]
+    gone += members[: max(0, len(found) - len(gone) - MAX_OVER * max(1, max_peers))]
     return [candidate.peer for candidate in gone]

@@ -29,6 +29,7 @@ from shoal.node.reach.reach import MAX_INTRODUCED_ADDRESSES, Reach, open_reach
 from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES
 from shoal.node.store.database import Storage
+from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Supervisor
 from shoal.node.swarm.content import ContentStore
 from shoal.node.swarm.swarms import Swarms
@@ -813,6 +814,7 @@ async def shown(one: Peer, home: Path) -> AsyncIterator[Node]:
                 content=ContentStore(storage, one.host),
                 paths=config.paths,
                 domain=domain,
+                remembered=Remembered(storage),
             )
             yield Node(config, one.host, one.reach, swarms, domain)
             domain.cancel()
