@@ -69,7 +69,7 @@ class _Scene:
         for fork in received.forks:
             require(fork.author in self.authors, "a fork was shown of somebody who signed nothing")
             self.forks[fork.author] = fork
-            self.accepted = [op for op in self.accepted if op.author != fork.author or open_op(op).seq < fork.seq]
+            self._cut(fork)
             self.authors[fork.author].receive([fork.one, fork.other])
         for sealed in received.accepted:
             require(sealed.author in self.authors, "an op was taken that nobody here signed")
@@ -80,6 +80,12 @@ class _Scene:
             require(sealed in again.accepted or not again.missing or is_astray, "one takes an op that another refuses")
         again = self.docs.receive([*received.accepted, *(op for f in received.forks for op in (f.one, f.other))])
         require(not again.accepted and not again.forks, "an op or a fork was taken twice")
+
+    def _cut(self, fork: Fork) -> None:
+        """What is before a fork stands, as far as it had not gone for a snapshot already."""
+        own = [open_op(op) for op in self.accepted if op.author == fork.author]
+        base = max((op.seq for op in own if op.trail is not None), default=0)
+        self.accepted = [op for op in self.accepted if op.author != fork.author or base <= open_op(op).seq < fork.seq]
 
     def next_op(self, signer: Signer, lies: int, update: bytes, *, is_snapshot: bool = False) -> Signed:
         """The author's next op with any update, and with lies beside it."""

@@ -87,7 +87,7 @@ const commands = {
       streamMuxers: [yamux()],
       services: {
         identify: identify(LIMITED),
-        ping: ping(LIMITED),
+        ping: ping({ ...LIMITED, maxOutboundStreams: 4 }), // the stream of one ping may still be closing when the next begins
         // Left to itself, it would serve nobody, and learn no address, that is not public.
         dht: kadDHT({
           clientMode: false,
