@@ -10,8 +10,8 @@ own: together they never take what its members need.
   whoever holds most is cut off (`Shares.greediest`).
 - **Handshakes**, which cost a node more than whoever begins them, take turns by IP: first whoever had least lately
   (start-time fair queueing, Goyal et al., 1996).
-- **Dials** at the word of others have a rate in all, one for each peer that is dialed, and one for each IP that they go
-  to, so that no words make this node a flood for somebody else.
+- **Dials** at the word of others have a rate in all, one for each peer that is dialed, one for each IP that they go to,
+  and one for each port there, so that no words make this node a flood for somebody else.
 - **Descriptors**: sockets that come in and dials under way may have so many of them that files, workers and the API
   never find none.
 """
@@ -216,9 +216,16 @@ class Bucket:
         """Take one out, also if there is none."""
         self._left = self.left(now) - 1
 
-    def give_back(self) -> None:
-        """Put one in that was taken for nothing."""
-        self._left = min(self._burst, self._left + 1)
+    def take(self, now: float) -> bool:
+        """Take one out; False if there is none."""
+        is_there = self.left(now) >= 1
+        if is_there:
+            self._left -= 1
+        return is_there
+
+    def give_back(self, number: int = 1) -> None:
+        """Put in what was taken for nothing."""
+        self._left = min(self._burst, self._left + number)
 
     def full_at(self, now: float) -> float:
         """When it will hold all that it can."""
@@ -326,12 +333,13 @@ class Dials:
             now: the time.
         """
         limits = self._limits
-        place, ip = _place_and_user(address)
+        place, ip = _first_hop(address)
+        user = user_of(ip)
         of_peer = self._of_peer.get(peer) or Bucket(limits.dials_per_peer_per_s, limits.dials_per_peer_burst)
         rate = limits.dials_per_ip_per_s, limits.dials_per_ip_burst
         if ip.startswith("127.") or ip == "::1":  # a machine of many nodes
             rate = limits.dials_per_s, limits.dials_burst
-        of_ip = self._of_ip.get(ip) or Bucket(*rate)
+        of_ip = self._of_ip.get(user) or Bucket(*rate)
         of_place = self._of_place.get(place) or Bucket(limits.dials_per_place_per_s, limits.dials_per_place_burst)
         buckets = (self._all, of_peer, of_ip, of_place)
         if min(bucket.left(now) for bucket in buckets) < 1:
@@ -340,14 +348,14 @@ class Dials:
         for bucket in buckets:
             bucket.spend(now)
         self._of_peer = _not_full(self._of_peer, now) | {peer: of_peer}
-        self._of_ip = _not_full(self._of_ip, now) | {ip: of_ip}
+        self._of_ip = _not_full(self._of_ip, now) | {user: of_ip}
         self._of_place = _not_full(self._of_place, now) | {place: of_place}
         return True
 
     def give_back(self, peer: PeerId, address: str) -> None:
         """Who was wanted is there."""
-        place, ip = _place_and_user(address)
-        for bucket in (self._all, self._of_peer.get(peer), self._of_ip.get(ip), self._of_place.get(place)):
+        place, ip = _first_hop(address)
+        for bucket in (self._all, self._of_peer.get(peer), self._of_ip.get(user_of(ip)), self._of_place.get(place)):
             if bucket is not None:
                 bucket.give_back()
 
@@ -356,10 +364,10 @@ def _not_full(buckets: dict[Who, Bucket], now: float) -> dict[Who, Bucket]:
     return {each: bucket for each, bucket in buckets.items() if bucket.full_at(now) > now}
 
 
-def _place_and_user(address: str) -> tuple[str, str]:
-    """The first hop of a multiaddr, ``/ip4/192.0.2.1/tcp/4001``, and to whom that belongs."""
+def _first_hop(address: str) -> tuple[str, str]:
+    """Where a multiaddr leads to first, ``/ip4/192.0.2.1/tcp/4001``, and the IP or name in that."""
     parts = address.split("/")
-    return "/".join(parts[:5]), user_of(parts[2] if len(parts) > 2 else "")
+    return "/".join(parts[:5]), parts[2] if len(parts) > 2 else ""
 
 
 class NodeBudgets:

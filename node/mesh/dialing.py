@@ -118,5 +118,6 @@ class Dialer:
         except (ShoalError, *BROKEN) as error:
             log.debug("dialing %s failed: %s", address, error)
         else:
-            self._budget.give_back(peer, address)
+            if CIRCUIT not in address:  # of those, not all were counted
+                self._budget.give_back(peer, address)
             others.cancel()

@@ -267,9 +267,8 @@ class Host:
         if peer == self.peer_id:
             return peer
         self.remember(peer, named)
-        if peer not in self.connected and not await self._dialer.reach(
-            peer, self.sift(peer, named) if heard else named
-        ):
+        reach = self.reach_heard if heard else self._dialer.reach
+        if peer not in self.connected and not await reach(peer, named):
             raise NoPeersError(f"cannot reach {peer} at {', '.join(addresses)}")
         return peer
 

@@ -8,11 +8,11 @@ follow start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996), behind a to
 
 from __future__ import annotations
 
-import ipaddress
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Final
 
+from shoal.node.budgets import user_of
 from shoal.protocol.ids import PeerId
 
 MAX_PIECE_BYTES: Final = 64 * 1024
@@ -208,12 +208,3 @@ class FairShare:
         if self._filled_at is not None:
             self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
         self._filled_at = now
-
-
-def user_of(ip: str) -> str:
-    """Whom an address belongs to, as far as a relay cares: an IPv4 address, an IPv6 /64."""
-    try:
-        address = ipaddress.ip_address(ip)
-    except ValueError:
-        return ip
-    return ip if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))

@@ -26,8 +26,8 @@ from typing import Final
 
 import trio
 
+from shoal.node.budgets import Bucket, user_of
 from shoal.node.mesh.endpoint import Endpoint, Family
-from shoal.node.mesh.relay_limits import user_of
 from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.protocol.errors import UsageError
 
@@ -152,37 +152,21 @@ def _masked(address: bytes, transaction: bytes) -> bytes:
 # --- limits ---
 
 
-@dataclass(slots=True)
-class _Bucket:
-    tokens: float
-    filled_at: float
-
-    def take(self, per_s: float, burst: float, now: float) -> bool:
-        self.tokens = min(burst, self.tokens + (now - self.filled_at) * per_s)
-        self.filled_at = now
-        if self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True
-
-
 class AnswerLimits:
     """How many requests are answered: `ANSWERS_PER_S` for each user (an IPv4 address, an IPv6 /64), and in all."""
 
     def __init__(self) -> None:
-        self._all = _Bucket(ALL_ANSWERS_PER_S, 0.0)
-        self._users: OrderedDict[str, _Bucket] = OrderedDict()
+        self._all = Bucket(ALL_ANSWERS_PER_S, ALL_ANSWERS_PER_S)
+        self._users: OrderedDict[str, Bucket] = OrderedDict()
 
     def allow(self, ip: str, now: float) -> bool:
         """Whether to answer a request from there."""
         user = user_of(ip)
-        bucket = self._users.setdefault(user, _Bucket(ANSWERS_BURST, now))
+        bucket = self._users.setdefault(user, Bucket(ANSWERS_PER_S, ANSWERS_BURST))
         self._users.move_to_end(user)
         if len(self._users) > MAX_USERS:
             self._users.popitem(last=False)
-        return bucket.take(ANSWERS_PER_S, ANSWERS_BURST, now) and self._all.take(
-            ALL_ANSWERS_PER_S, ALL_ANSWERS_PER_S, now
-        )
+        return bucket.take(now) and self._all.take(now)
 
 
 # --- the socket ---

@@ -22,6 +22,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
+from shoal.node.budgets import Bucket
 from shoal.node.mesh.addresses import ip_of, is_loopback, usefulness
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
@@ -179,12 +180,6 @@ class _Member:
 
 
 @dataclass(slots=True)
-class _Account:
-    tokens: float = CARRIER_BURST
-    at: float = 0.0
-
-
-@dataclass(slots=True)
 class MembersStatistics:
     """What was left out."""
 
@@ -201,7 +196,7 @@ class Members:
     own: PeerId
     counters: MembersStatistics = field(default_factory=MembersStatistics)
     _members: dict[PeerId, _Member] = field(default_factory=dict)  # who was connected last is last
-    _accounts: dict[PeerId, _Account] = field(default_factory=dict)
+    _accounts: dict[PeerId, Bucket] = field(default_factory=dict)
 
     def handle(self, event: Event, now: float) -> list[Dial]:
         """Take in what happened; whom to dial."""
@@ -298,7 +293,7 @@ class Members:
         self._members[event.peer] = self._members.pop(event.peer)
         account = self._accounts.get(member.carrier) if member.carrier is not None else None
         if account is not None:  # it was one that exists
-            account.tokens = min(CARRIER_BURST, account.tokens + member.num_tries + member.is_dialed)
+            account.give_back(member.num_tries + member.is_dialed)
         member.carrier = None
         member.is_sought = False
         member.was_met, member.since = True, now
@@ -365,16 +360,13 @@ class Members:
             return True
         account = self._accounts.get(carrier)
         if account is None:
-            account = self._accounts[carrier] = _Account(at=now)
+            account = self._accounts[carrier] = Bucket(CARRIER_PER_S, CARRIER_BURST)
             while len(self._accounts) > MAX_CARRIERS:
                 del self._accounts[next(iter(self._accounts))]
-        account.tokens = min(CARRIER_BURST, account.tokens + (now - account.at) * CARRIER_PER_S)
-        account.at = now
-        if account.tokens < 1:
-            self.counters.on_no_account += 1
-            return False
-        account.tokens -= 1
-        return True
+        if account.take(now):
+            return True
+        self.counters.on_no_account += 1
+        return False
 
 
 def by_peer(addresses: Iterable[str]) -> dict[PeerId, list[str]]:

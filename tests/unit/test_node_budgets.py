@@ -208,6 +208,13 @@ def test_a_household_has_one_budget_whatever_its_addresses_look_like() -> None:
     assert dials.may(NAMES[0], "/ip6/2001:db8:0:1::1/tcp/1", 0.0)
 
 
+def test_the_nodes_of_one_machine_have_the_rate_of_all_whatever_its_loopback_is_called() -> None:
+    limits = BudgetLimits()
+    for place in ("/ip4/127.0.0.1/tcp/{}", "/ip6/::1/tcp/{}"):
+        dials = Dials(limits)
+        assert sum(dials.may(NAMES[n % 69], place.format(n), 0.0) for n in range(100)) == limits.dials_burst
+
+
 def test_an_ipv6_network_is_one_user() -> None:
     assert user_of("2001:db8::1") == user_of("2001:db8::2") != user_of("2001:db8:0:1::1")
     assert user_of("192.0.2.1") != user_of("192.0.2.2")

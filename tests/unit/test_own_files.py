@@ -47,12 +47,14 @@ def somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _logging() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, own_level = root.handlers[:], root.level, logging.getLogger("shoal").level
     yield
     for handler in set(root.handlers) - set(handlers):
         handler.close()
     logging.captureWarnings(capture=False)
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("shoal").setLevel(own_level)
 
 
 def test_a_folder_in_which_others_may_put_what_they_like_is_refused(shared: Path) -> None:

@@ -415,7 +415,7 @@ async def test_a_failure_is_told_once_with_its_place_and_reason(
 
 @pytest.mark.trio
 async def test_the_trace_of_a_remote_failure_is_there_for_who_debugs(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, logger="shoal.node.supervise")
+    caplog.set_level(logging.DEBUG)
     async with Supervisor().open("node") as domain:
         domain.start_soon("gossip", failing(ProtocolError("a lie"), 1, []), policy=Policy.DROP)
     assert "Traceback" in caplog.text
