@@ -22,7 +22,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -45,6 +45,7 @@ from shoal.crdt.gossip_messages import (
     Told,
     Wake,
 )
+from shoal.crdt.meeting import BUCKET_BYTES, Differing, differing, lacking, summary
 from shoal.crdt.oplog import Fork, FrozenLogError, op_hash
 from shoal.crdt.presence import Excess, Fresh, Opened, Outdone, Presence, PresenceTable, Stale, record_hash
 from shoal.crdt.presence import Known as Heard
@@ -61,6 +62,7 @@ from shoal.node.swarm.reaching import Reaching
 from shoal.node.swarm.waiting import PUSH_BYTES, Waiting, in_parts
 from shoal.node.wire.contracts import (
     GossipPush,
+    PresenceSummary,
     SwarmService,
     SyncAnswer,
     SyncRequest,
@@ -73,6 +75,8 @@ from shoal.protocol.services import client
 from shoal.protocol.signing import Signed, Signer
 
 log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 FACTS: Final = "facts"
 """The topic that is repeated when a node has said nothing for a while."""
@@ -499,6 +503,14 @@ class Replica:
             self._sync_soon(peer)
         return SyncAnswer(tuple(ops), plain_version(ours), ours.is_full)
 
+    def serve_compare(self, request: PresenceSummary) -> Differing:
+        """A peer asks what of presence it should give.
+
+        Raises:
+            ProtocolError: if it sends no summary.
+        """
+        return differing(self._presence, request.buckets)
+
     async def serve_gossip(self, peer: PeerId, push: GossipPush) -> None:
         """A peer pushes news. What is bad in it is refused, and the rest is taken and passed on."""
         if peer not in self._met:
@@ -668,8 +680,8 @@ class Replica:
             self._handle(ContactUp(peer) if peer in self._contacts else ContactDown(peer))
 
     async def _push_loop(self, peer: PeerId, waiting: Waiting) -> None:
-        """Send all that is known of who is there, and then what waits."""
-        records = self._presence.newest()
+        """Send what it lacks of who is there, and then what waits."""
+        records = await self._lacked_by(peer, waiting)
         ops: list[Signed] = []
         controls: list[Control] = []
         while self._met.get(peer) is waiting:
@@ -679,27 +691,43 @@ class Replica:
             names, ops, controls = await waiting.take()
             records = [sealed for name in names if (sealed := self._presence.find(name)) is not None]
 
+    async def _lacked_by(self, peer: PeerId, waiting: Waiting) -> list[Signed]:
+        """The presence that a peer says that it lacks; none if it does not say so rightly, or at all."""
+        ours = summary(self._presence)
+        request = PresenceSummary(self.swarm, ours)
+        try:
+            theirs = await self._patiently(peer, waiting, lambda: self._service_of(peer).compare(request))
+            return [] if theirs is None else lacking(self._presence, len(ours) // BUCKET_BYTES, theirs)
+        except ProtocolError as error:
+            self._refuse(peer, str(error))
+            return []
+
     async def _push(self, peer: PeerId, part: GossipPush, waiting: Waiting) -> bool:
         """Whether this queue goes on."""
+        await self._patiently(peer, waiting, lambda: self._service_of(peer).gossip(part))
+        return self._met.get(peer) is waiting
+
+    async def _patiently(
+        self, peer: PeerId, waiting: Waiting, call: Callable[[], Awaitable[_Answer]]
+    ) -> _Answer | None:
+        """A call, with retries; None if the peer refuses it, or is not met any more."""
         for attempt in range(PUSH_TRIES):
             if self._met.get(peer) is not waiting:
-                return False
+                return None
             try:
-                await self._service_of(peer).gossip(part)
+                return await call()
             except RemoteError as error:
                 self.counters.failed_pushes += 1
                 log.debug("a push to %s failed: %s", peer, error)
                 if error.status is Status.NOT_FOUND:
                     self._left(peer)
-                    return False
-                if error.status is Status.INVALID_ARGUMENT:
-                    return True  # it refuses this part, and would refuse it again
+                    return None
+                if error.status in (Status.INVALID_ARGUMENT, Status.UNIMPLEMENTED):
+                    return None  # it refuses this, and would refuse it again
                 await trio.sleep(PUSH_AGAIN_S * 2**attempt)
-            else:
-                return True
         if self._met.get(peer) is waiting:
             self._give_up(peer)
-        return False
+        return None
 
     def _give_up(self, peer: PeerId) -> None:
         """A member takes no pushes: it counts as lost until it is met again."""
