@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -320,7 +322,7 @@ def test_a_worker_is_lost_within_seconds_and_all_that_its_environments_started_w
     """Processes that left its group and session too."""
     monkeypatch.setattr(workers, "STILL_S", 3.0)
     another.open("Forks")
-    until(lambda: len(started_by_environments()) >= 8)
+    until(lambda: len(started_by_environments()) >= 12)
     began = time.monotonic()
     words = lose(another)
     with pytest.raises(WorkerLostError, match=words) as told:
@@ -328,6 +330,13 @@ def test_a_worker_is_lost_within_seconds_and_all_that_its_environments_started_w
     assert time.monotonic() - began < PROMISED_S
     assert not told.value.is_task
     until(lambda: not started_by_environments(), seconds=1)  # what is killed takes a moment to be gone
+
+
+def test_a_worker_that_is_stopped_as_soon_as_it_works_is_lost_within_seconds_too() -> None:
+    """Until the first sign of life it has two minutes: PyTorch is large."""
+    program = "from shoal.training import watch; watch.begin(None); print(watch.page[watch.Slot.BEATS])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(shown.stdout) > 0
 
 
 # --- whole nodes -----------------------------------------------------------------------------------------------------
