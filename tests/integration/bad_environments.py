@@ -125,13 +125,14 @@ class Forks(Plain):
 
     def __init__(self):
         super().__init__()
-        for command in (["sleep", "3600.25"], ["setsid", "sleep", "3600.25"]):
+        sleep = ["sleep", os.environ["BAD_SLEEP_S"]]
+        for command in (sleep, ["setsid", *sleep]):
             subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if os.fork() == 0:
             for number in range(3, 64):
                 with contextlib.suppress(OSError):
                     os.set_inheritable(number, True)
-            os.execvp("setsid", ["setsid", "sleep", "3600.25"])
+            os.execvp("setsid", ["setsid", *sleep])
 
 
 class Loud(Plain):

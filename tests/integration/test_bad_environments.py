@@ -35,8 +35,8 @@ from shoal.training.worker_calls import COLLECT, EVALUATE, OPEN, TASK_FAILED, Co
 ME = PeerId.of_public_key(bytes(32))
 SMALL = {"num_envs": 4, "update_epochs": 1, "num_minibatches": 1, "hidden_sizes": [8]}
 PROMISED_S = 10.0
-MARKED = "3600.25"
-"""What the processes wait for that `Forks` starts; nobody else does."""
+SLEEP_S = f"3600.{os.getpid()}"
+"""How long the processes wait that `Forks` starts; nobody else does for so long."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (about / "entry_points.txt").write_text("[shoal.tasks]\nbad = bad_environments:task\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))  # this process is the node, which knows what is installed
+        patch.setenv("BAD_SLEEP_S", SLEEP_S)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
         yield site
 
@@ -282,7 +283,7 @@ def started_by_environments() -> set[int]:
     return {
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
-        if command_of(int(folder.name))[:2] == ["sleep", MARKED]
+        if command_of(int(folder.name))[:2] == ["sleep", SLEEP_S]
     }
 
 
