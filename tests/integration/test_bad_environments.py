@@ -327,7 +327,8 @@ def test_a_worker_is_lost_within_seconds_and_all_that_its_environments_started_w
     began = time.monotonic()
     words = lose(another)
     with pytest.raises(WorkerLostError, match=words) as told:
-        another(COLLECT, Collect(64))
+        while True:  # a process that was killed may still answer one call
+            another(COLLECT, Collect(64))
     assert time.monotonic() - began < PROMISED_S
     assert not told.value.is_task
     until(lambda: not started_by_environments(), seconds=1)  # what is killed takes a moment to be gone
