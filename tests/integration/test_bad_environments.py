@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -299,6 +299,11 @@ def keeper_of(worker: WorkerProcess) -> int:
     return next(pid for pid in descendants(os.getpid()) if str(worker.folder) in command_of(pid)[-1:])
 
 
+def collect_for_ever(worker: WorkerProcess) -> NoReturn:
+    while True:
+        worker(COLLECT, Collect(64))
+
+
 def stop(worker: WorkerProcess) -> str:
     """ATTACKS row 29: such a worker was replaced after 301 s."""
     for pid in descendants(keeper_of(worker)):
@@ -327,8 +332,7 @@ def test_a_worker_is_lost_within_seconds_and_all_that_its_environments_started_w
     began = time.monotonic()
     words = lose(another)
     with pytest.raises(WorkerLostError, match=words) as told:
-        while True:  # a process that was killed may still answer one call
-            another(COLLECT, Collect(64))
+        collect_for_ever(another)  # a process that was killed may still answer one call
     assert time.monotonic() - began < PROMISED_S
     assert not told.value.is_task
     until(lambda: not started_by_environments(), seconds=1)  # what is killed takes a moment to be gone
