@@ -166,7 +166,7 @@ class Run:
         self._stored = stored
         self._is_resumed = stored is not None and stored.epoch > 0
         self._rounds_before = rounds
-        self._limits = Limits.of_batch(manifest.batch_size)
+        self._batch = manifest.batch
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._live: dict[PeerId, Facts] = {}
         self._num_learners = 0  # of them
@@ -328,7 +328,7 @@ class Run:
             self._in_round(Committed(author, result.ballot), now, outputs)
 
     def _is_plausible(self, result: Result) -> bool:
-        most = self._manifest.max_env_steps + self._limits.ballot
+        most = self._manifest.max_env_steps + Limits.of_batch(self._batch, None).ballot
         return result.env_steps <= most and result.epoch <= result.env_steps
 
     def _to_round(self, event: Heard, now: float, outputs: list[Output]) -> None:
@@ -360,7 +360,7 @@ class Run:
         return policy is not None and not any(peer == self._me or peer in self._live for peer in policy.electorate)
 
     def _equal_stake(self) -> float:
-        return self._manifest.batch_size / (self._num_learners + 1)
+        return self._batch.equal_share(self._num_learners + 1)
 
     def _first_round(self, policy: Policy, after: bytes, now: float, outputs: list[Output]) -> None:
         if self._counts_alike:
@@ -375,7 +375,7 @@ class Run:
             self._me,
             key,
             stakes,
-            self._limits,
+            Limits.of_batch(self._batch, None if self._counts_alike else sum(stakes.values())),
             self._waits[key.step > 0],
             now,
             heard_at=self._heard_at,

@@ -144,6 +144,7 @@ class Swarms:
             hyperparameters=request.hyperparameters,
             seed=request.seed,
             mode=request.mode,
+            batch_per_learner=request.per_learner,
             batch_size=request.batch_size,
             min_learners=request.min_learners,
             target_return=request.target_return,
