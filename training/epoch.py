@@ -232,17 +232,11 @@ class Epoch:
         return float("inf") if self.round is None or self.round.decided is not None else self.round.next_wake
 
     def tick(self, now: float, outputs: list[Output], *, is_look: bool) -> None:
-        """Time passed; ``is_look``: see who is left behind, if the first attempt has failed."""
+        """Time passed; ``is_look``: see who is left behind."""
         current = self.round
         if current is not None and now >= current.next_wake:
             self.take(RoundTick(), now, outputs)
-        if (
-            is_look
-            and current is not None
-            and current is self.round
-            and current.attempt > 0
-            and current.decided is None
-        ):
+        if is_look and current is not None and current is self.round:
             self._leave_behind(current, now, outputs)
 
     def take(self, event: RoundEvent, now: float, outputs: list[Output]) -> None:
@@ -265,11 +259,13 @@ class Epoch:
                 case Decide(ballot):
                     if current.has_begun and self.is_exchanging and self._jobs.job is None:
                         self._merge(ballot, now, outputs)
-        if current is self.round and current.decided is None and current.attempt > before:
+        if current is self.round and current.attempt > before:
             self._leave_behind(current, now, outputs)
 
     def _leave_behind(self, current: Round, now: float, outputs: list[Output]) -> None:
-        """Nobody waits for the vote of one that says that it is at an earlier epoch, and nothing in this round."""
+        """Once an attempt failed, nobody waits for one that says that it is at an earlier epoch, and nothing here."""
+        if current.attempt == 0 or current.decided is not None:
+            return
         for author, facts in list(self._others.live.items()):
             result = self._lineage.results.get(author)
             epoch = facts.epoch if result is None else max(facts.epoch, result.epoch)
