@@ -28,8 +28,8 @@ SELDOM_USED: Final = (
     "libp2p.pubsub.gossipsub",
     "libp2p.security.tls.autotls.acme",  # with httpx and requests
     "libp2p.security.tls.autotls.broker",
+    "libp2p.transport.websocket",
     "multiaddr.resolvers.dns",
-    "trio_websocket",
 )
 MADE_LATE: Final = (("multiaddr.resolvers.dns", "DNSResolver"),)
 
