@@ -22,9 +22,9 @@ import trio
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
-from shoal.node.config import ProfilePaths
 from shoal.node.mesh.addresses import usefulness
 from shoal.node.mesh.host import Host, HostEvent, PeerDown, PeerUp
+from shoal.node.profile import ProfilePaths
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.store.remembered import Remembered

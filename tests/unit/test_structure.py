@@ -41,12 +41,12 @@ ROOMS = tuple(MAY_IMPORT)
 # The rooms inside node/ and the files beside them, lowest first: each may import those before it. Whatever of node/ is
 # not named here is the process itself, above all of them.
 NODE_LAYERS = (
-    ("shoal.node.signals", "shoal.node.metrics", "shoal.node.budgets", "shoal.node.supervise"),
+    ("shoal.node.late", "shoal.node.signals", "shoal.node.metrics", "shoal.node.budgets", "shoal.node.supervise"),
     ("shoal.node.store",),
     ("shoal.node.wire",),
     ("shoal.node.mesh",),
     ("shoal.node.reach",),
-    ("shoal.node.config", "shoal.node.identity", "shoal.node.lock", "shoal.node.logs"),
+    ("shoal.node.profile", "shoal.node.config", "shoal.node.identity", "shoal.node.lock", "shoal.node.logs"),
     ("shoal.node.api",),
     ("shoal.node.swarm",),
 )
