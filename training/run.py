@@ -112,6 +112,8 @@ CHUNK_S: Final = 0.25
 """How long the worker collects before the run looks up."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
+HEAR_OUT_S: Final = 0.05
+"""After news of a newer policy, until it is asked for: whoever comes hears of several at once, the oldest first."""
 COMING_S: Final = 10.0
 """A policy of which some has come is waited for so long, until more comes, before a newer one is asked for."""
 RESULT_GAP_S: Final = 4.0
@@ -204,6 +206,7 @@ class Run:
         self._missed_at: float | None = None
         # Time.
         self._looked_at = now
+        self._look_at = _NEVER
         self._alone_at: float | None = now
         self._result_due = _NEVER
         self._wake_at = now
@@ -269,6 +272,8 @@ class Run:
                 self._tick(now, outputs)
             case _:
                 self._job_done(event, now, outputs)
+        if now >= self._look_at:
+            self._look(now, outputs)
         self._next(now, outputs)
         facts = self.progress.to_tell(self._role, 0 if self.policy is None else self.policy.epoch, len(self._live), now)
         if facts is not None:
@@ -308,7 +313,7 @@ class Run:
                     is_ahead = self.lineage.heard(author, statement)
                     self._commit(author, statement, now, outputs)
                     if is_ahead:
-                        self._look(now, outputs)
+                        self._look_at = min(self._look_at, now + HEAR_OUT_S)
             case Facts():
                 before = self._live.get(author)
                 self._live[author] = statement
@@ -626,6 +631,7 @@ class Run:
 
     def _look(self, now: float, outputs: list[Output]) -> None:
         """Whether another policy than the own one is to be held."""
+        self._look_at = _NEVER
         if self._taken is not None or self.progress.phase is Phase.DONE:
             return
         if self._role is Role.LEARNER and self.policy is None:
@@ -930,7 +936,7 @@ class Run:
                 self._in_round(Left(author), now, outputs)
 
     def _set_wake(self, now: float, outputs: list[Output]) -> None:
-        at = self._looked_at + LOOK_S
+        at = min(self._looked_at + LOOK_S, self._look_at)
         current = self.round
         if current is not None and current.decided is None:
             at = min(at, current.next_wake)
