@@ -213,6 +213,7 @@ class Run:
                 self._tick(now, outputs)
             case _:
                 self._job_done(event, now, outputs)
+        self.taking.look_if_due(now, outputs)
         self._next(now, outputs)
         facts = self.progress.to_tell(self._role, self.progress.epoch, len(self.others.live), now)
         if facts is not None:
@@ -233,7 +234,7 @@ class Run:
                     is_ahead = self.lineage.heard(author, statement)
                     self.epoch.committed(author, statement, now, outputs)
                     if is_ahead:
-                        self.taking.look(now, outputs)
+                        self.taking.look_soon(now)
             case Facts():
                 self.others.told(author, statement)
                 self.epoch.told(author, statement, now, outputs)
