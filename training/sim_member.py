@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from shoal.training.sim import Swarm
 
 HEARTBEAT_PEERS: Final = 64
-"""As `shoal.node.swarm.replica.HEARTBEAT_MEMBERS`."""
+"""As `shoal.node.swarm.speaking.HEARTBEAT_MEMBERS`."""
 LOOK_S: Final = 2.0
 """How often it is noticed at least who is gone."""
 MESSAGE_BYTES: Final = 120

@@ -39,10 +39,11 @@ from shoal.training.electorate import Electorate
 from shoal.training.exchange.ballots import Ballot
 from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Role
-from shoal.training.run import LOOK_S, Run
+from shoal.training.run import Run
 from shoal.training.run_events import Policy
 from shoal.training.statements import TOPIC_OF, Addresses, Phase, read_statement
 from shoal.training.stored_run import StoredRun
+from shoal.training.taking import LOOK_S
 from shoal.training.worker_calls import (
     ABANDON,
     BEGIN,

@@ -23,9 +23,9 @@ from shoal.crdt.meeting import Differing
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
-from shoal.node.config import ProfilePaths
 from shoal.node.mesh.addresses import usefulness
 from shoal.node.mesh.host import Host, HostEvent, PeerDown, PeerUp
+from shoal.node.profile import ProfilePaths
 from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.store.remembered import Remembered
@@ -145,6 +145,7 @@ class Swarms:
             hyperparameters=request.hyperparameters,
             seed=request.seed,
             mode=request.mode,
+            batch_per_learner=request.per_learner,
             batch_size=request.batch_size,
             min_learners=request.min_learners,
             target_return=request.target_return,

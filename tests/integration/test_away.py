@@ -92,7 +92,7 @@ async def test_a_member_that_does_not_answer_holds_up_nobody_else() -> None:
             await client(SwarmService, silent.at(one.me), timeout_s=5).gossip(GossipPush(SWARM, (said,)))
             await one.until(lambda: silent.peer_id in one.replica.neighbours)
             calls.is_silent = True
-            one.replica._sync_soon(silent.peer_id)
+            one.replica._syncing.sync_soon(silent.peer_id)
             await one.host.connect(two.host.addresses())
             await one.knows(two)
             began = trio.current_time()
