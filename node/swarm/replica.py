@@ -121,7 +121,7 @@ class Replica:
         self.counters = ReplicaStatistics()
         self.on_heard: Callable[[PeerId, str, Mapping[str, Any], bytes], None] = lambda *_: None
         self.on_gone: Callable[[PeerId], None] = lambda _: None
-        self.on_outdone: Callable[[int], None] = lambda _: None
+        self.on_outdone: Callable[[int], object] = lambda _: None
         self.on_documents: Callable[[], None] = lambda: None
         self._own = signer.peer_id
         self._journal = Journal(swarm, signer, docs, storage)

@@ -1,14 +1,14 @@
 """Whom this node has met in a swarm, and the calls by which each is told what waits for it.
 
-A peer that is met is asked what it knows of who is there, and hears at first what it lacks of that
-(`shoal.crdt.meeting`). A call that fails is tried again; who takes none is
-given up, and is met again when it answers.
+A peer that is met is asked at first what it lacks of who is there, and given that. A call that fails is tried again;
+who takes none is given up, and is met again when it answers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
@@ -20,7 +20,7 @@ from shoal.node.mesh.host import Host
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm.counters import ReplicaStatistics
 from shoal.node.swarm.waiting import Waiting, in_parts
-from shoal.node.wire.contracts import GossipPush, PresenceSummary, SwarmService
+from shoal.node.wire.contracts import PresenceSummary, SwarmService
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import client
@@ -28,11 +28,11 @@ from shoal.protocol.signing import Signed
 
 log = logging.getLogger(__name__)
 
-_Answer = TypeVar("_Answer")
-
 CALL_TIMEOUT_S: Final = 5.0
 PUSH_TRIES: Final = 3
 PUSH_AGAIN_S: Final = 0.2
+
+_Answer = TypeVar("_Answer")
 
 
 class Telling:
@@ -58,7 +58,7 @@ class Telling:
             counters: of what goes wrong.
             on_left: told of a peer that says that it is not in the swarm.
             on_lost: told of a peer that takes nothing any more; it is not met any more then.
-            on_refused: told of a peer that answered what cannot be an answer, and why.
+            on_refused: told of a peer that says what cannot be, and why.
         """
         self._swarm = swarm
         self._host = host
@@ -113,7 +113,8 @@ class Telling:
         controls: list[Control] = []
         while self._met.get(peer) is waiting:
             for part in in_parts(self._swarm, records, ops, controls):
-                if not await self._push(peer, part, waiting):
+                await self._patiently(peer, waiting, partial(self.service_of(peer).gossip, part))
+                if self._met.get(peer) is not waiting:
                     return
             names, ops, controls = await waiting.take()
             records = [sealed for name in names if (sealed := self._presence.find(name)) is not None]
@@ -121,19 +122,14 @@ class Telling:
     async def _lacked_by(self, peer: PeerId, waiting: Waiting) -> list[Signed]:
         """The presence that a peer says that it lacks; none if it does not say so rightly, or at all."""
         ours = summary(self._presence)
-        request = PresenceSummary(self._swarm, ours)
+        compare = partial(self.service_of(peer).compare, PresenceSummary(self._swarm, ours))
         try:
-            theirs = await self._patiently(peer, waiting, lambda: self.service_of(peer).compare(request))
+            theirs = await self._patiently(peer, waiting, compare)
             return [] if theirs is None else lacking(self._presence, len(ours) // BUCKET_BYTES, theirs)
         except ProtocolError as error:
             self._counters.refused_answers += 1
             self._on_refused(peer, str(error))
             return []
-
-    async def _push(self, peer: PeerId, part: GossipPush, waiting: Waiting) -> bool:
-        """Whether this queue goes on."""
-        await self._patiently(peer, waiting, lambda: self.service_of(peer).gossip(part))
-        return self._met.get(peer) is waiting
 
     async def _patiently(
         self, peer: PeerId, waiting: Waiting, call: Callable[[], Awaitable[_Answer]]
