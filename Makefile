@@ -23,7 +23,7 @@ setup: $(READY)        ## build .venv; does nothing when it is up to date
 demo: $(READY)         ## the whole thing on this machine: peers train one policy, and one of them is killed
 	@$(BIN)/shoal demo --kill-one $(ARGS)
 
-test: $(READY)         ## the test suite, in two halves side by side; with ARGS those tests alone
+test: $(READY)         ## the test suite, in three parts side by side; with ARGS those tests alone
 	@tools/test.sh $(ARGS)
 
 check: lint format-check types  ## what CI runs beside the tests

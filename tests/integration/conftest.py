@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,35 @@ from shoal.node.api.client import Client
 from shoal.node.api.schemas import MetricsInfo
 from shoal.node.config import NodeConfig
 
+SHARE = os.environ.pop("SHOAL_TEST_SHARE", None)
+"""A folder in which several runs of these tests tell each other which files they have taken; none inherits it."""
+LONG = ("coming_back", "links", "demo", "lan", "bad_environments", "hostile", "lives_on", "swarm", "reach", "portmap")
+"""Files that take long: they are begun first, so that all who share end at about the same time. No more than a hint."""
 SHOAL = [sys.executable, "-m", "shoal.cli.main"]
 LOOPBACK = ("--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In which order they are taken, where they are shared."""
+    if SHARE is not None:
+        order = {f"test_{name}": place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Whether another run has taken the file of this test: then that one shows what comes of it."""
+    return None if SHARE is None or _is_ours(item.path.name) else True
+
+
+@cache
+def _is_ours(name: str) -> bool:
+    try:
+        (Path(str(SHARE)) / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 class Node:
