@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from shoal.node.api.client import Client
-from shoal.node.config import ProfilePaths, check_profile, default_home
+from shoal.node.profile import ProfilePaths, check_profile, default_home
 from shoal.protocol.errors import UsageError
 
 if TYPE_CHECKING:

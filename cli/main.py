@@ -5,22 +5,70 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Final, NoReturn
+from importlib import import_module
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from shoal import __version__
-from shoal.cli import bench, demo, node, sim, swarm
 from shoal.cli.common import INTERRUPTED, print_json
-from shoal.node.config import default_home
+from shoal.node.profile import default_home
 from shoal.protocol.errors import ShoalError, UsageError
 
 FAILED: Final = 1
 # The base of all that the parser raises; Typer brings its parser along under a name that changes with its version.
 _ParserError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
 
+_COMMANDS: Final = {
+    "up": "node",
+    "down": "node",
+    "status": "node",
+    "peers": "node",
+    "nat": "node",
+    "doctor": "node",
+    "ping": "node",
+    "swarm": "swarm",
+    "join": "swarm",
+    "leave": "swarm",
+    "watch": "swarm",
+    "demo": "demo",
+    "sim": "sim",
+    "bench": "bench",
+}
+"""Each command and the module it is in, in the order in which help lists them."""
+
+
+class _LateCommands(TyperGroup):
+    """Imports a command when it is asked for: all of them together take longer than most of them run."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """One of them; None if there is none of that name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        found = self.commands.get(cmd_name)
+        if found is None:
+            found = self.commands[cmd_name] = _load(cmd_name)
+        return found
+
+
+def _load(name: str) -> Any:
+    module = import_module(f"shoal.cli.{_COMMANDS[name]}")
+    group = getattr(module, f"{name}_app", None)
+    if group is not None:
+        return typer.main.get_group(group)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(getattr(module, name))
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="shoal",
+    cls=_LateCommands,
     help="Pool unequal machines in unequal places to train one reinforcement-learning policy, with no server.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -41,22 +89,6 @@ def _root(
     ] = False,
 ) -> None:
     """Options that stand before a command."""
-
-
-app.command("up")(node.up)
-app.command("down")(node.down)
-app.command("status")(node.status)
-app.command("peers")(node.peers)
-app.command("nat")(node.nat)
-app.command("doctor")(node.doctor)
-app.command("ping")(node.ping)
-app.add_typer(swarm.swarm_app, name="swarm")
-app.command("join")(swarm.join)
-app.command("leave")(swarm.leave)
-app.command("watch")(swarm.watch)
-app.command("demo")(demo.demo)
-app.command("sim")(sim.sim)
-app.add_typer(bench.bench_app, name="bench")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,4 +1,8 @@
-"""``shoal up``, ``down``, ``status``, ``peers``, ``nat``, ``doctor``, ``ping``: the node of this machine."""
+"""``shoal up``, ``down``, ``status``, ``peers``, ``nat``, ``doctor``, ``ping``: the node of this machine.
+
+What draws for people is imported where something is drawn: a node in the background and whoever asks for JSON do
+without; so are the settings of a node, which only its start needs.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, connect, console, print_json, profile_paths
-from shoal.cli.spawn import BackgroundNode, wait_gone
-from shoal.node.config import NodeConfig, default_listen, parse_relay_limits
 from shoal.node.lock import lock_holder
-from shoal.node.reach.settings import ReachConfig
 from shoal.protocol.errors import NoDaemonError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.node.api.schemas import NodeInfo
+    from shoal.node.config import NodeConfig
 
 STOP_TIMEOUT_S: Final = 5.0
 PING_INTERVAL_S: Final = 1.0
@@ -55,6 +56,9 @@ def up(  # the options of one command; Typer wants them as arguments
     ready_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Run a node. It stays in the foreground; Ctrl-C ends it."""
+    from shoal.node.config import NodeConfig, default_listen, parse_relay_limits
+    from shoal.node.reach.settings import ReachConfig
+
     config = NodeConfig(
         profile=profile,
         listen=tuple(listen or default_listen()),
@@ -74,18 +78,27 @@ def up(  # the options of one command; Typer wants them as arguments
         serve_bench=serve_bench,
     )
     if detach:
-        ready = BackgroundNode(config).wait_ready()
-        print_json(ready) if as_json else console().print(render.ready(ready, detached=True), soft_wrap=True)
+        from shoal.cli.spawn import BackgroundNode
+
+        _say_ready(BackgroundNode(config).wait_ready(), detached=True, as_json=as_json)
         return
     if ready_fd >= 0:
         _run_for_parent(config, ready_fd)
         return
 
     def on_ready(info: NodeInfo) -> None:
-        ready = ready_answer(info)
-        print_json(ready) if as_json else console().print(render.ready(ready, detached=False), soft_wrap=True)
+        _say_ready(ready_answer(info), detached=False, as_json=as_json)
 
     _run(config, on_ready, foreground=True)
+
+
+def _say_ready(ready: dict[str, Any], *, detached: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(ready)
+        return
+    from shoal.cli import render
+
+    console().print(render.ready(ready, detached=detached), soft_wrap=True)
 
 
 def ready_answer(info: NodeInfo) -> dict[str, Any]:
@@ -130,7 +143,7 @@ def _run_for_parent(config: NodeConfig, ready_fd: int) -> None:
 def down(profile: Profile = "default", as_json: AsJson = False) -> None:
     """Stop the node."""
     pid = stop_node(profile)
-    print_json({"stopped": True, "pid": pid, "profile": profile}) if as_json else console().print("stopped")
+    print_json({"stopped": True, "pid": pid, "profile": profile}) if as_json else typer.echo("stopped")
 
 
 def stop_node(profile: str) -> int:
@@ -140,6 +153,8 @@ def stop_node(profile: str) -> int:
         NoDaemonError: if none runs.
         ShoalError: if it does not end.
     """
+    from shoal.cli.spawn import wait_gone
+
     paths = profile_paths(profile)
     holder = lock_holder(paths.lock)
     try:
@@ -163,29 +178,47 @@ def status(profile: Profile = "default", as_json: AsJson = False) -> None:
         info = client.node()
         if as_json:
             print_json(info)
-        else:
-            console().print(render.status(info, client.swarms()))
+            return
+        found = client.swarms()
+    from shoal.cli import render
+
+    console().print(render.status(info, found))
 
 
 def peers(profile: Profile = "default", as_json: AsJson = False) -> None:
     """The nodes that this one is connected to."""
     with connect(profile) as client:
         found = client.peers()
-    print_json(found) if as_json else console().print(render.peers(found))
+    if as_json:
+        print_json(found)
+        return
+    from shoal.cli import render
+
+    console().print(render.peers(found))
 
 
 def nat(profile: Profile = "default", as_json: AsJson = False) -> None:
     """What this node is behind, and how it is reached."""
     with connect(profile) as client:
         info = client.nat()
-    print_json(info) if as_json else console().print(render.nat(info))
+    if as_json:
+        print_json(info)
+        return
+    from shoal.cli import render
+
+    console().print(render.nat(info))
 
 
 def doctor(profile: Profile = "default", as_json: AsJson = False) -> None:
     """What stands between this node and its peers, and what you can do about it."""
     with connect(profile) as client:
         info = client.doctor()
-    print_json(info) if as_json else console().print(render.doctor(info))
+    if as_json:
+        print_json(info)
+        return
+    from shoal.cli import render
+
+    console().print(render.doctor(info))
 
 
 def ping(
@@ -200,4 +233,9 @@ def ping(
             if number:
                 time.sleep(PING_INTERVAL_S)
             found = client.ping(peer)
-            print_json(found) if as_json else console().print(render.ping(found), soft_wrap=True)
+            if as_json:
+                print_json(found)
+                continue
+            from shoal.cli import render
+
+            console().print(render.ping(found), soft_wrap=True)

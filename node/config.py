@@ -1,9 +1,7 @@
-"""How a node is set up, and where it keeps its things. Checked here, once, and trusted everywhere else."""
+"""How a node is set up. Checked here, once, and trusted everywhere else; where it keeps its things: `profile`."""
 
 from __future__ import annotations
 
-import os
-import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -11,33 +9,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-import platformdirs
-
 from shoal.node.mesh.addresses import check_listen, protocols_of
 from shoal.node.mesh.relay_limits import RelayLimits
+from shoal.node.profile import ProfilePaths, check_profile, default_home
 from shoal.node.reach.settings import ReachConfig
-from shoal.node.store.files import check_own_file, make_own_folder
 from shoal.protocol.errors import UsageError
-from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.ids import PeerId
 
 LISTEN_IPV4: Final = "/ip4/0.0.0.0/tcp/0"
 LISTEN_IPV6: Final = "/ip6/::/tcp/0"
-_PROFILE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-
-def default_home() -> Path:
-    """``$SHOAL_HOME``, or the platform's folder for applications' data.
-
-    Raises:
-        UsageError: if there is no such place.
-    """
-    try:
-        named = os.environ.get("SHOAL_HOME") or platformdirs.user_data_dir("shoal", appauthor=False)
-        home = Path(named).expanduser()
-    except RuntimeError as error:
-        nobody = "this user has no home (neither HOME nor an entry in /etc/passwd)"
-        raise UsageError(f"{nobody}; set SHOAL_HOME to a folder of its own") from error
-    return home.absolute()
 
 
 def default_listen() -> tuple[str, ...]:
@@ -48,62 +28,6 @@ def default_listen() -> tuple[str, ...]:
     except OSError:
         return (LISTEN_IPV4,)
     return (LISTEN_IPV4, LISTEN_IPV6)
-
-
-@dataclass(frozen=True, slots=True)
-class ProfilePaths:
-    """Where one profile keeps what; a profile is one node's identity and data."""
-
-    root: Path
-
-    @property
-    def identity(self) -> Path:
-        """The raw Ed25519 secret key, mode 0600."""
-        return self.root / "identity.key"
-
-    @property
-    def database(self) -> Path:
-        """SQLite: ops, blocks, what the node is in."""
-        return self.root / "node.db"
-
-    @property
-    def lock(self) -> Path:
-        """Held locked by the node that runs; holds its process id."""
-        return self.root / "lock"
-
-    @property
-    def api(self) -> Path:
-        """JSON: how to reach the API of the node that runs."""
-        return self.root / "api.json"
-
-    @property
-    def api_token(self) -> Path:
-        """The bearer token of the API on TCP, mode 0600."""
-        return self.root / "api.token"
-
-    @property
-    def api_socket(self) -> Path:
-        """The API's Unix socket, unless this path is too long for one."""
-        return self.root / "api.sock"
-
-    @property
-    def log(self) -> Path:
-        """What the node reports."""
-        return self.root / "node.log"
-
-    def swarm(self, swarm: SwarmId) -> Path:
-        """The folder of a swarm's results."""
-        return self.root / "swarms" / swarm
-
-    def create(self) -> None:
-        """Make the profile's folder, for this user alone.
-
-        Raises:
-            ShoalError: if it cannot be made, or if it, or what is in it, is not this user's.
-        """
-        make_own_folder(self.root)
-        for name in (self.identity, self.database, self.lock, self.api, self.api_token, self.log):
-            check_own_file(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,19 +116,6 @@ def relay_limit_words(limits: RelayLimits) -> list[str]:
         for each in fields(RelayLimits)
         if getattr(limits, each.name) != getattr(usual, each.name)
     ]
-
-
-def check_profile(name: str) -> str:
-    """Check a profile's name, which is also a folder's.
-
-    Raises:
-        UsageError: if it is not one.
-    """
-    if not _PROFILE.fullmatch(name):
-        raise UsageError(
-            f"{name[:80]!r} is not a profile name; use up to 64 letters, digits, '_', '.' and '-', no '.' or '-' first"
-        )
-    return name
 
 
 def check_peer_address(text: str) -> tuple[str, PeerId]:

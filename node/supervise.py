@@ -216,7 +216,7 @@ class Domain:
 
     def start_soon(
         self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any, policy: Policy
-    ) -> None:
+    ) -> bool:
         """Run a task; never raises. In a domain that is over, nothing happens.
 
         Args:
@@ -224,11 +224,14 @@ class Domain:
             function: the task. If it returns, the task is over, whatever the policy.
             *arguments: for it.
             policy: what its failure means.
+
+        Returns:
+            Whether it runs; if not, what it was to close at its end is the caller's still.
         """
         self.supervisor.tasks[self.kind, name] = policy
         if self.is_over:
             log.debug("%s: %s is not started, because it ends", self.name, name)
-            return
+            return False
         scope = trio.CancelScope()
         self._enter(scope)  # before it runs, so that `cancel` meets it whenever that comes
         try:
@@ -236,6 +239,8 @@ class Domain:
         except RuntimeError:  # the nursery has just closed, and the block's end has not been told yet
             log.debug("%s: %s is not started, because it has ended", self.name, name)
             self._leave(scope)
+            return False
+        return True
 
     async def start(
         self, name: str, function: Callable[..., Awaitable[object]], *arguments: Any, policy: Policy

@@ -2,19 +2,20 @@
 
 What is signed is ``shoal/``, the kind, a zero byte and the payload, so that a signature given for one kind of
 thing is never valid for another. Keys are Ed25519 (RFC 8032); the public key is read out of the author's peer id.
+The library of their mathematics is imported by the first who signs or checks: most commands do neither.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from typing import TYPE_CHECKING, Final
 
 from shoal.protocol.errors import SignatureError
 from shoal.protocol.ids import PeerId
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 SIGNATURE_BYTES: Final = 64
 
@@ -38,6 +39,8 @@ class Signer:
 
     def __init__(self, secret: bytes) -> None:
         """Take a raw 32-byte Ed25519 secret key."""
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
         self._key = Ed25519PrivateKey.from_private_bytes(secret)
         self.peer_id = PeerId.of_public_key(self._key.public_key().public_bytes_raw())
 
@@ -73,6 +76,8 @@ def verify(author: PeerId, kind: str, payload: bytes, signature: bytes) -> None:
     Raises:
         SignatureError: if it did not.
     """
+    from cryptography.exceptions import InvalidSignature
+
     try:
         _key_of(author).verify(signature, _message(kind, payload))
     except (InvalidSignature, ValueError) as error:
@@ -81,6 +86,8 @@ def verify(author: PeerId, kind: str, payload: bytes, signature: bytes) -> None:
 
 @lru_cache(maxsize=1024)
 def _key_of(author: PeerId) -> Ed25519PublicKey:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     key = author.public_key
     if int.from_bytes(key, "little") % 2**255 % _PRIME in _SMALL_ORDER:
         raise SignatureError(f"{author} is a key in whose name anybody could sign; it proves nothing")

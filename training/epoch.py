@@ -62,10 +62,10 @@ class Epoch:
         round: the one that is on.
         is_exchanging: whether the update is under way and what it wants averaged is not there yet.
         work_s: collecting and optimising in this epoch.
-        limits: of what may be offered.
     """
 
     __slots__ = (
+        "_batch",
         "_early",
         "_failed_merges",
         "_fetching",
@@ -73,7 +73,6 @@ class Epoch:
         "_is_shared",
         "_jobs",
         "_lineage",
-        "_manifest",
         "_me",
         "_missed_at",
         "_others",
@@ -83,7 +82,6 @@ class Epoch:
         "_waits",
         "_weights",
         "is_exchanging",
-        "limits",
         "round",
         "work_s",
     )
@@ -115,8 +113,7 @@ class Epoch:
         self.round: Round | None = None
         self.is_exchanging = False
         self.work_s = 0.0
-        self.limits = Limits.of_batch(manifest.batch_size)
-        self._manifest = manifest
+        self._batch = manifest.batch
         self._me = me
         self._progress = progress
         self._jobs = jobs
@@ -146,7 +143,7 @@ class Epoch:
     @property
     def equal_stake(self) -> float | None:
         """An equal share, where nobody has shown anything or nobody who has is left; None where somebody has."""
-        return self._manifest.batch_size / (self._others.num_learners + 1) if self._others.count_alike else None
+        return self._batch.equal_share(self._others.num_learners + 1) if self._others.count_alike else None
 
     # Entering.
 
@@ -172,7 +169,7 @@ class Epoch:
             self._me,
             key,
             stakes,
-            self.limits,
+            Limits.of_batch(self._batch, None if self._others.count_alike else sum(stakes.values())),
             self._waits[key.step > 0],
             now,
             heard_at=self._others.heard_at,

@@ -28,7 +28,7 @@ from shoal.training.claims import Claims
 from shoal.training.electorate import Electorate, says_of
 from shoal.training.ending import Ending
 from shoal.training.epoch import Epoch
-from shoal.training.exchange.ballots import CannotBeHad, Held, Left
+from shoal.training.exchange.ballots import CannotBeHad, Held, Left, Limits
 from shoal.training.exchange.rounds import MAX_VOTERS, Round
 from shoal.training.jobs import Jobs
 from shoal.training.lineage import Candidate, Lineage, Refusal
@@ -213,6 +213,7 @@ class Run:
                 self._tick(now, outputs)
             case _:
                 self._job_done(event, now, outputs)
+        self.taking.look_if_due(now, outputs)
         self._next(now, outputs)
         facts = self.progress.to_tell(self._role, self.progress.epoch, len(self.others.live), now)
         if facts is not None:
@@ -233,7 +234,7 @@ class Run:
                     is_ahead = self.lineage.heard(author, statement)
                     self.epoch.committed(author, statement, now, outputs)
                     if is_ahead:
-                        self.taking.look(now, outputs)
+                        self.taking.look_soon(now)
             case Facts():
                 self.others.told(author, statement)
                 self.epoch.told(author, statement, now, outputs)
@@ -241,7 +242,7 @@ class Run:
                 pass
 
     def _is_plausible(self, result: Result) -> bool:
-        most = self._manifest.max_env_steps + self.epoch.limits.ballot
+        most = self._manifest.max_env_steps + Limits.of_batch(self._manifest.batch, None).ballot
         return result.env_steps <= most and result.epoch <= result.env_steps
 
     # The worker.

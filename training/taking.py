@@ -19,6 +19,8 @@ from shoal.training.progress import Progress
 from shoal.training.run_events import Fetch, Merge, Note, NotFetched, Output, Policy
 from shoal.training.statements import Phase, Result
 
+HEAR_OUT_S: Final = 0.05
+"""After news of a newer policy, until it is asked for: whoever comes hears of several at once, the oldest first."""
 LOOK_S: Final = 1.0
 """How often other lines of the run are looked for."""
 COMING_S: Final = 10.0
@@ -41,6 +43,7 @@ class Taking:
         "_fetching",
         "_jobs",
         "_lineage",
+        "_look_at",
         "_looked_at",
         "_overtaken_at",
         "_progress",
@@ -82,6 +85,7 @@ class Taking:
         self._lineage = lineage
         self._epoch = epoch
         self._fetching = fetching
+        self._look_at = _NEVER
         self._looked_at = now
         self._coming_at = -_NEVER
         self._overtaken_at: float | None = None
@@ -95,9 +99,19 @@ class Taking:
 
     def next_wake(self, now: float) -> float:
         """The same, or when others have had long enough to let this learner make the policy itself."""
+        at = min(self.next_look, self._look_at)
         if self._overtaken_at is None:
-            return self.next_look
-        return min(self.next_look, max(self._overtaken_at + self._epoch.silence_s, now + 0.01))
+            return at
+        return min(at, max(self._overtaken_at + self._epoch.silence_s, now + 0.01))
+
+    def look_soon(self, now: float) -> None:
+        """A newer policy was heard of, and others may be in a moment."""
+        self._look_at = min(self._look_at, now + HEAR_OUT_S)
+
+    def look_if_due(self, now: float, outputs: list[Output]) -> None:
+        """After `look_soon`."""
+        if now >= self._look_at:
+            self.look(now, outputs)
 
     def look_again(self, now: float, outputs: list[Output]) -> None:
         """As it is time to."""
@@ -106,6 +120,7 @@ class Taking:
 
     def look(self, now: float, outputs: list[Output]) -> None:
         """Whether another policy than the own one is to be held."""
+        self._look_at = _NEVER
         if self.taken is not None or self._progress.phase is Phase.DONE:
             return
         if self._role is Role.LEARNER and self._progress.policy is None:

@@ -38,7 +38,7 @@ from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, Sho
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from shoal.node.config import ProfilePaths
+    from shoal.node.profile import ProfilePaths
 
 T = TypeVar("T")
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
 
     from shoal.node.api.app import NodeView
-    from shoal.node.config import ProfilePaths
+    from shoal.node.profile import ProfilePaths
 
 log = logging.getLogger(__name__)
 

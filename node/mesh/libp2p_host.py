@@ -175,14 +175,14 @@ class Libp2pHost:
         Raises:
             BaseLibp2pError: if it is not, or the pipe broke; the pipe is closed then.
         """
-        if raw.is_initiator:
-            async with closed_on_failure(raw):
+        async with closed_on_failure(raw):
+            if raw.is_initiator:
                 await self.network.upgrade_outbound_raw_conn(raw, ID.from_base58(str(peer)))
-            return
-        muxed = await self.network.upgrade_inbound_raw_conn(raw, Multiaddr(f"/p2p/{peer}"))
-        if str(muxed.peer_id) != peer:
-            await muxed.close()
-            raise BaseLibp2pError(f"{muxed.peer_id} came instead of {peer}")
+                return
+            muxed = await self.network.upgrade_inbound_raw_conn(raw, Multiaddr(f"/p2p/{peer}"))
+            if str(muxed.peer_id) != peer:
+                await muxed.close()
+                raise BaseLibp2pError(f"{muxed.peer_id} came instead of {peer}")
 
     async def close_path(self, path: PathId) -> None:
         """Close one connection, if it still stands."""

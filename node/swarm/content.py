@@ -430,6 +430,9 @@ class ContentStore(ContentService):
         held = flight.held
         if held is None:
             return
+        if cid not in held.missing:  # this node made the same content itself meanwhile
+            flight.tell_progress()
+            return
         if held.in_file:
             await self._in_thread(partial(held.fill, cid, data), self._disk)
         else:

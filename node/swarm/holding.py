@@ -145,8 +145,10 @@ class Holding:
         return None
 
     def lease(self, cid: Cid, now: float) -> None:
-        """A peer took a block."""
+        """A peer took a block. Of a content that is one block it has all, and will not come again."""
         for held in self._with_block.get(cid, ()):
+            if not held.manifest_bytes:
+                continue
             held.used_at, held.is_leased = now, True
             if held.cid in self._idle:
                 self._idle.move_to_end(held.cid)
@@ -254,7 +256,9 @@ class Holding:
         return held.is_leased and now < held.used_at + LEASE_S
 
     def _sort(self, held: Held) -> None:
-        """Among the idle ones, or not."""
+        """Among the idle ones, or not; one that was filled while another made it whole is none of these contents."""
+        if self._contents.get(held.cid) is not held:
+            return
         is_idle = held.num_users == 0 and not any(held.cid in cids for cids in self._held_by.values())
         was_idle = held.cid in self._idle
         if is_idle and not was_idle:

@@ -37,6 +37,7 @@ from shoal.crdt.gossip_messages import (
     Published,
     Told,
 )
+from shoal.crdt.meeting import Differing, differing
 from shoal.crdt.oplog import Fork
 from shoal.crdt.presence import Excess, Fresh, Opened, Outdone, Presence, PresenceTable, Stale, record_hash
 from shoal.crdt.presence import Known as Heard
@@ -57,6 +58,7 @@ from shoal.node.swarm.syncing import Syncing, op_id
 from shoal.node.swarm.telling import Telling
 from shoal.node.wire.contracts import (
     GossipPush,
+    PresenceSummary,
     SyncAnswer,
     SyncRequest,
 )
@@ -119,7 +121,7 @@ class Replica:
         self.counters = ReplicaStatistics()
         self.on_heard: Callable[[PeerId, str, Mapping[str, Any], bytes], None] = lambda *_: None
         self.on_gone: Callable[[PeerId], None] = lambda _: None
-        self.on_outdone: Callable[[int], None] = lambda _: None
+        self.on_outdone: Callable[[int], object] = lambda _: None
         self.on_documents: Callable[[], None] = lambda: None
         self._own = signer.peer_id
         self._journal = Journal(swarm, signer, docs, storage)
@@ -133,7 +135,12 @@ class Replica:
             on_written=self._written,
             is_new=is_new,
         )
-        self._met = Telling(swarm, host, presence, self.counters, on_left=self._left, on_lost=self._lost)
+        self._met = Telling(
+            *(swarm, host, presence, self.counters),
+            on_left=self._left,
+            on_lost=self._lost,
+            on_refused=self._refuse,
+        )
         self._syncing = Syncing(
             *(swarm, signer.peer_id, self._journal, self._own_log, self._met, self.counters),
             domain_of=self._of,
@@ -366,6 +373,14 @@ class Replica:
             RemoteError: UNAVAILABLE if this node cannot read its own state.
         """
         return await self._syncing.serve(peer, request)
+
+    def serve_compare(self, request: PresenceSummary) -> Differing:
+        """A peer asks what of presence it should give.
+
+        Raises:
+            ProtocolError: if it sends no summary.
+        """
+        return differing(self._presence, request.buckets)
 
     async def serve_gossip(self, peer: PeerId, push: GossipPush) -> None:
         """A peer pushes news. What is bad in it is refused, and the rest is taken and passed on."""

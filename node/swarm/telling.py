@@ -1,25 +1,27 @@
 """Whom this node has met in a swarm, and the calls by which each is told what waits for it.
 
-A peer that is met hears at first all that is known of who is there. A call that fails is tried again; who takes none is
-given up, and is met again when it answers.
+A peer that is met is asked at first what it lacks of who is there, and given that. A call that fails is tried again;
+who takes none is given up, and is met again when it answers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Final, TypeVar
 
 import trio
 
 from shoal.crdt.gossip_messages import Control, ItemId
+from shoal.crdt.meeting import BUCKET_BYTES, lacking, summary
 from shoal.crdt.presence import PresenceTable
 from shoal.node.mesh.host import Host
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm.counters import ReplicaStatistics
 from shoal.node.swarm.waiting import Waiting, in_parts
-from shoal.node.wire.contracts import GossipPush, SwarmService
-from shoal.protocol.errors import RemoteError, Status
+from shoal.node.wire.contracts import PresenceSummary, SwarmService
+from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import client
 from shoal.protocol.signing import Signed
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 CALL_TIMEOUT_S: Final = 5.0
 PUSH_TRIES: Final = 3
 PUSH_AGAIN_S: Final = 0.2
+
+_Answer = TypeVar("_Answer")
 
 
 class Telling:
@@ -43,6 +47,7 @@ class Telling:
         *,
         on_left: Callable[[PeerId], None],
         on_lost: Callable[[PeerId], None],
+        on_refused: Callable[[PeerId, str], None],
     ) -> None:
         """Begin with nobody.
 
@@ -53,6 +58,7 @@ class Telling:
             counters: of what goes wrong.
             on_left: told of a peer that says that it is not in the swarm.
             on_lost: told of a peer that takes nothing any more; it is not met any more then.
+            on_refused: told of a peer that says what cannot be, and why.
         """
         self._swarm = swarm
         self._host = host
@@ -60,6 +66,7 @@ class Telling:
         self._counters = counters
         self._on_left = on_left
         self._on_lost = on_lost
+        self._on_refused = on_refused
         self._met: dict[PeerId, Waiting] = {}
 
     def __contains__(self, peer: PeerId) -> bool:
@@ -100,38 +107,50 @@ class Telling:
             waiting.add(records=records, ops=ops, controls=controls)
 
     async def _push_loop(self, peer: PeerId, waiting: Waiting) -> None:
-        """Send all that is known of who is there, and then what waits."""
-        records = self._presence.newest()
+        """Send what it lacks of who is there, and then what waits."""
+        records = await self._lacked_by(peer, waiting)
         ops: list[Signed] = []
         controls: list[Control] = []
         while self._met.get(peer) is waiting:
             for part in in_parts(self._swarm, records, ops, controls):
-                if not await self._push(peer, part, waiting):
+                await self._patiently(peer, waiting, partial(self.service_of(peer).gossip, part))
+                if self._met.get(peer) is not waiting:
                     return
             names, ops, controls = await waiting.take()
             records = [sealed for name in names if (sealed := self._presence.find(name)) is not None]
 
-    async def _push(self, peer: PeerId, part: GossipPush, waiting: Waiting) -> bool:
-        """Whether this queue goes on."""
+    async def _lacked_by(self, peer: PeerId, waiting: Waiting) -> list[Signed]:
+        """The presence that a peer says that it lacks; none if it does not say so rightly, or at all."""
+        ours = summary(self._presence)
+        compare = partial(self.service_of(peer).compare, PresenceSummary(self._swarm, ours))
+        try:
+            theirs = await self._patiently(peer, waiting, compare)
+            return [] if theirs is None else lacking(self._presence, len(ours) // BUCKET_BYTES, theirs)
+        except ProtocolError as error:
+            self._on_refused(peer, str(error))
+            return []
+
+    async def _patiently(
+        self, peer: PeerId, waiting: Waiting, call: Callable[[], Awaitable[_Answer]]
+    ) -> _Answer | None:
+        """A call, with retries; None if the peer refuses it, or is not met any more."""
         for attempt in range(PUSH_TRIES):
             if self._met.get(peer) is not waiting:
-                return False
+                return None
             try:
-                await self.service_of(peer).gossip(part)
+                return await call()
             except RemoteError as error:
                 self._counters.failed_pushes += 1
                 log.debug("a push to %s failed: %s", peer, error)
                 if error.status is Status.NOT_FOUND:
                     self._on_left(peer)
-                    return False
-                if error.status is Status.INVALID_ARGUMENT:
-                    return True  # it refuses this part, and would refuse it again
+                    return None
+                if error.status in (Status.INVALID_ARGUMENT, Status.UNIMPLEMENTED):
+                    return None  # it refuses this, and would refuse it again
                 await trio.sleep(PUSH_AGAIN_S * 2**attempt)
-            else:
-                return True
         if self._met.get(peer) is waiting:
             log.info("%s takes no news of %s any more; it is met again when it answers", peer, self._swarm)
             self._counters.lost += 1
             self.unmeet(peer)
             self._on_lost(peer)
-        return False
+        return None

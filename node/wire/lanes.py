@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
 from cryptography import x509
@@ -360,6 +360,21 @@ class TlsByteStream:
             await trio.lowlevel.checkpoint()
 
 
+class _LaneSocket(ssl.SSLSocket):
+    """One that closes itself if the far side has gone before it is made, which `ssl.SSLSocket` leaves undone.
+
+    It takes the descriptor over first, asks who the far side is, and raises; whoever wanted it has nothing to close.
+    """
+
+    def getpeername(self) -> Any:
+        """The far end; closes the lane if there is none."""
+        try:
+            return super().getpeername()
+        except OSError:
+            self.close()
+            raise
+
+
 def _take_over(sock: Socket) -> socket.socket:
     plain = socket.socket(fileno=sock.detach())
     plain.setblocking(False)
@@ -405,6 +420,7 @@ async def _receive_exactly(tls: ssl.SSLSocket, num_bytes: int) -> bytes:
 @functools.cache
 def _client_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _LaneSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the ticket's fingerprint says who it must be
@@ -426,6 +442,7 @@ def _server_context() -> tuple[ssl.SSLContext, bytes]:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslsocket_class = _LaneSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0  # no session is ever resumed
     # The context reads only files; this one is in memory, so that the key is never on a disk.

@@ -406,7 +406,8 @@ class Links:
         if link is None:
             tls.close()
             raise RemoteError(Status.UNAVAILABLE, "the last connection has ended")
-        link.domain.start_soon("serving a bulk lane", self.bulk.serve_lane, peer, tls, policy=Policy.DROP)
+        if not link.domain.start_soon("serving a bulk lane", self.bulk.serve_lane, peer, tls, policy=Policy.DROP):
+            tls.close()
 
 
 class _LaneCalls(LaneService):

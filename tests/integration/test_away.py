@@ -9,13 +9,14 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.crdt.meeting import Differing
 from shoal.crdt.presence import PresenceTable
 from shoal.node.mesh.host import Host
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
+from shoal.node.wire.contracts import GossipPush, PresenceSummary, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.codec import encode
 from shoal.protocol.services import Empty, client
 
-from .replicas import GENEROUS_S, SWARM, TOPICS, a_host, a_node, signer_of, together
+from .replicas import GENEROUS_S, SWARM, TOPICS, a_host, a_node, holds_nothing, signer_of, together
 
 pytestmark = pytest.mark.trio
 
@@ -71,6 +72,9 @@ class Silent(SwarmService):
         if self.is_silent:
             await trio.sleep_forever()
         return SyncAnswer((), encode({}))
+
+    async def compare(self, request: PresenceSummary) -> Differing:
+        return holds_nothing(request)
 
     async def gossip(self, request: GossipPush) -> Empty:
         return Empty()

@@ -144,6 +144,31 @@ async def test_two_that_want_the_same_content_are_one_fetch_and_one_goes_on_when
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("num_blocks", [1, MANY_BLOCKS])
+async def test_a_fetch_ends_well_if_this_node_makes_the_same_content_meanwhile(tmp_path, num_blocks):
+    data = some_bytes(num_blocks * BLOCK_BYTES)
+    content = split(data)
+    giver = Giver(content.blocks)
+    last = list(content.blocks)[-1]
+    giver.held_back[last] = trio.Event()
+    got = []
+    async with store_and(tmp_path, giver) as scene:
+
+        async def get():
+            got.append(await scene.store.get(content.cid, [scene.peer]))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(get)
+            while last not in giver.asked:  # noqa: ASYNC110  no event tells of it
+                await trio.sleep(0.01)
+            await scene.store.put(data, owner="run")
+            giver.held_back[last].set()
+        assert got == [data]
+        scene.store.hold("another run", ())
+        assert await scene.store.get(content.cid, []) == data
+
+
+@pytest.mark.trio
 async def test_a_source_of_which_nothing_comes_is_given_up_and_said_to_be_silent(tmp_path, monkeypatch):
     monkeypatch.setattr("shoal.dht.fetch.SILENCE_S", 0.2)
     monkeypatch.setattr(content_module, "LOOK_S", 0.05)

@@ -20,7 +20,9 @@ import trio
 import trio.testing
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.bitswap.cid import parse_cid
+from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.provider_store import ProviderStore
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
@@ -506,3 +508,15 @@ async def test_a_version_of_libp2p_that_the_repairs_were_not_made_for_is_left_al
 
 async def test_the_installed_libp2p_is_the_one_that_the_repairs_were_made_for() -> None:
     assert importlib.metadata.version("libp2p") == libp2p_repairs.REPAIRED_VERSION
+
+
+@pytest.mark.parametrize("is_initiator", [True, False])
+async def test_a_pipe_whose_upgrade_is_cut_off_is_closed(is_initiator: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with open_host(secret=b"a" * 32, listen=[LOOPBACK], bootstrap=[], mdns=False, router=Router()) as host:
+            stream = await host.door.dial(*silent.getsockname())
+            raw = RawConnection(TrioTCPStream(stream), initiator=is_initiator)
+            with trio.move_on_after(0.1) as scope:
+                await host.upgrade(raw, Signer(b"b" * 32).peer_id)
+            assert scope.cancelled_caught
+            assert stream.socket.fileno() == -1

@@ -144,7 +144,7 @@ def epoch_of(member: Member) -> int:
 
 def own_work_s(member: Member) -> float:
     """What this member needs by itself to come to the end of an epoch, whatever it does now."""
-    batch = member.swarm.manifest.batch_size
+    batch = member.swarm.manifest.batch.largest_share
     machine = member.machine
     work_s = batch / machine.speed + machine.update_s
     start_s = 1.5 * RESTART_S if not member.run.jobs.is_open else 0.0

@@ -39,7 +39,7 @@ from shoal.node.api.schemas import (
     SwarmSummary,
 )
 from shoal.node.api.server import ApiAddress, serve_api
-from shoal.node.config import ProfilePaths
+from shoal.node.profile import ProfilePaths
 from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, ShoalError, UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.signing import Signer

@@ -27,7 +27,7 @@ from shoal.node.api.schemas import (
     TriedInfo,
 )
 from shoal.node.api.server import ApiAddress, serve_api
-from shoal.node.config import ProfilePaths
+from shoal.node.profile import ProfilePaths
 from shoal.protocol.errors import NoPeersError, UsageError
 
 from .test_api import ME, OTHER, FakeNode

@@ -77,8 +77,8 @@ def parse(words: list[str]) -> str:
     path = []
     while hasattr(command, "commands"):
         path.append(words[0])
-        assert words[0] in command.commands, f"there is no command {' '.join(path)!r}"
-        command, words = command.commands[words[0]], words[1:]
+        command, words = command.get_command(command.make_context("", [], resilient_parsing=True), words[0]), words[1:]
+        assert command is not None, f"there is no command {' '.join(path)!r}"
     command.make_context(" ".join(path), list(words))
     return " ".join(path)
 

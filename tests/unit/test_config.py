@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node.config import NodeConfig, check_peer_address, default_home
+from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.lock import hold_profile, lock_holder
+from shoal.node.profile import default_home
 from shoal.node.store.files import write_private
 from shoal.protocol.errors import RefusedError, ShoalError, UsageError
 from shoal.protocol.signing import Signer

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import itertools
 import random
 import socket
 import ssl
+import struct
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -241,6 +244,26 @@ async def test_old_tls_is_not_spoken() -> None:
         with pytest.raises(trio.BrokenResourceError):
             await stranger.do_handshake()
         assert await there.arrivals.receive() is None
+
+
+@pytest.mark.parametrize("as_server", [True, False])
+async def test_who_is_gone_before_the_handshake_leaves_no_socket_behind(as_server: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for _ in range(8):
+                stranger = socket.create_connection(listener.getsockname())
+                met, _ = listener.accept()
+                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                stranger.close()  # by a reset
+                await trio.lowlevel.wait_readable(met.fileno())
+                if as_server:
+                    assert await LaneDoor().accept(met, "127.0.0.1") is None
+                else:
+                    with pytest.raises(OSError):
+                        lanes._client_context().wrap_socket(met, do_handshake_on_connect=False)
+        gc.collect()
+    assert [str(each.message) for each in caught if issubclass(each.category, ResourceWarning)] == []
 
 
 async def test_a_slow_handshake_is_cut_off(mock_clock: trio.testing.MockClock) -> None:

@@ -51,7 +51,7 @@ def a_content(holding: Holding, seed: int, now: float, *, size: int = BLOCK_BYTE
 
 def test_what_is_idle_goes_but_what_a_peer_is_taking_and_what_came_in_part_a_while_later() -> None:
     holding = Holding(max_memory_bytes=64 * BLOCK_BYTES)
-    taken, part = a_content(holding, 1, 0.0), a_content(holding, 2, 0.0, size=2 * BLOCK_BYTES, is_whole=False)
+    taken, part = (a_content(holding, seed, 0.0, size=2 * BLOCK_BYTES, is_whole=seed == 1) for seed in (1, 2))
     holding.lease(taken, 0.0)
     idle = [a_content(holding, seed, 0.0) for seed in range(3, 10)]
     holding.hold("a run", [idle[-1]], 1.0)
@@ -61,6 +61,30 @@ def test_what_is_idle_goes_but_what_a_peer_is_taking_and_what_came_in_part_a_whi
     holding.trim(PART_S + 1.0)
     assert holding.memory_bytes <= IDLE_BYTES + BLOCK_BYTES
     assert holding.get(idle[-1]) is not None
+
+
+def test_a_content_of_one_block_is_not_kept_for_whoever_has_taken_all_of_it() -> None:
+    holding = Holding()
+    for epoch in range(1000):  # of a run that is quicker than `LEASE_S`
+        mine = a_content(holding, epoch, epoch / 100, size=100_000)
+        holding.hold("a run", [mine], epoch / 100)
+        holding.lease(mine, epoch / 100)
+    assert holding.memory_bytes <= IDLE_BYTES + 100_000
+
+
+def test_a_content_that_was_made_here_and_went_while_it_was_fetched_is_gone_when_the_fetch_ends() -> None:
+    holding = Holding()
+    fetched = holding.get(a_content(holding, 1, 0.0, size=2 * BLOCK_BYTES, is_whole=False))
+    assert fetched is not None
+    holding.use(fetched)
+    assert holding.get(a_content(holding, 1, 0.0, size=2 * BLOCK_BYTES)) is not fetched
+    holding.trim(1.0)
+    assert holding.get(fetched.cid) is None
+    holding.unuse(fetched, 2.0)
+    for seed in range(2, 10):
+        a_content(holding, seed, 1000.0 + seed)
+        holding.trim(1000.0 + seed)
+    assert holding.memory_bytes <= IDLE_BYTES
 
 
 def test_a_block_that_two_contents_share_stays_as_long_as_one_does() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node.config import ProfilePaths, default_home
 from shoal.node.identity import load_or_create_identity
 from shoal.node.lock import hold_profile, lock_holder
 from shoal.node.logs import set_up_logging
+from shoal.node.profile import ProfilePaths, default_home
 from shoal.node.store.files import check_own_folder, make_own_folder
 from shoal.protocol.errors import ShoalError, UsageError
 

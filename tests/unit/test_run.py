@@ -197,6 +197,17 @@ def test_bytes_that_nobody_gives_stop_nothing() -> None:
     assert of(events.Collect, node.give(events.NotFetched(after.cid, "nobody has it")) + node.collect(10))
 
 
+def test_of_several_policies_that_are_heard_of_at_once_the_newest_alone_is_asked_for() -> None:
+    """Whoever comes hears what members said lately, the oldest first, and would fetch each whole before the next."""
+    node = Node().holding(SHARED)
+    line = [SHARED]
+    for _ in range(4):
+        line.append(policy_after(line[-1], A, B))
+    outputs = [each for policy in line[1:] for author in (A, B) for each in node.hear(author, policy.result)]
+    outputs += node.wait(LOOK_S)
+    assert [each.cid for each in of(events.Fetch, outputs)] == [line[-1].cid]
+
+
 def test_a_policy_that_is_still_coming_is_waited_for_though_newer_ones_are_heard_of() -> None:
     """Over a slow link each newer one would begin anew, and none would ever be whole."""
     node = Node().holding(SHARED)

@@ -41,12 +41,12 @@ ROOMS = tuple(MAY_IMPORT)
 # The rooms inside node/ and the files beside them, lowest first: each may import those before it. Whatever of node/ is
 # not named here is the process itself, above all of them.
 NODE_LAYERS = (
-    ("shoal.node.signals", "shoal.node.metrics", "shoal.node.budgets", "shoal.node.supervise"),
+    ("shoal.node.late", "shoal.node.signals", "shoal.node.metrics", "shoal.node.budgets", "shoal.node.supervise"),
     ("shoal.node.store",),
     ("shoal.node.wire",),
     ("shoal.node.mesh",),
     ("shoal.node.reach",),
-    ("shoal.node.config", "shoal.node.identity", "shoal.node.lock", "shoal.node.logs"),
+    ("shoal.node.profile", "shoal.node.config", "shoal.node.identity", "shoal.node.lock", "shoal.node.logs"),
     ("shoal.node.api",),
     ("shoal.node.swarm",),
 )
@@ -401,6 +401,7 @@ NURSERIES = {
     "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
     "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
     "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
+    "shoal.node.swarm.workers._look_after": "one worker, as above",
     "shoal.node.wire.bench._echo": "one measurement that somebody asked for",
     "shoal.node.wire.bench.load": "one measurement that somebody asked for",
     "shoal.node.wire.bulk._pull_by_lanes": "one transfer",

@@ -188,11 +188,11 @@ async def test_in_a_domain_that_is_over_nothing_starts_and_nothing_is_raised() -
         smaller = domain.inside("peer", "12D3")
         domain.cancel()
         for each in (domain, smaller):
-            each.start_soon("catch up", failing(OSError(), 0, began), policy=Policy.RESTART)
+            assert not each.start_soon("catch up", failing(OSError(), 0, began), policy=Policy.RESTART)
             with pytest.raises(RefusedError, match="ends"):
                 await each.start("run", failing(OSError(), 0, began), policy=Policy.RESTART)
         outer.cancel()
-    domain.start_soon("catch up", failing(OSError(), 0, began), policy=Policy.RESTART)
+    assert not domain.start_soon("catch up", failing(OSError(), 0, began), policy=Policy.RESTART)
     assert not began
 
 

@@ -1,0 +1,104 @@
+"""Where a node keeps its things: a folder for each profile, which is one identity and its data.
+
+Apart from the rest of the settings, since whoever only asks a node needs nothing else of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from shoal.node.store.files import check_own_file, make_own_folder
+from shoal.protocol.errors import UsageError
+from shoal.protocol.ids import SwarmId
+
+_PROFILE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def default_home() -> Path:
+    """``$SHOAL_HOME``, or the platform's folder for applications' data.
+
+    Raises:
+        UsageError: if there is no such place.
+    """
+    try:
+        named = os.environ.get("SHOAL_HOME") or platformdirs.user_data_dir("shoal", appauthor=False)
+        home = Path(named).expanduser()
+    except RuntimeError as error:
+        nobody = "this user has no home (neither HOME nor an entry in /etc/passwd)"
+        raise UsageError(f"{nobody}; set SHOAL_HOME to a folder of its own") from error
+    return home.absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePaths:
+    """Where one profile keeps what; a profile is one node's identity and data."""
+
+    root: Path
+
+    @property
+    def identity(self) -> Path:
+        """The raw Ed25519 secret key, mode 0600."""
+        return self.root / "identity.key"
+
+    @property
+    def database(self) -> Path:
+        """SQLite: ops, blocks, what the node is in."""
+        return self.root / "node.db"
+
+    @property
+    def lock(self) -> Path:
+        """Held locked by the node that runs; holds its process id."""
+        return self.root / "lock"
+
+    @property
+    def api(self) -> Path:
+        """JSON: how to reach the API of the node that runs."""
+        return self.root / "api.json"
+
+    @property
+    def api_token(self) -> Path:
+        """The bearer token of the API on TCP, mode 0600."""
+        return self.root / "api.token"
+
+    @property
+    def api_socket(self) -> Path:
+        """The API's Unix socket, unless this path is too long for one."""
+        return self.root / "api.sock"
+
+    @property
+    def log(self) -> Path:
+        """What the node reports."""
+        return self.root / "node.log"
+
+    def swarm(self, swarm: SwarmId) -> Path:
+        """The folder of a swarm's results."""
+        return self.root / "swarms" / swarm
+
+    def create(self) -> None:
+        """Make the profile's folder, for this user alone.
+
+        Raises:
+            ShoalError: if it cannot be made, or if it, or what is in it, is not this user's.
+        """
+        make_own_folder(self.root)
+        for name in (self.identity, self.database, self.lock, self.api, self.api_token, self.log):
+            check_own_file(name)
+
+
+def check_profile(name: str) -> str:
+    """Check a profile's name, which is also a folder's.
+
+    Raises:
+        UsageError: if it is not one.
+    """
+    if not _PROFILE.fullmatch(name):
+        raise UsageError(
+            f"{name[:80]!r} is not a profile name; use up to 64 letters, digits, '_', '.' and '-', no '.' or '-' first"
+        )
+    return name
