@@ -13,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format format-check types fuzz lab bench clean
+.PHONY: help setup demo test check lint format format-check types fuzz lab scale bench clean
 
 help:                  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -23,7 +23,7 @@ setup: $(READY)        ## build .venv; does nothing when it is up to date
 demo: $(READY)         ## the whole thing on this machine: peers train one policy, and one of them is killed
 	@$(BIN)/shoal demo --kill-one $(ARGS)
 
-test: $(READY)         ## the test suite, in two halves side by side; with ARGS those tests alone
+test: $(READY)         ## the test suite, in three parts side by side; with ARGS those tests alone
 	@tools/test.sh $(ARGS)
 
 check: lint format-check types  ## what CI runs beside the tests
@@ -49,6 +49,9 @@ fuzz: .venv/.with-fuzz  ## every decoder against made-up bytes, SECONDS each
 lab: $(READY)          ## real nodes: every pair of NAT kinds, and what heals (root)
 	@$(BIN)/python tests/lab/run.py $(ARGS)
 	@$(BIN)/python tests/lab/scenarios.py
+
+scale: .venv/.with-tasks  ## what joining brings: nodes of limited, unequal size learn one policy (root)
+	@$(BIN)/python tests/lab/scale.py $(ARGS)
 
 bench: .venv/.with-peers  ## every benchmark, one after the other
 	@set -e; for file in $(or $(sort $(wildcard benchmarks/*.py)),none); do \

@@ -41,7 +41,7 @@ def one_process(task_name: str, seed: int, max_env_steps: int) -> tuple[int | No
     learner = load_algorithm("ppo").learner(manifest, task, peer=ALONE)
     began, env_steps, epoch = time.monotonic(), 0, 0
     while env_steps < max_env_steps:
-        env_steps += learner.collect(manifest.batch_size).samples
+        env_steps += learner.collect(manifest.batch.largest_share).samples
         update = learner.update()
         try:
             exchange = next(update)

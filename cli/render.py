@@ -222,7 +222,7 @@ def swarm(detail: SwarmDetail) -> RenderableType:
     if detail.curve:
         parts += ["", curve(detail.curve, detail.target_return)]
     if detail.members:
-        parts += ["", _members(detail.members, detail.batch_size)]
+        parts += ["", _members(detail.members, detail.batch_per_learner)]
     if detail.error:
         parts.append(Text(detail.error, style="bold red"))
     if detail.digest:
@@ -307,7 +307,7 @@ class _Nothing:
         return None
 
 
-def _members(members: Sequence[MemberInfo], batch_size: int) -> Table:
+def _members(members: Sequence[MemberInfo], batch_per_learner: int) -> Table:
     table = _table("member", "phase", ">epoch", "this epoch", ">steps/s", "contributed", ">env steps")
     for member in sorted(members, key=lambda member: (not member.live, -member.env_steps, member.peer_id)):
         name = short_peer(member.peer_id) + (" you" if member.is_self else "")
@@ -316,7 +316,7 @@ def _members(members: Sequence[MemberInfo], batch_size: int) -> Table:
             name,
             phase if member.live else Text("gone", style="red"),
             str(member.epoch) if member.live else "",
-            _bar(member.samples / max(1, batch_size), "green", _BAR_WIDTH) if member.live else "",
+            _bar(member.samples / max(1, batch_per_learner), "green", _BAR_WIDTH) if member.live else "",
             f"{member.steps_per_s:,.0f}" if member.live else "",
             _bar(member.share, "cyan", _BAR_WIDTH).append(f" {member.share:4.0%}", style="default"),
             f"{member.env_steps:,}",

@@ -48,8 +48,11 @@ def create(  # the options of one command; Typer wants them as arguments
     algorithm: Annotated[str, typer.Option(help="How to learn it.")] = "ppo",
     name: Annotated[str | None, typer.Option(help="For people; the run's real name is a CID.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="What peers exchange.")] = None,
+    batch_per_learner: Annotated[
+        int | None, typer.Option(help="Environment steps of the fastest learner per epoch. Default: 2048.")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Environment steps of all learners together per epoch.")
+        int | None, typer.Option(help="Environment steps of all learners together per epoch, at most.")
     ] = None,
     min_learners: Annotated[int | None, typer.Option(help="The first epoch waits for so many learners.")] = None,
     target_return: Annotated[
@@ -70,6 +73,7 @@ def create(  # the options of one command; Typer wants them as arguments
     chosen: dict[str, Any] = {
         "name": name,
         "mode": mode,
+        "batch_per_learner": batch_per_learner,
         "batch_size": batch_size,
         "min_learners": min_learners,
         "target_return": target_return,

@@ -407,7 +407,7 @@ class Gossip:
         for branch in self._branches.values():
             if branch.waiting is None:
                 continue
-            if branch.next_at <= now:
+            if branch.next_at <= now + self._config.flush_gap_s / 4:  # one wake for several
                 ids, branch.waiting = tuple(branch.waiting.values()), None
                 self._push(branch, ids, now, outputs)
             elif branch.next_at < self._flush_at:
@@ -523,6 +523,9 @@ class Gossip:
             asked = self._branches.get(entry.asked)
             if asked is not None:
                 asked.broken //= 2
+        for queue in (self._first, self._next):  # nobody is woken for what has come
+            while queue and self._missing.keys().isdisjoint(queue[0][1]):
+                queue.popleft()
 
     def _ask_for_missing(self, now: float, outputs: list[Output]) -> None:
         due: list[ItemId] = []

@@ -46,6 +46,9 @@ MAX_SEEN: Final = 2048
 ID_BYTES: Final = 16
 """Of a record's hash, its name among what is gossiped."""
 
+SUBJECT_BYTES: Final = 8
+"""Of the hash that stands for an author and a topic where two members compare what they hold."""
+
 Facts = Mapping[str, Any]
 """Plain data; whoever reads a fact checks its form, and changes nothing in it."""
 
@@ -174,6 +177,7 @@ class Opened:
         num_bytes: of the sealed record.
         stamp: of the presence.
         item: its name among what is gossiped.
+        subject: what stands for its author and topic where two members compare what they hold.
         fresh: what is said of it where it is news.
         known: what is said of it where it was heard before.
     """
@@ -184,6 +188,7 @@ class Opened:
     num_bytes: int
     stamp: tuple[int, int]
     item: bytes
+    subject: bytes
     fresh: Fresh
     known: Known
 
@@ -208,7 +213,8 @@ def open_record(sealed: Signed) -> Opened:
         raise ProtocolError(f"{sealed.author} sealed a presence of {presence.author}")
     name = hashlib.sha256(data).digest()
     stamp, item = presence.stamp, name[:ID_BYTES]
-    return Opened(sealed, presence, name, len(data), stamp, item, Fresh(presence, name), Known(name))
+    subject = hashlib.sha256(f"{presence.author}/{presence.topic}".encode()).digest()[:SUBJECT_BYTES]
+    return Opened(sealed, presence, name, len(data), stamp, item, subject, Fresh(presence, name), Known(name))
 
 
 @dataclass(slots=True)
@@ -523,12 +529,12 @@ class PresenceTable:
 
     # What is gossiped.
 
-    def newest(self) -> list[Signed]:
-        """Every record held of those who are there, this node's first: what a newcomer should hear."""
+    def held(self, *, with_gone: bool = True) -> list[Opened]:
+        """Every record held, this node's first; without those who are gone, it is what a newcomer should hear."""
         everybody = list(self._own.values())
-        for peer in sorted(self._live):
+        for peer in sorted(self._authors if with_gone else self._live):
             everybody += [spoken.held for spoken in self._authors[peer].spoken.values()]
-        return [opened.sealed for held in everybody for opened in held]
+        return [opened for held in everybody for opened in held]
 
     def find(self, item: bytes) -> Signed | None:
         """A held record by the first `ID_BYTES` of its hash."""

@@ -457,6 +457,7 @@ class Node:
             owner=manifest.owner,
             training_return=run.training_return,
             max_env_steps=manifest.max_env_steps,
+            batch_per_learner=manifest.batch_per_learner,
             batch_size=manifest.batch_size,
             steps_per_s=round(sum(member.steps_per_s for member in people if member.live), 1),
             members=people,

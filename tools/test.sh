@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The test suite. Without arguments two halves side by side, since one mostly waits for nodes and the other computes;
-# with arguments, one pytest that is given them. Fails if either half does.
+# The test suite. Without arguments three parts side by side: two that mostly wait for nodes, and share the files of
+# tests/integration between them as they come to each, and one that computes, in the time that these leave. With
+# arguments, one pytest that is given them. Fails if any part does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pytest=.venv/bin/pytest
@@ -16,18 +17,29 @@ for folder in tests/*/; do
     fi
 done
 
-set -m  # each half in a process group of its own, which takes an interruption with all that it has started
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-trap 'kill -INT -- "-$second" "-$first" 2>/dev/null || true; wait; cat "$log"; exit 130' INT TERM
-echo "${computing[*]}: beside the following, and shown after it"
-"$pytest" "${computing[@]}" >"$log" 2>&1 </dev/null &
-second=$!
-"$pytest" "$waiting" </dev/null &
-first=$!
+set -m  # each part in a process group of its own, which takes an interruption with all that it has started
+there=$(mktemp -d)
+mkdir "$there/share"
+parts=()
+end() {
+    kill -INT -- "${parts[@]/#/-}" 2>/dev/null || true
+    wait
+    cat "$there"/*.log
+    exit 130
+}
+trap 'rm -rf "$there"' EXIT
+trap end INT TERM
+echo "beside the following, and shown after it: the other half of $waiting; ${computing[*]}"
+nice -n 5 "$pytest" "${computing[@]}" >"$there/computing.log" 2>&1 </dev/null &
+parts+=("$!")
+SHOAL_TEST_SHARE=$there/share "$pytest" "$waiting" >"$there/another.log" 2>&1 </dev/null &
+parts+=("$!")
+SHOAL_TEST_SHARE=$there/share "$pytest" "$waiting" </dev/null &
+parts+=("$!")
 
 failed=0
-wait "$first" || failed=$?
-wait "$second" || failed=$?
-cat "$log"
+for part in "${parts[@]}"; do
+    wait "$part" || failed=$?
+done
+cat "$there"/*.log
 exit "$failed"

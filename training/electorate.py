@@ -16,24 +16,20 @@ from typing import Any, Final
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
+from shoal.training.batch import FEW, Batch
 from shoal.training.statements import MAX_OFFERS, MAX_RATE, MAX_SAMPLES
 
 MAX_MISSED: Final = 3
 MEMORY: Final = 0.5
 """How much of a stake is kept from one decided round to the next."""
-SHARE_MARGIN: Final = 1.05
 LEAST_SHARE: Final = 1 / 4
 """Of an equal share: what every learner may collect, whatever others claim."""
 MIN_SECONDS: Final = 0.05
 """Shorter collecting says nothing of a member's speed."""
 GROWTH: Final = 2.0
 """A share grows by at most this over what was delivered."""
-
-
-FEW: Final = 4
-"""Members up to which each counts for all of its stake."""
 MAX_SAY: Final = 1 / 4
-"""Of more."""
+"""Of the says of more than `FEW` members; of fewer each counts for all of its stake."""
 AWAITED_MEDIANS: Final = 4.0
 """A weight that nobody can have collected is not waited for either."""
 
@@ -87,7 +83,7 @@ class Electorate(dict[PeerId, Standing]):
         """The stake of each."""
         return {peer: standing.stake for peer, standing in self.items()}
 
-    def share(self, me: PeerId, batch_size: int, speed: float) -> int:
+    def share(self, me: PeerId, batch: Batch, speed: float) -> int:
         """How many samples this member collects before it updates.
 
         By measured rates, so that all are ready together. Never more than `GROWTH` times what it delivered, and never
@@ -96,13 +92,13 @@ class Electorate(dict[PeerId, Standing]):
 
         Args:
             me: the member.
-            batch_size: of the manifest, that all make together.
+            batch: of the manifest.
             speed: this member's samples per second while it collects; 0 if that is not known.
         """
         number = len(self) + (me not in self)
         if number == 1:
-            return batch_size
-        equal = batch_size / number
+            return batch.largest_share
+        equal = batch.equal_share(number)
         own = self.get(me)
         rate = own.rate if own is not None else speed
         least = LEAST_SHARE * equal
@@ -110,11 +106,11 @@ class Electorate(dict[PeerId, Standing]):
             others = [standing for peer, standing in self.items() if peer != me]
             usual_s = statistics.median(standing.stake / standing.rate for standing in others)
             least = min(least, rate * max(usual_s, MIN_SECONDS))
-            fair = SHARE_MARGIN * batch_size * rate / (rate + sum(standing.rate for standing in others))
+            fair = batch.fair_share(rate, [standing.rate for standing in others])
         else:
             fair = equal
         most = GROWTH * own.stake + least if own is not None else equal / 2
-        return max(1, math.ceil(max(least, min(fair, most, float(batch_size)))))
+        return max(1, math.ceil(max(least, min(fair, most, float(batch.largest_share)))))
 
     def to_plain(self) -> dict[str, Any]:
         """For the metadata of a state."""

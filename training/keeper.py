@@ -40,6 +40,8 @@ def main() -> None:
     """Start the worker and stay until it is gone, with all that it started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the node
     socket_fd, page_fd, life_fd = (int(word) for word in sys.argv[1:4])
+    for given in (socket_fd, page_fd, life_fd):
+        os.set_inheritable(given, False)  # not for what environments start
     folder = Path(sys.argv[4])
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     reader, writer = os.pipe()

@@ -184,11 +184,15 @@ class Lineage:
         Without an electorate (a node that only stores, or has only begun) all who are there count alike.
         """
         own = self.own
+        most, support = self._total / 2 - _EPSILON, self._support
+        epoch = -1 if own is None else own.epoch
+        if not any(each.epoch > epoch and support.get(each.cid, 0.0) >= most for each in self._results.values()):
+            return None  # as nearly always; telling the policies apart takes a while
         best: Result | None = None
         for result in self._distinct():
             if (own is not None and result.epoch <= own.epoch) or self.is_refused(result, now):
                 continue
-            if self._support.get(result.cid, 0.0) < self._total / 2 - _EPSILON:
+            if support.get(result.cid, 0.0) < most:
                 continue
             if best is None or (result.epoch, result.env_steps, result.cid) > (best.epoch, best.env_steps, best.cid):
                 best = result
@@ -217,7 +221,8 @@ class Lineage:
         ours = sum(self._is_on_own_line(each) for each in self._results.values()) if not has_none else 0
         ours += not is_new
         found: list[tuple[int, int, int, Cid]] = []
-        for result in self._distinct():
+        is_any = any(each.epoch and not self._is_on_own_line(each) for each in self._results.values())
+        for result in self._distinct() if is_any else ():
             if result.epoch == 0 or self.is_refused(result, now) or self._is_on_own_line(result):
                 continue
             number = sum(_same_line(result, each) for each in self._results.values())

@@ -19,11 +19,13 @@ from shoal.protocol.errors import TooLargeError, UnknownFieldError, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
+from shoal.training.batch import Batch
 
 KIND: Final = "manifest/1"
 MAX_NAME_CHARS: Final = 80
 MAX_REQUIREMENTS: Final = 64
 MAX_VERSION: Final = 2**31 - 1
+MAX_BATCH: Final = 2**31
 
 
 class Mode(StrEnum):
@@ -57,7 +59,9 @@ class Manifest:
         hyperparameters: the algorithm's own settings; what is absent takes the algorithm's default for the task.
         seed: from which every member derives its own.
         mode: what is exchanged.
-        batch_size: environment steps that all learners together collect per epoch.
+        batch_per_learner: environment steps that the fastest learner collects per epoch; the others collect what they
+            manage in the same time.
+        batch_size: environment steps that all learners together collect per epoch at most; no such bound, if None.
         min_learners: the first epoch waits until this many learners are there.
         target_return: the run is done when the mean evaluation return reaches it; never, if None.
         eval_episodes: episodes per evaluation.
@@ -75,7 +79,8 @@ class Manifest:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     mode: Mode = Mode.LOCAL
-    batch_size: int = 2048
+    batch_per_learner: int = 2048
+    batch_size: int | None = None
     min_learners: int = 1
     target_return: float | None = None
     eval_episodes: int = 20
@@ -91,8 +96,10 @@ class Manifest:
             raise UsageError(
                 f"task {self.task!r:.80} needs a scheme; for a Gymnasium environment write {'gym:' + self.task!r:.80}"
             )
+        if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
+            raise UsageError(f"batch size must be between 1 and {MAX_BATCH}, not {self.batch_size}")
         for name, low, high in (
-            ("batch_size", 1, 2**31),
+            ("batch_per_learner", 1, MAX_BATCH),
             ("min_learners", 1, 256),
             ("eval_episodes", 1, 10_000),
             ("eval_interval", 1, 1_000_000),
@@ -112,6 +119,11 @@ class Manifest:
                 raise UsageError(f"the version of {name[:80]!r} must be between 0 and {MAX_VERSION}, not {version}")
         if self.version != 1:
             raise UsageError(f"this manifest is of version {self.version}; update Shoal to join it")
+
+    @property
+    def batch(self) -> Batch:
+        """How much goes into an epoch."""
+        return Batch(self.batch_per_learner, self.batch_size)
 
 
 def sign_manifest(manifest: Manifest, signer: Signer) -> tuple[SwarmId, bytes]:

@@ -51,7 +51,7 @@ def share(pace: Pace) -> int:
     """How many samples this learner collects before it updates."""
     if pace.equal_stake is not None:
         return math.ceil(pace.equal_stake)
-    return pace.electorate.share(pace.me, pace.manifest.batch_size, pace.speed)
+    return pace.electorate.share(pace.me, pace.manifest.batch, pace.speed)
 
 
 def is_follower(pace: Pace) -> bool:

@@ -6,10 +6,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from shoal.crdt.views import Evaluation
+from shoal.crdt.views import Contributed, Evaluation
 from shoal.protocol.ids import PeerId
 from shoal.training.manifest import Role
-from shoal.training.run_events import Collected
+from shoal.training.run_events import Collected, Policy
 from shoal.training.statements import MAX_RATE, Facts, Phase
 
 FACTS_GAP_S: Final = 1.0
@@ -29,8 +29,9 @@ class Progress:
     """One node's own progress.
 
     Attributes:
+        policy: what this node holds and goes on from.
         samples: environment steps collected for the next update.
-        rounds: epochs that were averaged, and how many of those with others.
+        rounds: epochs that were averaged, and how many of those with others, and how many in earlier lives.
         own_env_steps: by this node, in all.
         steps_per_s: pauses included; ``speed`` while it collects.
         is_following: whether this learner takes no part in the rounds, so as not to slow the others.
@@ -39,11 +40,13 @@ class Progress:
         metrics: of the last update.
     """
 
+    policy: Policy | None = None
     phase: Phase = Phase.STARTING
     step: int = 0
     samples: int = 0
     rounds: int = 0
     shared_rounds: int = 0
+    rounds_before: int = 0
     own_env_steps: int = 0
     steps_per_s: float = 0.0
     speed: float = 0.0
@@ -60,6 +63,23 @@ class Progress:
     _said: Facts | None = None
     _said_at: float = -float("inf")
     _told: tuple[object, ...] = ()
+
+    @property
+    def epoch(self) -> int:
+        """Of the policy that this node holds; 0 if it holds none."""
+        return 0 if self.policy is None else self.policy.epoch
+
+    @property
+    def has_made_nothing(self) -> bool:
+        """Whether this node, in this life, made no policy yet."""
+        return self.rounds == self.rounds_before
+
+    def count_on(self, own: Contributed) -> None:
+        """Go on counting from what this node's document says, where that is more than what was kept on this disk."""
+        self.own_env_steps = max(self.own_env_steps, own.env_steps)
+        more = max(own.rounds - self.rounds, 0)
+        self.rounds += more
+        self.rounds_before += more
 
     def collected(self, event: Collected, now: float) -> None:
         """The worker collected."""

@@ -65,7 +65,7 @@ class SimConfig:
         late: members that are late every time.
         liars: part of the members that lie, each in a way of its own.
         seed: of all chance.
-        samples_per_peer: the batch, by learner.
+        samples_per_peer: that the fastest learner collects for an epoch.
         speed: median environment steps per second; machines differ by a factor of four.
         update_s: what the median machine needs for an update.
         contribution_bytes: of what each learner offers.
@@ -158,7 +158,7 @@ class Swarm:
             owner=owner.peer_id,
             task="gym:Simulated",
             algorithm="ppo",
-            batch_size=config.samples_per_peer * self.num_learners,
+            batch_per_learner=config.samples_per_peer,
             min_learners=1 if config.peers == 1 else 2,
             target_return=1e9,
             eval_interval=10,

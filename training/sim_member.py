@@ -28,9 +28,10 @@ from shoal.crdt.gossip_messages import (
 )
 from shoal.crdt.gossip_messages import Tick as GossipTick
 from shoal.crdt.gossip_messages import Wake as GossipWake
+from shoal.crdt.meeting import BUCKET_BYTES, Differing, differing, lacking, summary
 from shoal.crdt.presence import Fresh, Opened, Outdone, PresenceTable, Stale, open_record
 from shoal.crdt.presence import Known as Heard_before
-from shoal.crdt.sync import SwarmDocs
+from shoal.crdt.sync import SwarmDocs, Version
 from shoal.crdt.views import evaluations
 from shoal.protocol.codec import to_plain
 from shoal.protocol.errors import ProtocolError, SignatureError
@@ -46,11 +47,15 @@ if TYPE_CHECKING:
     from shoal.training.sim import Swarm
 
 HEARTBEAT_PEERS: Final = 64
-"""As `shoal.node.swarm.replica.HEARTBEAT_MEMBERS`."""
+"""As `shoal.node.swarm.speaking.HEARTBEAT_MEMBERS`."""
 LOOK_S: Final = 2.0
 """How often it is noticed at least who is gone."""
 MESSAGE_BYTES: Final = 120
 """What a call adds to its content."""
+HEAD_BYTES: Final = 120
+"""One author and how far somebody is with it."""
+PUSH_BYTES: Final = 200 * 1024
+"""As `shoal.node.swarm.waiting.PUSH_BYTES`."""
 FETCH_TIMEOUT_S: Final = 2.0
 MAX_ASKED: Final = 4
 """Members that are asked for the same bytes before they count as not to be had."""
@@ -197,10 +202,30 @@ class Member:
             return
         self.contacts[other] = self.swarm.members[other].life
         self.to_gossip(ContactUp(other))
-        records = tuple(self.table.newest())
-        ops = tuple(self.ops.values())
-        if records or ops:
-            self.send(other, records + ops, None)
+        self.ask_what_differs(other)
+
+    def ask_what_differs(self, other: PeerId) -> None:
+        """As the node's shell does when it meets somebody: what it says to this, it is given."""
+        ours, version = summary(self.table), self.docs.version()
+        num_bytes = MESSAGE_BYTES + len(ours) + HEAD_BYTES * len(version.heads)
+        self.swarm.num_controls += 1
+        self.network.send(
+            self.peer, other, num_bytes, self.swarm.members[other].say_what_differs, self.peer, ours, version
+        )
+
+    def say_what_differs(self, other: PeerId, theirs: bytes, version: Version) -> None:
+        """The answer."""
+        answer, ours = differing(self.table, theirs), self.docs.version()
+        num_bytes = MESSAGE_BYTES + len(answer.buckets) + len(answer.rows) + HEAD_BYTES * len(ours.heads)
+        self.swarm.num_controls += 1
+        asker = self.swarm.members[other]
+        self.network.send(self.peer, other, num_bytes, asker.give, self.peer, len(theirs) // BUCKET_BYTES, answer, ours)
+
+    def give(self, other: PeerId, num_buckets: int, answer: Differing, version: Version) -> None:
+        """What the other lacks."""
+        lacks = [*lacking(self.table, num_buckets, answer), *self.docs.missing(version, PUSH_BYTES)]
+        if lacks:
+            self.send(other, lacks, None)
 
     def lose(self, other: PeerId) -> None:
         """A connection is gone."""

@@ -21,6 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 from shoal.crdt.presence import TopicRule
@@ -279,6 +280,7 @@ def ballot_name(key: RoundKey, offers: tuple[bytes, ...]) -> bytes:
     return hashlib.sha256(b"%d/%d/" % (key.epoch, key.step) + key.after + b"".join(offers)).digest()
 
 
+@lru_cache(maxsize=4096)
 def turn_rank(purpose: str, key: RoundKey, attempt: int, peer: PeerId) -> bytes:
     """The hash that orders peers for a purpose, lowest first (rendezvous hashing, Thaler and Ravishankar 1998)."""
     return hashlib.sha256(f"{purpose}/{key.step}/{attempt}/{peer}".encode() + key.after).digest()

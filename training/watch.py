@@ -109,6 +109,7 @@ def begin(report: Path | None, on_stuck: Callable[[str], None] = lambda _: None)
     if file is not None:
         faulthandler.enable(file)
     signal.signal(signal.SIGALRM, _interrupt)
+    page[Slot.BEATS] += 1  # from here on it may hang, and be seen to
     main = threading.get_ident()
     threading.Thread(target=_look, args=(main, file, on_stuck), name="watch", daemon=True).start()
 

@@ -120,7 +120,7 @@ class Worker:
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
-        self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch_size, 1024)
+        self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
         return self._state(_Descent())
 
     def load(self, request: Load) -> StateAnswer:

@@ -463,7 +463,10 @@ class SwarmDetail(SwarmSummary):
     training_return: float | None = None
     """Of recent training episodes, smoothed."""
     max_env_steps: int = 0
-    batch_size: int = 0
+    batch_per_learner: int = 0
+    """What the fastest learner collects per epoch."""
+    batch_size: int | None = None
+    """What all collect together at most."""
     steps_per_s: float = 0.0
     """Of all live members together."""
     members: list[MemberInfo] = []
@@ -498,7 +501,9 @@ class CreateSwarm(Asked):
     algorithm: str
     name: str | None = None
     mode: Mode = _MANIFEST_DEFAULTS["mode"]
-    batch_size: int = _MANIFEST_DEFAULTS["batch_size"]
+    batch_per_learner: int | None = None
+    """None: the manifest's default; where ``batch_size`` is given, as much."""
+    batch_size: int | None = _MANIFEST_DEFAULTS["batch_size"]
     min_learners: int = _MANIFEST_DEFAULTS["min_learners"]
     target_return: float | None = None
     """None: the task's own threshold, where it has one."""
@@ -508,6 +513,14 @@ class CreateSwarm(Asked):
     seed: int = _MANIFEST_DEFAULTS["seed"]
     hyperparameters: dict[str, Any] = {}
     role: str = "auto"
+
+    @property
+    def per_learner(self) -> int:
+        """What the fastest learner is to collect per epoch."""
+        if self.batch_per_learner is not None:
+            return self.batch_per_learner
+        default: int = _MANIFEST_DEFAULTS["batch_per_learner"]
+        return default if self.batch_size is None else self.batch_size
 
 
 class CreatedSwarm(Model):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
@@ -30,6 +31,25 @@ LOOK_UP_MAX_S: Final = 60.0
 """Between two look-ups in the DHT, while no member is connected."""
 KEEP_S: Final = 5.0
 """Between two writes of where members are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """What the rest of the swarm's state says of its members, each time it is asked, and where tasks run.
+
+    Attributes:
+        domain: of the tasks.
+        live: of whom something was heard lately.
+        contacts: members that are connected.
+        left: who said in its document that it left.
+        sync: finds out whether somebody who was reached is a member, and catches up with it; does not raise.
+    """
+
+    domain: Domain
+    live: Callable[[], AbstractSet[PeerId]]
+    contacts: Callable[[], AbstractSet[PeerId]]
+    left: Callable[[], AbstractSet[PeerId]]
+    sync: Callable[[PeerId], Awaitable[None]]
 
 
 class Reaching:
@@ -53,25 +73,11 @@ class Reaching:
         self._changed = Signal()
         self.tell(core.Known(tuple(known)))
 
-    def begin(
-        self,
-        domain: Domain,
-        live: Callable[[], AbstractSet[PeerId]],
-        contacts: Callable[[], AbstractSet[PeerId]],
-        left: Callable[[], AbstractSet[PeerId]],
-        sync: Callable[[PeerId], Awaitable[None]],
-    ) -> None:
-        """Reach members from now on.
-
-        Args:
-            domain: of the tasks.
-            live: of whom something was heard lately.
-            contacts: members that are connected.
-            left: who said in its document that it left.
-            sync: finds out whether somebody who was reached is a member, and catches up with it; does not raise.
-        """
-        domain.start_soon("dialing members", self._dial_loop, domain, live, contacts, left, sync, policy=Policy.RESTART)
-        domain.start_soon("looking for members", self._look_up_loop, contacts, policy=Policy.RESTART)
+    def begin(self, company: Company) -> None:
+        """Reach members from now on."""
+        domain = company.domain
+        domain.start_soon("dialing members", self._dial_loop, company, policy=Policy.RESTART)
+        domain.start_soon("looking for members", self._look_up_loop, company, policy=Policy.RESTART)
         domain.start_soon("keeping where members are", self._keep_loop, policy=Policy.RESTART)
 
     def tell(self, event: core.Told | core.Known | core.Back | core.Lost | core.Left) -> None:
@@ -133,39 +139,32 @@ class Reaching:
             log.debug("dialing a member failed: %s", error)
         return peer in self._host.connected
 
-    async def _dial_loop(
-        self,
-        domain: Domain,
-        live: Callable[[], AbstractSet[PeerId]],
-        contacts: Callable[[], AbstractSet[PeerId]],
-        left: Callable[[], AbstractSet[PeerId]],
-        sync: Callable[[PeerId], Awaitable[None]],
-    ) -> None:
+    async def _dial_loop(self, company: Company) -> None:
         """Be connected to every live member of a small swarm, and to those that were lost."""
 
         async def dial(output: core.Dial) -> None:
             try:
-                if await self.connect(output.peer, output.addresses) and output.peer not in contacts():
-                    await sync(output.peer)
+                if await self.connect(output.peer, output.addresses) and output.peer not in company.contacts():
+                    await company.sync(output.peer)
             finally:  # the core waits for the outcome, whatever it is
                 self._core.handle(core.Tried(output.peer), trio.current_time())
 
         while True:
             if self._core.sought:
-                for peer in left() & set(self._core.sought):
+                for peer in company.left() & set(self._core.sought):
                     self.forget(peer)
-            look = core.Look(live(), contacts(), self._host.addresses())
+            look = core.Look(company.live(), company.contacts(), self._host.addresses())
             for output in self._core.handle(look, trio.current_time()):
-                domain.start_soon("reaching a member", dial, output, policy=Policy.DROP)
+                company.domain.start_soon("reaching a member", dial, output, policy=Policy.DROP)
             with trio.move_on_after(LOOK_S):
                 await self._host.wait_for_change()
 
-    async def _look_up_loop(self, contacts: Callable[[], AbstractSet[PeerId]]) -> None:
+    async def _look_up_loop(self, company: Company) -> None:
         """Ask the DHT for members while none is connected."""
         wait_s = LOOK_UP_S
         while True:
             await trio.sleep(wait_s)
-            if contacts():
+            if company.contacts():
                 wait_s = LOOK_UP_S
                 continue
             if self._host.connected:

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
+from shoal.crdt.meeting import Differing
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.api.schemas import CreateSwarm
@@ -36,7 +37,7 @@ from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
+from shoal.node.wire.contracts import GossipPush, PresenceSummary, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
@@ -144,6 +145,7 @@ class Swarms:
             hyperparameters=request.hyperparameters,
             seed=request.seed,
             mode=request.mode,
+            batch_per_learner=request.per_learner,
             batch_size=request.batch_size,
             min_learners=request.min_learners,
             target_return=request.target_return,
@@ -472,6 +474,9 @@ class _SwarmCalls(SwarmService):
 
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         return await self._swarms.replica(request.swarm).serve_sync(current_call().peer, request)
+
+    async def compare(self, request: PresenceSummary) -> Differing:
+        return self._swarms.replica(request.swarm).serve_compare(request)
 
     async def gossip(self, request: GossipPush) -> Empty:
         await self._swarms.replica(request.swarm).serve_gossip(current_call().peer, request)

@@ -190,24 +190,34 @@ class _Started:
 
 
 async def _look_after(started: _Started, scope: trio.CancelScope) -> None:
-    """Kill a worker that hangs as a whole, or does nothing for long."""
-    beats, calls, num_still, num_idle, has_begun = 0, 0, 0, 0, False
+    """Kill a worker that hangs as a whole, or does nothing for long, and end the channel to one that is gone."""
     with scope:
-        while True:
-            await trio.sleep(LOOK_S)  # and the looks are counted, not the time: this process may have been stopped too
-            page, is_busy = started.page, bool(started.page[Slot.BUSY])
-            has_begun = has_begun or page[Slot.BEATS] > 0
-            num_still = num_still + 1 if page[Slot.BEATS] == beats else 0
-            num_idle = num_idle + 1 if is_busy and page[Slot.CALLS] == calls else 0
-            beats, calls = page[Slot.BEATS], page[Slot.CALLS]
-            if num_still * LOOK_S >= (STILL_S if has_begun else START_S):
-                started.killed_for = f"it gave no sign of life for {num_still * LOOK_S:.0f} s"
-            elif num_idle * LOOK_S >= IDLE_S:
-                started.killed_for = f"it came no further for {num_idle * LOOK_S:.0f} s"
-            else:
-                continue
-            _kill_group(started.process)
-            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_kill_when_still, started)
+            # What its environments forked may hold the other end of the socket for ever.
+            await started.process.wait()
+            with suppress(OSError):
+                started.socket.shutdown(socket.SHUT_RDWR)  # what has come already can still be read
+            nursery.cancel_scope.cancel()
+
+
+async def _kill_when_still(started: _Started) -> None:
+    beats, calls, num_still, num_idle, has_begun = 0, 0, 0, 0, False
+    while True:
+        await trio.sleep(LOOK_S)  # and the looks are counted, not the time: this process may have been stopped too
+        page, is_busy = started.page, bool(started.page[Slot.BUSY])
+        has_begun = has_begun or page[Slot.BEATS] > 0
+        num_still = num_still + 1 if page[Slot.BEATS] == beats else 0
+        num_idle = num_idle + 1 if is_busy and page[Slot.CALLS] == calls else 0
+        beats, calls = page[Slot.BEATS], page[Slot.CALLS]
+        if num_still * LOOK_S >= (STILL_S if has_begun else START_S):
+            started.killed_for = f"it gave no sign of life for {num_still * LOOK_S:.0f} s"
+        elif num_idle * LOOK_S >= IDLE_S:
+            started.killed_for = f"it came no further for {num_idle * LOOK_S:.0f} s"
+        else:
+            continue
+        _kill_group(started.process)
+        return
 
 
 async def _end(started: _Started, *, patience_s: float) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shoal.crdt.gossip_messages import Control
+from shoal.crdt.meeting import Differing
 from shoal.crdt.sync import Head, Version
 from shoal.node.wire.lanes import LaneKind, LaneTicket
 from shoal.protocol.codec import Attachment, decode, encode
@@ -58,6 +59,19 @@ class SyncAnswer:
     ops: tuple[Signed, ...]
     version: bytes
     is_full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceSummary:
+    """Asks what of presence the callee holds where the caller holds something else.
+
+    Attributes:
+        swarm: of which.
+        buckets: what the caller holds: `shoal.crdt.meeting.summary`.
+    """
+
+    swarm: SwarmId
+    buckets: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +133,11 @@ class SwarmService(Service, name="swarm"):
     @unary(idempotent=True)
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         """Give the ops that the caller lacks."""
+        raise NotImplementedError
+
+    @unary(idempotent=True, max_calls_per_s=20)
+    async def compare(self, request: PresenceSummary) -> Differing:
+        """Say what is held of presence where the caller holds something else, so that it gives what is lacking."""
         raise NotImplementedError
 
     @unary(idempotent=True)

@@ -17,6 +17,7 @@ import msgpack
 
 from shoal.crdt import oplog, presence, views
 from shoal.crdt.document import MAX_REGISTERS, Document
+from shoal.crdt.meeting import BUCKET_BYTES, ROW_BYTES, Differing, differing, lacking, summary
 from shoal.crdt.oplog import NO_OP, Fork, Op, op_hash, open_op
 from shoal.crdt.presence import Excess, Fresh, PresenceTable
 from shoal.crdt.snapshots import NAME_BYTES, places
@@ -193,12 +194,24 @@ def _step_version(scene: _Scene, _: Signer, lies: int, data: bytes) -> None:
         scene.docs.is_behind(version)
 
 
+def _step_compare(scene: _Scene, _: Signer, lies: int, data: bytes) -> None:
+    """What somebody that meets the node says that it holds, as a summary and as an answer to one."""
+    table = scene.table
+    with refusing(ProtocolError):
+        answer = differing(table, data)
+        require(len(answer.rows) <= len(table.held()) * ROW_BYTES, "more is listed than there is")
+    num_buckets = len(summary(table)) // BUCKET_BYTES
+    with refusing(ProtocolError):
+        lacks = lacking(table, num_buckets, Differing(data[: lies or 1], data[lies or 1 :]))
+        require(len(lacks) <= len(table.held()), "more is sent than there is")
+
+
 _VERSION: Final[Any] = dict[str, Head]
 
 _STEPS: Final[tuple[Callable[[_Scene, Signer, int, bytes], None], ...]] = (
     *(_step_honest_write, _step_update, _step_registers, _step_op),
     *(_step_sealed, _step_presence, _step_announce, _step_version),
-    _step_snapshot,
+    *(_step_snapshot, _step_compare),
 )
 
 
@@ -222,7 +235,7 @@ def _hear(scene: _Scene, sealed: Signed) -> None:
             require(isinstance(again, Excess), "what came too fast was taken a moment later")
     scene.table.expire(scene.now)
     bound = MAX_MEMBERS * sum(rule.keep for rule in _TOPICS.values())
-    require(len(scene.table.newest()) <= bound, "the table of presence is over its limit")
+    require(len(scene.table.held()) <= bound, "the table of presence is over its limit")
 
 
 def _check_documents(scene: _Scene) -> None:
@@ -309,6 +322,7 @@ def _seeds() -> list[bytes]:
         [(2, b"\1" + encode(raw)), (2, b"\1" + encode({"member": b"\x80"}))],
         [(3, b"\1" + first.payload), (4, b"\0" + encode(first)), (5, b"\1" + heard.payload)],
         [*announced, (4, b"\0" + encode(heard))],
+        [*announced, (9, b"\1" + summary(bob)), (9, b"\1\xff" + differing(bob, b"\1" * BUCKET_BYTES).rows)],
         [(4, b"\0" + encode(vote)), (4, b"\0" + encode(heard)), *[announced[0]] * 6],
         [write, (8, b"\0" + encode(raw)), (2, b"\0" + encode(raw)), (8, bytes([_LIE_GAP]) + encode(raw))],
         [write, write, write, *((8, bytes([lie]) + encode(raw)) for lie in (_LIE_PREV, _LIE_REWRITE, _LIE_SWARM))],
@@ -326,7 +340,7 @@ def _mutate(data: bytes, max_bytes: int, rng: Random, mutate_bytes: MutateBytes)
         head, rest = with_bytes[:1] or b"\0", with_bytes[1:]
         if rng.random() < 0.3:
             head = bytes([rng.randrange(4) | rng.choice((0, 0, 0, 4, 8, 16, 32, 64, 128))])
-        if what % len(_STEPS) == 1 or rng.random() < 0.1:
+        if what % len(_STEPS) in (1, 9) or rng.random() < 0.1:
             return what, head + mutate_bytes(rest, len(rest) + 64)
         return what, head + mutate_packed(rest, len(rest) + 512, rng, mutate_bytes)
 

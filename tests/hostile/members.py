@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import trio
 
+from shoal.crdt.meeting import Differing
 from shoal.crdt.presence import PresenceTable, TopicRule
 from shoal.crdt.sync import SwarmDocs
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
@@ -28,6 +29,7 @@ from shoal.node.wire.contracts import (
     BlockRequest,
     ContentService,
     GossipPush,
+    PresenceSummary,
     SwarmService,
     SyncAnswer,
     SyncRequest,
@@ -65,6 +67,11 @@ class _Calls(SwarmService):
         if self.replica is None:
             raise RemoteError(Status.NOT_FOUND, "not yet")
         return await self.replica.serve_sync(current_call().peer, request)
+
+    async def compare(self, request: PresenceSummary) -> Differing:
+        if self.replica is None:
+            raise RemoteError(Status.NOT_FOUND, "not yet")
+        return self.replica.serve_compare(request)
 
     async def gossip(self, request: GossipPush) -> Empty:
         if self.replica is None:

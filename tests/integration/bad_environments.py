@@ -121,12 +121,18 @@ class Unlucky(Plain):
 
 
 class Forks(Plain):
-    """Starts a process in its group, and one that leaves it."""
+    """Starts a process in its group, one that leaves it, and one that keeps whatever this process has open."""
 
     def __init__(self):
         super().__init__()
-        for command in (["sleep", "3600.25"], ["setsid", "sleep", "3600.25"]):
+        sleep = ["sleep", os.environ["BAD_SLEEP_S"]]
+        for command in (sleep, ["setsid", *sleep]):
             subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        if os.fork() == 0:
+            for number in range(3, 64):
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(number, True)
+            os.execvp("setsid", ["setsid", *sleep])
 
 
 class Loud(Plain):

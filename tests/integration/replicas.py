@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from shoal.crdt.meeting import BUCKET_BYTES, Differing
 from shoal.crdt.presence import PresenceTable, TopicRule
 from shoal.crdt.sync import SwarmDocs, Version
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
@@ -18,7 +19,7 @@ from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.node.swarm.replica import Replica
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest, plain_version
+from shoal.node.wire.contracts import GossipPush, PresenceSummary, SwarmService, SyncAnswer, SyncRequest, plain_version
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, current_call
@@ -31,6 +32,12 @@ TOPICS = {
     "addresses": TopicRule(max_bytes=8192, per_s=1, burst=8),
     "vote": TopicRule(max_bytes=1024, keep=4, per_s=10, burst=20),
 }
+
+
+def holds_nothing(request: PresenceSummary) -> Differing:
+    """What somebody answers who wants to be told everything."""
+    num_buckets = len(request.buckets) // BUCKET_BYTES
+    return Differing(b"\xff" * -(-num_buckets // 8), b"")
 
 
 class Calls(SwarmService):
@@ -47,6 +54,9 @@ class Calls(SwarmService):
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         return await self._member().serve_sync(current_call().peer, request)
 
+    async def compare(self, request: PresenceSummary) -> Differing:
+        return self._member().serve_compare(request)
+
     async def gossip(self, request: GossipPush) -> Empty:
         await self._member().serve_gossip(current_call().peer, request)
         return Empty()
@@ -57,6 +67,9 @@ class Listener(SwarmService):
 
     async def sync(self, request: SyncRequest) -> SyncAnswer:
         return SyncAnswer((), plain_version(Version()))
+
+    async def compare(self, request: PresenceSummary) -> Differing:
+        return holds_nothing(request)
 
     async def gossip(self, request: GossipPush) -> Empty:
         return Empty()

@@ -9,13 +9,14 @@ import pytest
 import trio
 import trio.testing
 
+from shoal.crdt.meeting import Differing
 from shoal.crdt.presence import PresenceTable
 from shoal.node.mesh.host import Host
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncAnswer, SyncRequest
+from shoal.node.wire.contracts import GossipPush, PresenceSummary, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.codec import encode
 from shoal.protocol.services import Empty, client
 
-from .replicas import GENEROUS_S, SWARM, TOPICS, a_host, a_node, signer_of, together
+from .replicas import GENEROUS_S, SWARM, TOPICS, a_host, a_node, holds_nothing, signer_of, together
 
 pytestmark = pytest.mark.trio
 
@@ -72,6 +73,9 @@ class Silent(SwarmService):
             await trio.sleep_forever()
         return SyncAnswer((), encode({}))
 
+    async def compare(self, request: PresenceSummary) -> Differing:
+        return holds_nothing(request)
+
     async def gossip(self, request: GossipPush) -> Empty:
         return Empty()
 
@@ -88,7 +92,7 @@ async def test_a_member_that_does_not_answer_holds_up_nobody_else() -> None:
             await client(SwarmService, silent.at(one.me), timeout_s=5).gossip(GossipPush(SWARM, (said,)))
             await one.until(lambda: silent.peer_id in one.replica.neighbours)
             calls.is_silent = True
-            one.replica._sync_soon(silent.peer_id)
+            one.replica._syncing.sync_soon(silent.peer_id)
             await one.host.connect(two.host.addresses())
             await one.knows(two)
             began = trio.current_time()

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -33,8 +35,8 @@ from shoal.training.worker_calls import COLLECT, EVALUATE, OPEN, TASK_FAILED, Co
 ME = PeerId.of_public_key(bytes(32))
 SMALL = {"num_envs": 4, "update_epochs": 1, "num_minibatches": 1, "hidden_sizes": [8]}
 PROMISED_S = 10.0
-MARKED = "3600.25"
-"""What the processes wait for that `Forks` starts; nobody else does."""
+SLEEP_S = f"3600.{os.getpid()}"
+"""How long the processes wait that `Forks` starts; nobody else does for so long."""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (about / "entry_points.txt").write_text("[shoal.tasks]\nbad = bad_environments:task\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))  # this process is the node, which knows what is installed
+        patch.setenv("BAD_SLEEP_S", SLEEP_S)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
         yield site
 
@@ -280,7 +283,7 @@ def started_by_environments() -> set[int]:
     return {
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
-        if command_of(int(folder.name))[:2] == ["sleep", MARKED]
+        if command_of(int(folder.name))[:2] == ["sleep", SLEEP_S]
     }
 
 
@@ -294,6 +297,11 @@ def until(holds: Callable[[], object], seconds: float = 10.0) -> None:
 
 def keeper_of(worker: WorkerProcess) -> int:
     return next(pid for pid in descendants(os.getpid()) if str(worker.folder) in command_of(pid)[-1:])
+
+
+def collect_for_ever(worker: WorkerProcess) -> NoReturn:
+    while True:
+        worker(COLLECT, Collect(64))
 
 
 def stop(worker: WorkerProcess) -> str:
@@ -320,14 +328,21 @@ def test_a_worker_is_lost_within_seconds_and_all_that_its_environments_started_w
     """Processes that left its group and session too."""
     monkeypatch.setattr(workers, "STILL_S", 3.0)
     another.open("Forks")
-    until(lambda: len(started_by_environments()) >= 8)
+    until(lambda: len(started_by_environments()) >= 12)
     began = time.monotonic()
     words = lose(another)
     with pytest.raises(WorkerLostError, match=words) as told:
-        another(COLLECT, Collect(64))
+        collect_for_ever(another)  # a process that was killed may still answer one call
     assert time.monotonic() - began < PROMISED_S
     assert not told.value.is_task
     until(lambda: not started_by_environments(), seconds=1)  # what is killed takes a moment to be gone
+
+
+def test_a_worker_that_is_stopped_as_soon_as_it_works_is_lost_within_seconds_too() -> None:
+    """Until the first sign of life it has two minutes: PyTorch is large."""
+    program = "from shoal.training import watch; watch.begin(None); print(watch.page[watch.Slot.BEATS])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(shown.stdout) > 0
 
 
 # --- whole nodes -----------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ class Happenings:
 
     async def it_is_outdone(self) -> None:
         if self.swarm in self.node.node().swarms:
-            self.node._swarms.get(self.swarm).replica._reannounce()
+            self.node._swarms.get(self.swarm).replica._speaking.reannounce()
 
     async def somebody_is_ahead(self) -> None:
         async with self.stranger() as one:

@@ -22,7 +22,6 @@ from libp2p.crypto.rsa import create_new_key_pair as create_rsa
 from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519
 from libp2p.custom_types import TProtocol
-from libp2p.exceptions import BaseLibp2pError
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.kad_dht.provider_store import ProviderStore
@@ -47,11 +46,12 @@ from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, client
 
+from .strangers import BROKEN, bystander, connection_to, leave_unread, misled, raw_stream
+
 pytestmark = pytest.mark.trio
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 GENEROUS_S = 20.0
-BROKEN = (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 @asynccontextmanager
@@ -79,7 +79,7 @@ async def two() -> AsyncIterator[tuple[Host, Host]]:
 
 
 async def dht_stream(stranger: Host, peer: PeerId) -> Any:
-    return await stranger.libp2p.new_stream(ID.from_base58(str(peer)), [TProtocol(PROTOCOL_ID)])
+    return await raw_stream(stranger, peer, PROTOCOL_ID)
 
 
 async def tell(stream: Any, message: Any) -> bool:
@@ -249,11 +249,10 @@ async def test_streams_that_nobody_reads_end_their_connection() -> None:
     async with node(budget_limits=few) as one, node() as stranger, node() as honest:
         await honest.connect(one.addresses())
         await stranger.connect(one.addresses())
-        connection = stranger.libp2p.get_network().get_connections(ID.from_base58(str(one.peer_id)))[0]
+        connection = connection_to(stranger, one.peer_id)
         with suppress(*BROKEN):
             for _ in range(1000):
-                stream = await connection.new_stream()
-                await stream.write(b"\x13/multistream/1.0.0\n" + bytes(60_000))
+                await leave_unread(connection, 60_000)
         while one.is_connected(stranger.peer_id):
             await one.wait_for_change()
         assert one.budgets.num_cut
@@ -261,21 +260,6 @@ async def test_streams_that_nobody_reads_end_their_connection() -> None:
 
 
 # --- rows 16 and 17: dials at the word of others ---------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def bystander() -> AsyncIterator[tuple[int, list[int]]]:
-    """Somebody who listens on a port, and how often it was dialed."""
-    dialed: list[int] = []
-
-    async def count(stream: trio.SocketStream) -> None:
-        dialed.append(1)
-        await stream.aclose()
-
-    async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(trio.serve_tcp, count, 0)
-        yield listeners[0].socket.getsockname()[1], dialed
-        nursery.cancel_scope.cancel()
 
 
 async def test_addresses_without_end_that_a_stranger_names_make_few_dials_at_a_bystander() -> None:
@@ -295,19 +279,7 @@ async def test_addresses_without_end_that_a_stranger_names_make_few_dials_at_a_b
 async def test_nearer_peers_that_a_stranger_makes_up_in_the_dht_make_few_dials_at_a_bystander() -> None:
     async with two() as (one, stranger), bystander() as (port, dialed):
         assert one.kademlia is not None
-
-        async def lie(stream: Any) -> None:
-            answer = Message(type=Message.MessageType.FIND_NODE)
-            for _ in range(20):
-                name = ID.from_base58(str(PeerId.of_public_key(os.urandom(32))))
-                one_hundred = [Multiaddr(f"/ip4/127.0.0.{n}/tcp/{port}").to_bytes() for n in range(1, 100)]
-                answer.closerPeers.add(id=name.to_bytes(), addrs=one_hundred)
-            raw = answer.SerializeToString()
-            with suppress(*BROKEN):
-                await stream.read(1)
-                await stream.write(varint.encode(len(raw)) + raw)
-
-        stranger.libp2p.set_stream_handler(TProtocol(PROTOCOL_ID), lie)
+        stranger.libp2p.set_stream_handler(TProtocol(PROTOCOL_ID), misled(port))
         began = trio.current_time()
         with trio.move_on_after(3):
             while True:
@@ -322,7 +294,7 @@ async def test_a_circuit_through_whom_nobody_asked_to_relay_is_refused() -> None
         made_up = PeerId.of_public_key(os.urandom(32))
         source = pb.PeerId(id=ID.from_base58(str(made_up)).to_bytes())
         with suppress(*BROKEN):
-            stream = await stranger.libp2p.new_stream(ID.from_base58(str(one.peer_id)), [STOP_PROTOCOL])
+            stream = await raw_stream(stranger, one.peer_id, STOP_PROTOCOL)
             await write_message(stream, pb.StopMessage(type=pb.StopMessage.CONNECT, peer=source))
             await stream.read(1)
             pytest.fail("it was taken")

@@ -127,15 +127,16 @@ def _pids(namespace: str) -> list[int]:
 
 def clean(*, running_too: bool = False) -> list[str]:
     """Remove every lab whose owner is gone, or really every one; gives the names of the namespaces."""
-    left = [name for name in names() if running_too or not _owner_runs(name)]
+    left = [name for name in names() if running_too or not owner_runs(name)]
     destroy(*left)
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        if running_too or not _owner_runs(folder.name):
+        if running_too or not owner_runs(folder.name):
             shutil.rmtree(folder)
     return left
 
 
-def _owner_runs(name: str) -> bool:
+def owner_runs(name: str) -> bool:
+    """Whether the process that made a namespace, or what else is called like one, is still there."""
     pid = name.removeprefix(PREFIX).split("-")[0]
     return pid.isdigit() and Path("/proc", pid).exists()
 

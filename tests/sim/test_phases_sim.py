@@ -79,7 +79,7 @@ def write_nothing(**registers: Any) -> None:
 def phase_of(member: Member) -> str:
     """What a member is at, as finely as others can be hurt by its death."""
     run = member.run
-    match run._job:
+    match run.jobs.job:
         case Collect():
             return "collecting"
         case Update():
@@ -92,11 +92,11 @@ def phase_of(member: Member) -> str:
             return "evaluating"
         case _:
             pass
-    if not run._is_open:
+    if not run.jobs.is_open:
         return "starting"
-    if run._taking is not None:
+    if run.taking.taking is not None:
         return "fetching"
-    if not run._is_exchanging or run.round is None:
+    if not run.epoch.is_exchanging or run.round is None:
         return "waiting"
     mine = run.round
     if mine._own_attempt >= 0:
@@ -144,10 +144,10 @@ def epoch_of(member: Member) -> int:
 
 def own_work_s(member: Member) -> float:
     """What this member needs by itself to come to the end of an epoch, whatever it does now."""
-    batch = member.swarm.manifest.batch_size
+    batch = member.swarm.manifest.batch.largest_share
     machine = member.machine
     work_s = batch / machine.speed + machine.update_s
-    start_s = 1.5 * RESTART_S if not member.run._is_open else 0.0
+    start_s = 1.5 * RESTART_S if not member.run.jobs.is_open else 0.0
     return start_s + machine.eval_s + machine.update_s + work_s + 0.3
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import PeerId
+from shoal.training.batch import FASTEST_MEDIANS, Batch
 from shoal.training.electorate import (
     LEAST_SHARE,
     MAX_MISSED,
@@ -24,6 +25,8 @@ from shoal.training.statements import MAX_OFFERS, MAX_RATE, MAX_SECONDS
 PEERS = sorted(PeerId.of_public_key(n.to_bytes(32, "big")) for n in range(MAX_OFFERS + 2))
 FAST, SLOW, OTHER = PEERS[:3]
 BATCH = 2048
+TOGETHER = Batch(BATCH, together=BATCH)
+EACH = Batch(BATCH)
 
 
 def after_rounds(*rounds: dict[PeerId, tuple[int, float]]) -> Electorate:
@@ -109,36 +112,62 @@ def test_a_state_that_names_nobody_is_refused() -> None:
 # Shares.
 
 
-def test_who_is_alone_collects_everything() -> None:
-    assert Electorate().share(FAST, BATCH, 0.0) == BATCH
+@pytest.mark.parametrize("batch", [TOGETHER, EACH], ids=str)
+def test_who_is_alone_collects_everything(batch: Batch) -> None:
+    assert Electorate().share(FAST, batch, 0.0) == BATCH
 
 
 def test_shares_follow_the_rates_so_that_all_are_ready_together() -> None:
     electorate = after_rounds(*[{FAST: (1536, 1.0), SLOW: (512, 1.0)}] * 4)
-    fast, slow = electorate.share(FAST, BATCH, 0.0), electorate.share(SLOW, BATCH, 0.0)
+    fast, slow = electorate.share(FAST, TOGETHER, 0.0), electorate.share(SLOW, TOGETHER, 0.0)
     assert fast / 1536 == pytest.approx(slow / 512, rel=0.01)
     assert BATCH <= fast + slow <= 1.1 * BATCH
 
 
-def test_a_member_of_a_hundredth_of_the_speed_leaves_nearly_all_to_the_fast_one() -> None:
+@pytest.mark.parametrize("number", [2, 3, 6, 100])
+def test_so_many_equal_learners_bring_so_many_times_the_samples_of_one(number: int) -> None:
+    electorate = after_rounds(*[dict.fromkeys(PEERS[:number], (BATCH, 1.0))] * 4)
+    assert [electorate.share(peer, EACH, 0.0) for peer in PEERS[:number]] == [BATCH] * number
+
+
+def test_the_fastest_sets_the_pace_and_the_others_bring_what_they_manage_meanwhile() -> None:
+    electorate = after_rounds(*[{FAST: (2048, 2.0), OTHER: (1024, 2.0), SLOW: (512, 2.0)}] * 4)
+    assert [electorate.share(peer, EACH, 0.0) for peer in (FAST, OTHER, SLOW)] == [2048, 1024, 512]
+
+
+def test_a_batch_may_be_bounded_for_each_and_for_all_together() -> None:
+    electorate = after_rounds(*[dict.fromkeys(PEERS[:4], (BATCH, 1.0))] * 4)
+    assert electorate.share(FAST, Batch(BATCH, together=100_000), 0.0) == BATCH
+    assert electorate.share(FAST, Batch(BATCH, together=1000), 0.0) == pytest.approx(1000 / 4, rel=0.06)
+
+
+def test_of_many_nobody_sets_a_pace_that_leaves_the_others_next_to_nothing() -> None:
+    electorate = after_rounds(*[{**dict.fromkeys(PEERS[1:8], (BATCH, 1.0)), PEERS[0]: (2 * BATCH, 0.0)}] * 4)
+    assert electorate.share(PEERS[1], EACH, 0.0) == pytest.approx(BATCH / FASTEST_MEDIANS, abs=1)
+
+
+@pytest.mark.parametrize("batch", [TOGETHER, EACH], ids=str)
+def test_a_member_of_a_hundredth_of_the_speed_leaves_nearly_all_to_the_fast_one(batch: Batch) -> None:
     """Item 7: its share follows what it delivered."""
     electorate = after_rounds(*[{FAST: (2000, 1.0), SLOW: (20, 1.0)}] * 4)
-    assert electorate.share(SLOW, BATCH, 1e6) <= 40
-    assert electorate.share(FAST, BATCH, 0.0) >= 0.99 * BATCH
+    assert electorate.share(SLOW, batch, 1e6) <= 40
+    assert electorate.share(FAST, batch, 0.0) >= 0.99 * BATCH
 
 
-@given(st.floats(0, MAX_RATE), st.integers(1, 2**31))
-def test_no_claim_leaves_the_others_without_a_share(seconds: float, weight: int) -> None:
+@pytest.mark.parametrize("batch", [TOGETHER, EACH], ids=str)
+@given(seconds=st.floats(0, MAX_RATE), weight=st.integers(1, 2**31))
+def test_no_claim_leaves_the_others_without_a_share(batch: Batch, seconds: float, weight: int) -> None:
     """Item 3: ``speed = 1e300`` made everybody else's share 0."""
     honest = dict.fromkeys(PEERS[1:8], (256, 0.5))
     electorate = after_rounds(*[{**honest, PEERS[0]: (weight, seconds)}] * 3)
     for peer in honest:
-        assert electorate.share(peer, BATCH, 512.0) >= LEAST_SHARE * BATCH / 8 * 0.9
+        assert electorate.share(peer, batch, 512.0) >= LEAST_SHARE * batch.equal_share(8) * 0.9
 
 
 def test_a_newcomer_begins_with_half_of_an_equal_share() -> None:
     electorate = after_rounds({FAST: (1024, 1.0), SLOW: (1024, 1.0)})
-    assert electorate.share(OTHER, BATCH, 1e6) == pytest.approx(BATCH / 6, abs=1)
+    assert electorate.share(OTHER, TOGETHER, 1e6) == pytest.approx(BATCH / 6, abs=1)
+    assert electorate.share(OTHER, EACH, 1e6) == BATCH // 2
 
 
 # Votes.

@@ -235,6 +235,17 @@ def test_what_comes_by_itself_is_not_asked_for() -> None:
     assert not any(tell.message.want for tell in core.told())
 
 
+def test_hardly_any_wake_is_for_what_has_come_by_itself() -> None:
+    core = Core(A)
+    for number in range(100):
+        core.handle(Told(A, Control(have=(item(number).id,))))
+        core.wait(0.005)
+        core.receive(A, item(number))
+        core.wait(0.005)
+    wakes = [output for output in core.outputs if isinstance(output, Wake)]
+    assert len(wakes) <= 10  # two for each of four waits of 0.25 s, not one for each item
+
+
 def test_who_breaks_its_promises_is_asked_last() -> None:
     core = Core(A, B)
     core.handle(Told(A, Control(have=(item(1).id,))))

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 import pytest
 
 from shoal.protocol.ids import Cid, PeerId
+from shoal.training.batch import Batch
 from shoal.training.exchange.ballots import (
+    BALLOT_BATCHES,
+    SPARE_SAMPLES,
     Ballot,
     Begin,
     CannotBeHad,
@@ -34,7 +37,7 @@ from shoal.training.statements import Offer, Proposal, RoundKey, Vote, first_aft
 
 KEY = RoundKey(4, 0, first_after(Cid.of_block(b"policy")))
 BATCH = 400
-LIMITS = Limits.of_batch(BATCH)
+LIMITS = Limits.of_batch(Batch(BATCH, together=BATCH), None)
 SILENCE_S = 1.0
 OFFERS_S = 0.5
 
@@ -53,6 +56,18 @@ def learned() -> Waits:
     for _ in range(8):
         waits.learn(OFFERS_S, SILENCE_S)
     return waits
+
+
+def test_those_who_have_shown_nothing_never_outweigh_what_is_usual_by_more_than_so_much() -> None:
+    """Item 2: 116 invented authors had a weight of 950,272 where the batch was 2,048."""
+    limits = Limits.of_batch(Batch(2048), 3 * 2048)
+    assert limits.ballot == BALLOT_BATCHES * 3 * 2048 + SPARE_SAMPLES
+    assert Limits.of_batch(Batch(2048), 1.0).ballot == BALLOT_BATCHES * 2048 + SPARE_SAMPLES
+
+
+def test_a_ballot_of_a_batch_that_is_bounded_for_all_weighs_no_more_however_many_learn() -> None:
+    bounded = Batch(2048, together=2048)
+    assert Limits.of_batch(bounded, 100 * 2048).ballot == Limits.of_batch(bounded, None).ballot
 
 
 def offer_of(peer: PeerId, weight: int = 100) -> SignedOffer:

@@ -16,9 +16,11 @@ from shoal.training import pacing
 from shoal.training import run_events as events
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.exchange.early import MAX_EARLY, Early
+from shoal.training.jobs import MAX_ENDED
 from shoal.training.lineage import RETRY_S
 from shoal.training.manifest import Manifest, Role
-from shoal.training.run import ALONE_S, CHUNK_S, COMING_S, LOOK_S, MAX_ENDED, Run
+from shoal.training.others import ALONE_S
+from shoal.training.run import CHUNK_S, Run
 from shoal.training.run_events import Output, Policy
 from shoal.training.statements import (
     HASH_BYTES,
@@ -34,6 +36,7 @@ from shoal.training.statements import (
     Vote,
     first_after,
 )
+from shoal.training.taking import COMING_S, LOOK_S
 
 ME, A, B, LIAR = (PeerId.of_public_key(bytes([n]) * 32) for n in range(4))
 BATCH = 1000
@@ -101,8 +104,8 @@ class Node:
     def holding(self, policy: Policy) -> Node:
         """Brought to where it holds this policy."""
         self.give(events.Opened(INITIAL))
-        self.run._job = None
-        self.run._in_worker = policy
+        self.run.jobs.job = None
+        self.run.jobs.in_worker = policy
         self.run._hold(policy, self.now, [])
         self.give(events.Tick())
         return self
@@ -150,7 +153,7 @@ def test_nobody_is_stopped_by_what_a_member_says_it_collected() -> None:
     for phase in (Phase.EXCHANGING, Phase.COLLECTING):
         outputs = node.hear(LIAR, facts(SHARED, phase, samples=MAX_SAMPLES, speed=MAX_RATE))
         assert not of(events.Update, outputs)
-    assert isinstance(node.run._job, events.Collect)
+    assert isinstance(node.run.jobs.job, events.Collect)
     assert pacing.share(node.run._pace(SHARED)) >= BATCH / 3
 
 
@@ -192,6 +195,17 @@ def test_bytes_that_nobody_gives_stop_nothing() -> None:
     node.wait(LOOK_S)
     assert of(events.Collect, node.collect(10))
     assert of(events.Collect, node.give(events.NotFetched(after.cid, "nobody has it")) + node.collect(10))
+
+
+def test_of_several_policies_that_are_heard_of_at_once_the_newest_alone_is_asked_for() -> None:
+    """Whoever comes hears what members said lately, the oldest first, and would fetch each whole before the next."""
+    node = Node().holding(SHARED)
+    line = [SHARED]
+    for _ in range(4):
+        line.append(policy_after(line[-1], A, B))
+    outputs = [each for policy in line[1:] for author in (A, B) for each in node.hear(author, policy.result)]
+    outputs += node.wait(LOOK_S)
+    assert [each.cid for each in of(events.Fetch, outputs)] == [line[-1].cid]
 
 
 def test_a_policy_that_is_still_coming_is_waited_for_though_newer_ones_are_heard_of() -> None:
@@ -249,7 +263,7 @@ def test_the_worker_does_one_job_at_a_time_also_when_a_policy_comes_while_it_exc
         node.hear(peer, facts(SHARED), SHARED.result)
     after = policy_after(SHARED, A, B)
     node.collect(BATCH)
-    assert isinstance(node.run._job, events.Update)
+    assert isinstance(node.run.jobs.job, events.Update)
     for peer in (A, B):
         node.hear(peer, facts(after), after.result)
     node.wait(LOOK_S)
@@ -330,7 +344,7 @@ def test_what_a_part_of_the_swarm_loses_when_it_heals_is_counted_and_told() -> N
         node.give(events.Gone(peer))
     alone = policy_after(policy_after(SHARED, ME), ME)
     node.run.progress.rounds = 2
-    node.run._in_worker = alone
+    node.run.jobs.in_worker = alone
     node.run._hold(alone, node.now, [])
     theirs = policy_after(policy_after(policy_after(SHARED, A, B), A, B), A, B)
     outputs = []
@@ -435,7 +449,7 @@ def test_a_node_whose_state_is_gone_waits_for_who_has_it_and_never_begins_anew()
     found = node.wait(120.0)
     assert (A,) in [fetch.sources for fetch in of(events.Fetch, found)]
     node.give(events.Fetched(SHARED.cid))
-    (load,) = [node.run._job]
+    (load,) = [node.run.jobs.job]
     assert isinstance(load, events.Load)
     node.give(events.Loaded(SHARED, 0))
     assert node.run.policy == SHARED

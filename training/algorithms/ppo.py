@@ -114,7 +114,7 @@ class PPOLearner:
     def __init__(self, config: PPOConfig, manifest: Manifest, task: Task, streams: Sequence[str]) -> None:
         self.config = config
         self._mode = manifest.mode
-        self._max_samples = _MAX_BACKLOG * max(manifest.batch_size, config.num_envs * len(streams))
+        self._max_samples = _MAX_BACKLOG * len(streams) * max(manifest.batch.largest_share, config.num_envs)
         self._task = task
         self._model = ActorCritic(
             task.observation_size,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from shoal.protocol.ids import Cid, PeerId
-from shoal.training.statements import Offer, Proposal, Vote
+from shoal.training.batch import Batch
+from shoal.training.statements import MAX_OFFERS, Offer, Proposal, Vote
 
+BALLOT_BATCHES: Final = 3
+"""How many times what is usual a ballot may weigh: those who have shown nothing yet never count for more than that."""
 SPARE_SAMPLES: Final = 1024
 """What the vector steps of a few environments may add to a share."""
 
@@ -25,9 +29,21 @@ class Limits:
     ballot: int
 
     @classmethod
-    def of_batch(cls, batch_size: int) -> Limits:
-        """For the batch of a manifest: a share is never more than a batch, and what a late member kept comes on top."""
-        return cls(2 * batch_size + SPARE_SAMPLES, 3 * batch_size + SPARE_SAMPLES)
+    def of_batch(cls, batch: Batch, stake: float | None) -> Limits:
+        """For the batch of a manifest: nobody has more than the largest share, and what it kept when it was late.
+
+        Args:
+            batch: of the manifest.
+            stake: of all together; None where nobody has shown anything.
+        """
+        offer = 2 * batch.largest_share + SPARE_SAMPLES
+        if batch.together is not None:
+            usual = float(batch.together)
+        elif stake is not None:
+            usual = max(stake, batch.largest_share)
+        else:
+            return cls(offer, MAX_OFFERS * offer)
+        return cls(offer, math.ceil(BALLOT_BATCHES * usual) + SPARE_SAMPLES)
 
 
 @dataclass(frozen=True, slots=True)

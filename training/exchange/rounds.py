@@ -449,6 +449,8 @@ class Round:
         self._advance(now)
         if self._ask_at:
             self._ask_once_more(now, outputs)
+        if self._attempt_at is None and not self._proposals:
+            return  # there is nothing yet to vote for or to decide on, and it is too early to propose
         self._promise(outputs)
         if min(self._promised, self._own_attempt) < self._attempt and self._has_promises(now):
             keep_to = self._to_keep_to(now) if self._attempt > 0 else None
