@@ -18,6 +18,7 @@ own: together they never take what its members need.
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import resource
 from collections import deque
@@ -37,6 +38,10 @@ SHORT_PART: Final = 8
 """When less than this part of something is free, it is taken from whoever holds most of it."""
 FLOOR_BYTES: Final = 64 * 1024
 FLOOR_SOCKETS: Final = 4
+MAX_HEAPS: Final = 2
+MAPPED_BYTES: Final = 64 * 1024
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_M_ARENA_MAX: Final = -8
 PURSE_STEP_BYTES: Final = 64 * 1024
 PURSE_SLACK_BYTES: Final = MIB
 """What a peer may have drawn from its budget and not hold."""
@@ -88,6 +93,15 @@ class BudgetLimits:
 
     max_dialing: int = 64
     """Dials under way, whoever wanted them."""
+
+    max_disk_bytes: int = 10**10
+    """The node's file with its write-ahead log, and contents that lie in files."""
+
+    upload_bytes_per_s: float | None = None
+    """Of contents, to all peers together; None: as many as there are."""
+
+    download_bytes_per_s: float | None = None
+    """The same, from them."""
 
 
 class Shares(Generic[Who]):
@@ -212,9 +226,9 @@ class Bucket:
         self._then = now
         return self._left
 
-    def spend(self, now: float) -> None:
-        """Take one out, also if there is none."""
-        self._left = self.left(now) - 1
+    def spend(self, now: float, number: int = 1) -> None:
+        """Take so many out, also if there are fewer; or put in what was taken and not used."""
+        self._left = min(self._burst, self.left(now) - number)
 
     def take(self, now: float) -> bool:
         """Take one out; False if there is none."""
@@ -434,3 +448,22 @@ def raise_descriptors() -> None:
     wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, WANTED_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def keep_few_heaps() -> None:
+    """Let glibc have few heaps, and map what is large: threads come and go, and contents with them.
+
+    By itself it gives every thread a heap, and after the first large block that is freed it takes blocks up to that
+    size from a heap, which shrinks only as far as the last thing in it. Another libc has no such settings.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for setting, value in ((_M_ARENA_MAX, MAX_HEAPS), (_M_MMAP_THRESHOLD, MAPPED_BYTES)):
+            mallopt(setting, value)
+
+
+def give_memory_back() -> None:
+    """Give the system what is free in glibc's heaps; what the imports have left is 2 MB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -63,6 +63,7 @@ from shoal.node.mesh.relay import Relay
 from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.signals import Signal
 from shoal.node.supervise import Domain, Policy, Supervisor
+from shoal.node.traffic import Traffic
 from shoal.node.wire.channel import ByteStream, Router
 from shoal.node.wire.contracts import NodeService
 from shoal.node.wire.lanes import Socket
@@ -114,6 +115,9 @@ class Host:
         self._connections = Connections(max_peers)
         self.budgets = NodeBudgets(self._connections.wanted.__contains__, budget_limits, max_descriptors())
         """From which what every peer may hold is drawn."""
+        self.upload = Traffic(self.budgets.limits.upload_bytes_per_s)
+        """Of contents, to all peers together; likewise the other way."""
+        self.download = Traffic(self.budgets.limits.download_bytes_per_s)
         self.links = Links(self, router, domain, lanes=lanes, memory=self.budgets.memory)
         self.door = Door(self._accept_lane, self.budgets, self._is_wanted_at)
         self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
