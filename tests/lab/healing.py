@@ -167,10 +167,13 @@ def _call_both(a: LabNode, b: LabNode, happens: Callable[[], object]) -> tuple[l
 def _train_together(a: LabNode, b: LabNode) -> str:
     """Both are members of a CartPole run that does not end; gives its name once they have trained together."""
     created = json.loads(
-        a.run("swarm", "create", "--task", "gym:CartPole-v1", "--min-learners", "2", *EVERLASTING, "--json")
+        a.run(
+            *("swarm", "create", "--task", "gym:CartPole-v1", "--min-learners", "2", *EVERLASTING, "--json"),
+            timeout_s=EPOCHS_LIMIT_S,
+        )
     )
     swarm = str(created["swarm"])
-    b.run("join", "--detach", str(created["ticket"]))
+    b.run("join", "--detach", str(created["ticket"]), timeout_s=EPOCHS_LIMIT_S)
     with a.client() as at_a, b.client() as at_b:
         wait_until("two epochs", lambda: min(_epochs(at_a, at_b, swarm)) >= 2, EPOCHS_LIMIT_S)
     return swarm
