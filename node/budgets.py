@@ -8,8 +8,8 @@ own: together they never take what its members need.
   Shared-Memory Packet Switches", 1998): nobody may hold more than what is free, so that one alone gets half, but a
   floor that everybody has. Unlike the buffers of a switch these do not empty by themselves: when little is free,
   whoever holds most is cut off (`Shares.greediest`).
-- **Handshakes**, which cost a node more than whoever begins them, take turns by IP: first whoever had least lately
-  (start-time fair queueing, Goyal et al., 1996).
+- **Handshakes**, which cost a node more than whoever begins them, and **streams** of strangers take turns by IP:
+  first whoever had least lately (start-time fair queueing, Goyal et al., 1996).
 - **Dials** at the word of others have a rate in all, one for each peer that is dialed, one for each IP that they go to,
   and one for each port there, so that no words make this node a flood for somebody else.
 - **Descriptors**: sockets that come in and dials under way may have so many of them that files, workers and the API
@@ -63,13 +63,21 @@ class BudgetLimits:
     max_streams: int = 192
     """Streams open at once on one connection of a peer that this node does not want."""
 
-    handshakes_per_s: float = 32.0
+    handshakes_per_s: float = 16.0
     """Connections that come in and are let to prove who they are."""
 
     handshakes_burst: float = 64.0
 
     handshakes_waiting: int = 256
     """Connections that wait for their turn to do so; beyond, one is closed."""
+
+    streams_per_s: float = 32.0
+    """Streams that peers which this node does not want open and are let to say what for; they take turns by IP."""
+
+    streams_burst: float = 256.0
+
+    streams_waiting: int = 1024
+    """Such streams that wait for their turn; beyond, one is ended."""
 
     dials_per_s: float = 16.0
     """Addresses dialed because others named them."""
@@ -404,6 +412,9 @@ class NodeBudgets:
         self.handshakes: Turns[str] = Turns(
             self.limits.handshakes_per_s, self.limits.handshakes_burst, self.limits.handshakes_waiting
         )
+        self.streams: Turns[str] = Turns(
+            self.limits.streams_per_s, self.limits.streams_burst, self.limits.streams_waiting
+        )
         self.dials = Dials(self.limits)
         self.sockets: Shares[str] = Shares(max_descriptors // 2, FLOOR_SOCKETS)
         self.max_dialing = min(self.limits.max_dialing, max_descriptors // 8)
@@ -420,6 +431,8 @@ class NodeBudgets:
             "refused_memory": self.memory.strangers.num_refused + self.memory.members.num_refused,
             "refused_sockets": self.sockets.num_refused,
             "refused_handshakes": self.handshakes.num_refused,
+            "streams_waiting": self.streams.num_waiting,
+            "refused_streams": self.streams.num_refused,
             "refused_dials": self.dials.num_refused,
             "cut_connections": self.num_cut,
         }
