@@ -12,6 +12,7 @@ class ReplicaStatistics:
     Attributes:
         refused_records: presence that was forged, malformed or foreign.
         refused_ops: ops that will never fit.
+        refused_answers: of peers that were asked what they hold of presence, and answered nonsense.
         stale: presence older than what is held.
         dropped: what did not fit into the queue of a member that is gone by now.
         failed_pushes: calls that failed, each try counted.
@@ -22,6 +23,7 @@ class ReplicaStatistics:
 
     refused_records: int = 0
     refused_ops: int = 0
+    refused_answers: int = 0
     stale: int = 0
     dropped: int = 0
     failed_pushes: int = 0

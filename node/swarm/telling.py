@@ -127,6 +127,7 @@ class Telling:
             theirs = await self._patiently(peer, waiting, compare)
             return [] if theirs is None else lacking(self._presence, len(ours) // BUCKET_BYTES, theirs)
         except ProtocolError as error:
+            self._counters.refused_answers += 1
             self._on_refused(peer, str(error))
             return []
 

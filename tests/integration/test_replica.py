@@ -9,20 +9,28 @@ import trio
 
 from shoal.crdt import oplog
 from shoal.crdt.document import Document
+from shoal.crdt.meeting import Differing, differing
 from shoal.crdt.oplog import KIND, NO_OP, Op
 from shoal.crdt.presence import KIND as PRESENCE
-from shoal.crdt.presence import PresenceTable, record_hash
+from shoal.crdt.presence import PresenceTable, open_record, record_hash
 from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.node import supervise
 from shoal.node.store.database import StorageError
 from shoal.node.swarm import own_log
 from shoal.node.swarm.journal import SLICE_OPS
-from shoal.node.wire.contracts import GossipPush, SwarmService, SyncRequest, plain_version, typed_version
+from shoal.node.wire.contracts import (
+    GossipPush,
+    PresenceSummary,
+    SwarmService,
+    SyncRequest,
+    plain_version,
+    typed_version,
+)
 from shoal.protocol.codec import encode
 from shoal.protocol.errors import Fault, LimitError, RemoteError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_MEMBERS
-from shoal.protocol.services import client
+from shoal.protocol.services import Empty, client
 from shoal.protocol.signing import Signed
 
 from .replicas import GENEROUS_S, SWARM, TOPICS, Listener, a_host, a_node, signer_of, together
@@ -64,6 +72,61 @@ async def test_who_says_nothing_new_is_repeated_until_it_is_gone() -> None:
             await one.until(lambda: one.gone == [two.me])
             assert one.replica.live == {}
             assert one.replica.neighbours == frozenset()
+
+
+class Holder(Listener):
+    """Keeps what it is told, and says so when it is asked."""
+
+    def __init__(self) -> None:
+        self.table = PresenceTable(SWARM, signer_of(3).peer_id, 1, TOPICS)
+        self.votes: list[int] = []
+
+    async def compare(self, request: PresenceSummary) -> Differing:
+        return differing(self.table, request.buckets)
+
+    async def gossip(self, request: GossipPush) -> Empty:
+        for sealed in request.records:
+            self.table.receive(sealed, trio.current_time())
+            presence = open_record(sealed).presence
+            if presence.topic == "vote":
+                self.votes.append(presence.facts["for"])
+        return Empty()
+
+    async def heard(self, count: int) -> None:
+        while len(self.votes) < count:  # noqa: ASYNC110  nothing else tells of it
+            await trio.sleep(0.02)
+
+
+async def test_who_is_met_again_is_sent_only_what_it_lacks() -> None:
+    holder = Holder()
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_host(3, holder)) as (one, host):
+            for number in range(3):
+                one.replica.publish("vote", {"for": number})
+            await host.connect(one.host.addresses())
+            await holder.heard(3)
+            await host.disconnect(one.me)
+            await one.until(lambda: host.peer_id not in one.host.connected)
+            one.replica.publish("vote", {"for": 3})
+            await host.connect(one.host.addresses())
+            await holder.heard(4)
+            assert holder.votes == [0, 1, 2, 3]
+
+
+async def test_whose_answer_to_a_summary_is_none_is_told_what_comes_later() -> None:
+    class Nonsense(Holder):
+        async def compare(self, request: PresenceSummary) -> Differing:
+            return Differing(b"", b"x")
+
+    nonsense = Nonsense()
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_host(3, nonsense)) as (one, host):
+            one.replica.publish("vote", {"for": 0})
+            await host.connect(one.host.addresses())
+            await one.until(lambda: one.replica.counters.refused_answers == 1)
+            one.replica.publish("vote", {"for": 1})
+            await nonsense.heard(1)
+            assert nonsense.votes == [1]
 
 
 async def test_a_bad_record_is_refused_alone() -> None:
