@@ -49,6 +49,9 @@ def up(  # the options of one command; Typer wants them as arguments
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A third party's STUN server; peers are enough.")
     ] = None,
     max_peers: Annotated[int, typer.Option(help="Peers to stay connected to, unless swarms need more.")] = 256,
+    max_disk: Annotated[float, typer.Option(metavar="GB", help="Disk for contents and logs.")] = 10.0,
+    max_upload: Annotated[float, typer.Option(metavar="MBIT/S", help="Of contents to peers; 0: no limit.")] = 0.0,
+    max_download: Annotated[float, typer.Option(metavar="MBIT/S", help="Of contents from peers; 0: no limit.")] = 0.0,
     api_port: Annotated[int, typer.Option(help="TCP port of the local API; 0: any.")] = 0,
     serve_bench: Annotated[bool, typer.Option("--serve-bench", help="Let peers run `shoal bench` against it.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background; return when ready.")] = False,
@@ -56,7 +59,7 @@ def up(  # the options of one command; Typer wants them as arguments
     ready_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Run a node. It stays in the foreground; Ctrl-C ends it."""
-    from shoal.node.config import NodeConfig, default_listen, parse_relay_limits
+    from shoal.node.config import NodeConfig, budget_limits, default_listen, parse_relay_limits
     from shoal.node.reach.settings import ReachConfig
 
     config = NodeConfig(
@@ -74,6 +77,7 @@ def up(  # the options of one command; Typer wants them as arguments
             stun_servers=tuple(stun or ()),
         ),
         max_peers=max_peers,
+        budgets=budget_limits(max_disk, max_upload, max_download),
         api_port=api_port,
         serve_bench=serve_bench,
     )

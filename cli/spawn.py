@@ -14,7 +14,7 @@ import subprocess
 import sys
 from typing import Any, Final
 
-from shoal.node.config import NodeConfig, relay_limit_words
+from shoal.node.config import NodeConfig, budget_words, relay_limit_words
 from shoal.node.store.files import open_own, storage_error
 from shoal.protocol.errors import NoPeersError, RefusedError, ShoalError, UsageError
 from shoal.training.keeper import descendants
@@ -123,6 +123,7 @@ def _reach_words(config: NodeConfig) -> list[str]:
     }
     return [
         *("--relay", reach.relay, "--max-peers", str(config.max_peers)),
+        *budget_words(config.budgets),
         *(f"--{name}" if is_on else f"--no-{name}" for name, is_on in switches.items()),
         *(word for name, words in lists.items() for each in words for word in (f"--{name}", each)),
     ]

@@ -638,13 +638,13 @@ class Gossip:
                     break
         ids = tuple(newest.values())
         for branch in self._branches.values():
-            for source in torn & branch.lazy:
+            for source in sorted(torn & branch.lazy):
                 self._set_eager(branch, source)
             outputs += [
                 Tell(branch.peer, Control(graft=ids[start : start + MAX_WANT]))
                 for start in range(0, len(ids), MAX_WANT)
             ]
-        for source in torn:
+        for source in sorted(torn):
             self._parent[source] = None
         if self._first:
             self._first = deque((min(now, at), missing) for at, missing in self._first)

@@ -8,8 +8,8 @@ own: together they never take what its members need.
   Shared-Memory Packet Switches", 1998): nobody may hold more than what is free, so that one alone gets half, but a
   floor that everybody has. Unlike the buffers of a switch these do not empty by themselves: when little is free,
   whoever holds most is cut off (`Shares.greediest`).
-- **Handshakes**, which cost a node more than whoever begins them, take turns by IP: first whoever had least lately
-  (start-time fair queueing, Goyal et al., 1996).
+- **Handshakes**, which cost a node more than whoever begins them, and **streams** of strangers take turns by IP:
+  first whoever had least lately (start-time fair queueing, Goyal et al., 1996).
 - **Dials** at the word of others have a rate in all, one for each peer that is dialed, one for each IP that they go to,
   and one for each port there, so that no words make this node a flood for somebody else.
 - **Descriptors**: sockets that come in and dials under way may have so many of them that files, workers and the API
@@ -18,6 +18,7 @@ own: together they never take what its members need.
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import resource
 from collections import deque
@@ -37,6 +38,10 @@ SHORT_PART: Final = 8
 """When less than this part of something is free, it is taken from whoever holds most of it."""
 FLOOR_BYTES: Final = 64 * 1024
 FLOOR_SOCKETS: Final = 4
+MAX_HEAPS: Final = 2
+MAPPED_BYTES: Final = 64 * 1024
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_M_ARENA_MAX: Final = -8
 PURSE_STEP_BYTES: Final = 64 * 1024
 PURSE_SLACK_BYTES: Final = MIB
 """What a peer may have drawn from its budget and not hold."""
@@ -58,13 +63,21 @@ class BudgetLimits:
     max_streams: int = 192
     """Streams open at once on one connection of a peer that this node does not want."""
 
-    handshakes_per_s: float = 32.0
+    handshakes_per_s: float = 16.0
     """Connections that come in and are let to prove who they are."""
 
     handshakes_burst: float = 64.0
 
     handshakes_waiting: int = 256
     """Connections that wait for their turn to do so; beyond, one is closed."""
+
+    streams_per_s: float = 32.0
+    """Streams that peers which this node does not want open and are let to say what for; they take turns by IP."""
+
+    streams_burst: float = 256.0
+
+    streams_waiting: int = 1024
+    """Such streams that wait for their turn; beyond, one is ended."""
 
     dials_per_s: float = 16.0
     """Addresses dialed because others named them."""
@@ -88,6 +101,15 @@ class BudgetLimits:
 
     max_dialing: int = 64
     """Dials under way, whoever wanted them."""
+
+    max_disk_bytes: int = 10**10
+    """The node's file with its write-ahead log, and contents that lie in files."""
+
+    upload_bytes_per_s: float | None = None
+    """Of contents, to all peers together; None: as many as there are."""
+
+    download_bytes_per_s: float | None = None
+    """The same, from them."""
 
 
 class Shares(Generic[Who]):
@@ -212,9 +234,9 @@ class Bucket:
         self._then = now
         return self._left
 
-    def spend(self, now: float) -> None:
-        """Take one out, also if there is none."""
-        self._left = self.left(now) - 1
+    def spend(self, now: float, number: int = 1) -> None:
+        """Take so many out, also if there are fewer; or put in what was taken and not used."""
+        self._left = min(self._burst, self.left(now) - number)
 
     def take(self, now: float) -> bool:
         """Take one out; False if there is none."""
@@ -390,6 +412,9 @@ class NodeBudgets:
         self.handshakes: Turns[str] = Turns(
             self.limits.handshakes_per_s, self.limits.handshakes_burst, self.limits.handshakes_waiting
         )
+        self.streams: Turns[str] = Turns(
+            self.limits.streams_per_s, self.limits.streams_burst, self.limits.streams_waiting
+        )
         self.dials = Dials(self.limits)
         self.sockets: Shares[str] = Shares(max_descriptors // 2, FLOOR_SOCKETS)
         self.max_dialing = min(self.limits.max_dialing, max_descriptors // 8)
@@ -406,6 +431,8 @@ class NodeBudgets:
             "refused_memory": self.memory.strangers.num_refused + self.memory.members.num_refused,
             "refused_sockets": self.sockets.num_refused,
             "refused_handshakes": self.handshakes.num_refused,
+            "streams_waiting": self.streams.num_waiting,
+            "refused_streams": self.streams.num_refused,
             "refused_dials": self.dials.num_refused,
             "cut_connections": self.num_cut,
         }
@@ -434,3 +461,22 @@ def raise_descriptors() -> None:
     wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, WANTED_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def keep_few_heaps() -> None:
+    """Let glibc have few heaps, and map what is large: threads come and go, and contents with them.
+
+    By itself it gives every thread a heap, and after the first large block that is freed it takes blocks up to that
+    size from a heap, which shrinks only as far as the last thing in it. Another libc has no such settings.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for setting, value in ((_M_ARENA_MAX, MAX_HEAPS), (_M_MMAP_THRESHOLD, MAPPED_BYTES)):
+            mallopt(setting, value)
+
+
+def give_memory_back() -> None:
+    """Give the system what is free in glibc's heaps; what the imports have left is 2 MB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

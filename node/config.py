@@ -9,15 +9,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.node.budgets import BudgetLimits
 from shoal.node.mesh.addresses import check_listen, protocols_of
 from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.profile import ProfilePaths, check_profile, default_home
 from shoal.node.reach.settings import ReachConfig
+from shoal.node.traffic import MIN_BYTES_PER_S
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
 
 LISTEN_IPV4: Final = "/ip4/0.0.0.0/tcp/0"
 LISTEN_IPV6: Final = "/ip6/::/tcp/0"
+GB: Final = 10**9
+MBIT: Final = 125_000
+"""Bytes a second, of one Mbit/s."""
+MIN_DISK_BYTES: Final = GB // 10
 
 
 def default_listen() -> tuple[str, ...]:
@@ -65,6 +71,9 @@ class NodeConfig:
     max_peers: int = 256
     """How many peers stay connected, unless its swarms and relays need more."""
 
+    budgets: BudgetLimits = field(default_factory=BudgetLimits)
+    """How much of this machine peers and runs may take."""
+
     wall_clock: Callable[[], float] = time.time
     """Unix seconds. Nothing is timed by it: it may be wrong, and may be set back."""
 
@@ -72,6 +81,7 @@ class NodeConfig:
         check_profile(self.profile)
         if self.max_peers < 4:
             raise UsageError(f"a node cannot do with {self.max_peers} peers; allow at least 4")
+        check_budgets(self.budgets)
         if not self.listen:
             raise UsageError(f"a node listens on at least one address, for example {LISTEN_IPV4}")
         for address in self.listen:
@@ -116,6 +126,47 @@ def relay_limit_words(limits: RelayLimits) -> list[str]:
         for each in fields(RelayLimits)
         if getattr(limits, each.name) != getattr(usual, each.name)
     ]
+
+
+def budget_limits(max_disk_gb: float, max_upload_mbit: float, max_download_mbit: float) -> BudgetLimits:
+    """Limits as a person writes them: GB of 10^9 bytes, Mbit/s, 0 for no limit of a rate.
+
+    Raises:
+        UsageError: if a number makes no sense.
+    """
+    for number in (max_disk_gb, max_upload_mbit, max_download_mbit):
+        if not 0 <= number < 2**40:
+            raise UsageError(f"{number} is no limit; write a number of GB or Mbit/s that is not negative")
+    return BudgetLimits(
+        max_disk_bytes=round(max_disk_gb * GB),
+        upload_bytes_per_s=max_upload_mbit * MBIT or None,
+        download_bytes_per_s=max_download_mbit * MBIT or None,
+    )
+
+
+def budget_words(limits: BudgetLimits) -> list[str]:
+    """The options of ``shoal up`` of which `budget_limits` makes these limits."""
+    rates = {"--max-upload": limits.upload_bytes_per_s, "--max-download": limits.download_bytes_per_s}
+    limited = [word for option, rate in rates.items() if rate is not None for word in (option, str(rate / MBIT))]
+    return ["--max-disk", str(limits.max_disk_bytes / GB), *limited]
+
+
+def check_budgets(limits: BudgetLimits) -> None:
+    """Check that a node can live on them.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    if limits.max_disk_bytes < MIN_DISK_BYTES:
+        raise UsageError(
+            f"a node cannot do with {limits.max_disk_bytes / GB:g} GB of disk; allow --max-disk {MIN_DISK_BYTES / GB:g}"
+        )
+    for option, rate in (("upload", limits.upload_bytes_per_s), ("download", limits.download_bytes_per_s)):
+        if rate is not None and rate < MIN_BYTES_PER_S:
+            raise UsageError(
+                f"at {rate / MBIT:g} Mbit/s a block takes longer than a peer waits; allow --max-{option} "
+                f"{MIN_BYTES_PER_S / MBIT:g}, or 0 for no limit"
+            )
 
 
 def check_peer_address(text: str) -> tuple[str, PeerId]:

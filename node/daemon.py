@@ -42,9 +42,10 @@ from shoal.node.api.schemas import (
     SwarmDetail,
     SwarmSummary,
     TriedInfo,
+    UseInfo,
 )
 from shoal.node.api.server import serve_api
-from shoal.node.budgets import raise_descriptors
+from shoal.node.budgets import give_memory_back, keep_few_heaps, raise_descriptors
 from shoal.node.config import NodeConfig, check_peer_address
 from shoal.node.doctor import examine
 from shoal.node.identity import load_or_create_identity
@@ -93,6 +94,7 @@ def run(config: NodeConfig, *, on_ready: Callable[[NodeInfo], None], fault_seam:
     paths = config.paths
     paths.create()
     raise_descriptors()
+    keep_few_heaps()
     with hold_profile(paths.lock, config.profile):
         try:
             trio.run(run_node, config, lambda node: on_ready(node.node()), fault_seam)
@@ -121,6 +123,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
                 router=router,
                 relay_limits=config.reach.relay_limits,
                 max_peers=config.max_peers,
+                budget_limits=config.budgets,
                 domain=domain,
                 kept_ports=remembered.ports(),
             ) as host,
@@ -140,7 +143,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
             for service in swarms.services():
                 router.add(service)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
-            node = Node(config, host, reach, swarms, domain)
+            node = Node(config, host, reach, swarms, content, domain)
             domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
             domain.start_soon("keeping a way back", keep_way_back, host, remembered, policy=Policy.RESTART)
             domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
@@ -149,6 +152,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
             log.info("node %s is ready; it listens on %s", host.peer_id, ", ".join(host.addresses()))
             gc.collect()
             gc.freeze()  # what is here by now stays; going through it again and again would hold up small calls
+            give_memory_back()
             on_ready(node)
             await trio.sleep_forever()
     finally:
@@ -176,13 +180,16 @@ async def _follow_host(host: Host, swarms: Swarms) -> None:
 class Node:
     """What the local API sees; see `shoal.node.api.app.NodeView`."""
 
-    def __init__(self, config: NodeConfig, host: Host, reach: Reach, swarms: Swarms, domain: Domain) -> None:
+    def __init__(
+        self, config: NodeConfig, host: Host, reach: Reach, swarms: Swarms, content: ContentStore, domain: Domain
+    ) -> None:
         self.api_url = ""
         self._api_port = config.api_port
         self._config = config
         self._host = host
         self._reach = reach
         self._swarms = swarms
+        self._content = content
         self._domain = domain
         self._started = time.monotonic()
 
@@ -201,6 +208,19 @@ class Node:
             can_train=can_train(),
             api=self.api_url,
             listen=list(self._config.listen),
+            use=self._use(),
+        )
+
+    def _use(self) -> UseInfo:
+        upload, download = self._host.upload, self._host.download
+        return UseInfo(
+            disk_bytes=self._content.disk_bytes,
+            max_disk_bytes=self._content.max_disk_bytes,
+            upload_bytes=upload.num_bytes,
+            max_upload_bytes_per_s=upload.per_s,
+            refused_uploads=upload.num_refused,
+            download_bytes=download.num_bytes,
+            max_download_bytes_per_s=download.per_s,
         )
 
     def peers(self) -> list[PeerInfo]:
@@ -399,7 +419,7 @@ class Node:
     async def _changes(self) -> AsyncIterator[Event]:
         last: dict[str, Any] = {}
         while True:
-            current: dict[str, Any] = {"node": self.node().model_dump(mode="json", exclude={"uptime_s"})}
+            current: dict[str, Any] = {"node": self.node().model_dump(mode="json", exclude={"uptime_s", "use"})}
             for swarm, joined in list(self._swarms.joined.items()):
                 current[f"swarm {swarm}"] = self._detail(joined).model_dump(mode="json")
             for key, value in current.items():

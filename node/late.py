@@ -1,7 +1,7 @@
 """What a dependency imports and a node seldom or never uses, loaded when it is used.
 
-libp2p imports at its start a client of a certificate authority, QUIC, WebSockets, GossipSub and RSA; the server of the
-local API imports HTTP/2; together they take 20 MB of every node that stands idle. In place of the modules of
+libp2p imports at its start a client of a certificate authority, QUIC, WebSockets, GossipSub, RSA and more; the server
+of the local API imports HTTP/2; together they take 20 MB of every node that stands idle. In place of the modules of
 `SELDOM_USED` stand modules without code. A name that is taken from one is a stand-in: calling it loads the module, and
 calls what the name means there. What is loaded by then is found in ``sys.modules`` as usual.
 
@@ -30,6 +30,7 @@ SELDOM_USED: Final = (
     "libp2p.security.tls.autotls.broker",
     "libp2p.transport.websocket",
     "multiaddr.resolvers.dns",
+    "prometheus_client",
 )
 MADE_LATE: Final = (("multiaddr.resolvers.dns", "DNSResolver"),)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from functools import lru_cache
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import base58
 
 from shoal.protocol.errors import UsageError
+
+_Name = TypeVar("_Name", bound=str)
 
 _PEER_PREFIX: Final = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])  # identity multihash, 36 bytes, protobuf Ed25519
 _MAX_PEER_CHARS: Final = 64  # an Ed25519 peer id has 52
@@ -40,7 +42,8 @@ class PeerId(str):
             UsageError: if it is not the base58 form of an Ed25519 peer id.
         """
         _public_key_in(text)
-        return cls(text)
+        known: Self = _same(cls, text)
+        return known
 
     @classmethod
     def of_public_key(cls, key: bytes) -> Self:
@@ -51,6 +54,12 @@ class PeerId(str):
     def public_key(self) -> bytes:
         """The raw 32-byte Ed25519 public key inside the name."""
         return _public_key_in(str(self))
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _same(kind: type[_Name], text: str) -> _Name:
+    """One object for one name: what is remembered of what peers said names each of them again and again."""
+    return kind(text)
 
 
 @lru_cache(maxsize=_MAX_REMEMBERED)

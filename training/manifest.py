@@ -96,6 +96,8 @@ class Manifest:
             raise UsageError(
                 f"task {self.task!r:.80} needs a scheme; for a Gymnasium environment write {'gym:' + self.task!r:.80}"
             )
+        if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
+            raise UsageError(f"batch size must be between 1 and {MAX_BATCH}, not {self.batch_size}")
         for name, low, high in (
             ("batch_per_learner", 1, MAX_BATCH),
             ("min_learners", 1, 256),
@@ -108,8 +110,6 @@ class Manifest:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"{name.replace('_', ' ')} must be between {low} and {high}, not {value}")
-        if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
-            raise UsageError(f"batch size must be between 1 and {MAX_BATCH}, not {self.batch_size}")
         if len(self.name) > MAX_NAME_CHARS or not self.name.isprintable():
             raise UsageError(f"a run's name is at most {MAX_NAME_CHARS} printable characters, not {self.name[:90]!r}")
         if len(self.requires) > MAX_REQUIREMENTS:

@@ -223,6 +223,22 @@ class MetricsInfo(Model):
     failures: list[FailureInfo] = []
 
 
+class UseInfo(Model):
+    """What a node has taken of its machine, and may take."""
+
+    disk_bytes: int
+    """Its file with blocks and logs, and contents that lie in files."""
+    max_disk_bytes: int
+    upload_bytes: int
+    """Of contents, since it started; likewise below."""
+    max_upload_bytes_per_s: float | None = None
+    """None: as many as there are."""
+    refused_uploads: int = 0
+    """Blocks that peers were told to ask for again, since too much waited."""
+    download_bytes: int
+    max_download_bytes_per_s: float | None = None
+
+
 class NodeInfo(Model):
     """This node."""
 
@@ -244,6 +260,8 @@ class NodeInfo(Model):
     """The API's URL on loopback TCP."""
     listen: list[str] = []
     """The multiaddrs that it was told to listen on."""
+    use: UseInfo | None = None
+    """Not told with events."""
 
 
 class TriedInfo(Model):

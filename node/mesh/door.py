@@ -31,6 +31,7 @@ from multiaddr import Multiaddr
 
 from shoal.node.budgets import NodeBudgets, user_of
 from shoal.node.mesh.interfaces import local_ips
+from shoal.node.mesh.turns import Queue
 from shoal.node.wire.lanes import TLS_HANDSHAKE, peek_first_byte
 from shoal.protocol.errors import ShoalError
 
@@ -92,7 +93,7 @@ class Door:
         self._budgets = budgets
         self._is_wanted_at = is_wanted_at
         self._dialing = trio.CapacityLimiter(budgets.max_dialing)
-        self._asked = trio.Event()
+        self._handshakes = Queue(budgets.handshakes, TURN_S)
         self._silent: Counter[str] = Counter()  # by IP
         self._knocks: dict[bytes, trio.Event] = {}
         self._ports: dict[socket.AddressFamily, int] = {}
@@ -142,31 +143,11 @@ class Door:
 
     async def run(self) -> None:
         """Give those that came in their turns to prove who they are."""
-        turns = self._budgets.handshakes
-        while True:
-            for turn in turns.granted(trio.current_time()):
-                turn.set()  # type: ignore[attr-defined]  # a ticket of `_turn`
-            at = turns.next_at(trio.current_time())
-            if at is not None:
-                await trio.sleep_until(at)
-            else:
-                self._asked = trio.Event()
-                await self._asked.wait()
+        await self._handshakes.run()
 
     async def _turn(self, ip: str) -> bool:
         """Wait until a connection from this IP may cost a handshake; False if that takes too long."""
-        if self._is_wanted_at(ip):
-            return True
-        turn, user = trio.Event(), user_of(ip)
-        if not self._budgets.handshakes.ask(user, turn):
-            return False
-        self._asked.set()
-        try:
-            with trio.move_on_after(TURN_S):
-                await turn.wait()
-        finally:
-            self._budgets.handshakes.forget(user, turn)
-        return turn.is_set()
+        return self._is_wanted_at(ip) or await self._handshakes.turn(user_of(ip))
 
     def port(self, ip: str) -> int | None:
         """The first port that this node listens on in the family of an address; None if it does not."""

@@ -22,7 +22,7 @@ from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.tools.anyio_service import background_trio_service
 
-from shoal.node.budgets import BudgetLimits, NodeBudgets, max_descriptors
+from shoal.node.budgets import BudgetLimits, NodeBudgets, max_descriptors, user_of
 from shoal.node.mesh.address_book import AddressBook
 from shoal.node.mesh.addresses import CIRCUIT, ip_of, ip_port, is_loopback, may_be_heard_of
 from shoal.node.mesh.circuits import parse_circuit
@@ -61,8 +61,10 @@ from shoal.node.mesh.mdns import run_mdns
 from shoal.node.mesh.paths import PathKind
 from shoal.node.mesh.relay import Relay
 from shoal.node.mesh.relay_limits import RelayLimits
+from shoal.node.mesh.turns import Queue
 from shoal.node.signals import Signal
 from shoal.node.supervise import Domain, Policy, Supervisor
+from shoal.node.traffic import Traffic
 from shoal.node.wire.channel import ByteStream, Router
 from shoal.node.wire.contracts import NodeService
 from shoal.node.wire.lanes import Socket
@@ -91,6 +93,9 @@ MAX_PEERS: Final = 256
 LOOK_AT_UNREAD_S: Final = 0.25
 """How often it is looked at what came by the connections and was not read."""
 
+STREAM_TURN_S: Final = 5.0
+"""How long a stream of a stranger waits for its turn to say what it is for."""
+
 HostEvent = PeerUp | PeerDown
 
 
@@ -114,8 +119,12 @@ class Host:
         self._connections = Connections(max_peers)
         self.budgets = NodeBudgets(self._connections.wanted.__contains__, budget_limits, max_descriptors())
         """From which what every peer may hold is drawn."""
+        self.upload = Traffic(self.budgets.limits.upload_bytes_per_s)
+        """Of contents, to all peers together; likewise the other way."""
+        self.download = Traffic(self.budgets.limits.download_bytes_per_s)
         self.links = Links(self, router, domain, lanes=lanes, memory=self.budgets.memory)
         self.door = Door(self._accept_lane, self.budgets, self._is_wanted_at)
+        self._streams = Queue(self.budgets.streams, STREAM_TURN_S)
         self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
         self.ports: dict[str, int] = {}
         """By multiaddr that it was told to listen on, the port."""
@@ -502,6 +511,7 @@ class Host:
         self.spawn("retiring paths", self._keep_time, policy=Policy.RESTART)
         self.spawn("sharing the relay", self.relay.run, policy=Policy.RESTART)
         self.spawn("letting in", self.door.run, policy=Policy.RESTART)
+        self.spawn("letting streams in", self._streams.run, policy=Policy.RESTART)
         self.spawn("holding peers to their shares", self._hold_to_shares, policy=Policy.RESTART)
         await self.domain.start("the DHT", self._take_part_in_dht, policy=Policy.RESTART)
         for address in bootstrap:
@@ -527,6 +537,13 @@ class Host:
             if (state := self.connected.get(peer)) is not None
             for path in state.paths
         )
+
+    async def stream_turn(self, peer: PeerId) -> bool:
+        """Wait until a stream that a peer opened may cost this node something; False if it is to be ended."""
+        if peer in self.wanted:
+            return True
+        state = self.connected.get(peer)
+        return await self._streams.turn(peer if state is None else user_of(ip_of(state.address)))
 
     async def _accept_lane(self, sock: Socket, ip: str) -> None:
         if not await self.domain.serve("accepting a lane", self.links.accept_lane, sock, ip):
@@ -650,6 +667,7 @@ async def open_host(
                 libp2p.serve(protocol, host.serve)
             libp2p.follow(host.take)
             libp2p.dial_by(host.reach_for_dht)
+            libp2p.let_streams_in(host.stream_turn)
             for address in listen:
                 port = await host.door.listen(libp2p.network, address, (kept_ports or {}).get(address, 0))
                 host.ports[address] = port

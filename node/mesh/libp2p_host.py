@@ -75,6 +75,22 @@ class Libp2pHost:
         """Have the streams served that peers open for a protocol."""
         self.libp2p.set_stream_handler(TProtocol(protocol), partial(_serve_stream, serve, protocol))
 
+    def let_streams_in(self, turn: Callable[[PeerId], Awaitable[bool]]) -> None:
+        """Have the streams that peers open wait, before anything is done about them.
+
+        Args:
+            turn: returns when it is the turn of a stream of this peer; False if the stream is to be ended.
+        """
+        agree_and_serve = self.network.common_stream_handler
+
+        async def let_in(stream: INetStream) -> None:
+            if await turn(_peer_of(stream)):
+                await agree_and_serve(stream)
+            else:
+                await stream.reset()
+
+        self.network.set_stream_handler(let_in)
+
     def announce(self, addresses: Callable[[], Iterable[str]]) -> None:
         """Tell peers these full multiaddrs as this node's, and none that libp2p finds by itself."""
         announce_as_told(self.libp2p, addresses)
@@ -315,7 +331,7 @@ def _muxed(connection: INetConn) -> Any:
     return connection.muxed_conn
 
 
-def _peer_of(connection: INetConn) -> PeerId:
+def _peer_of(connection: INetConn | INetStream) -> PeerId:
     return PeerId(str(connection.muxed_conn.peer_id))
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -290,6 +290,14 @@ class Storage:
         """Bytes of all blocks."""
         return int(self._rows("SELECT coalesce(sum(num_bytes), 0) FROM blocks")[0][0])
 
+    def disk_bytes(self) -> int:
+        """What the file and its write-ahead log take on disk. Does not block."""
+        found = 0
+        for name in (self.path, self.path.with_name(f"{self.path.name}-wal")):
+            with suppress(FileNotFoundError):
+                found += name.stat().st_size
+        return found
+
     def evict(self, max_bytes: int, spared: AbstractSet[Cid] = frozenset()) -> int:
         """Forget blocks until all have at most ``max_bytes``: the least recently used first, pinned and spared never.
 
@@ -422,7 +430,7 @@ class Storage:
 def _advice(error: sqlite3.Error) -> str:
     match getattr(error, "sqlite_errorname", "").split("_"):
         case ["SQLITE", "FULL", *_]:
-            return "the disk is full; free some space, or lower the node's storage limit"
+            return "the disk is full; free some space, or start the node with a lower --max-disk"
         case ["SQLITE", "READONLY" | "PERM" | "CANTOPEN" | "AUTH", *_]:
             return f"it cannot be written ({error}); check the rights of the file and its folder"
         case ["SQLITE", "BUSY" | "LOCKED", *_]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -51,14 +52,13 @@ from shoal.node.wire.contracts import Block, BlockRequest, ContentService
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import Fault, ProtocolError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
-from shoal.protocol.limits import MAX_CONTENT_BYTES
-from shoal.protocol.services import client
+from shoal.protocol.limits import BLOCK_BYTES, MAX_CONTENT_BYTES
+from shoal.protocol.services import client, current_call
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DISK_BYTES: Final = 2 * 1024 * 1024 * 1024
 SWEEP_S: Final = 10.0
 """Between two sweeps of the disk."""
 GRACE_S: Final = 20.0
@@ -92,7 +92,7 @@ class UnavailableError(ShoalError):
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A request under way."""
+    """A request under way, since some time; not yet, if that is never."""
 
     source: PeerId
     since: float
@@ -131,6 +131,7 @@ class ContentStore(ContentService):
     Attributes:
         holding: what is in memory.
         num_refused: requests of peers that were too many for the disk.
+        max_disk_bytes: what this node's things may take on it.
     """
 
     def __init__(
@@ -140,17 +141,20 @@ class ContentStore(ContentService):
         *,
         memory_bytes: int = MEMORY_BYTES,
         file_bytes: int = FILE_BYTES,
-        disk_bytes: int = DISK_BYTES,
+        disk_bytes: int | None = None,
     ) -> None:
         """Hold at most so much in memory, and in files beside it.
 
-        On disk, what is kept or pinned may come to more than ``disk_bytes``; what is not, goes first.
+        On disk all together have ``disk_bytes``, by default the node's: its file with blocks and logs, and the files
+        beside it. What is kept or pinned may come to more; what is not, goes first, and contents in files have the
+        rest.
         """
         self.holding = Holding(memory_bytes, file_bytes)
+        self.max_disk_bytes = host.budgets.limits.max_disk_bytes if disk_bytes is None else disk_bytes
+        self._max_file_bytes = file_bytes
         self.num_refused = 0
         self._storage = storage
         self._host = host
-        self._max_disk_bytes = disk_bytes
         self._flights: dict[Cid, _Flight] = {}
         self._unfit: OrderedDict[Cid, tuple[int, str]] = OrderedDict()
         self._hashing = trio.CapacityLimiter(2)
@@ -158,6 +162,11 @@ class ContentStore(ContentService):
         self._writing = trio.Lock()
         self._kept = {fact[len(_KEPT) :]: _read_kept(data) for fact, data in storage.list_facts(_KEPT).items()}
         self._next_sweep = 0.0
+
+    @property
+    def disk_bytes(self) -> int:
+        """What they take."""
+        return self._storage.disk_bytes() + self.holding.file_bytes
 
     # --- what this node has ---
 
@@ -173,7 +182,7 @@ class ContentStore(ContentService):
         """
         named = await self._hash(partial(name, data), len(data))
         num_bytes = len(data) + len(named.manifest_bytes)
-        in_memory = self.holding.take_room(num_bytes, trio.current_time())
+        in_memory = self._take_room(num_bytes)
         view = memoryview(data)
         if not in_memory:
             try:
@@ -185,6 +194,11 @@ class ContentStore(ContentService):
         self.holding.add(named, view, now, in_file=not in_memory, is_whole=True, owner=owner)
         self.holding.trim(now)
         return named.cid
+
+    def _take_room(self, num_bytes: int) -> bool:
+        left = self.max_disk_bytes - self._storage.disk_bytes()
+        self.holding.max_file_bytes = max(0, min(self._max_file_bytes, left))
+        return self.holding.take_room(num_bytes, trio.current_time())
 
     async def pin(self, data: bytes) -> Cid:
         """Keep one block on disk for ever that is not cut up, though it is MessagePack: a run's manifest.
@@ -235,7 +249,8 @@ class ContentStore(ContentService):
             return
         self._next_sweep = now + SWEEP_S
         roots = {cid for cids in self._kept.values() for cid in cids}
-        await self._in_thread(partial(_sweep, self._storage, roots, self._max_disk_bytes), self._disk)
+        left = self.max_disk_bytes - self.holding.file_bytes
+        await self._in_thread(partial(_sweep, self._storage, roots, left), self._disk)
 
     def find(self, cid: Cid) -> bytes | memoryview | None:
         """A block that is here. Reads the disk."""
@@ -248,7 +263,7 @@ class ContentStore(ContentService):
         block = self.holding.find(cid)
         if block is not None:
             self.holding.lease(cid, trio.current_time())
-            return Block(block)
+            return await self._give(block)
         if self._storage.has_block(cid):
             if self._disk.statistics().tasks_waiting >= MAX_WAITING:
                 self.num_refused += 1
@@ -256,6 +271,15 @@ class ContentStore(ContentService):
             block = await self._in_thread(partial(self._storage.get_block, cid), self._disk)
         if block is None:
             raise RemoteError(Status.NOT_FOUND, f"this node does not hold {cid}")
+        return await self._give(block)
+
+    async def _give(self, block: bytes | memoryview) -> Block:
+        is_member = current_call().peer in self._host.wanted
+        if not await self._host.upload.turn(len(block), is_member=is_member):
+            raise RemoteError(
+                Status.RESOURCE_EXHAUSTED,
+                "this node sends as much as it is allowed to; ask again in a while, or somebody else",
+            )
         return Block(block)
 
     # --- what it gets ---
@@ -408,7 +432,7 @@ class ContentStore(ContentService):
 
     async def _make_room(self, flight: _Flight, named: Named, size: int) -> None:
         num_bytes = size + len(named.manifest_bytes)
-        in_memory = self.holding.take_room(num_bytes, trio.current_time())
+        in_memory = self._take_room(num_bytes)
         try:
             if in_memory:
                 data = open_memory(size)
@@ -445,12 +469,16 @@ class ContentStore(ContentService):
         result: BlockArrived | BlockFailed = BlockFailed(
             source, cid, f"nothing came of it for {request.silence_s:g} s", is_grave=True
         )
-        asked = _Open(source, trio.current_time(), request.silence_s)
+        asked = _Open(source, math.inf, request.silence_s)
         flight.requests.add(asked)
+        download, has_turn, came = self._host.download, False, 0
         try:
             with asked.scope:
+                has_turn = await download.turn(BLOCK_BYTES, is_member=True, is_patient=True)
+                asked.since = trio.current_time()
                 service = client(ContentService, self._host.at(source), timeout_s=PATIENCE_S)
                 data = (await service.block(BlockRequest(cid))).data
+                came = len(data)
                 is_right = await self._hash(partial(cid.matches, data), len(data))
                 result = BlockArrived(source, cid, data, is_right)
         except ShoalError as error:
@@ -458,6 +486,8 @@ class ContentStore(ContentService):
             result = BlockFailed(source, cid, str(error), is_grave=is_grave)
         finally:
             flight.requests.discard(asked)
+            if has_turn:
+                download.correct(came - BLOCK_BYTES)
         await flight.send.send(result)
 
     async def _watch(self, flight: _Flight) -> None:
@@ -502,7 +532,8 @@ def _sweep(storage: Storage, roots: Iterable[Cid], max_bytes: int) -> None:
     for cid in roots:
         kept |= _names_on_disk(storage, cid) or {cid}
     storage.forget_unused(kept, before=time.time() - GRACE_S)
-    storage.evict(max_bytes, kept)
+    logs = storage.disk_bytes() - storage.blocks_size()
+    storage.evict(max(0, max_bytes - max(0, logs)), kept)
 
 
 def _read_kept(data: bytes) -> tuple[Cid, ...]:

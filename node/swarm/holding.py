@@ -166,7 +166,10 @@ class Holding:
             in_memory = self.memory_bytes + num_bytes <= self.max_memory_bytes
             if not in_memory and self.file_bytes + num_bytes > self.max_file_bytes:
                 self.num_refused += 1
-                raise NoRoomError(f"no room for {num_bytes} bytes beside the contents that are held")
+                raise NoRoomError(
+                    f"no room for {num_bytes} bytes beside the contents that are held; start the node with a higher "
+                    "--max-disk, or leave a swarm"
+                )
         self._count(num_bytes, in_file=not in_memory)
         return in_memory
 

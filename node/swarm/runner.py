@@ -1,8 +1,8 @@
 """The shell of one swarm's run: what `shoal.training.run` says is done here, and what happens is told to it.
 
-It calls the worker, fetches, signs by the replica, writes to disk and keeps the time; it decides nothing. Events are
-handled one after the other by one task. The worker's jobs, each fetch and the writing have tasks of their own, so that
-nothing that is slow holds up what is decided.
+It calls the worker, fetches, signs by the replica, has things written (`records`) and keeps the time; it decides
+nothing. Events are handled one after the other by one task. The worker's jobs, each fetch and the writing have tasks of
+their own, so that nothing that is slow holds up what is decided.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.holding import NoRoomError
 from shoal.node.swarm.needs import Needs
+from shoal.node.swarm.records import Records, read_stored
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.workers import WorkerLostError, open_worker
 from shoal.node.wire.channel import Channel
-from shoal.protocol.codec import decode, encode, to_plain
-from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.codec import to_plain
+from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
 from shoal.training.electorate import Electorate
@@ -41,8 +42,7 @@ from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import TOPIC_OF, Addresses, Phase, read_statement
-from shoal.training.stored_run import StoredRun
+from shoal.training.statements import TOPIC_OF, Addresses, read_statement
 from shoal.training.taking import LOOK_S
 from shoal.training.worker_calls import (
     ABANDON,
@@ -85,8 +85,6 @@ STORED_STATE_BYTES: Final = 1024 * 1024 * 1024
 """The largest state that a node takes which only stores and cannot know how large one of the run is."""
 TELL_S: Final = LOOK_S / 2
 """How often the core is told that a policy is still coming."""
-KEEP_PART: Final = 0.1
-"""Of the time, that writing policies to disk may take."""
 MAX_DIALED: Final = 3
 """Members that are dialed for one content that nobody who is connected was named for."""
 MAX_CURVE: Final = 1024
@@ -143,8 +141,6 @@ class Runner:
         self._arrived = trio.Event()
         self._jobs: deque[events.Job | events.Abandon] = deque()
         self._job_arrived = trio.Event()
-        self._to_write: deque[events.Keep | events.Write | events.WriteEvaluation] = deque()
-        self._must_write = trio.Event()
         self._job: events.Job | events.Abandon | None = None  # the last that was begun in this worker
         self._num_lost = 0
         self._num_failures = 0
@@ -154,10 +150,10 @@ class Runner:
         self._needs = Needs()
         self._fetching: dict[Cid, trio.CancelScope] = {}  # what others contribute
         self._state_bytes: int | None = None
-        self._keep_at = -math.inf
         self._curve: tuple[object, float, tuple[tuple[float, ...], ...]] = (None, 0.0, ())
         self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
+        self._records = self._new_records()
 
     # What the rest of the node asks.
 
@@ -195,7 +191,7 @@ class Runner:
         Raises:
             UsageError: before it is started, if it is not.
         """
-        stored = await trio.to_thread.run_sync(self._read_stored)
+        stored = await trio.to_thread.run_sync(read_stored, self._storage, self.swarm)
         self.core = Run(
             self.manifest,
             self.swarm,
@@ -210,9 +206,9 @@ class Runner:
         self._told = (None, None)
         self._queue.clear()
         self._jobs.clear()
-        self._to_write.clear()
         self._wake_at = math.inf
         self._needs = Needs()
+        self._records = self._new_records()
         if stored.result is not None:
             self._needs.write(stored.result.cid)
         self._fetches = self._domain.inside("swarm", str(self.swarm))
@@ -221,7 +217,7 @@ class Runner:
                 self._listen()
                 nursery.start_soon(self._process)
                 nursery.start_soon(self._keep_time)
-                nursery.start_soon(self._write_loop)
+                nursery.start_soon(self._records.write)
                 if self.role is Role.LEARNER:
                     await self._work(nursery, task_status)
                 else:
@@ -233,8 +229,17 @@ class Runner:
             self.replica.on_gone = lambda _: None
             self.replica.on_documents = lambda: None
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                await self._write_last()
+                await self._records.write_last()
             self._content.hold(self.swarm, ())
+
+    def _new_records(self) -> Records:
+        def say(error: str) -> None:
+            self.error = error
+
+        return Records(
+            *(self.manifest, self.swarm, self._me, self.core, self._needs),
+            *(self.replica, self._content, self._storage, say),
+        )
 
     def _listen(self) -> None:
         """Hear what members say, from what is known of them already."""
@@ -311,11 +316,7 @@ class Runner:
                 if self._fetches is not None:
                     self._fetches.start_soon("fetching", self._fetch, cid, sources, keep, policy=Task.DROP)
             case events.Keep() | events.Write() | events.WriteEvaluation():
-                if not isinstance(output, events.WriteEvaluation):  # the newest stands for those before
-                    for older in [each for each in self._to_write if type(each) is type(output)]:
-                        self._to_write.remove(older)
-                self._to_write.append(output)
-                self._must_write.set()
+                self._records.add(output)
             case events.Wake(at):
                 is_sooner = at < self._wake_at
                 self._wake_at = at
@@ -587,84 +588,6 @@ class Runner:
         self.results = self._folder
         log.info("swarm %s: done, solved: %s (epoch %d)", self.swarm, progress.solved, result["epoch"])
         self.post(events.Finished())
-
-    # What is on disk.
-
-    def _read_stored(self) -> StoredRun:
-        data = self._storage.get_fact(self._fact_name)
-        if data is None:
-            return StoredRun()
-        try:
-            return decode(StoredRun, data)
-        except ProtocolError as error:
-            log.warning("swarm %s: what was kept of the run cannot be read (%s); beginning anew", self.swarm, error)
-            return StoredRun()
-
-    @property
-    def _fact_name(self) -> str:
-        return f"run/{self.swarm}"
-
-    async def _write_loop(self) -> None:
-        while True:
-            await self._must_write.wait()
-            self._must_write = trio.Event()
-            while self._to_write:
-                await self._write(self._to_write.popleft())
-
-    async def _write_last(self) -> None:
-        """On the way out: the newest policy, so that no work is lost by a stop."""
-        policy = self.policy
-        if policy is not None and policy.epoch > 0:
-            await self._write(events.Keep(policy))
-
-    async def _write(self, output: events.Keep | events.Write | events.WriteEvaluation) -> None:
-        try:
-            match output:
-                case events.Keep(policy):
-                    if trio.current_time() >= self._keep_at or self.core.progress.phase is Phase.DONE:
-                        await self._keep(policy)
-                case events.Write(policy, env_steps, rounds):
-                    register = {
-                        "epoch": policy.epoch,
-                        "cid": policy.cid,
-                        "env_steps": policy.env_steps,
-                        "digest": policy.digest,
-                    }
-                    contributed = {"env_steps": env_steps, "rounds": rounds}
-                    own = self.replica.documents().get(self._me, {})
-                    if (own.get("policy"), own.get("contributions")) != (register, contributed):
-                        await self.replica.write(policy=register, contributions=contributed)
-                case events.WriteEvaluation(policy, mean_return):
-                    target = self.manifest.target_return
-                    if target is not None and mean_return >= target:
-                        self._needs.claim(policy.cid)
-                        await self._content.keep(self.swarm, self._needs.on_disk())
-                    entry = {
-                        "cid": policy.cid,
-                        "return": mean_return,
-                        "env_steps": policy.env_steps,
-                        "episodes": self.manifest.eval_episodes,
-                    }
-                    await self.replica.write(evaluations={str(policy.epoch): entry})
-        except ShoalError as error:
-            self.error = str(error)
-            log.warning("swarm %s: %s could not be written: %s", self.swarm, type(output).__name__, error)
-
-    async def _keep(self, policy: Policy) -> None:
-        """To disk, first the state and then that it is the one to start from."""
-        began = trio.current_time()
-        try:
-            await self._content.keep(self.swarm, self._needs.on_disk(policy.cid))
-        except UnavailableError as error:
-            log.info("swarm %s: epoch %d is not kept: %s", self.swarm, policy.epoch, error)
-            return
-        progress = self.core.progress
-        liars = tuple(sorted(self.core.claims.liars))[:256]
-        kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars)
-        await trio.to_thread.run_sync(self._storage.put_fact, self._fact_name, encode(kept))
-        self._needs.write(policy.cid)
-        now = trio.current_time()
-        self._keep_at = now + (now - began) / KEEP_PART
 
 
 def _policy(answer: StateAnswer, cid: Cid) -> Policy:

@@ -356,9 +356,11 @@ class Swarms:
             is_new=swarm in self._created,
             target_return=manifest.target_return,
         )
-        replica.on_outdone = lambda number: domain.start_soon(
-            "noting an incarnation", self._note_incarnation, number, policy=Policy.DROP
-        )
+
+        def outdone(number: int) -> None:
+            domain.start_soon("noting an incarnation", self._note_incarnation, number, policy=Policy.DROP)
+
+        replica.on_outdone = outdone
         folder = self._paths.swarm(swarm)
         run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
         replica.changed = run.changed = self.changed

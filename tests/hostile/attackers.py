@@ -20,10 +20,8 @@ from typing import Any, Final
 
 import trio
 import varint
-from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 from libp2p.tools.anyio_service import background_trio_service
@@ -37,11 +35,13 @@ from tests.integration.strangers import (
     HALF_FRAME,
     MIB,
     bystander,
+    connect_from,
     connection_to,
     leave_unread,
     misled,
     raw_stream,
     send_and_say_no_more,
+    socket_from,
 )
 
 from shoal.node.mesh.circuits import write_message
@@ -81,14 +81,7 @@ class Target:
 
     async def socket(self, number: int) -> Any:
         """A connection from one of the strangers' IPs."""
-        sock = trio.socket.socket()
-        try:
-            await sock.bind((f"127.0.0.{10 + number % NUM_IPS}", 0))
-            await sock.connect((self.ip, self.port))
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+        return await socket_from(ip_of(number), (self.ip, self.port))
 
 
 @dataclass
@@ -98,6 +91,11 @@ class Spent:
     num: int = 0
     num_bytes: int = 0
     is_set_up: trio.Event = field(default_factory=trio.Event)
+
+
+def ip_of(number: int) -> str:
+    """Where a stranger lives."""
+    return f"127.0.0.{10 + number % NUM_IPS}"
 
 
 async def every(seconds: float) -> AsyncIterator[int]:
@@ -129,7 +127,8 @@ class Name:
     number: int
 
     async def connect(self) -> None:
-        await self.host.upgrade(await raw_connection(self.target, self.number), self.target.peer)
+        place = self.target.ip, self.target.port
+        await connect_from(ip_of(self.number), self.host, self.target.peer, place)
 
     async def connection(self) -> Any:
         """That to the node, which is made anew if it was cut."""
@@ -138,10 +137,6 @@ class Name:
             await self.connect()
             found = connection_to(self.host, self.target.peer)
         return found
-
-
-async def raw_connection(target: Target, number: int) -> RawConnection:
-    return RawConnection(TrioTCPStream(trio.SocketStream(await target.socket(number))), initiator=True)
 
 
 @asynccontextmanager
@@ -194,7 +189,7 @@ async def a_node(target: Target) -> AsyncIterator[Host]:
         router=Router(),
         lanes=False,
     ) as host:
-        await host.upgrade(await raw_connection(target, 0), target.peer)
+        await connect_from(ip_of(0), host, target.peer, (target.ip, target.port))
         await host.wait_connected(target.peer)
         yield host
 

@@ -5,7 +5,7 @@
 Each attack (`attackers.py`) runs in a process of its own against the first of two nodes that train together; a third
 joins and leaves meanwhile. Before it and after it the same is measured without strangers; after it, a process that only
 burns takes as much of the processors as they did, since they would not run on a node's own machine. Told are the run's
-epochs a second as the median of the times between two epochs, what the honest nodes and their workers spent on one
+epochs a second, what the honest nodes and their workers spent on one
 epoch, which no other work on the machine changes, and how long a join took.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,15 +28,13 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.hostile.attackers import ATTACKS, MIB, SET_UP_S
+from tests.hostile.measuring import Epochs, cpu_s, measure
 from tests.hostile.run import Nodes
 
 from shoal.node.api.client import Client
 from shoal.node.config import NodeConfig
-from shoal.training.keeper import descendants
 
-TICK_S: Final = os.sysconf("SC_CLK_TCK")
 MAX_MIB: Final = 400
-LEAST_OF_EPOCHS: Final = 0.9
 QUIET_S: Final = 20.0
 """In which strangers that have gone are forgotten."""
 BURN = """
@@ -52,23 +49,11 @@ while True:
 """
 
 
-def cpu_s(*pids: int) -> float:
-    """What these processes and all that they started have taken of the processors."""
-    total = 0
-    for each in {each for pid in pids for each in (pid, *descendants(pid))}:
-        with suppress(OSError):
-            fields = Path(f"/proc/{each}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-            total += sum(map(int, fields[11:15]))  # its own, and that of its children that have ended
-    return total / TICK_S
-
-
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What the honest had in some seconds."""
 
-    epochs_per_s: float
-    cpu_s_per_epoch: float
-    node_load: float
+    epochs: Epochs
     join_s: float
 
 
@@ -99,25 +84,9 @@ class Swarm:
 
     def measure(self, seconds: float) -> Measured:
         """For about so long."""
-        daemon = self.pids[0]
-        with self.client(1) as client:
-            times: list[float] = []
-            epoch = client.swarm(self.swarm).epoch
-            spent = began_s = daemon_s = began_epoch = 0.0
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
-                now, shown = time.monotonic(), client.swarm(self.swarm).epoch
-                if shown > epoch:
-                    if not times:
-                        spent, daemon_s, began_s, began_epoch = cpu_s(*self.pids[:2]), own_s(daemon), now, shown
-                    times.append(now)
-                    epoch = shown
-                    last = cpu_s(*self.pids[:2]), own_s(daemon)
-                time.sleep(0.05)
-        if len(times) < 2:
-            return Measured(0.0, float("inf"), 0.0, self.join())
-        gained, took_s = epoch - began_epoch, times[-1] - began_s
-        return Measured(gained / took_s, (last[0] - spent) / gained, (last[1] - daemon_s) / took_s, self.join())
+        with self.client(0) as one, self.client(1) as two:
+            epochs = measure((one, two), self.pids[:2], self.swarm, seconds)
+        return Measured(epochs, self.join())
 
     def wait_quiet(self) -> None:
         """Until those who attacked are forgotten."""
@@ -125,12 +94,6 @@ class Swarm:
         with self.client(0) as client:
             while client.node().num_peers > 2 and time.monotonic() < until:
                 time.sleep(0.1)
-
-
-def own_s(pid: int) -> float:
-    """What a process alone has taken of the processors."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / TICK_S
 
 
 class Watched:
@@ -188,7 +151,8 @@ def play(swarm: Swarm, name: str, seconds: float) -> tuple[list[str], bool]:
     swarm.wait_quiet()
     with burning(min(load, 1.0)):
         after = swarm.measure(seconds)
-    per_epoch = statistics.mean((before.cpu_s_per_epoch, after.cpu_s_per_epoch)) / meanwhile.cpu_s_per_epoch
+    one, other, two = before.epochs, after.epochs, meanwhile.epochs
+    per_epoch = statistics.mean((one.cpu_s, other.cpu_s)) / two.cpu_s
     fits = watched.max_rss <= MAX_MIB * MIB
     return [
         name if is_set_up else f"{name} (not set up in {SET_UP_S} s)",
@@ -196,12 +160,12 @@ def play(swarm: Swarm, name: str, seconds: float) -> tuple[list[str], bool]:
         f"{watched.max_rss / MIB:.0f}",
         f"{watched.max_descriptors}",
         f"{spent['num_dialed']}",
-        f"{statistics.mean((before.node_load, after.node_load)):.2f} / {meanwhile.node_load:.2f}",
+        f"{statistics.mean((one.node_load, other.node_load)):.2f} / {two.node_load:.2f}",
         f"{before.join_s:.1f}, {after.join_s:.1f} / {meanwhile.join_s:.1f}",
-        f"{before.epochs_per_s:.2f}, {after.epochs_per_s:.2f} / {meanwhile.epochs_per_s:.2f}",
-        f"{meanwhile.epochs_per_s / after.epochs_per_s:.2f}" if after.epochs_per_s else "-",
+        f"{one.per_s:.2f}, {other.per_s:.2f} / {two.per_s:.2f}",
+        f"{two.per_s / other.per_s:.2f}" if other.per_s else "-",
         f"{per_epoch:.2f}",
-    ], fits and meanwhile.epochs_per_s > 0
+    ], fits and two.per_s > 0
 
 
 HEAD: Final = (

@@ -7,21 +7,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shoal.cli.spawn import kill_tree, wait_gone
 from shoal.node.api.client import Client
 from shoal.node.api.schemas import MetricsInfo
 from shoal.node.config import NodeConfig
+from shoal.node.lock import lock_holder
 
 SHARE = os.environ.pop("SHOAL_TEST_SHARE", None)
 """A folder in which several runs of these tests tell each other which files they have taken; none inherits it."""
 LONG = ("coming_back", "links", "demo", "lan", "bad_environments", "hostile", "lives_on", "swarm", "reach", "portmap")
 """Files that take long: they are begun first, so that all who share end at about the same time. No more than a hint."""
 SHOAL = [sys.executable, "-m", "shoal.cli.main"]
+END_S = 30.0
 LOOPBACK = ("--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0")
 
 
@@ -55,6 +59,7 @@ class Node:
         self.home = home
         self.profile = profile
         self.options = options
+        self.config = NodeConfig(home=home, profile=profile)
         self.info: dict[str, Any] = {}
 
     @property
@@ -80,9 +85,6 @@ class Node:
     def up(self, *options: str) -> "Node":
         self.info = self.ask("up", "-d", *LOOPBACK, *self.options, *options)
         return self
-
-    def down(self) -> None:
-        self.run("down", check=False)
 
     def create(self, *options: str) -> dict[str, str]:
         created: dict[str, str] = self.ask(
@@ -115,14 +117,13 @@ class Node:
 
     def wait_until_connected(self) -> None:
         """Returns when the node has a peer; the events of its API say so."""
-        paths = NodeConfig(home=self.home, profile=self.profile).paths
-        with Client(paths, self.profile) as client, client.events() as events:
+        with Client(self.config.paths, self.profile) as client, client.events() as events:
             for event in events:
                 if event is not None and event.name == "node" and event.data["num_peers"] > 0:
                     return
 
     def metrics(self) -> MetricsInfo:
-        with Client(NodeConfig(home=self.home, profile=self.profile).paths, self.profile) as client:
+        with Client(self.config.paths, self.profile) as client:
             return client.metrics()
 
     def workers(self) -> list[int]:
@@ -139,15 +140,29 @@ class Node:
         return path.read_text(encoding="utf-8")[-4000:] if path.exists() else ""
 
 
-@pytest.fixture
-def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
-    """Makes nodes, and ends them with the test."""
+@contextmanager
+def nodes_in(home: Path) -> Iterator[Callable[..., Node]]:
+    """Makes nodes, and ends them with the block: by a signal, all at once."""
     nodes: list[Node] = []
 
     def make(*options: str) -> Node:
-        nodes.append(Node(tmp_path, f"node{len(nodes)}", *options))
+        nodes.append(Node(home, f"node{len(nodes)}", *options))
         return nodes[-1].up()
 
-    yield make
-    for node in nodes:
-        node.down()
+    try:
+        yield make
+    finally:
+        pids = {node: pid for node in nodes if (pid := lock_holder(node.config.paths.lock)) is not None}
+        for pid in pids.values():
+            os.kill(pid, signal.SIGTERM)
+        hung = [node for node, pid in pids.items() if not wait_gone(pid, END_S)]
+        for node in hung:
+            kill_tree(pids[node])
+        assert not hung, "\n\n".join(node.log() for node in hung)
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """Makes nodes, and ends them with the test."""
+    with nodes_in(tmp_path) as make:
+        yield make

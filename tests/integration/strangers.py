@@ -12,7 +12,9 @@ import trio
 import varint
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
@@ -32,6 +34,24 @@ HALF_FRAME: Final = struct.pack("!IBBIIHI", 15 + 4 + 16 * MIB, FrameType.REQUEST
 async def raw_stream(host: Host | Libp2pHost, peer: PeerId, protocol: str) -> Any:
     """A stream to a connected peer that has agreed on a protocol, and said nothing by it."""
     return await host.libp2p.new_stream(ID.from_base58(str(peer)), [TProtocol(protocol)])
+
+
+async def socket_from(ip: str, to: tuple[str, int]) -> Any:
+    """A TCP connection that comes from an IP of this machine, as from another one."""
+    sock = trio.socket.socket()
+    try:
+        await sock.bind((ip, 0))
+        await sock.connect(to)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def connect_from(ip: str, host: Host | Libp2pHost, peer: PeerId, to: tuple[str, int]) -> None:
+    """Connect a host to a node from an IP of this machine."""
+    stream = trio.SocketStream(await socket_from(ip, to))
+    await host.upgrade(RawConnection(TrioTCPStream(stream), initiator=True), peer)
 
 
 def connection_to(host: Host | Libp2pHost, peer: PeerId) -> Any:

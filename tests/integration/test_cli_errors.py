@@ -79,7 +79,14 @@ def test_a_node_starts_in_the_background_shows_itself_and_stops(shoal: Shoal) ->
     assert lock_holder(shoal.home / "profiles" / "default" / "lock") is None
     shoal.fails(3, "status")
 
-    assert shoal.json("up", "-d", *LOCAL)["peer_id"] == ready["peer_id"]  # its name outlives it
+    limits = ("--max-disk", "2", "--max-upload", "16")
+    assert shoal.json("up", "-d", *LOCAL, *limits)["peer_id"] == ready["peer_id"]  # its name outlives it
+    use = shoal.json("status")["use"]
+    assert (use["max_disk_bytes"], use["max_upload_bytes_per_s"]) == (2_000_000_000, 2_000_000.0)
+    assert use["max_download_bytes_per_s"] is None
+    assert 0 < use["disk_bytes"] < 1_000_000
+    assert (use["upload_bytes"], use["download_bytes"]) == (0, 0)
+    assert "--max-upload 1," in shoal.fails(2, "up", "--max-upload", "0.1")
 
 
 def test_two_nodes_meet_by_bootstrap_on_two_addresses(shoal: Shoal) -> None:

@@ -14,11 +14,13 @@ import trio
 from shoal.dht.blocks import split
 from shoal.dht.fetch import Lack
 from shoal.dht.manifests import ContentManifest
+from shoal.node.budgets import BudgetLimits
 from shoal.node.mesh.host import open_host
 from shoal.node.store.database import Storage
 from shoal.node.swarm import content as content_module
 from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.holding import NoRoomError
+from shoal.node.traffic import BURST_S
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import Block, BlockRequest, ContentService, NodeService
 from shoal.protocol.codec import encode
@@ -280,3 +282,51 @@ async def test_peers_are_answered_while_a_large_state_is_written(tmp_path):
             is_written.set()
         assert len(took) >= 5
         assert sorted(took)[len(took) // 2] < 0.05  # the median: a shared machine may stand still once in a while
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("limited", ["upload", "download"])
+async def test_no_more_goes_in_a_second_than_is_allowed(tmp_path, limited):
+    rate = 4 * BLOCK_BYTES
+    limits = {
+        "upload": (BudgetLimits(upload_bytes_per_s=rate), None),
+        "download": (None, BudgetLimits(download_bytes_per_s=rate)),
+    }[limited]
+    data = some_bytes(8 * BLOCK_BYTES)
+    routers = Router(), Router()
+    with trio.fail_after(60), Storage(tmp_path / "a.db") as disk_a, Storage(tmp_path / "b.db") as disk_b:
+        async with (
+            open_host(
+                secret=b"a" * 32, listen=LISTEN, bootstrap=[], mdns=False, router=routers[0], budget_limits=limits[0]
+            ) as a,
+            open_host(
+                secret=b"b" * 32, listen=LISTEN, bootstrap=[], mdns=False, router=routers[1], budget_limits=limits[1]
+            ) as b,
+        ):
+            giver, taker = ContentStore(disk_a, a), ContentStore(disk_b, b)
+            routers[0].add(giver)
+            cid = await giver.put(data, owner="run")
+            await b.connect(a.addresses())
+            began = trio.current_time()
+            assert await taker.get(cid, [a.peer_id]) == data
+            took_s = trio.current_time() - began
+            assert len(data) <= rate * (took_s + BURST_S) + BLOCK_BYTES
+            assert a.upload.num_bytes >= len(data)
+            assert len(data) <= b.download.num_bytes <= len(data) + BLOCK_BYTES
+            assert took_s < 20
+
+
+@pytest.mark.trio
+async def test_contents_in_files_and_the_nodes_file_draw_from_one_budget_of_disk(tmp_path):
+    content = split(some_bytes(1))
+    limits = {"memory_bytes": 2 * BLOCK_BYTES, "disk_bytes": 12 * BLOCK_BYTES}
+    async with store_and(tmp_path, Giver(content.blocks), **limits) as scene:
+        store = scene.store
+        first = await store.put(some_bytes(6 * BLOCK_BYTES, 2), owner="a run")
+        await store.keep("a run", [first])
+        assert store.disk_bytes >= 12 * BLOCK_BYTES
+        with pytest.raises(NoRoomError, match="--max-disk"):
+            await store.put(some_bytes(6 * BLOCK_BYTES, 3), owner="another run")
+        store.hold("a run", ())
+        await store.put(some_bytes(3 * BLOCK_BYTES, 3), owner="another run")
+        assert store.disk_bytes <= store.max_disk_bytes

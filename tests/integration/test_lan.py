@@ -59,7 +59,7 @@ def test_nodes_on_a_lan_find_each_other_and_a_ticket_is_all_it_takes_to_train_to
             for event in events:  # by mDNS: nobody told it an address
                 if event is not None and event.name == "node" and event.data["num_peers"] > 0:
                     break
-        task = ("--task", "gym:CartPole-v1", "--algorithm", "ppo")
+        task = ("--task", "gym:CartPole-v1", "--algorithm", "ppo", "--target-return", "100")
         created = json.loads(shoal(first, "swarm", "create", *task, "--min-learners", "2", "--json"))
         end = json.loads(shoal(second, "join", created["ticket"], "--json").strip().splitlines()[-1])
         assert end["phase"] == "done"

@@ -46,7 +46,15 @@ from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, client
 
-from .strangers import BROKEN, bystander, connection_to, leave_unread, misled, raw_stream
+from .strangers import (
+    BROKEN,
+    bystander,
+    connect_from,
+    connection_to,
+    leave_unread,
+    misled,
+    raw_stream,
+)
 
 pytestmark = pytest.mark.trio
 
@@ -257,6 +265,29 @@ async def test_streams_that_nobody_reads_end_their_connection() -> None:
             await one.wait_for_change()
         assert one.budgets.num_cut
         await client(NodeService, honest.at(one.peer_id)).ping(Empty())
+
+
+async def test_streams_without_end_of_strangers_at_one_ip_keep_nobody_else_waiting() -> None:
+    few = BudgetLimits(streams_per_s=4, streams_burst=8, streams_waiting=16)
+    async with node(budget_limits=few) as one, node() as stranger, trio.open_nursery() as nursery:
+        place = one.addresses()[0].split("/")[2], int(one.addresses()[0].split("/")[4])
+        await connect_from("127.0.0.2", stranger, one.peer_id, place)
+
+        async def flood() -> None:
+            while True:
+                with suppress(*BROKEN):
+                    await leave_unread(connection_to(stranger, one.peer_id), 10)
+                await trio.sleep(0.01)
+
+        nursery.start_soon(flood)
+        while not one.budgets.streams.num_refused:  # noqa: ASYNC110  it fills by itself
+            await trio.sleep(0.01)
+        began = trio.current_time()
+        async with node() as honest:
+            await honest.connect(one.addresses())
+            await client(NodeService, honest.at(one.peer_id)).ping(Empty())
+        assert trio.current_time() - began < 3
+        nursery.cancel_scope.cancel()
 
 
 # --- rows 16 and 17: dials at the word of others ---------------------------------------------------------------------

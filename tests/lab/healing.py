@@ -28,6 +28,10 @@ AFTER_S: Final = 15.0
 """Of calls afterwards, in which a silence would be seen."""
 DARK_S: Final = 10.0
 SUSPENDED_S: Final = 60.0
+APART_S: Final = 900.0
+"""Real ones: no namespace moves the clock by which the timers of a running process go."""
+FOUND_LIMIT_S: Final = 75.0
+"""A member that is gone is dialed once a minute."""
 EPOCHS_LIMIT_S: Final = 60.0
 EVERLASTING: Final = ("--target-return", "1000", "--max-env-steps", "1000000000")
 """CartPole returns 500 at most, so that the run goes on for as long as the scenario."""
@@ -102,6 +106,27 @@ def suspended(stage: Stage) -> None:
     stage.within("the swarm goes on", took_s, EPOCHS_LIMIT_S)
 
 
+def apart(stage: Stage) -> None:
+    """Two members that cannot reach each other for a quarter of an hour, and know nobody else, train on together."""
+    sites = [stage.lab.add("open", name) for name in ("here", "there")]
+    a, b = (stage.start(site, bootstrap=()) for site in sites)
+    swarm = _train_together(a, b)
+    with a.client() as at_a, b.client() as at_b:
+        _cut_off(stage, sites[1], APART_S)
+        stage.equal("they were without each other", [path_to(at_a, b.peer_id), path_to(at_b, a.peer_id)], ["", ""])
+        epochs = _epochs(at_a, at_b, swarm)
+        took_s = wait_until(
+            "a path", lambda: bool(path_to(at_a, b.peer_id)) and bool(path_to(at_b, a.peer_id)), 2 * FOUND_LIMIT_S
+        )
+        stage.within("connected again", took_s, FOUND_LIMIT_S)
+        took_s = wait_until(
+            "further epochs on both",
+            lambda: all(now > before for now, before in zip(_epochs(at_a, at_b, swarm), epochs, strict=True)),
+            EPOCHS_LIMIT_S,
+        )
+        stage.within("the swarm goes on", took_s, EPOCHS_LIMIT_S)
+
+
 def _heals(stage: Stage, a: LabNode, b: LabNode, paths: tuple[str, ...], happens: Callable[[], object]) -> None:
     """Nodes that are connected by such a path talk again soon after something has happened."""
     with a.client() as client:
@@ -142,10 +167,13 @@ def _call_both(a: LabNode, b: LabNode, happens: Callable[[], object]) -> tuple[l
 def _train_together(a: LabNode, b: LabNode) -> str:
     """Both are members of a CartPole run that does not end; gives its name once they have trained together."""
     created = json.loads(
-        a.run("swarm", "create", "--task", "gym:CartPole-v1", "--min-learners", "2", *EVERLASTING, "--json")
+        a.run(
+            *("swarm", "create", "--task", "gym:CartPole-v1", "--min-learners", "2", *EVERLASTING, "--json"),
+            timeout_s=EPOCHS_LIMIT_S,
+        )
     )
     swarm = str(created["swarm"])
-    b.run("join", "--detach", str(created["ticket"]))
+    b.run("join", "--detach", str(created["ticket"]), timeout_s=EPOCHS_LIMIT_S)
     with a.client() as at_a, b.client() as at_b:
         wait_until("two epochs", lambda: min(_epochs(at_a, at_b, swarm)) >= 2, EPOCHS_LIMIT_S)
     return swarm
@@ -155,9 +183,9 @@ def _epochs(one: Client, other: Client, swarm: str) -> list[int]:
     return [client.swarm(swarm).epoch for client in (one, other)]
 
 
-def _cut_off(stage: Stage, site: Site) -> None:
+def _cut_off(stage: Stage, site: Site, seconds: float = DARK_S) -> None:
     stage.lab.black_out(site)
-    time.sleep(DARK_S)
+    time.sleep(seconds)
     stage.lab.come_back(site)
 
 

@@ -52,6 +52,6 @@ async def test_the_events_that_a_node_sends_are_those_of_the_page(autojump_clock
                 break
     section = PAGE.read_text(encoding="utf-8").partition("**Events**")[2].partition("## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sent.keys()
-    assert sent["node"].keys() == NodeInfo.model_fields.keys() - {"uptime_s"}
+    assert sent["node"].keys() == NodeInfo.model_fields.keys() - {"uptime_s", "use"}
     assert sent["swarm"] == node._detail(None).model_dump(mode="json")
     assert sent["left"] == {"swarm": SWARM}

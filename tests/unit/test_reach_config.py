@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from shoal.cli import main, spawn
 from shoal.cli import node as node_commands
-from shoal.node.config import NodeConfig, parse_relay_limits, relay_limit_words
+from shoal.node.budgets import BudgetLimits
+from shoal.node.config import NodeConfig, budget_limits, parse_relay_limits, relay_limit_words
 from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.reach.settings import ReachConfig
 from shoal.protocol.errors import UsageError
@@ -93,6 +94,24 @@ def test_a_node_that_may_have_next_to_no_peers_is_refused() -> None:
         NodeConfig(max_peers=3)
 
 
+@pytest.mark.parametrize(
+    ("limits", "advice"),
+    [
+        ({"max_disk_gb": 0.05}, "--max-disk 0.1"),
+        ({"max_upload_mbit": 0.5}, "--max-upload 1,"),
+        ({"max_download_mbit": 0.5}, "--max-download 1,"),
+        ({"max_upload_mbit": -1}, "not negative"),
+        ({"max_disk_gb": float("nan")}, "not negative"),
+    ],
+)
+def test_budgets_that_a_node_cannot_live_on_are_refused_with_those_that_it_can(
+    limits: dict[str, float], advice: str
+) -> None:
+    given = {"max_disk_gb": 10.0, "max_upload_mbit": 0.0, "max_download_mbit": 0.0} | limits
+    with pytest.raises(UsageError, match=advice):
+        NodeConfig(budgets=budget_limits(**given))
+
+
 def config_of(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> NodeConfig:
     """What ``shoal`` would run a node with, in the foreground."""
     seen: list[NodeConfig] = []
@@ -114,6 +133,9 @@ EVERY_OPTION = {
     "--announce": ["/ip4/192.0.2.9/tcp/4001", "/ip6/2001:db8::9/tcp/4001"],
     "--stun": ["stun.example.org:3478", "192.0.2.1:19302"],
     "--max-peers": ["64"],
+    "--max-disk": ["2.5"],
+    "--max-upload": ["20"],
+    "--max-download": ["1.5"],
     "--api-port": ["4002"],
     "--profile": ["lab"],
 }
@@ -125,6 +147,7 @@ EXPECTED = NodeConfig(
     api_port=4002,
     serve_bench=True,
     max_peers=64,
+    budgets=BudgetLimits(max_disk_bytes=2_500_000_000, upload_bytes_per_s=2_500_000.0, download_bytes_per_s=187_500.0),
     reach=ReachConfig(
         relay="on",
         relay_limits=replace(RelayLimits(), max_circuits=7, bytes_per_s=1.5e6),

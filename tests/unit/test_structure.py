@@ -41,7 +41,14 @@ ROOMS = tuple(MAY_IMPORT)
 # The rooms inside node/ and the files beside them, lowest first: each may import those before it. Whatever of node/ is
 # not named here is the process itself, above all of them.
 NODE_LAYERS = (
-    ("shoal.node.late", "shoal.node.signals", "shoal.node.metrics", "shoal.node.budgets", "shoal.node.supervise"),
+    (
+        "shoal.node.late",
+        "shoal.node.signals",
+        "shoal.node.metrics",
+        "shoal.node.budgets",
+        "shoal.node.traffic",
+        "shoal.node.supervise",
+    ),
     ("shoal.node.store",),
     ("shoal.node.wire",),
     ("shoal.node.mesh",),

@@ -200,7 +200,10 @@ class Round:
         self._last_held_at = now
         self._awaited = self._stakes.keys() - {me} - set(busy) - self._gone
         self._most_awaited = most_awaited(self._stakes)
-        self._awaited_stake = sum(min(self._stakes[peer], self._most_awaited) for peer in self._awaited)
+        awaited = [
+            stake for peer, stake in self._stakes.items() if peer in self._awaited
+        ]  # in an order, as floats add up
+        self._awaited_stake = sum(min(stake, self._most_awaited) for stake in awaited)
         self._proposals: list[_Proposed] = []
         self._known: dict[bytes, _Known] = {}
         may_have_voted = may_have_voted and not self._gone.issuperset(self._stakes.keys() - {me})

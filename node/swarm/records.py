@@ -1,0 +1,167 @@
+"""What a node writes of a run: to its disk, to start from it again, and into its document, for the others.
+
+What the core says is to be written waits here until the task that writes comes to it. Of the policy the newest stands
+for those before, so a slow disk is never far behind; writing it may take no more than a part of the time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from shoal.node.store.database import Storage
+from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.needs import Needs
+from shoal.node.swarm.replica import Replica
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.errors import ProtocolError, ShoalError
+from shoal.protocol.ids import PeerId, SwarmId
+from shoal.training import run_events as events
+from shoal.training.manifest import Manifest
+from shoal.training.run import Run
+from shoal.training.run_events import Policy
+from shoal.training.statements import Phase
+from shoal.training.stored_run import StoredRun
+
+log = logging.getLogger(__name__)
+
+KEEP_PART: Final = 0.1
+"""Of the time, that writing policies to disk may take."""
+MAX_LIARS: Final = 256
+
+
+def read_stored(storage: Storage, swarm: SwarmId) -> StoredRun:
+    """What an earlier life kept of a run; nothing, if that cannot be read.
+
+    Raises:
+        StorageError: if the disk fails.
+    """
+    data = storage.get_fact(_fact_name(swarm))
+    if data is None:
+        return StoredRun()
+    try:
+        return decode(StoredRun, data)
+    except ProtocolError as error:
+        log.warning("swarm %s: what was kept of the run cannot be read (%s); beginning anew", swarm, error)
+        return StoredRun()
+
+
+class Records:
+    """Of one life of a run on one node."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        swarm: SwarmId,
+        me: PeerId,
+        core: Run,
+        needs: Needs,
+        replica: Replica,
+        content: ContentStore,
+        storage: Storage,
+        on_error: Callable[[str], None],
+    ) -> None:
+        """Begin with nothing to write.
+
+        Args:
+            manifest: of the run.
+            swarm: its name.
+            me: this node.
+            core: decides what is written.
+            needs: what the run needs of its contents.
+            replica: has this node's document.
+            content: keeps states on disk.
+            storage: keeps which one to start from.
+            on_error: told what cannot be written.
+        """
+        self._manifest = manifest
+        self._swarm = swarm
+        self._me = me
+        self._core = core
+        self._needs = needs
+        self._replica = replica
+        self._content = content
+        self._storage = storage
+        self._on_error = on_error
+        self._waiting: deque[events.Keep | events.Write | events.WriteEvaluation] = deque()
+        self._arrived = trio.Event()
+        self._keep_at = -float("inf")
+
+    def add(self, output: events.Keep | events.Write | events.WriteEvaluation) -> None:
+        """Write this soon."""
+        if not isinstance(output, events.WriteEvaluation):  # the newest stands for those before
+            for older in [each for each in self._waiting if type(each) is type(output)]:
+                self._waiting.remove(older)
+        self._waiting.append(output)
+        self._arrived.set()
+
+    async def write(self) -> None:
+        """What waits, for ever."""
+        while True:
+            await self._arrived.wait()
+            self._arrived = trio.Event()
+            while self._waiting:
+                await self._write(self._waiting.popleft())
+
+    async def write_last(self) -> None:
+        """On the way out: the newest policy, so that no work is lost by a stop."""
+        policy = self._core.policy
+        if policy is not None and policy.epoch > 0:
+            await self._write(events.Keep(policy))
+
+    async def _write(self, output: events.Keep | events.Write | events.WriteEvaluation) -> None:
+        try:
+            match output:
+                case events.Keep(policy):
+                    if trio.current_time() >= self._keep_at or self._core.progress.phase is Phase.DONE:
+                        await self._keep(policy)
+                case events.Write(policy, env_steps, rounds):
+                    register = {
+                        "epoch": policy.epoch,
+                        "cid": policy.cid,
+                        "env_steps": policy.env_steps,
+                        "digest": policy.digest,
+                    }
+                    contributed = {"env_steps": env_steps, "rounds": rounds}
+                    own = self._replica.documents().get(self._me, {})
+                    if (own.get("policy"), own.get("contributions")) != (register, contributed):
+                        await self._replica.write(policy=register, contributions=contributed)
+                case events.WriteEvaluation(policy, mean_return):
+                    target = self._manifest.target_return
+                    if target is not None and mean_return >= target:
+                        self._needs.claim(policy.cid)
+                        await self._content.keep(self._swarm, self._needs.on_disk())
+                    entry = {
+                        "cid": policy.cid,
+                        "return": mean_return,
+                        "env_steps": policy.env_steps,
+                        "episodes": self._manifest.eval_episodes,
+                    }
+                    await self._replica.write(evaluations={str(policy.epoch): entry})
+        except ShoalError as error:
+            self._on_error(str(error))
+            log.warning("swarm %s: %s could not be written: %s", self._swarm, type(output).__name__, error)
+
+    async def _keep(self, policy: Policy) -> None:
+        """To disk, first the state and then that it is the one to start from."""
+        began = trio.current_time()
+        try:
+            await self._content.keep(self._swarm, self._needs.on_disk(policy.cid))
+        except UnavailableError as error:
+            log.info("swarm %s: epoch %d is not kept: %s", self._swarm, policy.epoch, error)
+            return
+        progress = self._core.progress
+        liars = tuple(sorted(self._core.claims.liars))[:MAX_LIARS]
+        kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars)
+        await trio.to_thread.run_sync(self._storage.put_fact, _fact_name(self._swarm), encode(kept))
+        self._needs.write(policy.cid)
+        now = trio.current_time()
+        self._keep_at = now + (now - began) / KEEP_PART
+
+
+def _fact_name(swarm: SwarmId) -> str:
+    return f"run/{swarm}"
