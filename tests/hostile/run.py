@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ class Nodes:
     """Real nodes on loopback."""
 
     def __init__(self, home: Path, number: int) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the nodes would outlive this process
         self.home, self.number = home, number
         self.infos: list[dict[str, Any]] = []
 
