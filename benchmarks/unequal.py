@@ -28,7 +28,7 @@ RESULT = Path(__file__).parent / "results" / "unequal.md"
 FAST_S = 0.004
 SPEEDS = {"fast": FAST_S, "hundredth": 100 * FAST_S, "third": 3 * FAST_S}
 """Seconds per step of one environment, of which each node has four side by side."""
-SETTINGS = ("--batch-size", "512", "--set", "update_epochs=4", "--set", "num_minibatches=8")
+SETTINGS = ("--batch-per-learner", "512", "--set", "update_epochs=4", "--set", "num_minibatches=8")
 TARGET = ("--target-return", "100000", "--eval-interval", "1000000")
 WARM_UP_S = 12.0
 LONGEST_S = 120.0
