@@ -1,10 +1,9 @@
 """Does joining cost on one machine? Environment steps/s into one policy by one node, by three and by six of them.
 
 Nodes of this machine learn CartPole-v1 with the settings that `shoal swarm create` gives, towards a return that cannot
-be reached and without evaluations. They share the cores, so more of them can bring no more than one that uses all
-cores would; one node uses one core for its worker. What is shown is what exchanging and merging take away. Each swarm is
-measured between two epochs of one window; one node is measured first and last. What joining brings on machines of their
-own, `make scale` shows.
+be reached and without evaluations. They share the cores, of which one node's worker uses one; so what is shown is what
+exchanging and merging take away. Each swarm is measured between two epochs of one window; one node is measured first
+and last. What joining brings on machines of their own, `make scale` shows.
 
     python benchmarks/scaling.py [--seconds 30] [--nodes 3,6]
 """
@@ -59,9 +58,9 @@ def main() -> None:
     lines = [
         "# Several nodes on one machine: environment steps/s into one policy",
         "",
-        f"`python benchmarks/scaling.py --seconds {options.seconds:.0f} --nodes {options.nodes}`, Python",
-        f"{platform.python_version()}, CartPole-v1, PPO, mode `local`; {platform.machine()} with {os.cpu_count()} cores,",
-        "which all processes share. One run each.",
+        f"`python benchmarks/scaling.py --seconds {options.seconds:.0f} --nodes {options.nodes}`,",
+        f"Python {platform.python_version()}, CartPole-v1, PPO, mode `local`; {platform.machine()} with {os.cpu_count()}",
+        "cores, which all processes share. One run each.",
         "",
         "| nodes | environment steps/s | of one node |",
         "|---|---|---|",
