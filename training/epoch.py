@@ -69,6 +69,7 @@ class Epoch:
         "_early",
         "_failed_merges",
         "_fetching",
+        "_idle",
         "_is_resumed",
         "_is_shared",
         "_jobs",
@@ -123,6 +124,7 @@ class Epoch:
         self._is_resumed = is_resumed
         self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
         self._early = Early(others.live)
+        self._idle: set[PeerId] = set()  # those who did not help to decide lately
         self._weights: dict[PeerId, float] = {}  # of those who take part in this epoch's exchanges
         self._is_shared = False
         self._settle_s = 0.0  # settling its rounds, without waiting for those who are late
@@ -175,6 +177,7 @@ class Epoch:
             heard_at=self._others.heard_at,
             busy=[peer for peer in peers if peer in live and live[peer].phase in BUSY],
             gone=[peer for peer in peers if peer not in live],
+            idle=self._idle,
             may_have_voted=self._is_resumed and self._progress.has_made_nothing,
         )
         for event in self._early.of(key):

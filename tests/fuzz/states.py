@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import ProtocolError
+from shoal.training.batch import Batch
 from shoal.training.electorate import Delivered, Electorate, says_of
 from shoal.training.exchange.averager import Arrays, Contribution, Moments, merge, validate
 from shoal.training.state import check_fit, decode_arrays, digest, encode_arrays
@@ -87,7 +88,7 @@ def _check_electorate(plain: object) -> None:
     following = electorate.after((Delivered(ALICE.peer_id, 7, 0.0),))
     require(Electorate.from_plain(following.to_plain()) == following, "an electorate leads to one that cannot be")
     require(all(say > 0 for say in says_of(following.stakes).values()), "a member of an electorate has no say")
-    require(1 <= following.share(ALICE.peer_id, 256, 0.0) <= 256, "a share is not from 1 to the batch")
+    require(1 <= following.share(ALICE.peer_id, Batch(256), 0.0) <= 256, "a share is not from 1 to the batch")
 
 
 def _kind(array: np.ndarray[Any, Any]) -> tuple[np.dtype[Any], tuple[int, ...]]:

@@ -807,16 +807,17 @@ async def shown(one: Peer, home: Path) -> AsyncIterator[Node]:
     storage = Storage(config.paths.database)
     try:
         async with Supervisor().open("node") as domain:
+            content = ContentStore(storage, one.host)
             swarms = Swarms(
                 signer=Signer(bytes([1]) * 32),
                 host=one.host,
                 storage=storage,
-                content=ContentStore(storage, one.host),
+                content=content,
                 paths=config.paths,
                 domain=domain,
                 remembered=Remembered(storage),
             )
-            yield Node(config, one.host, one.reach, swarms, domain)
+            yield Node(config, one.host, one.reach, swarms, content, domain)
             domain.cancel()
     finally:
         storage.close()

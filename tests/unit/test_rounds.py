@@ -31,9 +31,9 @@ from shoal.training.exchange.ballots import (
     Tick,
     VoteHeard,
 )
-from shoal.training.exchange.rounds import Round
+from shoal.training.exchange.rounds import IDLE_ATTEMPTS, Round
 from shoal.training.exchange.waits import Waits
-from shoal.training.statements import Offer, Proposal, RoundKey, Vote, first_after, turn_rank
+from shoal.training.statements import NO_BALLOT, Offer, Proposal, RoundKey, Vote, first_after, turn_rank
 
 KEY = RoundKey(4, 0, first_after(Cid.of_block(b"policy")))
 BATCH = 400
@@ -78,7 +78,13 @@ def offer_of(peer: PeerId, weight: int = 100) -> SignedOffer:
 class Table:
     """Learners around a table: all of what one says reaches every other that is there, at once and in order."""
 
-    def __init__(self, stakes: dict[PeerId, float], *, peers: Iterable[PeerId] | None = None) -> None:
+    def __init__(
+        self,
+        stakes: dict[PeerId, float],
+        *,
+        peers: Iterable[PeerId] | None = None,
+        idle: dict[PeerId, set[PeerId]] | None = None,
+    ) -> None:
         self.now = 0.0
         self.heard_at: dict[PeerId, dict[PeerId, float]] = {}
         self.rounds: dict[PeerId, Round] = {}
@@ -86,9 +92,13 @@ class Table:
         self.said: list[tuple[PeerId, Proposal | Vote]] = []
         self.deaf: set[tuple[PeerId, PeerId]] = set()
         """Who does not hear whom."""
+        self.idle: dict[PeerId, set[PeerId]] = {} if idle is None else idle
         for peer in stakes if peers is None else peers:
             self.heard_at[peer] = dict.fromkeys(stakes, 0.0)
-            self.rounds[peer] = Round(peer, KEY, stakes, LIMITS, learned(), 0.0, heard_at=self.heard_at[peer])
+            idle_of = self.idle.setdefault(peer, set())
+            self.rounds[peer] = Round(
+                peer, KEY, stakes, LIMITS, learned(), 0.0, heard_at=self.heard_at[peer], idle=idle_of
+            )
 
     def give(self, peer: PeerId, event: RoundEvent) -> None:
         """One event for one learner, and all that comes of it."""
@@ -177,6 +187,53 @@ def test_a_round_that_is_decided_proposes_and_votes_no_more() -> None:
     before = list(table.said)
     table.wait(60.0)
     assert table.said == before
+
+
+HEAVY = {FIRST: 100.0, SECOND: 100.0, THIRD: 150.0}
+
+
+def heard_of_all_the_time(table: Table, idler: PeerId, event: RoundEvent | None = None) -> None:
+    """One offers, and says this, and is heard of from then on, and has no part in what is decided."""
+    table.arrive(FIRST, SECOND, idler)
+    if event is not None:
+        table.tell(idler, event)
+    while len(table.decided) < len(table.rounds):
+        for heard_at in table.heard_at.values():
+            heard_at[idler] = table.now
+        table.wait(SILENCE_S / 10)
+        assert table.now < 60.0
+
+
+@pytest.mark.parametrize(
+    "event", [None, Committed(THIRD, hashlib.sha256(b"what nobody proposed").digest())], ids=["silent", "committed"]
+)
+def test_one_with_a_third_of_the_stake_that_votes_for_nothing_holds_the_others_up_once(
+    event: RoundEvent | None,
+) -> None:
+    """It was waited for as long as it was heard of, in every round: for ever."""
+    table = Table(HEAVY, peers=(FIRST, SECOND))
+    heard_of_all_the_time(table, THIRD, event)
+    assert table.now < 5 * SILENCE_S
+    assert len({ballot.name for ballot in table.decided.values()}) == 1
+    assert table.idle == {FIRST: {THIRD}, SECOND: {THIRD}}
+    after = Table(HEAVY, peers=(FIRST, SECOND), idle=table.idle)
+    heard_of_all_the_time(after, THIRD, event)
+    assert after.now < SILENCE_S / 5
+
+
+def test_one_that_promises_and_votes_for_nothing_is_left_out_in_the_end() -> None:
+    table = Table(HEAVY, peers=(FIRST, SECOND))
+    for attempt in range(1, 2 * IDLE_ATTEMPTS):
+        table.tell(THIRD, VoteHeard(THIRD, Vote(key=KEY, attempt=attempt, ballot=NO_BALLOT, cast=0)))
+    heard_of_all_the_time(table, THIRD)
+    assert len({ballot.name for ballot in table.decided.values()}) == 1
+
+
+def test_who_was_left_out_counts_again_when_it_votes_again() -> None:
+    table = Table(HEAVY, idle={FIRST: {THIRD}, SECOND: {THIRD}})
+    table.arrive(THIRD, SECOND, FIRST)
+    assert set(table.decided) == {FIRST, SECOND, THIRD}
+    assert table.idle[FIRST] == table.idle[SECOND] == set()
 
 
 def test_who_is_late_is_waited_for_only_as_long_as_it_is_worth() -> None:

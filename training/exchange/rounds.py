@@ -9,7 +9,10 @@ and so gets the same bytes (`averager`).
   turn it is not, is not heard. When nothing was decided for the learned silence (`waits`), the next attempt begins.
 * **Stake** is what a member delivered in the rounds before (`shoal.training.electorate`); invented names have none. Who
   is gone, says that it is at an earlier epoch, or lets nothing be heard for two silences while others wait for its
-  vote, is left out of the reckoning, so that any survivor goes on.
+  vote, is left out of the reckoning, so that any survivor goes on. So is who says nothing in the round for
+  `MUTE_ATTEMPTS`, or votes for nothing that is known for `IDLE_ATTEMPTS`, however often it is heard of: else a member
+  with a third of the stake would hold up the others by silence. Who was left out so is not waited for in the next
+  rounds either, until it has voted for what was decided.
 * **One vote per attempt**, and none before the others said what they voted for until then (`votes`): so what somebody
   decided on stays decided, whoever dies.
 * A proposal that leaves out more than half of what a voter holds is not voted for; offers and ballots heavier than
@@ -67,6 +70,8 @@ ASK_PART: Final = 1 / 4
 """Of a silence: until bytes that did not come are asked for again."""
 PATIENCE: Final = 4.0
 """Silences in which the bytes of a ballot that others voted for must come."""
+MUTE_ATTEMPTS: Final = 3
+IDLE_ATTEMPTS: Final = 8
 MAX_PROPOSALS_EACH: Final = 4
 """That are remembered of one author in one round, the newest attempts."""
 MAX_KNOWN: Final = 256
@@ -121,6 +126,7 @@ class Round:
         "_held",
         "_held_stake",
         "_held_weight",
+        "_idle",
         "_known",
         "_last_held_at",
         "_limits",
@@ -156,6 +162,7 @@ class Round:
         heard_at: Mapping[PeerId, float],
         busy: Iterable[PeerId] = (),
         gone: Iterable[PeerId] = (),
+        idle: set[PeerId] | None = None,
         may_have_voted: bool = False,
     ) -> None:
         """Take part from now on.
@@ -170,6 +177,7 @@ class Round:
             heard_at: when each member was last heard of in any way; a view that stays up to date.
             busy: members that say that they do something else.
             gone: members that are not there.
+            idle: members that did not help to decide the rounds before; kept up to date.
             may_have_voted: whether an earlier life of this node may have been in this round: then it has no say in the
                 first attempt, and in later ones what the others know of it counts.
         """
@@ -184,6 +192,7 @@ class Round:
         self._limits = limits
         self._waits = waits
         self._heard_at = heard_at
+        self._idle = set() if idle is None else idle
         self._created_at = now
         self._began_at: float | None = None
         self._decided_at: float | None = None
@@ -261,6 +270,8 @@ class Round:
             self._began_at, self._productive_s = now, event.productive_s
         if self.decided is not None:
             if isinstance(event, VoteHeard):
+                if event.vote.ballot == self.decided.name:
+                    self._idle.discard(event.author)
                 self._answer(event.vote, outputs)
             return outputs
         match event:
@@ -467,10 +478,20 @@ class Round:
             if known is None or known.lacks:
                 continue
             if self._votes.is_decided(attempt, name, lambda peer: self._is_there(peer, now)):
+                self._note_idle(name)
                 self.decided, self._decided_at = known.ballot, now
                 self._learn(known.ballot, now)
                 outputs.append(Decide(known.ballot))
                 return
+
+    def _note_idle(self, name: bytes) -> None:
+        """Remember, for the rounds to come, who did not help to decide on this ballot."""
+        for_it = set(self._votes.voters_for({name}))
+        for peer in self.voters:
+            if peer in for_it:
+                self._idle.discard(peer)
+            elif peer != self._me and self._is_idle(peer):
+                self._idle.add(peer)
 
     def _is_there(self, peer: PeerId, now: float) -> bool:
         """Whether a member can be expected to vote."""
@@ -478,7 +499,19 @@ class Round:
             return True
         if peer in self._gone:
             return False
+        if self._is_idle(peer):
+            return False
         return self._attempt == 0 or self._heard_at.get(peer, self._created_at) >= now - 2 * self._attempt_s()
+
+    def _is_idle(self, peer: PeerId) -> bool:
+        """Whether it does not help to decide, though it is heard of."""
+        if peer in self._idle:
+            return self._votes.last_cast(peer, self._known.__contains__) < 0
+        if self._attempt < MUTE_ATTEMPTS:
+            return False
+        if self._votes.promised_at(peer) <= self._attempt - MUTE_ATTEMPTS:
+            return True
+        return self._votes.last_cast(peer, self._known.__contains__) <= self._attempt - IDLE_ATTEMPTS
 
     def _promise(self, outputs: list[RoundOutput]) -> None:
         """Say in a new attempt what was voted for until then."""

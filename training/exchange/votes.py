@@ -99,6 +99,29 @@ class Votes:
         """Whether a member voted, promised or committed."""
         return author in self._promised or author in self._committed
 
+    def promised_at(self, author: PeerId) -> int:
+        """The latest attempt that a member has said anything in; -1 if none. Who has committed says it in each."""
+        return _COMMITTED if self._is_borne_out(author) else self._promised.get(author, -1)
+
+    def last_cast(self, author: PeerId, is_known: Callable[[bytes], bool]) -> int:
+        """The same of its votes for ballots that are known."""
+        if self._is_borne_out(author):
+            return _COMMITTED
+        casts = self._casts.get(author, {})
+        return max((attempt for attempt, name in casts.items() if is_known(name)), default=-1)
+
+    def _is_borne_out(self, author: PeerId) -> bool:
+        """Whether a member has committed to what others voted for too, or could decide alone."""
+        name = self._committed.get(author)
+        if name is None:
+            return False
+        total = sum(self.says.values())
+        others = sum(say for peer, say in self.says.items() if peer != author and self._was_ever_for(peer, name))
+        return others >= LOCK * total - _EPSILON or self.says.get(author, 0.0) >= QUORUM * total - _EPSILON
+
+    def _was_ever_for(self, author: PeerId, name: bytes) -> bool:
+        return self._committed.get(author) == name or name in self._casts.get(author, {}).values()
+
     def ballots(self) -> Iterable[tuple[int, bytes]]:
         """Each attempt and ballot that anybody votes for."""
         return [*self._behind, *((-1, name) for name in self._committed_stake)]
