@@ -164,7 +164,7 @@ class Swarm:
     def kill(self, peer: PeerId, noticed_after_s: float) -> None:
         """A node dies; whoever was connected to it learns of it after some time."""
         self.network.kill(peer)
-        for other in list(self.nodes[peer].connected):
+        for other in sorted(self.nodes[peer].connected):
             self.network.at(noticed_after_s, self.parted, peer, other)
 
     # --- what is measured ---
@@ -184,7 +184,14 @@ class Swarm:
         self.slowest_s = max(self.slowest_s, self.network.now - self.published_at[item.id])
 
     def missed(self, items: list[Item], nodes: list[Node]) -> int:
-        return sum(item.id not in node.held for node in nodes for item in items)
+        """Of these, with what replaced them: what is said anew of a key while the old waits, goes in its place."""
+        count = 0
+        for node in nodes:
+            newest: dict[str, ItemId] = {}
+            for item in node.held.values():
+                newest[item.key] = max(item.id, newest.get(item.key, b""))
+            count += sum(newest.get(item.key, b"") < item.id for item in items)
+        return count
 
     @property
     def messages(self) -> int:
