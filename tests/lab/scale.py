@@ -40,7 +40,7 @@ from shoal.protocol.errors import ShoalError
 DEFAULT_CORES: Final = ("0.4", "0.4,0.4,0.4,0.4", "0.2,0.4,0.8", "0.8")
 THRESHOLDS: Final = {"gym:LunarLander-v3": 200.0, "gym:Hopper-v5": 1000.0, "gym:CartPole-v1": 450.0}
 START_LIMIT_S: Final = 120.0
-POLL_S: Final = 0.25
+POLL_S: Final = 1.0
 SETTLE_EPOCHS: Final = 5
 """Shares follow what was delivered, so the first epochs say nothing of them."""
 
