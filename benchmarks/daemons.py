@@ -16,11 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.nodes import Node, nodes
+from peers.nodes import Node, learn_together, nodes
 
 RESULT = Path(__file__).parent / "results" / "daemons.md"
 NOTES = "## What limits it"
-START_TIMEOUT_S = 120.0
 SETTLE_S = 30.0
 
 
@@ -72,16 +71,7 @@ def measure(mode: str, num_nodes: int, seconds: float) -> Row:
     """Start the nodes, let them learn, and stop them."""
     with nodes() as home:
         running = [home.up(f"node{index}") for index in range(num_nodes)]
-        settings = ("--mode", mode, "--min-learners", str(num_nodes), "--target-return", "100000")
-        created = running[0].run("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *settings)
-        swarm = str(created["swarm"])
-        for node in running[1:]:
-            node.run("join", str(created["ticket"]), "-d")
-        ends = time.monotonic() + START_TIMEOUT_S
-        while Reading.of(running, swarm).epoch == 0:
-            if time.monotonic() > ends:
-                raise SystemExit(f"the first epoch has not come in {START_TIMEOUT_S:.0f} s")
-            time.sleep(0.5)
+        swarm = learn_together(running, "--mode", mode)
         time.sleep(SETTLE_S)
         before = Reading.of(running, swarm)
         time.sleep(seconds)

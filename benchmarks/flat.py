@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.nodes import Node, nodes
+from peers.nodes import Node, learn_together, nodes
 
 RESULT = Path(__file__).parent / "results" / "flat.md"
-START_TIMEOUT_S = 120.0
 WARM_S = 60.0
 EVERY_S = 5.0
 MEGABYTE = 1e6
@@ -88,17 +87,7 @@ def main() -> None:
     with nodes() as home:
         running = [home.up(f"node{index}") for index in range(options.nodes)]
         idle = [Reading.of(node).memory_mb for node in running]
-        settings = ("--min-learners", str(options.nodes), "--target-return", "100000", "--max-env-steps", "1000000000")
-        created = running[0].run("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *settings)
-        swarm = str(created["swarm"])
-        for node in running[1:]:
-            node.run("join", str(created["ticket"]), "-d")
-        ends = time.monotonic() + START_TIMEOUT_S
-        with running[0].client() as client:
-            while client.swarm(swarm).epoch == 0:
-                if time.monotonic() > ends:
-                    raise SystemExit(f"the first epoch has not come in {START_TIMEOUT_S:.0f} s")
-                time.sleep(0.5)
+        swarm = learn_together(running, "--max-env-steps", "1000000000")
         time.sleep(WARM_S)
         with running[0].client() as client:
             first = client.swarm(swarm).epoch

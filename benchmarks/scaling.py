@@ -16,12 +16,10 @@ import platform
 import time
 from pathlib import Path
 
-from peers.nodes import nodes
+from peers.nodes import learn_together, nodes
 from unequal import rate
 
 RESULT = Path(__file__).parent / "results" / "scaling.md"
-OPTIONS = ("--task", "gym:CartPole-v1", "--target-return", "100000", "--eval-interval", "1000000")
-START_TIMEOUT_S = 120.0
 SETTLE_S = 15.0
 
 
@@ -29,16 +27,7 @@ def measure(count: int, seconds: float) -> float:
     """Environment steps/s of so many nodes together."""
     with nodes() as home:
         running = [home.up(f"node{number}") for number in range(count)]
-        created = running[0].run("swarm", "create", *OPTIONS, "--min-learners", str(count))
-        for node in running[1:]:
-            node.run("join", str(created["ticket"]), "-d")
-        swarm = str(created["swarm"])
-        with running[0].client() as client:
-            ends = time.monotonic() + START_TIMEOUT_S
-            while client.swarm(swarm).epoch < 1:
-                if time.monotonic() > ends:
-                    raise SystemExit(f"{count} nodes: no epoch within {START_TIMEOUT_S:.0f} s")
-                time.sleep(0.2)
+        swarm = learn_together(running, "--eval-interval", "1000000")
         time.sleep(SETTLE_S)
         found = rate(running[0], swarm, seconds)
         print(f"{count} nodes: {found:,.0f} steps/s", flush=True)

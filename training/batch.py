@@ -8,17 +8,11 @@ learn; then joining makes them shorter.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 SHARE_MARGIN: Final = 1.05
 """Of a batch that is bounded for all together, so that it comes to be full."""
-FEW: Final = 4
-"""Members up to which the fastest sets the pace, whatever it says of its speed."""
-FASTEST_MEDIANS: Final = 4.0
-"""Of more, nobody sets a pace faster than so many times the median one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +36,13 @@ class Batch:
         """What each of so many collects if they are alike."""
         return self.per_learner if self.together is None else min(self.per_learner, self.together / num_learners)
 
-    def fair_share(self, rate: float, others: Collection[float]) -> float:
+    def fair_share(self, rate: float, fastest: float, total: float) -> float:
         """What a learner collects so that all are ready together.
 
         Args:
             rate: its samples per second, positive.
-            others: those of the others.
+            fastest: that of whoever sets the pace.
+            total: those of all together.
         """
-        rates = (rate, *others)
-        fastest = max(rates)
-        if len(rates) > FEW:
-            fastest = min(fastest, FASTEST_MEDIANS * statistics.median(rates))
         fair = self.per_learner * min(1.0, rate / fastest)
-        return fair if self.together is None else min(fair, SHARE_MARGIN * self.together * rate / sum(rates))
+        return fair if self.together is None else min(fair, SHARE_MARGIN * self.together * rate / total)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
-from shoal.training.batch import FEW, Batch
+from shoal.training.batch import Batch
 from shoal.training.statements import MAX_OFFERS, MAX_RATE, MAX_SAMPLES
 
 MAX_MISSED: Final = 3
@@ -28,10 +28,12 @@ MIN_SECONDS: Final = 0.05
 """Shorter collecting says nothing of a member's speed."""
 GROWTH: Final = 2.0
 """A share grows by at most this over what was delivered."""
+FEW: Final = 4
+"""Members up to which each is taken at its word: for all of its stake, and for its speed."""
 MAX_SAY: Final = 1 / 4
-"""Of the says of more than `FEW` members; of fewer each counts for all of its stake."""
-AWAITED_MEDIANS: Final = 4.0
-"""A weight that nobody can have collected is not waited for either."""
+"""Of the says of more."""
+BELIEVED_MEDIANS: Final = 4.0
+"""Of more, a weight that nobody can have collected is not waited for, and a speed that nobody has sets no pace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ class Electorate(dict[PeerId, Standing]):
             others = [standing for peer, standing in self.items() if peer != me]
             usual_s = statistics.median(standing.stake / standing.rate for standing in others)
             least = min(least, rate * max(usual_s, MIN_SECONDS))
-            fair = batch.fair_share(rate, [standing.rate for standing in others])
+            rates = [rate, *(standing.rate for standing in others)]
+            fair = batch.fair_share(rate, min(max(rates), _most_believed(rates)), sum(rates))
         else:
             fair = equal
         most = GROWTH * own.stake + least if own is not None else equal / 2
@@ -161,7 +164,12 @@ def says_of(stakes: Mapping[PeerId, float]) -> dict[PeerId, float]:
 
 def most_awaited(stakes: Mapping[PeerId, float]) -> float:
     """The most that one member is waited for, in samples: of many, a few times what the median brings."""
-    return AWAITED_MEDIANS * statistics.median(stakes.values()) if len(stakes) > FEW else math.inf
+    return _most_believed(stakes.values())
+
+
+def _most_believed(numbers: Collection[float]) -> float:
+    """The most that one member is taken at its word for: of many, a few times the median."""
+    return BELIEVED_MEDIANS * statistics.median(numbers) if len(numbers) > FEW else math.inf
 
 
 def _is_positive(value: Any, limit: float) -> bool:

@@ -21,6 +21,7 @@ from shoal.node.config import NodeConfig
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 COMMAND_TIMEOUT_S = 120
+FIRST_EPOCH_TIMEOUT_S = 120.0
 STOP_S = 10.0
 
 
@@ -94,6 +95,25 @@ class Nodes:
             if not wait_gone(node.pid, max(0.0, ends - time.monotonic())):
                 kill_tree(node.pid)
         self._running.clear()
+
+
+def learn_together(running: list[Node], *options: str) -> str:
+    """Let nodes learn CartPole-v1 in a swarm of their own, towards a return that cannot be reached.
+
+    Gives its name, once all are in it and the first epoch is over.
+    """
+    settings = ("--min-learners", str(len(running)), "--target-return", "100000", *options)
+    created = running[0].run("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "ppo", *settings)
+    swarm = str(created["swarm"])
+    for node in running[1:]:
+        node.run("join", str(created["ticket"]), "-d")
+    ends = time.monotonic() + FIRST_EPOCH_TIMEOUT_S
+    with running[0].client() as client:
+        while client.swarm(swarm).epoch == 0:
+            if time.monotonic() > ends:
+                raise SystemExit(f"the first epoch has not come in {FIRST_EPOCH_TIMEOUT_S:.0f} s")
+            time.sleep(0.5)
+    return swarm
 
 
 @contextmanager

@@ -344,7 +344,29 @@ def _relay_of(address: str) -> PeerId | None:
         return None
 
 
-class _Notifee(INotifee):
+class ConnectionNotifee(INotifee):
+    """What libp2p tells, of which connections alone may matter."""
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        """A connection stands."""
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        """It stands no more."""
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        """A stream stands."""
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        """It is over."""
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """An address is listened at."""
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """No more."""
+
+
+class _Notifee(ConnectionNotifee):
     """Passes on what libp2p tells."""
 
     def __init__(self, host: Libp2pHost, take: TakesPaths) -> None:
@@ -358,15 +380,3 @@ class _Notifee(INotifee):
         event = self._host._removed(conn)
         if event is not None:
             self._take(event)
-
-    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
-        pass
-
-    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
-        pass
-
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        pass
-
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        pass

@@ -18,7 +18,7 @@ import libp2p.kad_dht.kad_dht
 import pytest
 import trio
 import trio.testing
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import INetConn, INetwork
 from libp2p.bitswap.cid import parse_cid
 from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.provider_store import ProviderStore
@@ -30,6 +30,7 @@ from multiaddr import Multiaddr
 from shoal.node.mesh import door, keepalive, libp2p_repairs
 from shoal.node.mesh.door import ListenError
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
+from shoal.node.mesh.libp2p_host import ConnectionNotifee
 from shoal.node.mesh.mdns import found_on_lan
 from shoal.node.metrics import MethodMetrics
 from shoal.node.wire.channel import Router
@@ -125,7 +126,7 @@ async def test_both_sides_learn_of_a_connection_and_of_its_end() -> None:
         assert (one.connected, other.connected) == ({}, {})
 
 
-class Redials(INotifee):
+class Redials(ConnectionNotifee):
     """Connects again while the end of a connection is told; once."""
 
     def __init__(self, one: Host, other: Host) -> None:
@@ -136,21 +137,6 @@ class Redials(INotifee):
         self.num_ended += 1
         if self.num_ended == 1:
             await self._one.dial(self._other.peer_id, self._other.addresses()[0])
-
-    async def connected(self, network: INetwork, conn: INetConn) -> None:
-        pass
-
-    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
-        pass
-
-    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
-        pass
-
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        pass
-
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        pass
 
 
 async def test_a_connection_that_comes_while_those_before_it_are_closed_is_not_forgotten() -> None:

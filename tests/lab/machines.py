@@ -54,8 +54,8 @@ def missing() -> str:
 
 def _root() -> Path | None:
     """Where cgroups with a quota are made; None if nowhere."""
-    for root, quota in ((_V1, "cpu.cfs_quota_us"), (_V1.with_name("cpu,cpuacct"), "cpu.cfs_quota_us")):
-        if (root / quota).exists():
+    for root in (_V1, _V1.with_name("cpu,cpuacct")):
+        if (root / "cpu.cfs_quota_us").exists():
             return root
     controllers = _V2 / "cgroup.subtree_control"
     return _V2 if controllers.exists() and "cpu" in controllers.read_text(encoding="ascii").split() else None

@@ -497,9 +497,7 @@ class Round:
         """Whether a member can be expected to vote."""
         if peer == self._me:
             return True
-        if peer in self._gone:
-            return False
-        if self._is_idle(peer):
+        if peer in self._gone or self._is_idle(peer):
             return False
         return self._attempt == 0 or self._heard_at.get(peer, self._created_at) >= now - 2 * self._attempt_s()
 
