@@ -166,7 +166,6 @@ class Worker:
         """Send the update the average that it waits for."""
         rejected: list[PeerId] = []
         average = self._average(request, rejected)
-        self._next = replace(self._next, ballot=request.ballot)
         if not self._is_counted:  # the first exchange of an epoch says who put in what
             self._is_counted = True
             delivered = tuple(
@@ -176,6 +175,7 @@ class Worker:
             )
             self._next = replace(
                 self._next,
+                ballot=request.ballot,
                 env_steps=self._next.env_steps + sum(each.weight for each in delivered),
                 electorate=self._next.electorate.after(delivered),
             )
@@ -205,7 +205,7 @@ class Worker:
             raise
         exchange = self._exchange
         contribution = encode_arrays(exchange.arrays, {}) if exchange.weight > 0 else None
-        return MergeAnswer(weight=exchange.weight, contribution=contribution, rejected=rejected)
+        return MergeAnswer(exchange.weight, contribution, rejected=rejected, is_last=exchange.is_last)
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
         if self._update is None:

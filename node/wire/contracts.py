@@ -91,6 +91,27 @@ class GossipPush:
     control: tuple[Control, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """What the caller gives at one step of an update that is exchanged directly (`shoal.training.exchange.direct`).
+
+    Attributes:
+        swarm: of which.
+        epoch: of the policy that is updated.
+        step: which exchange of the update.
+        after: what the step follows from, 32 bytes.
+        weight: in samples; 0 if the caller has nothing to give.
+        data: the part; absent if there is none.
+    """
+
+    swarm: SwarmId
+    epoch: int
+    step: int
+    after: bytes
+    weight: int
+    data: Attachment | None = None
+
+
 def typed_version(message: SyncRequest | SyncAnswer) -> Version:
     """How far a peer says it is, checked. What names more authors than there can be is refused unread.
 
@@ -143,6 +164,11 @@ class SwarmService(Service, name="swarm"):
     @unary(idempotent=True)
     async def gossip(self, request: GossipPush) -> Empty:
         """Take news, and hear what the caller's gossip has to say."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def give(self, request: StepPart) -> Empty:
+        """Take the caller's part of a step; FAILED_PRECONDITION if this node learns nothing with the caller."""
         raise NotImplementedError
 
 

@@ -37,6 +37,7 @@ class Exchange:
         check: raises `ProtocolError` for a contribution that fits and that no honest learner could have made.
         scales: how honest contributions compare with each other; see `shoal.training.exchange.outliers`. Like ``check``
             these depend on nothing but the state that all peers share, so that all leave out the same.
+        is_last: whether the update is done after this; an update whose last exchange does not say so stands by none.
     """
 
     arrays: Arrays
@@ -44,6 +45,7 @@ class Exchange:
     template: Arrays
     check: Callable[[Contribution], None] = _let_through
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    is_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
