@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -88,7 +88,7 @@ class Reductions(ExchangeService):
 
     def __init__(self, links: Links) -> None:
         self._links = links
-        self._running: dict[bytes, _Reduction] = {}
+        self._running: dict[bytes, _Reduction | _Meeting] = {}
         self._early: OrderedDict[bytes, _Early] = OrderedDict()
 
     async def reduce(
@@ -117,6 +117,33 @@ class Reductions(ExchangeService):
             for peer, call in early.calls if early is not None else ():
                 running.heard(peer, call)
             return await running.run()
+        finally:
+            del self._running[key]
+
+    @asynccontextmanager
+    async def meeting(
+        self, key: bytes, me: PeerId, others: Sequence[PeerId], offered: memoryview
+    ) -> AsyncIterator[dict[PeerId, BulkRef]]:
+        """What each of these offers, once all have come; the context ends when all have left it.
+
+        Nothing is reduced: it is for measuring what the lanes carry.
+        """
+        meeting = self._running[key] = _Meeting(self._links, others)
+        try:
+            early = self._early.pop(key, None)
+            for peer, call in early.calls if early is not None else ():
+                meeting.heard(peer, call)
+            async with AsyncExitStack() as stack:
+                for peer in others:
+                    ref = await stack.enter_async_context(self._links.bulk.offer(peer, offered))
+                    await meeting.tell(peer, ArrayOffered(key, ref, ref))
+                with trio.fail_after(LINGER_S):
+                    await meeting.all_came.wait()
+                yield meeting.refs
+                for peer in others:
+                    await meeting.tell(peer, ReduceEnded(key))
+                with trio.move_on_after(LINGER_S):
+                    await meeting.all_ended.wait()
         finally:
             del self._running[key]
 
@@ -151,9 +178,52 @@ class Reductions(ExchangeService):
     async def held(self, request: PartAsked) -> PartHeld:
         """A member asks who holds what came of a part."""
         running = self._running.get(request.key)
-        if running is None:
+        if not isinstance(running, _Reduction):
             raise RemoteError(Status.NOT_FOUND, "this node is in no such all-reduce")
         return running.asked(current_call().peer, request)
+
+
+async def _tell(links: Links, peer: PeerId, call: ArrayOffered | PartOutcome | ReduceEnded) -> None:
+    service = client(ExchangeService, links.at(peer), timeout_s=CALL_S)
+    try:
+        match call:
+            case ArrayOffered():
+                await service.array(call)
+            case PartOutcome():
+                await service.outcome(call)
+            case ReduceEnded():
+                await service.ended(call)
+    except RemoteError as error:  # who is gone is noticed, and who hears nothing asks
+        log.debug("%s was not told: %s", peer, error)
+
+
+class _Meeting:
+    """Members that find out what each of them offers, and no more."""
+
+    def __init__(self, links: Links, others: Sequence[PeerId]) -> None:
+        self._links = links
+        self._waiting, self._staying = set(others), set(others)
+        self.refs: dict[PeerId, BulkRef] = {}
+        self.all_came, self.all_ended = trio.Event(), trio.Event()
+
+    async def tell(self, peer: PeerId, call: ArrayOffered | ReduceEnded) -> None:
+        """Say it to one of them."""
+        await _tell(self._links, peer, call)
+
+    def heard(self, peer: PeerId, call: object) -> None:
+        """One of them says something."""
+        match call:
+            case ArrayOffered(_, arrays, _) if peer in self._waiting:
+                self.refs[peer] = arrays
+                self._waiting.discard(peer)
+            case ReduceEnded():
+                self._staying.discard(peer)
+            case _:
+                pass
+        if not self._waiting:
+            self.all_came.set()
+        if not self._staying:
+            self.all_ended.set()
 
 
 class _Reduction:
@@ -281,17 +351,7 @@ class _Reduction:
     # What is done.
 
     async def _tell(self, peer: PeerId, call: ArrayOffered | PartOutcome | ReduceEnded) -> None:
-        service = client(ExchangeService, self._links.at(peer), timeout_s=CALL_S)
-        try:
-            match call:
-                case ArrayOffered():
-                    await service.array(call)
-                case PartOutcome():
-                    await service.outcome(call)
-                case ReduceEnded():
-                    await service.ended(call)
-        except RemoteError as error:  # who is gone is noticed, and who hears nothing asks
-            log.debug("%s was not told: %s", peer, error)
+        await _tell(self._links, peer, call)
 
     async def _pull(self, author: PeerId, part: int) -> None:
         place = self._spans.place(part)
