@@ -48,6 +48,9 @@ def create(  # the options of one command; Typer wants them as arguments
     algorithm: Annotated[str, typer.Option(help="How to learn it.")] = "ppo",
     name: Annotated[str | None, typer.Option(help="For people; the run's real name is a CID.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="What peers exchange.")] = None,
+    aggregator: Annotated[
+        str | None, typer.Option(help="What makes one of many contributions: mean, nnm+trimmed_mean, … Default: mean.")
+    ] = None,
     batch_per_learner: Annotated[
         int | None, typer.Option(help="Environment steps of the fastest learner per epoch. Default: 2048.")
     ] = None,
@@ -73,6 +76,7 @@ def create(  # the options of one command; Typer wants them as arguments
     chosen: dict[str, Any] = {
         "name": name,
         "mode": mode,
+        "aggregator": aggregator,
         "batch_per_learner": batch_per_learner,
         "batch_size": batch_size,
         "min_learners": min_learners,

@@ -454,6 +454,7 @@ class Node:
             alone=not replica.live,
             solved=progress.solved,
             mode=str(manifest.mode),
+            aggregator=manifest.aggregator,
             owner=manifest.owner,
             training_return=run.training_return,
             max_env_steps=manifest.max_env_steps,

@@ -33,6 +33,7 @@ from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
 from shoal.training.exchange.outliers import outliers
+from shoal.training.exchange.rules import Aggregator
 from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
@@ -89,6 +90,7 @@ class Worker:
         self._next = _Descent()
         self._is_counted = False
         self._max_env_steps = 0
+        self._aggregator = Aggregator()
         self.methods: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
@@ -120,6 +122,7 @@ class Worker:
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
+        self._aggregator = Aggregator.parse(manifest.aggregator)
         self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
         return self._state(_Descent())
 
@@ -237,7 +240,7 @@ class Worker:
         let_in = [each for each in let_in if each.author not in absurd]
         if not let_in:
             raise RemoteError(Status.FAILED_PRECONDITION, "no contribution of the round is of any use")
-        return merge(let_in)
+        return merge(let_in, self._aggregator, centres=exchange.centres)
 
     def abandon(self, request: Abandon) -> Empty:
         """Drop any half-done update, and what was collected unless it is to be kept."""

@@ -459,6 +459,7 @@ class SwarmDetail(SwarmSummary):
     """Everything about one swarm."""
 
     mode: str
+    aggregator: str = "mean"
     owner: PeerName
     training_return: float | None = None
     """Of recent training episodes, smoothed."""
@@ -501,6 +502,7 @@ class CreateSwarm(Asked):
     algorithm: str
     name: str | None = None
     mode: Mode = _MANIFEST_DEFAULTS["mode"]
+    aggregator: str = _MANIFEST_DEFAULTS["aggregator"]
     batch_per_learner: int | None = None
     """None: the manifest's default; where ``batch_size`` is given, as much."""
     batch_size: int | None = _MANIFEST_DEFAULTS["batch_size"]

@@ -380,6 +380,41 @@ def test_one_contribution_of_numbers_near_the_limit_changes_nothing_but_who_is_l
 
 
 @pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "nnm+multi_krum", "arc+nnm+centered_clipping"])
+def test_a_plausible_lie_reaches_no_further_than_the_honest_by_the_rule_of_the_manifest(
+    aggregator: str, mode: Mode
+) -> None:
+    """One of four turns round what it found, and adds as much as anybody may; all four end with the same bits."""
+    run = replace(a_manifest("gym:Pendulum-v1", mode), aggregator=aggregator)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:4]}
+    liar, honest = PEERS[2], [PEERS[0], PEERS[1], PEERS[3]]
+    for epoch in (1, 2):
+        for worker in workers.values():
+            worker.collect(Collect(64))
+        answers = {peer: begin(worker, epoch - 1) for peer, worker in workers.items()}
+        while all(answer.state is None for answer in answers.values()):
+            said = {peer: decode_arrays(bytes(answer.contribution or b""))[0] for peer, answer in answers.items()}
+            lies = {name: turned_round(name, array, workers[liar]) for name, array in said[liar].items()}
+            sent = answers | {liar: MergeAnswer(answers[liar].weight, encode_arrays(lies, {}))}
+            rejected: list[PeerId] = []
+            merged = workers[liar]._average(merge_of(sent), rejected)
+            assert not rejected
+            for name in (each for each in merged if each.startswith(("mean/", "nonneg/"))):
+                true = np.stack([said[peer][name].astype(np.float64) for peer in honest])
+                apart = max(np.linalg.norm(one - other) for one in true for other in true)
+                assert np.linalg.norm(merged[name] - true.mean(axis=0)) <= 4 * apart + 1e-12, name
+            answers = {peer: worker.merge(merge_of(sent)) for peer, worker in workers.items()}
+        assert len({bytes(answer.state.state or b"") for answer in answers.values() if answer.state is not None}) == 1
+
+
+def turned_round(name: str, array: np.ndarray[Any, Any], worker: Worker) -> Any:
+    if name.startswith(("moments/", "nonneg/")):
+        return array
+    centre = worker._exchange.centres.get(name, np.zeros_like(array))
+    return (centre - 3 * (array - centre)).astype(array.dtype) if "adam" not in name else array
+
+
+@pytest.mark.parametrize("mode", list(Mode))
 def test_fast_and_slow_honest_peers_leave_nobody_out(mode: Mode) -> None:
     """Two that had the time for one vector step, and one with all the rest of the batch."""
     run = a_manifest("gym:CartPole-v1", mode, update_epochs=5, num_minibatches=32)
@@ -429,7 +464,7 @@ def test_a_merge_that_leads_nowhere_is_taken_back_and_told_with_the_names(monkey
     answer = begin(worker)
     request = merge_of({PEERS[0]: answer})
     with monkeypatch.context() as patched:
-        patched.setattr(worker_module, "merge", lambda _: decode_arrays(bytes(endless(answer)))[0])
+        patched.setattr(worker_module, "merge", lambda *_, **__: decode_arrays(bytes(endless(answer)))[0])
         with pytest.raises(RemoteError, match=PEERS[0]) as told:
             worker.merge(request)
     assert told.value.status is MERGE_FAILED

@@ -44,7 +44,7 @@ import torch
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.training import watch
-from shoal.training.algorithms.adam import Adam, clip_by_norm
+from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
 from shoal.training.algorithms.plausible import Limits
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
@@ -300,13 +300,20 @@ class PPOLearner:
         steps = config.update_epochs * config.num_minibatches
         check = partial(self._limits.check_contribution, start=start)
         scales = self._moment_scales()
-        merged = yield Exchange(arrays if batch is not None else {}, self.samples, arrays, check, scales)
+        centres = {
+            "mean/parameters": start,
+            "mean/adam/first": before["adam/first"],
+            "nonneg/adam/second": before["adam/second"],
+        }
+        own = arrays if batch is not None else {}
+        merged = yield Exchange(own, self.samples, arrays, check, scales, centres)
         if not merged:  # nobody had any samples
             self._load(before)
             return {}
         _check_merged(merged, arrays)
         model.flat[:] = merged["mean/parameters"]
-        adam.first[:], adam.second[:] = merged["mean/adam/first"], merged["nonneg/adam/second"]
+        adam.second[:] = merged["nonneg/adam/second"]
+        adam.first[:] = fit_first(_floats(merged["mean/adam/first"]), adam.second)
         adam.step = int(before["adam/step"]) + steps
         return merged
 
@@ -485,6 +492,10 @@ class PPOLearner:
 def _flat(rows: npt.NDArray[np.generic]) -> torch.Tensor:
     """``[T, N, ...]`` as a tensor ``[T * N, ...]``."""
     return torch.from_numpy(rows.reshape(-1, *rows.shape[2:]))
+
+
+def _floats(array: npt.NDArray[np.generic]) -> Floats:
+    return array.astype(np.float32, copy=False)
 
 
 def _check_merged(merged: Arrays, template: Arrays) -> None:

@@ -85,4 +85,4 @@ def assumed_liars(contributions: int) -> int:
 
 def withstood(contributions: int, liars: int) -> int:
     """So many of the ``liars`` a rule can be asked to withstand: fewer than half of all."""
-    return min(liars, (contributions - 1) // 2)
+    return max(min(liars, (contributions - 1) // 2), 0)
