@@ -25,6 +25,7 @@ from shoal.node.api.client import Client
 from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoDaemonError, NoPeersError, ShoalError, UsageError
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Mode
 from shoal.training.ticket import Ticket
 
@@ -51,6 +52,7 @@ def create(  # the options of one command; Typer wants them as arguments
     aggregator: Annotated[
         str | None, typer.Option(help="What makes one of many contributions: mean, nnm+trimmed_mean, … Default: mean.")
     ] = None,
+    codec: Annotated[Codec | None, typer.Option(help="What contributions travel as. Default: fp32.")] = None,
     batch_per_learner: Annotated[
         int | None, typer.Option(help="Environment steps of the fastest learner per epoch. Default: 2048.")
     ] = None,
@@ -77,6 +79,7 @@ def create(  # the options of one command; Typer wants them as arguments
         "name": name,
         "mode": mode,
         "aggregator": aggregator,
+        "codec": codec,
         "batch_per_learner": batch_per_learner,
         "batch_size": batch_size,
         "min_learners": min_learners,

@@ -20,7 +20,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.batch import Batch
-from shoal.training.exchange.rules import Aggregator
+from shoal.training.exchange.rules import Aggregator, Codec
 
 KIND: Final = "manifest/1"
 MAX_NAME_CHARS: Final = 80
@@ -61,6 +61,7 @@ class Manifest:
         seed: from which every member derives its own.
         mode: what is exchanged.
         aggregator: by which rule contributions become one; see `training.exchange.rules`.
+        codec: what contributions travel as; see `training.exchange.codecs`.
         batch_per_learner: environment steps that the fastest learner collects per epoch; the others collect what they
             manage in the same time.
         batch_size: environment steps that all learners together collect per epoch at most; no such bound, if None.
@@ -82,6 +83,7 @@ class Manifest:
     seed: int = 0
     mode: Mode = Mode.LOCAL
     aggregator: str = "mean"
+    codec: Codec = Codec.FP32
     batch_per_learner: int = 2048
     batch_size: int | None = None
     min_learners: int = 1

@@ -32,8 +32,9 @@ from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateSt
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
+from shoal.training.exchange.codecs import Sender, decode_contribution
 from shoal.training.exchange.outliers import outliers
-from shoal.training.exchange.rules import Aggregator
+from shoal.training.exchange.rules import Aggregator, Codec
 from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
@@ -91,6 +92,8 @@ class Worker:
         self._is_counted = False
         self._max_env_steps = 0
         self._aggregator = Aggregator()
+        self._sender = Sender(Codec.FP32)
+        self._peer: PeerId | None = None
         self.methods: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
@@ -123,6 +126,7 @@ class Worker:
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
         self._aggregator = Aggregator.parse(manifest.aggregator)
+        self._sender, self._peer = Sender(manifest.codec), request.peer
         self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
         return self._state(_Descent())
 
@@ -135,6 +139,8 @@ class Worker:
         descent = _Descent.read(meta)
         keep_samples = request.keep_samples and epoch == self._epoch + 1
         self.learner.import_state(arrays, keep_samples=keep_samples)
+        if not keep_samples:
+            self._sender.forget()
         self._update = None
         self._epoch = epoch
         return descent.answer(digest(self.learner.policy_arrays()), epoch_samples=self.learner.samples)
@@ -169,6 +175,7 @@ class Worker:
         """Send the update the average that it waits for."""
         rejected: list[PeerId] = []
         average = self._average(request, rejected)
+        self._sender.settle(arrived=self._peer in request.authors and self._peer not in rejected)
         self._next = replace(self._next, ballot=request.ballot)
         if not self._is_counted:  # the first exchange of an epoch says who put in what
             self._is_counted = True
@@ -207,7 +214,9 @@ class Worker:
             self._update = None
             raise
         exchange = self._exchange
-        contribution = encode_arrays(exchange.arrays, {}) if exchange.weight > 0 else None
+        contribution = None
+        if exchange.weight > 0:
+            contribution = self._sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
         return MergeAnswer(weight=exchange.weight, contribution=contribution, rejected=rejected)
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
@@ -225,7 +234,10 @@ class Worker:
         let_in = []
         for author, weight, data in zip(request.authors, request.weights, request.contributions, strict=True):
             try:
-                contribution = Contribution(author, weight, decode_arrays(bytes(data))[0])
+                arrays = decode_contribution(
+                    bytes(data), self._sender.codec, exchange.lossy, exchange.centres, exchange.template
+                )
+                contribution = Contribution(author, weight, arrays)
                 validate(contribution, exchange.template)
                 exchange.check(contribution)
             except ProtocolError as error:

@@ -13,6 +13,7 @@ from shoal.protocol.errors import LimitError, ProtocolError, ShoalError, Signatu
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import KIND, Manifest, Mode, open_manifest, sign_manifest
 
 ANN, BOB = Signer(b"a" * 32), Signer(b"b" * 32)
@@ -56,6 +57,7 @@ def test_every_field_is_part_of_the_name() -> None:
         {"name": "one for people"},
         {"mode": Mode.GRADIENT},
         {"aggregator": "nnm+trimmed_mean"},
+        {"codec": Codec.INT8},
         {"target_return": 1.0},
     ]
     assert len({sign_manifest(a_manifest(**change), ANN)[0] for change in changes}) == len(changes)
@@ -100,6 +102,7 @@ def test_other_bytes_are_refused() -> None:
         {"version": 2},
         {"owner": "somebody"},
         {"aggregator": "mode"},
+        {"codec": "int3"},
     ],
 )
 def test_a_manifest_with_a_senseless_field_is_refused(changes: dict[str, Any]) -> None:
@@ -158,7 +161,7 @@ def test_what_a_run_requires_is_part_of_its_name_and_bounded() -> None:
             open_manifest(*sealed(requires=wrong))
 
 
-@pytest.mark.parametrize("later", ["requires", "aggregator"])
+@pytest.mark.parametrize("later", ["requires", "aggregator", "codec"])
 def test_a_manifest_from_before_there_was_a_field_is_still_read(later: str) -> None:
     plain = {name: value for name, value in to_plain(a_manifest()).items() if name != later}
     assert open_manifest(*named(encode(ANN.seal(KIND, encode(plain))))) == a_manifest()

@@ -23,6 +23,7 @@ from shoal.protocol.services import Empty, Method
 from shoal.training import worker as worker_module
 from shoal.training.algorithms.ppo import PPOLearner
 from shoal.training.electorate import MAX_MISSED
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import MAX_OFFERS, NO_BALLOT
@@ -405,6 +406,51 @@ def test_a_plausible_lie_reaches_no_further_than_the_honest_by_the_rule_of_the_m
                 assert np.linalg.norm(merged[name] - true.mean(axis=0)) <= 4 * apart + 1e-12, name
             answers = {peer: worker.merge(merge_of(sent)) for peer, worker in workers.items()}
         assert len({bytes(answer.state.state or b"") for answer in answers.values() if answer.state is not None}) == 1
+
+
+LOSSY = [codec for codec in Codec if codec is not Codec.FP32]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("codec", LOSSY)
+def test_in_every_codec_all_end_with_the_same_bits_and_what_was_lost_is_no_part_of_them(
+    codec: Codec, mode: Mode
+) -> None:
+    run = replace(a_manifest("gym:Pendulum-v1", mode), codec=codec)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:3]}
+    for epoch in (1, 2):
+        for worker in workers.values():
+            worker.collect(Collect(64))
+        answers = {peer: begin(worker, epoch - 1) for peer, worker in workers.items()}
+        while all(answer.state is None for answer in answers.values()):
+            answers = {peer: worker.merge(merge_of(answers)) for peer, worker in workers.items()}
+            assert {answer.rejected for answer in answers.values()} == {()}
+        states = {bytes(answer.state.state or b"") for answer in answers.values() if answer.state is not None}
+        assert len(states) == 1
+    assert len({digest(worker._sender.memory) for worker in workers.values()}) == len(workers)
+    for worker in workers.values():
+        worker.load(Load(a_state(worker)))
+        assert not worker._sender.memory, "a jump to another state leaves what was lost on the way to this one"
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_what_is_no_contribution_in_the_codec_of_the_run_is_left_out(codec: Codec) -> None:
+    run = replace(a_manifest(), codec=codec)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:3]}
+    for worker in workers.values():
+        worker.collect(Collect(64))
+    answers = {peer: begin(worker) for peer, worker in workers.items()}
+    packed, _ = decode_arrays(bytes(answers[PEERS[0]].contribution or b""))
+    plain = dict(workers[PEERS[0]]._exchange.arrays)
+    for lie in (plain, plain | packed, {name: packed[name] for name in packed if "packed" not in name}):
+        sent = answers | {PEERS[0]: MergeAnswer(answers[PEERS[0]].weight, encode_arrays(lie, {}))}
+        for worker in workers.values():
+            rejected: list[PeerId] = []
+            worker._average(merge_of(sent), rejected)
+            assert rejected == [PEERS[0]]
+    held = workers[PEERS[0]]._sender
+    assert workers[PEERS[0]].merge(merge_of(sent)).rejected == (PEERS[0],)
+    assert not held.memory, "what was not merged was not sent"
 
 
 def turned_round(name: str, array: np.ndarray[Any, Any], worker: Worker) -> Any:

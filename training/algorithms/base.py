@@ -41,6 +41,8 @@ class Exchange:
         scales: how honest contributions compare with each other; see `shoal.training.exchange.outliers`. Like ``check``
             these depend on nothing but the state that all peers share, so that all leave out the same.
         centres: by name, what of that state an array of ``arrays`` is another version of; zeros, where there is none.
+        lossy: by name, what may travel smaller and a little wrong (`shoal.training.exchange.codecs`), and the largest
+            magnitude that its difference from the centre may have.
     """
 
     arrays: Arrays
@@ -49,6 +51,7 @@ class Exchange:
     check: Callable[[Contribution], None] = _let_through
     scales: Mapping[str, Scale] = field(default_factory=dict)
     centres: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    lossy: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ normalisers as the weight says. What was merged is tried on own samples before i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,9 @@ from shoal.training.algorithms.plausible import Limits
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
 from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
 from shoal.training.exchange.averager import Arrays, Moments
+from shoal.training.exchange.codecs import ROUNDING
 from shoal.training.exchange.outliers import Scale, root_mean_square
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import check_fit
@@ -129,9 +132,10 @@ class PPOLearner:
             for name in streams
         ]
         self._set_normalizers(Moments.none((task.observation_size,)), Moments.none())
+        self._max_change = self._adam.max_change(config.update_epochs * config.num_minibatches)
         self._limits = Limits(
             config.max_grad_norm,
-            self._adam.max_change(config.update_epochs * config.num_minibatches),
+            self._max_change if manifest.codec is Codec.FP32 else ROUNDING * self._max_change,
             {"observation": config.normalize_observations, "return": config.normalize_returns},
         )
         self._running: Update | None = None
@@ -306,7 +310,8 @@ class PPOLearner:
             "nonneg/adam/second": before["adam/second"],
         }
         own = arrays if batch is not None else {}
-        merged = yield Exchange(own, self.samples, arrays, check, scales, centres)
+        lossy = {"mean/parameters": self._max_change}
+        merged = yield Exchange(own, self.samples, arrays, check, scales, centres, lossy)
         if not merged:  # nobody had any samples
             self._load(before)
             return {}
@@ -336,7 +341,7 @@ class PPOLearner:
             gradient: Arrays = {}
             if batch is not None and len(indices):
                 gradient = {"mean/gradient": self._gradient(batch, indices, metrics)}
-            joint = yield Exchange(gradient, len(indices), template, scales=scales)
+            joint = yield Exchange(gradient, len(indices), template, scales=scales, lossy={"mean/gradient": math.inf})
             if joint:
                 _check_merged(joint, template)
                 self._step(joint["mean/gradient"].astype(np.float32, copy=False), metrics)

@@ -1,4 +1,4 @@
-"""By which rule contributions become one, as a manifest says it: ``[arc+][nnm+]rule``.
+"""What a manifest says of an exchange: by which rule contributions become one, ``[arc+][nnm+]rule``, and the codec.
 
 =====================  ==============================================================================================
 ``mean``               weighted mean: the best where nobody lies, and whatever its largest liar wants where one does
@@ -24,6 +24,17 @@ from shoal.protocol.errors import UsageError
 
 _MIX: Final = "nnm"
 _CLIP: Final = "arc"
+
+
+class Codec(StrEnum):
+    """What the floats of contributions travel as; `shoal.training.exchange.codecs` does them."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+    INT2 = "int2"
+    TOPK = "topk"
 
 
 class Rule(StrEnum):
