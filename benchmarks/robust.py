@@ -8,7 +8,7 @@ manifest. None of them is told how many lie: three of ten are assumed. The liars
 Accuracy is on a quarter of the digits that nobody trains on. *Alike*: each worker has a random tenth of the others.
 *Unlike*: parts by a Dirichlet distribution over the classes (concentration 1), so of unequal size and kind.
 
-    python benchmarks/robust.py [--seeds 2] [--rounds 40]
+    python benchmarks/robust.py [--seeds 2] [--rounds 30]
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AGGREGATORS = (
 )
 FRACTIONS = (1, 2, 3)
 HIDDEN, CLASSES, PIXELS = 32, 10, 64
-LOCAL_STEPS, BATCH, RATE = 10, 32, 0.1
+LOCAL_STEPS, BATCH, RATE = 10, 32, 0.2
 ALLOWED = 2.0  # points of accuracy that the best aggregator may lose
 
 
@@ -158,7 +158,7 @@ def table(seeds: int, rounds: int, *, is_alike: bool) -> tuple[list[str], bool]:
     ]
     worst = dict.fromkeys(AGGREGATORS, 100.0)
     is_kept = True
-    for liars in FRACTIONS:
+    for liars in FRACTIONS if is_alike else FRACTIONS[-1:]:
         without = mean_accuracy("mean", None, liars)
         for attack in ATTACKS:
             row = {name: mean_accuracy(name, attack, liars) for name in AGGREGATORS}
@@ -180,7 +180,7 @@ def table(seeds: int, rounds: int, *, is_alike: bool) -> tuple[list[str], bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()

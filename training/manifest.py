@@ -38,6 +38,9 @@ class Mode(StrEnum):
     GRADIENT = "gradient"
     """The gradient of every minibatch is averaged, so that N peers equal one process with the joint batch."""
 
+    DILOCO = "diloco"
+    """As ``local``, but only how far the parameters came is exchanged, and an outer optimiser steps by its average."""
+
 
 class Role(StrEnum):
     """What a node does in a swarm."""

@@ -23,6 +23,7 @@ from shoal.protocol.services import Empty, Method
 from shoal.training import worker as worker_module
 from shoal.training.algorithms.ppo import PPOLearner
 from shoal.training.electorate import MAX_MISSED
+from shoal.training.exchange.codecs import Sender
 from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import decode_arrays, digest, encode_arrays
@@ -524,6 +525,34 @@ def endless(answer: MergeAnswer) -> bytes:
     """Parameters that fit and whose values overflow."""
     arrays = decode_arrays(bytes(answer.contribution or b""))[0]
     return encode_arrays(arrays | {"mean/parameters": np.full_like(arrays["mean/parameters"], 1e30)}, {})
+
+
+@pytest.mark.parametrize("codec", list(Codec))
+def test_a_step_that_no_optimiser_can_have_come_to_is_left_out_in_mode_diloco(codec: Codec) -> None:
+    run = replace(a_manifest(mode=Mode.DILOCO), codec=codec)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:2]}
+    for worker in workers.values():
+        worker.collect(Collect(128))
+    answers = {peer: begin(worker) for peer, worker in workers.items()}
+    liar = workers[PEERS[1]]
+    exchange = liar._exchange
+    most = exchange.lossy["mean/delta"]
+    for size, expected in ((0.999 * most, []), (1.1 * most, [PEERS[1]])):
+        arrays = exchange.arrays | {"mean/delta": np.full_like(exchange.arrays["mean/delta"], size)}
+        data = Sender(codec).encode(arrays, {"mean/delta": 1e9}, {})
+        rejected: list[PeerId] = []
+        sent = answers | {PEERS[1]: MergeAnswer(answers[PEERS[1]].weight, data)}
+        workers[PEERS[0]]._average(merge_of(sent), rejected)
+        assert rejected == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e3])
+def test_an_outer_momentum_that_nobody_can_have_is_refused(value: float) -> None:
+    worker = a_worker(a_manifest(mode=Mode.DILOCO))
+    before = fingerprint(worker)
+    with pytest.raises(ProtocolError):
+        worker.load(Load(a_state(worker, outer__momentum=value)))
+    assert fingerprint(worker) == before
 
 
 @pytest.mark.parametrize("field", ["authors", "weights", "seconds", "contributions"])

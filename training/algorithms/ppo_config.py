@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ProtocolError, UsageError
+from shoal.training.exchange import outer
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.plugins import suggest
 from shoal.training.tasks import Continuous, Task
@@ -33,6 +34,8 @@ class PPOConfig:
         initial_log_std: of a continuous policy; 0 where 1 is half the range of an action.
         normalize_observations: scale observations to mean 0 and deviation 1 over the whole run, of all peers.
         normalize_returns: scale rewards so that discounted returns have deviation 1 over the whole run, of all peers.
+        outer_learning_rate: of the outer step in mode ``diloco``.
+        outer_momentum: likewise.
     """
 
     num_envs: int = 4
@@ -50,6 +53,8 @@ class PPOConfig:
     initial_log_std: float = 0.0
     normalize_observations: bool = False
     normalize_returns: bool = False
+    outer_learning_rate: float = outer.LEARNING_RATE
+    outer_momentum: float = outer.MOMENTUM
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -65,6 +70,8 @@ class PPOConfig:
             ("entropy_coefficient", 0.0, 1e6),
             ("max_grad_norm", 1e-6, 1e9),
             ("initial_log_std", -20.0, 5.0),
+            ("outer_learning_rate", 1e-6, 10.0),
+            ("outer_momentum", 0.0, outer.MAX_MOMENTUM),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
