@@ -231,7 +231,7 @@ def _held_moments(parts: Sequence[Moments], liars: int) -> Sequence[Moments]:
         return parts
     most = sorted(each.count for each in seen)[-1 - liars]
     means = _held([np.asarray(each.mean) for each in seen], liars)
-    variances = _held([np.asarray(each.m2 / each.count) for each in seen], liars)
+    variances = _held([np.asarray(each.m2 / max(each.count, 1.0)) for each in seen], liars)
     counts = [min(each.count, most) for each in seen]
     return [
         Moments(count, np.asarray(mean), np.asarray(variance * count))
