@@ -546,6 +546,13 @@ def test_a_step_that_no_optimiser_can_have_come_to_is_left_out_in_mode_diloco(co
         assert rejected == expected
 
 
+def test_what_topk_sends_late_is_not_given_momentum_on_top() -> None:
+    for codec, expected in ((Codec.INT8, (0.7, 0.9)), (Codec.TOPK, (1.0, 0.0))):
+        learner = a_worker(replace(a_manifest(mode=Mode.DILOCO), codec=codec)).learner
+        assert isinstance(learner, PPOLearner)
+        assert (learner.config.outer_learning_rate, learner.config.outer_momentum) == expected
+
+
 @pytest.mark.parametrize("value", [np.nan, 1e3])
 def test_an_outer_momentum_that_nobody_can_have_is_refused(value: float) -> None:
     worker = a_worker(a_manifest(mode=Mode.DILOCO))

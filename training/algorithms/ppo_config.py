@@ -8,6 +8,7 @@ from typing import Any, Final
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.training.exchange import outer
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.plugins import suggest
 from shoal.training.tasks import Continuous, Task
@@ -86,6 +87,10 @@ _CONTINUOUS: Final[dict[str, Any]] = {"gamma": 0.95, "normalize_observations": T
 _GRADIENT: Final[dict[str, Any]] = {"update_epochs": 8, "num_minibatches": 4, "learning_rate": 3e-3}
 
 
+# What topk leaves out comes later and all at once; with outer momentum on top of that a run diverges (2508.15706).
+_LATE: Final[dict[str, Any]] = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+
+
 def ppo_config(manifest: Manifest, task: Task) -> PPOConfig:
     """The manifest's hyperparameters over the defaults for the task's action space and the exchange mode.
 
@@ -98,6 +103,8 @@ def ppo_config(manifest: Manifest, task: Task) -> PPOConfig:
         values |= _CONTINUOUS
     if manifest.mode is Mode.GRADIENT:
         values |= _GRADIENT
+    if manifest.codec is Codec.TOPK:
+        values |= _LATE
     known = {field.name for field in fields(PPOConfig)}
     for name in manifest.hyperparameters:
         if name not in known:
