@@ -25,6 +25,7 @@ from shoal.node.api.client import Client
 from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoDaemonError, NoPeersError, ShoalError, UsageError
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Mode
 from shoal.training.ticket import Ticket
 
@@ -48,6 +49,10 @@ def create(  # the options of one command; Typer wants them as arguments
     algorithm: Annotated[str, typer.Option(help="How to learn it.")] = "ppo",
     name: Annotated[str | None, typer.Option(help="For people; the run's real name is a CID.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="What peers exchange.")] = None,
+    aggregator: Annotated[
+        str | None, typer.Option(help="What makes one of many contributions: mean, nnm+trimmed_mean, … Default: mean.")
+    ] = None,
+    codec: Annotated[Codec | None, typer.Option(help="What contributions travel as. Default: fp32.")] = None,
     batch_per_learner: Annotated[
         int | None, typer.Option(help="Environment steps of the fastest learner per epoch. Default: 2048.")
     ] = None,
@@ -73,6 +78,8 @@ def create(  # the options of one command; Typer wants them as arguments
     chosen: dict[str, Any] = {
         "name": name,
         "mode": mode,
+        "aggregator": aggregator,
+        "codec": codec,
         "batch_per_learner": batch_per_learner,
         "batch_size": batch_size,
         "min_learners": min_learners,

@@ -479,6 +479,8 @@ class Node:
             alone=not replica.live,
             solved=progress.solved,
             mode=str(manifest.mode),
+            aggregator=manifest.aggregator,
+            codec=str(manifest.codec),
             owner=manifest.owner,
             training_return=run.training_return,
             max_env_steps=manifest.max_env_steps,

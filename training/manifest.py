@@ -20,6 +20,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.batch import Batch
+from shoal.training.exchange.rules import Aggregator, Codec
 
 KIND: Final = "manifest/1"
 MAX_NAME_CHARS: Final = 80
@@ -36,6 +37,9 @@ class Mode(StrEnum):
 
     GRADIENT = "gradient"
     """The gradient of every minibatch is averaged, so that N peers equal one process with the joint batch."""
+
+    DILOCO = "diloco"
+    """As ``local``, but only how far the parameters came is exchanged, and an outer optimiser steps by its average."""
 
 
 class Role(StrEnum):
@@ -59,6 +63,8 @@ class Manifest:
         hyperparameters: the algorithm's own settings; what is absent takes the algorithm's default for the task.
         seed: from which every member derives its own.
         mode: what is exchanged.
+        aggregator: by which rule contributions become one; see `training.exchange.rules`.
+        codec: what contributions travel as; see `training.exchange.codecs`.
         batch_per_learner: environment steps that the fastest learner collects per epoch; the others collect what they
             manage in the same time.
         batch_size: environment steps that all learners together collect per epoch at most; no such bound, if None.
@@ -79,6 +85,8 @@ class Manifest:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     mode: Mode = Mode.LOCAL
+    aggregator: str = "mean"
+    codec: Codec = Codec.FP32
     batch_per_learner: int = 2048
     batch_size: int | None = None
     min_learners: int = 1
@@ -96,6 +104,7 @@ class Manifest:
             raise UsageError(
                 f"task {self.task!r:.80} needs a scheme; for a Gymnasium environment write {'gym:' + self.task!r:.80}"
             )
+        Aggregator.parse(self.aggregator)
         if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
             raise UsageError(f"batch size must be between 1 and {MAX_BATCH}, not {self.batch_size}")
         for name, low, high in (

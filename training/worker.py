@@ -32,7 +32,9 @@ from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateSt
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
+from shoal.training.exchange.codecs import Sender, decode_contribution
 from shoal.training.exchange.outliers import outliers
+from shoal.training.exchange.rules import Aggregator, Codec
 from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
@@ -89,6 +91,9 @@ class Worker:
         self._next = _Descent()
         self._is_counted = False
         self._max_env_steps = 0
+        self._aggregator = Aggregator()
+        self._sender = Sender(Codec.FP32)
+        self._peer: PeerId | None = None
         self.methods: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
@@ -120,6 +125,8 @@ class Worker:
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
+        self._aggregator = Aggregator.parse(manifest.aggregator)
+        self._sender, self._peer = Sender(manifest.codec), request.peer
         self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
         return self._state(_Descent())
 
@@ -132,6 +139,8 @@ class Worker:
         descent = _Descent.read(meta)
         keep_samples = request.keep_samples and epoch == self._epoch + 1
         self.learner.import_state(arrays, keep_samples=keep_samples)
+        if not keep_samples:
+            self._sender.forget()
         self._update = None
         self._epoch = epoch
         return descent.answer(digest(self.learner.policy_arrays()), epoch_samples=self.learner.samples)
@@ -166,6 +175,7 @@ class Worker:
         """Send the update the average that it waits for."""
         rejected: list[PeerId] = []
         average = self._average(request, rejected)
+        self._sender.settle(arrived=self._peer in request.authors and self._peer not in rejected)
         if not self._is_counted:  # the first exchange of an epoch says who put in what
             self._is_counted = True
             delivered = tuple(
@@ -204,7 +214,9 @@ class Worker:
             self._update = None
             raise
         exchange = self._exchange
-        contribution = encode_arrays(exchange.arrays, {}) if exchange.weight > 0 else None
+        contribution = None
+        if exchange.weight > 0:
+            contribution = self._sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
         return MergeAnswer(exchange.weight, contribution, rejected=rejected, is_last=exchange.is_last)
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
@@ -222,7 +234,10 @@ class Worker:
         let_in = []
         for author, weight, data in zip(request.authors, request.weights, request.contributions, strict=True):
             try:
-                contribution = Contribution(author, weight, decode_arrays(bytes(data))[0])
+                arrays = decode_contribution(
+                    bytes(data), self._sender.codec, exchange.lossy, exchange.centres, exchange.template
+                )
+                contribution = Contribution(author, weight, arrays)
                 validate(contribution, exchange.template)
                 exchange.check(contribution)
             except ProtocolError as error:
@@ -237,7 +252,7 @@ class Worker:
         let_in = [each for each in let_in if each.author not in absurd]
         if not let_in:
             raise RemoteError(Status.FAILED_PRECONDITION, "no contribution of the round is of any use")
-        return merge(let_in)
+        return merge(let_in, self._aggregator, centres=exchange.centres)
 
     def abandon(self, request: Abandon) -> Empty:
         """Drop any half-done update, and what was collected unless it is to be kept."""

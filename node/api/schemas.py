@@ -23,6 +23,7 @@ from pydantic import (
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 
 Name = TypeVar("Name", PeerId, Cid, SwarmId)
@@ -495,6 +496,8 @@ class SwarmDetail(SwarmSummary):
     """Everything about one swarm."""
 
     mode: str
+    aggregator: str = "mean"
+    codec: str = "fp32"
     owner: PeerName
     training_return: float | None = None
     """Of recent training episodes, smoothed."""
@@ -537,6 +540,8 @@ class CreateSwarm(Asked):
     algorithm: str
     name: str | None = None
     mode: Mode = _MANIFEST_DEFAULTS["mode"]
+    aggregator: str = _MANIFEST_DEFAULTS["aggregator"]
+    codec: Codec = _MANIFEST_DEFAULTS["codec"]
     batch_per_learner: int | None = None
     """None: the manifest's default; where ``batch_size`` is given, as much."""
     batch_size: int | None = _MANIFEST_DEFAULTS["batch_size"]

@@ -145,6 +145,8 @@ class Swarms:
             hyperparameters=request.hyperparameters,
             seed=request.seed,
             mode=request.mode,
+            aggregator=request.aggregator,
+            codec=request.codec,
             batch_per_learner=request.per_learner,
             batch_size=request.batch_size,
             min_learners=request.min_learners,

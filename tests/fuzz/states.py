@@ -12,9 +12,12 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import ProtocolError
+from shoal.protocol.ids import PeerId
 from shoal.training.batch import Batch
 from shoal.training.electorate import Delivered, Electorate, says_of
 from shoal.training.exchange.averager import Arrays, Contribution, Moments, merge, validate
+from shoal.training.exchange.codecs import Sender, decode_contribution
+from shoal.training.exchange.rules import Aggregator, Codec
 from shoal.training.state import check_fit, decode_arrays, digest, encode_arrays
 
 from .harness import BASE_BYTES, BYTES_PER_BYTE, FindingError, MutateBytes, Target, refusing, require, unless_refused
@@ -32,8 +35,14 @@ _TEMPLATE: Final[Arrays] = {
 }
 """What this node has itself."""
 
+_PACKED: Final = "mean/weights"
+_LOSSY: Final = tuple(codec for codec in Codec if codec is not Codec.FP32)
+_RULES: Final = ("trimmed_mean", "nnm+multi_krum", "arc+nnm+centered_clipping", "median")
+_OTHERS: Final = tuple(PeerId.of_public_key(bytes([number]) * 32) for number in (1, 2))
+
 
 def _run(data: bytes) -> None:
+    _check_packed(data)
     decoded = unless_refused(lambda: decode_arrays(data), ProtocolError)
     if decoded is None:
         return
@@ -68,15 +77,29 @@ def _check_merge(arrays: Arrays, weight: object) -> None:
     if not is_valid:
         return
     ours = Contribution(ALICE.peer_id, 2.0, _TEMPLATE)
-    try:
-        with np.errstate(over="raise", divide="raise", invalid="raise"):
-            merged = merge([theirs, ours])
-    except (ProtocolError, ArithmeticError) as error:
-        raise FindingError(f"what was found valid cannot be merged: {error!r}") from error
-    require(merged.keys() == _TEMPLATE.keys(), "merging changed the names")
-    for name, array in merged.items():
-        require(_kind(array) == _kind(_TEMPLATE[name]), "merging changed the form of an array")
-        require(np.isfinite(array).all(), "what was merged is not finite")
+    others = [Contribution(peer, 3.0, _TEMPLATE) for peer in _OTHERS]
+    for rule, given in (("mean", [theirs, ours]), *((rule, [theirs, ours, *others]) for rule in _RULES)):
+        try:
+            with np.errstate(over="raise", divide="raise", invalid="raise"):
+                merged = merge(given, Aggregator.parse(rule))
+        except (ProtocolError, ArithmeticError) as error:
+            raise FindingError(f"what was found valid cannot be merged by {rule}: {error!r}") from error
+        require(merged.keys() == _TEMPLATE.keys(), "merging changed the names")
+        for name, array in merged.items():
+            require(_kind(array) == _kind(_TEMPLATE[name]), "merging changed the form of an array")
+            require(np.isfinite(array).all(), "what was merged is not finite")
+
+
+def _check_packed(data: bytes) -> None:
+    """What travels smaller comes out in the form that was asked for."""
+    for codec in _LOSSY:
+        said = unless_refused(lambda codec=codec: _unpack(data, codec), ProtocolError)
+        if said is not None and said.keys() == _TEMPLATE.keys():
+            require(_kind(said[_PACKED]) == _kind(_TEMPLATE[_PACKED]), "a packed array comes out in another form")
+
+
+def _unpack(data: bytes, codec: Codec) -> Arrays:
+    return decode_contribution(data, codec, {_PACKED: 1.0}, {}, _TEMPLATE)
 
 
 def _check_electorate(plain: object) -> None:
@@ -104,7 +127,8 @@ def _seeds() -> list[bytes]:
     electorate = {ALICE.peer_id: [256.0, 100.0, 0], BOB.peer_id: [64.0, 25.0, 2]}
     meta = {"epoch": 3, "env_steps": 7, "weight": 0.5, "ü": [1, None, {"a": "é"}], "electorate": electorate}
     files = [encode_arrays(_TEMPLATE, {}), encode_arrays(_TEMPLATE, meta), encode_arrays(others, meta)]
-    return [*files, encode_arrays({}, {})]
+    packed = [Sender(codec).encode(_TEMPLATE, {_PACKED: 1.0}, {}) for codec in _LOSSY]
+    return [*files, encode_arrays({}, {}), *packed]
 
 
 def _mutate(data: bytes, max_bytes: int, rng: Random, mutate_bytes: MutateBytes) -> bytes:

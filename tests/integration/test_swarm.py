@@ -96,6 +96,18 @@ def test_peers_that_average_every_gradient_end_with_the_same_policy(make_node):
     assert len({end["env_steps"] for end in ends}) == 1
 
 
+def test_peers_that_exchange_the_least_by_a_rule_that_withstands_liars_end_with_the_same_policy(make_node):
+    nodes = [make_node() for _ in range(3)]
+    chosen = ("--mode", "diloco", "--codec", "topk", "--aggregator", "nnm+trimmed_mean")
+    small = ("--batch-per-learner", "512", "--max-env-steps", "4000", "--set", "update_epochs=2")
+    created = nodes[0].create(*chosen, *small, "--min-learners", "3", *NEVER)
+    for node in nodes[1:]:
+        node.ask("join", created["ticket"], "-d")
+    ends = [node.wait_for(created["swarm"], "the run ends", done) for node in nodes]
+    assert len({end["digest"] for end in ends}) == 1
+    assert {(end["mode"], end["codec"], end["aggregator"]) for end in ends} == {chosen[1::2]}
+
+
 def test_a_node_that_only_stores_holds_the_newest_policy_for_those_who_come_later(make_node):
     learner, storage = make_node(), make_node()
     created = learner.create(*NEVER)

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import PeerId
+from shoal.training.exchange.aggregators import aggregate
 from shoal.training.exchange.averager import Arrays, Contribution, Moments, merge, validate
+from shoal.training.exchange.rules import Aggregator, Rule
 
+AGGREGATORS = [Aggregator(rule, mixes, clips) for rule in Rule for mixes in (False, True) for clips in (False, True)]
 ALICE, BOB, CAROL = (PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2, 3))
 
 
@@ -33,21 +36,28 @@ def contributions(seed: int, peers: int) -> list[Contribution]:
     return result
 
 
-@given(seed=st.integers(0, 2**32), peers=st.integers(1, 8), shuffle=st.randoms(use_true_random=False))
-def test_the_order_of_arrival_changes_no_bit(seed: int, peers: int, shuffle: random.Random) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    peers=st.integers(1, 8),
+    aggregator=st.sampled_from(AGGREGATORS),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_the_order_of_arrival_changes_no_bit(
+    seed: int, peers: int, aggregator: Aggregator, shuffle: random.Random
+) -> None:
     given_order = contributions(seed, peers)
     other_order = shuffle.sample(given_order, len(given_order))
-    first, second = merge(given_order), merge(other_order)
+    first, second = merge(given_order, aggregator), merge(other_order, aggregator)
     assert first.keys() == second.keys() == given_order[0].arrays.keys()
     for name, array in first.items():
         assert array.tobytes() == second[name].tobytes()
         assert (array.dtype, array.shape) == (given_order[0].arrays[name].dtype, given_order[0].arrays[name].shape)
 
 
-@given(seed=st.integers(0, 2**32))
-def test_a_lone_contribution_comes_back_unchanged(seed: int) -> None:
+@given(seed=st.integers(0, 2**32), aggregator=st.sampled_from(AGGREGATORS))
+def test_a_lone_contribution_comes_back_unchanged(seed: int, aggregator: Aggregator) -> None:
     (alone,) = contributions(seed, 1)
-    assert {name: a.tobytes() for name, a in merge([alone]).items()} == {
+    assert {name: a.tobytes() for name, a in merge([alone], aggregator).items()} == {
         n: a.tobytes() for n, a in alone.arrays.items()
     }
 
@@ -142,3 +152,47 @@ def test_a_name_that_says_no_way_to_merge_is_refused(arrays: Arrays) -> None:
 def test_an_author_counts_once() -> None:
     with pytest.raises(ProtocolError, match=CAROL):
         merge([Contribution(CAROL, 1.0, honest()), Contribution(CAROL, 2.0, honest())])
+
+
+# --- other rules than the mean ---------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 2**32), peers=st.integers(1, 8), liars=st.integers(0, 3))
+def test_arrays_merge_as_the_rule_makes_one_of_their_rows(seed: int, peers: int, liars: int) -> None:
+    given_order = sorted(contributions(seed, peers), key=lambda each: each.author)
+    weights = [each.weight for each in given_order]
+    for aggregator in AGGREGATORS:
+        merged = merge(given_order, aggregator, liars=liars)
+        for name in ("mean/weights", "mean/wide", "nonneg/squares"):
+            rows = np.stack([each.arrays[name].ravel() for each in given_order])
+            if peers > 1:
+                assert merged[name].tobytes() == aggregate(rows, weights, aggregator, liars).tobytes()
+        assert (merged["nonneg/squares"] >= 0).all()
+
+
+@given(seed=st.integers(0, 2**32), peers=st.integers(3, 8), size=st.sampled_from([-1e12, 0.0, 1e12]))
+def test_a_liar_says_nothing_in_sums_and_moments_that_no_honest_one_does(seed: int, peers: int, size: float) -> None:
+    given_order = contributions(seed, peers)
+    *honest, last = given_order
+    lies: Arrays = {name: np.full_like(array, size, dtype=array.dtype) for name, array in last.arrays.items()}
+    lies |= {"nonneg/squares": np.full(3, abs(size), np.float32), "sum/steps": np.asarray(int(size))}
+    lies |= Moments(2.0**52, np.full(5, size), np.full(5, abs(size))).to_arrays("observation")
+    merged = merge([*honest, Contribution(last.author, 1e6, lies)], Aggregator(Rule.MEDIAN), liars=1)
+    for name in ("sum/steps", "sum/rewards"):
+        said = [each.arrays[name].astype(np.float64) for each in honest]
+        low, high = np.min(said, axis=0), np.max(said, axis=0)
+        assert (merged[name] >= peers * low - 1e-3 * abs(low)).all()
+        assert (merged[name] <= peers * high + 1e-3 * abs(high)).all()
+    result = Moments.from_arrays(merged, "observation")
+    parts = [Moments.from_arrays(each.arrays, "observation") for each in honest]
+    low, high = (bound([each.mean for each in parts], axis=0) for bound in (np.min, np.max))
+    assert ((result.mean >= low - 1e-9 * abs(low)) & (result.mean <= high + 1e-9 * abs(high))).all()
+    assert result.count <= peers * max(each.count for each in parts)
+    assert (result.std <= np.max([each.std for each in parts], axis=0) + (high - low) + 1e-9).all()
+
+
+def test_of_two_there_is_no_telling_which_one_lies() -> None:
+    both = contributions(3, 2)
+    trimmed = merge(both, Aggregator(Rule.TRIMMED_MEAN))
+    for name, array in merge(both).items():
+        np.testing.assert_allclose(trimmed[name], array, rtol=1e-6)

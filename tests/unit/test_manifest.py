@@ -13,6 +13,7 @@ from shoal.protocol.errors import LimitError, ProtocolError, ShoalError, Signatu
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import KIND, Manifest, Mode, open_manifest, sign_manifest
 
 ANN, BOB = Signer(b"a" * 32), Signer(b"b" * 32)
@@ -55,6 +56,8 @@ def test_every_field_is_part_of_the_name() -> None:
         {"created_at": 1},
         {"name": "one for people"},
         {"mode": Mode.GRADIENT},
+        {"aggregator": "nnm+trimmed_mean"},
+        {"codec": Codec.INT8},
         {"target_return": 1.0},
     ]
     assert len({sign_manifest(a_manifest(**change), ANN)[0] for change in changes}) == len(changes)
@@ -98,6 +101,8 @@ def test_other_bytes_are_refused() -> None:
         {"created_at": 2**63},
         {"version": 2},
         {"owner": "somebody"},
+        {"aggregator": "mode"},
+        {"codec": "int3"},
     ],
 )
 def test_a_manifest_with_a_senseless_field_is_refused(changes: dict[str, Any]) -> None:
@@ -110,6 +115,8 @@ def test_senseless_settings_are_told_to_the_owner() -> None:
         a_manifest(task="CartPole-v1")
     with pytest.raises(UsageError, match="batch size"):
         a_manifest(batch_size=0)
+    with pytest.raises(UsageError, match="choose one of mean"):
+        a_manifest(aggregator="mode")
 
 
 def test_what_a_manifest_says_reaches_no_terminal_as_it_is() -> None:
@@ -154,6 +161,7 @@ def test_what_a_run_requires_is_part_of_its_name_and_bounded() -> None:
             open_manifest(*sealed(requires=wrong))
 
 
-def test_a_manifest_from_before_there_were_requirements_is_still_read() -> None:
-    plain = {name: value for name, value in to_plain(a_manifest()).items() if name != "requires"}
+@pytest.mark.parametrize("later", ["requires", "aggregator", "codec"])
+def test_a_manifest_from_before_there_was_a_field_is_still_read(later: str) -> None:
+    plain = {name: value for name, value in to_plain(a_manifest()).items() if name != later}
     assert open_manifest(*named(encode(ANN.seal(KIND, encode(plain))))) == a_manifest()

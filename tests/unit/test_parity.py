@@ -7,6 +7,7 @@ peers end each epoch with the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from shoal.protocol.ids import PeerId
 from shoal.training.algorithms import Exchange, UpdateStats
 from shoal.training.algorithms.ppo import PPO, PPOLearner
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
+from shoal.training.exchange.outer import Outer
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import digest, encode_arrays
 from shoal.training.tasks import load_task
@@ -25,8 +27,9 @@ PEERS = [PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2, 3)]
 SMALL = {"num_envs": 4, "update_epochs": 3, "num_minibatches": 6, "hidden_sizes": [16, 16]}
 
 
-def manifest(task: str, mode: Mode) -> Manifest:
-    return Manifest(owner=PEERS[0], task=task, algorithm="ppo", hyperparameters=SMALL, seed=7, mode=mode)
+def manifest(task: str, mode: Mode, **settings: Any) -> Manifest:
+    settings = SMALL | settings
+    return Manifest(owner=PEERS[0], task=task, algorithm="ppo", hyperparameters=settings, seed=7, mode=mode)
 
 
 def learners(run: Manifest, num_peers: int) -> list[PPOLearner]:
@@ -120,7 +123,7 @@ def test_peers_end_with_the_same_bits_whatever_each_collected(task: str, mode: M
         assert [bool(each.metrics) for each in stats] == [share > 0 for share in shares]
         states = {encode_arrays(peer.export_state(), {}) for peer in peers}
         assert len(states) == 1
-    assert counts == {1 if mode is Mode.LOCAL else 1 + SMALL["update_epochs"] * SMALL["num_minibatches"]}
+    assert counts == {1 + SMALL["update_epochs"] * SMALL["num_minibatches"] if mode is Mode.GRADIENT else 1}
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -145,3 +148,75 @@ def test_a_newcomer_that_takes_the_state_goes_on_with_the_same_bits(mode: Mode) 
         peer.collect(64)
     update([first, second, newcomer])
     assert len({digest(peer.export_state()) for peer in (first, second, newcomer)}) == 1
+
+
+# --- mode diloco -----------------------------------------------------------------------------------------------------
+
+
+def test_the_outer_state_of_two_learners_is_that_of_one_process_that_takes_their_average() -> None:
+    """Epoch after epoch, bit for bit: parameters and outer momentum."""
+    peers = learners(manifest("gym:CartPole-v1", Mode.DILOCO), 2)
+    start = peers[0]._model.flat.copy()
+    alone = Outer(start.size, max_gradient=1.0)
+    for _ in range(3):
+        updates = []
+        for peer, share in zip(peers, (64, 32), strict=True):
+            peer.collect(share)
+            updates.append(peer.update())
+        exchanges = [next(each) for each in updates]
+        merged = merge(
+            Contribution(author, exchange.weight, exchange.arrays)
+            for author, exchange in zip(PEERS, exchanges, strict=False)
+        )
+        for each in updates:
+            with pytest.raises(StopIteration):
+                each.send(merged)
+        alone.apply(start, merged["mean/delta"].astype(np.float32))
+        for peer in peers:
+            assert peer._model.flat.tobytes() == start.tobytes()
+            assert peer.export_state()["outer/momentum"].tobytes() == alone.momentum.tobytes()
+    assert np.abs(alone.momentum).max() > 0
+
+
+def test_with_a_rate_of_one_and_no_momentum_an_epoch_of_diloco_is_one_of_local() -> None:
+    local = learners(manifest("gym:Pendulum-v1", Mode.LOCAL), 2)
+    settings = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+    diloco = learners(manifest("gym:Pendulum-v1", Mode.DILOCO, **settings), 2)
+    for peers in (local, diloco):
+        for peer, share in zip(peers, (64, 128), strict=True):
+            peer.collect(share)
+        update(peers)
+    assert_close(local[0].policy_arrays(), diloco[0].policy_arrays(), 1e-6)
+
+
+def test_adam_stays_with_its_peer_and_a_newcomer_begins_with_zeros() -> None:
+    run = manifest("gym:Pendulum-v1", Mode.DILOCO)
+    first, second, newcomer = learners(run, 3)
+    for peer in (first, second):
+        peer.collect(64)
+    update([first, second])
+    assert not any(name.startswith("adam/") for name in first.export_state())
+    assert first._adam.step == second._adam.step > 0
+    assert digest(first._inner_state()) != digest(second._inner_state())
+    before = digest(first._inner_state())
+    first.import_state(second.export_state())
+    assert digest(first._inner_state()) == before
+    newcomer.import_state(second.export_state())
+    assert newcomer._adam.step == 0
+    assert not newcomer._adam.first.any()
+    for peer in (first, second, newcomer):
+        peer.collect(64)
+    update([first, second, newcomer])
+    assert len({digest(peer.export_state()) for peer in (first, second, newcomer)}) == 1
+
+
+def test_an_update_that_is_given_up_takes_adam_back_too() -> None:
+    (alone,) = learners(manifest("gym:Pendulum-v1", Mode.DILOCO), 1)
+    for _ in range(2):
+        alone.collect(64)
+        before = digest(alone._state() | alone._inner_state())
+        next(alone.update())
+        alone.abandon()
+        assert digest(alone._state() | alone._inner_state()) == before
+        alone.collect(64)
+        update([alone])

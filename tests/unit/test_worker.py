@@ -23,6 +23,8 @@ from shoal.protocol.services import Empty, Method
 from shoal.training import worker as worker_module
 from shoal.training.algorithms.ppo import PPOLearner
 from shoal.training.electorate import MAX_MISSED
+from shoal.training.exchange.codecs import Sender
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import MAX_OFFERS, NO_BALLOT
@@ -380,6 +382,86 @@ def test_one_contribution_of_numbers_near_the_limit_changes_nothing_but_who_is_l
 
 
 @pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "nnm+multi_krum", "arc+nnm+centered_clipping"])
+def test_a_plausible_lie_reaches_no_further_than_the_honest_by_the_rule_of_the_manifest(
+    aggregator: str, mode: Mode
+) -> None:
+    """One of four turns round what it found, and adds as much as anybody may; all four end with the same bits."""
+    run = replace(a_manifest("gym:Pendulum-v1", mode), aggregator=aggregator)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:4]}
+    liar, honest = PEERS[2], [PEERS[0], PEERS[1], PEERS[3]]
+    for epoch in (1, 2):
+        for worker in workers.values():
+            worker.collect(Collect(64))
+        answers = {peer: begin(worker, epoch - 1) for peer, worker in workers.items()}
+        while all(answer.state is None for answer in answers.values()):
+            said = {peer: decode_arrays(bytes(answer.contribution or b""))[0] for peer, answer in answers.items()}
+            lies = {name: turned_round(name, array, workers[liar]) for name, array in said[liar].items()}
+            sent = answers | {liar: MergeAnswer(answers[liar].weight, encode_arrays(lies, {}))}
+            rejected: list[PeerId] = []
+            merged = workers[liar]._average(merge_of(sent), rejected)
+            assert not rejected
+            for name in (each for each in merged if each.startswith(("mean/", "nonneg/"))):
+                true = np.stack([said[peer][name].astype(np.float64) for peer in honest])
+                apart = max(np.linalg.norm(one - other) for one in true for other in true)
+                assert np.linalg.norm(merged[name] - true.mean(axis=0)) <= 4 * apart + 1e-12, name
+            answers = {peer: worker.merge(merge_of(sent)) for peer, worker in workers.items()}
+        assert len({bytes(answer.state.state or b"") for answer in answers.values() if answer.state is not None}) == 1
+
+
+LOSSY = [codec for codec in Codec if codec is not Codec.FP32]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("codec", LOSSY)
+def test_in_every_codec_all_end_with_the_same_bits_and_what_was_lost_is_no_part_of_them(
+    codec: Codec, mode: Mode
+) -> None:
+    run = replace(a_manifest("gym:Pendulum-v1", mode), codec=codec)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:3]}
+    for epoch in (1, 2):
+        for worker in workers.values():
+            worker.collect(Collect(64))
+        answers = {peer: begin(worker, epoch - 1) for peer, worker in workers.items()}
+        while all(answer.state is None for answer in answers.values()):
+            answers = {peer: worker.merge(merge_of(answers)) for peer, worker in workers.items()}
+            assert {answer.rejected for answer in answers.values()} == {()}
+        states = {bytes(answer.state.state or b"") for answer in answers.values() if answer.state is not None}
+        assert len(states) == 1
+    assert len({digest(worker._sender.memory) for worker in workers.values()}) == len(workers)
+    for worker in workers.values():
+        worker.load(Load(a_state(worker)))
+        assert not worker._sender.memory, "a jump to another state leaves what was lost on the way to this one"
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_what_is_no_contribution_in_the_codec_of_the_run_is_left_out(codec: Codec) -> None:
+    run = replace(a_manifest(), codec=codec)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:3]}
+    for worker in workers.values():
+        worker.collect(Collect(64))
+    answers = {peer: begin(worker) for peer, worker in workers.items()}
+    packed, _ = decode_arrays(bytes(answers[PEERS[0]].contribution or b""))
+    plain = dict(workers[PEERS[0]]._exchange.arrays)
+    for lie in (plain, plain | packed, {name: packed[name] for name in packed if "packed" not in name}):
+        sent = answers | {PEERS[0]: MergeAnswer(answers[PEERS[0]].weight, encode_arrays(lie, {}))}
+        for worker in workers.values():
+            rejected: list[PeerId] = []
+            worker._average(merge_of(sent), rejected)
+            assert rejected == [PEERS[0]]
+    held = workers[PEERS[0]]._sender
+    assert workers[PEERS[0]].merge(merge_of(sent)).rejected == (PEERS[0],)
+    assert not held.memory, "what was not merged was not sent"
+
+
+def turned_round(name: str, array: np.ndarray[Any, Any], worker: Worker) -> Any:
+    if name.startswith(("moments/", "nonneg/")):
+        return array
+    centre = worker._exchange.centres.get(name, np.zeros_like(array))
+    return (centre - 3 * (array - centre)).astype(array.dtype) if "adam" not in name else array
+
+
+@pytest.mark.parametrize("mode", list(Mode))
 def test_fast_and_slow_honest_peers_leave_nobody_out(mode: Mode) -> None:
     """Two that had the time for one vector step, and one with all the rest of the batch."""
     run = a_manifest("gym:CartPole-v1", mode, update_epochs=5, num_minibatches=32)
@@ -429,7 +511,7 @@ def test_a_merge_that_leads_nowhere_is_taken_back_and_told_with_the_names(monkey
     answer = begin(worker)
     request = merge_of({PEERS[0]: answer})
     with monkeypatch.context() as patched:
-        patched.setattr(worker_module, "merge", lambda _: decode_arrays(bytes(endless(answer)))[0])
+        patched.setattr(worker_module, "merge", lambda *_, **__: decode_arrays(bytes(endless(answer)))[0])
         with pytest.raises(RemoteError, match=PEERS[0]) as told:
             worker.merge(request)
     assert told.value.status is MERGE_FAILED
@@ -443,6 +525,41 @@ def endless(answer: MergeAnswer) -> bytes:
     """Parameters that fit and whose values overflow."""
     arrays = decode_arrays(bytes(answer.contribution or b""))[0]
     return encode_arrays(arrays | {"mean/parameters": np.full_like(arrays["mean/parameters"], 1e30)}, {})
+
+
+@pytest.mark.parametrize("codec", list(Codec))
+def test_a_step_that_no_optimiser_can_have_come_to_is_left_out_in_mode_diloco(codec: Codec) -> None:
+    run = replace(a_manifest(mode=Mode.DILOCO), codec=codec)
+    workers = {peer: a_worker(run, peer) for peer in PEERS[:2]}
+    for worker in workers.values():
+        worker.collect(Collect(128))
+    answers = {peer: begin(worker) for peer, worker in workers.items()}
+    liar = workers[PEERS[1]]
+    exchange = liar._exchange
+    most = exchange.lossy["mean/delta"]
+    for size, expected in ((0.999 * most, []), (1.1 * most, [PEERS[1]])):
+        arrays = exchange.arrays | {"mean/delta": np.full_like(exchange.arrays["mean/delta"], size)}
+        data = Sender(codec).encode(arrays, {"mean/delta": 1e9}, {})
+        rejected: list[PeerId] = []
+        sent = answers | {PEERS[1]: MergeAnswer(answers[PEERS[1]].weight, data)}
+        workers[PEERS[0]]._average(merge_of(sent), rejected)
+        assert rejected == expected
+
+
+def test_what_topk_sends_late_is_not_given_momentum_on_top() -> None:
+    for codec, expected in ((Codec.INT8, (0.7, 0.9)), (Codec.TOPK, (1.0, 0.0))):
+        learner = a_worker(replace(a_manifest(mode=Mode.DILOCO), codec=codec)).learner
+        assert isinstance(learner, PPOLearner)
+        assert (learner.config.outer_learning_rate, learner.config.outer_momentum) == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e3])
+def test_an_outer_momentum_that_nobody_can_have_is_refused(value: float) -> None:
+    worker = a_worker(a_manifest(mode=Mode.DILOCO))
+    before = fingerprint(worker)
+    with pytest.raises(ProtocolError):
+        worker.load(Load(a_state(worker, outer__momentum=value)))
+    assert fingerprint(worker) == before
 
 
 @pytest.mark.parametrize("field", ["authors", "weights", "seconds", "contributions"])

@@ -74,6 +74,12 @@ def check_adam(first: Floats, second: Floats, *, max_norm: float) -> None:
         raise ProtocolError("Adam's first moment is too large for the second")
 
 
+def fit_first(first: Floats, second: Floats) -> Floats:
+    """A first moment that came of another rule than the second, or of other peers, cut to what `check_adam` allows."""
+    bound = np.float32(_MAX_RATIO) * np.sqrt(second) + np.float32(_UNDERFLOW)
+    return np.clip(first, -bound, bound)
+
+
 def check_adam_step(step: int) -> None:
     """Check a number of steps from elsewhere.
 

@@ -10,6 +10,9 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 from shoal.training.exchange.averager import Arrays, Contribution
@@ -37,6 +40,9 @@ class Exchange:
         check: raises `ProtocolError` for a contribution that fits and that no honest learner could have made.
         scales: how honest contributions compare with each other; see `shoal.training.exchange.outliers`. Like ``check``
             these depend on nothing but the state that all peers share, so that all leave out the same.
+        centres: by name, what of that state an array of ``arrays`` is another version of; zeros, where there is none.
+        lossy: by name, what may travel smaller and a little wrong (`shoal.training.exchange.codecs`), and the largest
+            magnitude that its difference from the centre may have.
         is_last: whether the update is done after this; an update whose last exchange does not say so stands by none.
     """
 
@@ -45,6 +51,8 @@ class Exchange:
     template: Arrays
     check: Callable[[Contribution], None] = _let_through
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    centres: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    lossy: Mapping[str, float] = field(default_factory=dict)
     is_last: bool = True
 
 

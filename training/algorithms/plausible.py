@@ -61,6 +61,10 @@ class Limits:
                 if moments.count != (weight if is_normalized else 0):
                     raise ProtocolError(f"moments/{name} count {moments.count:g} samples of {weight:g}")
                 _check_moments(name, moments)
+        if "mean/delta" in arrays:
+            change = float(np.abs(arrays["mean/delta"].astype(np.float64)).max(initial=0.0))
+            if not change <= self.max_change:
+                raise ProtocolError(f"a parameter moved by {change:.3g}, further than the optimiser's steps reach")
         if "mean/parameters" in arrays:
             change = float(np.abs(arrays["mean/parameters"].astype(np.float64) - start).max())
             if not change <= self.max_change:
@@ -78,8 +82,9 @@ class Limits:
         for name, array in arrays.items():
             if name.startswith("parameters/") and not (np.abs(array) <= MAX_PARAMETER).all():
                 raise ProtocolError(f"{name!r} holds numbers beyond {MAX_PARAMETER:g}; take another state")
-        check_adam_step(int(arrays["adam/step"]))
-        check_adam(_floats(arrays["adam/first"]), _floats(arrays["adam/second"]), max_norm=self.max_norm)
+        if "adam/step" in arrays:  # in mode diloco Adam is each peer's own
+            check_adam_step(int(arrays["adam/step"]))
+            check_adam(_floats(arrays["adam/first"]), _floats(arrays["adam/second"]), max_norm=self.max_norm)
         for name, is_normalized in self.normalized.items():
             moments = Moments.from_arrays(arrays, name)
             if moments.count and not is_normalized:

@@ -9,6 +9,9 @@ with r the probability ratio, A the normalised advantage (GAE) and R = A + V the
 
 - Mode ``local``: each peer takes these steps on its own samples alone. One exchange then averages the parameters and
   Adam's moments, weighted by samples. Everybody takes the average verbatim, so all hold the same bits.
+- Mode ``diloco``: the same steps, but what is exchanged is how far they led, as an outer gradient
+  (`shoal.training.exchange.outer`): a third of the bytes, and fewer by a lossy codec. Adam's moments stay with their
+  peer: a newcomer, and a worker that was started anew, begins with zeros, as everybody did.
 - Mode ``gradient``: a first exchange merges the moments of the advantages, so that they are normalised over the
   joint batch; then one exchange per minibatch averages its gradient, weighted by samples. The k-th minibatch of the
   joint batch is the union of the peers' k-th minibatches, so N peers take the steps of one process.
@@ -32,6 +35,7 @@ normalisers as the weight says. What was merged is tried on own samples before i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,13 +48,16 @@ import torch
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.training import watch
-from shoal.training.algorithms.adam import Adam, clip_by_norm
+from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
 from shoal.training.algorithms.plausible import Limits
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
 from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
 from shoal.training.exchange.averager import Arrays, Moments
+from shoal.training.exchange.codecs import ROUNDING
+from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.outliers import Scale, root_mean_square
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import check_fit
@@ -129,10 +136,17 @@ class PPOLearner:
             for name in streams
         ]
         self._set_normalizers(Moments.none((task.observation_size,)), Moments.none())
+        self._max_change = self._adam.max_change(config.update_epochs * config.num_minibatches)
         self._limits = Limits(
             config.max_grad_norm,
-            self._adam.max_change(config.update_epochs * config.num_minibatches),
+            self._max_change if manifest.codec is Codec.FP32 else ROUNDING * self._max_change,
             {"observation": config.normalize_observations, "return": config.normalize_returns},
+        )
+        self._outer = Outer(
+            self._model.flat.size,
+            learning_rate=config.outer_learning_rate,
+            momentum=config.outer_momentum,
+            max_gradient=ROUNDING * self._max_change,
         )
         self._running: Update | None = None
         self._eval_envs: dict[int, VectorEnv] = {}
@@ -169,7 +183,7 @@ class PPOLearner:
             stream.drop()
 
     def export_state(self) -> Arrays:
-        """Parameters, Adam's state and both normalisers, copied."""
+        """Parameters, both normalisers, and Adam's state or (mode ``diloco``) the outer momentum, copied."""
         self._require_idle()
         return {name: array.copy() for name, array in self._state().items()}
 
@@ -247,7 +261,7 @@ class PPOLearner:
 
     def _guarded_update(self) -> Update:
         """Run the update; put everything back if it is closed or fails."""
-        before = {name: array.copy() for name, array in self._state().items()}
+        before = {name: array.copy() for name, array in (self._state() | self._inner_state()).items()}
         try:
             stats = yield from self._update()
         except BaseException:
@@ -264,10 +278,13 @@ class PPOLearner:
         increments = self._normalizer_increments()
         batch = self._batch() if samples else None
         metrics: dict[str, float] = {}
-        if self._mode is Mode.LOCAL:
-            merged = yield from self._optimise_locally(batch, increments, metrics)
-        else:
-            merged = yield from self._optimise_together(batch, increments, metrics)
+        match self._mode:
+            case Mode.LOCAL:
+                merged = yield from self._optimise_locally(batch, increments, metrics)
+            case Mode.DILOCO:
+                merged = yield from self._optimise_apart(batch, increments, metrics)
+            case Mode.GRADIENT:
+                merged = yield from self._optimise_together(batch, increments, metrics)
         if merged:
             self._set_normalizers(
                 self._observation_moments.merge(Moments.from_arrays(merged, "observation")),
@@ -286,11 +303,7 @@ class PPOLearner:
         before = {name: array.copy() for name, array in self._state().items()}
         model, adam, config = self._model, self._adam, self.config
         start = model.flat.copy()
-        if batch is not None:
-            batch = batch.normalized(Moments.of(batch.advantages.numpy()))
-            for indices in self._minibatches():
-                if len(indices):
-                    self._step(self._gradient(batch, indices, metrics), metrics)
+        self._step_alone(batch, metrics)
         template = {
             "mean/parameters": model.flat,
             "mean/adam/first": adam.first,
@@ -300,15 +313,49 @@ class PPOLearner:
         steps = config.update_epochs * config.num_minibatches
         check = partial(self._limits.check_contribution, start=start)
         scales = self._moment_scales()
-        merged = yield Exchange(arrays if batch is not None else {}, self.samples, arrays, check, scales)
+        centres = {
+            "mean/parameters": start,
+            "mean/adam/first": before["adam/first"],
+            "nonneg/adam/second": before["adam/second"],
+        }
+        own = arrays if batch is not None else {}
+        lossy = {"mean/parameters": self._max_change}
+        merged = yield Exchange(own, self.samples, arrays, check, scales, centres, lossy)
         if not merged:  # nobody had any samples
             self._load(before)
             return {}
         _check_merged(merged, arrays)
         model.flat[:] = merged["mean/parameters"]
-        adam.first[:], adam.second[:] = merged["mean/adam/first"], merged["nonneg/adam/second"]
+        adam.second[:] = merged["nonneg/adam/second"]
+        adam.first[:] = fit_first(_floats(merged["mean/adam/first"]), adam.second)
         adam.step = int(before["adam/step"]) + steps
         return merged
+
+    def _optimise_apart(
+        self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]
+    ) -> Generator[Exchange, Arrays, Arrays]:
+        """Optimise on own samples, then step by the average of how far everybody came."""
+        start = self._model.flat.copy()
+        self._step_alone(batch, metrics)
+        arrays: Arrays = {"mean/delta": start - self._model.flat} | increments
+        self._model.flat[:] = start
+        check = partial(self._limits.check_contribution, start=start)
+        lossy = {"mean/delta": self._max_change}
+        own = arrays if batch is not None else {}
+        merged = yield Exchange(own, self.samples, arrays, check, self._moment_scales(), lossy=lossy)
+        if merged:
+            _check_merged(merged, arrays)
+            self._outer.apply(self._model.flat, _floats(merged["mean/delta"]))
+        return merged
+
+    def _step_alone(self, batch: _Batch | None, metrics: dict[str, float]) -> None:
+        """All steps of an update on own samples, if there are any."""
+        if batch is None:
+            return
+        batch = batch.normalized(Moments.of(batch.advantages.numpy()))
+        for indices in self._minibatches():
+            if len(indices):
+                self._step(self._gradient(batch, indices, metrics), metrics)
 
     def _optimise_together(
         self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]
@@ -330,7 +377,14 @@ class PPOLearner:
             gradient: Arrays = {}
             if batch is not None and len(indices):
                 gradient = {"mean/gradient": self._gradient(batch, indices, metrics)}
-            joint = yield Exchange(gradient, len(indices), template, scales=scales, is_last=number == num_steps)
+            joint = yield Exchange(
+                gradient,
+                len(indices),
+                template,
+                scales=scales,
+                lossy={"mean/gradient": math.inf},
+                is_last=number == num_steps,
+            )
             if joint:
                 _check_merged(joint, template)
                 self._step(joint["mean/gradient"].astype(np.float32, copy=False), metrics)
@@ -406,6 +460,8 @@ class PPOLearner:
     def _check_state(self, arrays: Arrays) -> None:
         check_fit(arrays, self._state())
         self._limits.check_state(arrays)
+        if self._mode is Mode.DILOCO:
+            self._outer.check(arrays["outer/momentum"])
 
     def _require_sane(self, batch: _Batch | None) -> None:
         """Check the state that was merged, and what it makes of own samples, before anybody gets it.
@@ -460,17 +516,25 @@ class PPOLearner:
         """What all peers share; some of it are views."""
         return (
             {f"parameters/{name}": array for name, array in self._model.parameters.items()}
-            | {"adam/first": self._adam.first, "adam/second": self._adam.second}
-            | {"adam/step": np.asarray(self._adam.step, np.int64)}
+            | ({"outer/momentum": self._outer.momentum} if self._mode is Mode.DILOCO else self._inner_state())
             | self._observation_moments.to_arrays("observation")
             | self._return_moments.to_arrays("return")
         )
 
+    def _inner_state(self) -> Arrays:
+        """Adam's, as views: shared, but for mode ``diloco``."""
+        adam = self._adam
+        return {"adam/first": adam.first, "adam/second": adam.second, "adam/step": np.asarray(adam.step, np.int64)}
+
     def _load(self, arrays: Arrays) -> None:
+        """Take what is there of `_state` and `_inner_state`."""
         for name, view in self._model.parameters.items():
             view[...] = arrays[f"parameters/{name}"]
-        self._adam.first[:], self._adam.second[:] = arrays["adam/first"], arrays["adam/second"]
-        self._adam.step = int(arrays["adam/step"])
+        if "adam/step" in arrays:
+            self._adam.first[:], self._adam.second[:] = arrays["adam/first"], arrays["adam/second"]
+            self._adam.step = int(arrays["adam/step"])
+        if "outer/momentum" in arrays:
+            self._outer.momentum[:] = arrays["outer/momentum"]
         self._set_normalizers(Moments.from_arrays(arrays, "observation"), Moments.from_arrays(arrays, "return"))
 
     def _set_normalizers(self, observation: Moments, returns: Moments) -> None:
@@ -486,6 +550,10 @@ class PPOLearner:
 def _flat(rows: npt.NDArray[np.generic]) -> torch.Tensor:
     """``[T, N, ...]`` as a tensor ``[T * N, ...]``."""
     return torch.from_numpy(rows.reshape(-1, *rows.shape[2:]))
+
+
+def _floats(array: npt.NDArray[np.generic]) -> Floats:
+    return array.astype(np.float32, copy=False)
 
 
 def _check_merged(merged: Arrays, template: Arrays) -> None:

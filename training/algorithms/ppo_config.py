@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ProtocolError, UsageError
+from shoal.training.exchange import outer
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.plugins import suggest
 from shoal.training.tasks import Continuous, Task
@@ -33,6 +35,8 @@ class PPOConfig:
         initial_log_std: of a continuous policy; 0 where 1 is half the range of an action.
         normalize_observations: scale observations to mean 0 and deviation 1 over the whole run, of all peers.
         normalize_returns: scale rewards so that discounted returns have deviation 1 over the whole run, of all peers.
+        outer_learning_rate: of the outer step in mode ``diloco``.
+        outer_momentum: likewise.
     """
 
     num_envs: int = 4
@@ -50,6 +54,8 @@ class PPOConfig:
     initial_log_std: float = 0.0
     normalize_observations: bool = False
     normalize_returns: bool = False
+    outer_learning_rate: float = outer.LEARNING_RATE
+    outer_momentum: float = outer.MOMENTUM
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -65,6 +71,8 @@ class PPOConfig:
             ("entropy_coefficient", 0.0, 1e6),
             ("max_grad_norm", 1e-6, 1e9),
             ("initial_log_std", -20.0, 5.0),
+            ("outer_learning_rate", 1e-6, 10.0),
+            ("outer_momentum", 0.0, outer.MAX_MOMENTUM),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -79,6 +87,10 @@ _CONTINUOUS: Final[dict[str, Any]] = {"gamma": 0.95, "normalize_observations": T
 _GRADIENT: Final[dict[str, Any]] = {"update_epochs": 8, "num_minibatches": 4, "learning_rate": 3e-3}
 
 
+# What topk leaves out comes later and all at once; with outer momentum on top of that a run diverges (2508.15706).
+_LATE: Final[dict[str, Any]] = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+
+
 def ppo_config(manifest: Manifest, task: Task) -> PPOConfig:
     """The manifest's hyperparameters over the defaults for the task's action space and the exchange mode.
 
@@ -91,6 +103,8 @@ def ppo_config(manifest: Manifest, task: Task) -> PPOConfig:
         values |= _CONTINUOUS
     if manifest.mode is Mode.GRADIENT:
         values |= _GRADIENT
+    if manifest.codec is Codec.TOPK:
+        values |= _LATE
     known = {field.name for field in fields(PPOConfig)}
     for name in manifest.hyperparameters:
         if name not in known:

@@ -3,17 +3,24 @@
 The first segment of an array's name says how it merges:
 
 ==========================  ==================================================================================
-``mean/<name>``             weighted mean
-``nonneg/<name>``           weighted mean of what can't be negative, such as Adam's second moment
+``mean/<name>``             weighted mean, or what another rule makes of them
+``nonneg/<name>``           the same of what can't be negative, such as Adam's second moment
 ``sum/<name>``              sum
 ``moments/<name>/count``    how many samples were seen (a scalar, all three float64), with
 ``moments/<name>/mean``     their mean and
 ``moments/<name>/m2``       the sum of their squared distances from it: what the joint samples would have given
 ==========================  ==================================================================================
 
+Rules other than the mean (`shoal.training.exchange.aggregators`) assume that ``f`` contributions are lies. They see one
+array at a time, as a span's owner does. What is summed, and moments, have no rule of their own, as their parts are not
+samples of one thing; there each number is held, before it is added, between the ``f + 1``-th smallest and the
+``f + 1``-th largest of its kind: each addend of a sum; of moments the means, the variances and, from above alone, the
+counts. So ``f`` liars say nothing that an honest peer on either side of them does not, and where nobody lies little is
+lost.
+
 Moments are merged by Chan, Golub and LeVeque's pairwise update ("Algorithms for computing the sample variance",
 1983), the parallel form of Welford's. Contributions are taken in the order of their authors and accumulated
-in float64, one elementwise operation after the other, so no order of arrival, number of threads or width of
+in float64, one elementwise operation after the other: no order of arrival, number of threads or width of
 vector unit can change a bit. The result has the dtypes that were given.
 
 Contributions come from the network. `validate` checks one against what it should look like and names its
@@ -25,16 +32,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import PeerId
+from shoal.training.exchange.aggregators import aggregate, weighted_mean
+from shoal.training.exchange.rules import Aggregator, assumed_liars, withstood
 
 Arrays: TypeAlias = dict[str, npt.NDArray[np.generic]]
 
+_Array: TypeAlias = npt.NDArray[Any]
+
+_MEAN: Final = Aggregator()
+_NO_ARRAYS: Final[Mapping[str, npt.NDArray[np.generic]]] = {}
 _MAX_MAGNITUDE: Final = 1e30  # squares of it, times any count, are still finite in float64
 _MAX_COUNT: Final = 2.0**53  # integers up to here are exact in float64
 _FLOATS: Final = (np.dtype(np.float32), np.dtype(np.float64))
@@ -148,10 +161,22 @@ def validate(contribution: Contribution, template: Mapping[str, npt.NDArray[np.g
         _check_values(author, name, array)
 
 
-def merge(contributions: Iterable[Contribution]) -> Arrays:
+def merge(
+    contributions: Iterable[Contribution],
+    aggregator: Aggregator = _MEAN,
+    *,
+    liars: int | None = None,
+    centres: Mapping[str, npt.NDArray[np.generic]] = _NO_ARRAYS,
+) -> Arrays:
     """Merge by the rules that the names say; see the head of the module.
 
     A lone contribution comes back unchanged. Nothing at all merges to nothing: ``{}``.
+
+    Args:
+        contributions: in any order.
+        aggregator: by which rule those named ``mean`` and ``nonneg`` merge.
+        liars: how many to assume among them; by their number alone (`assumed_liars`), if None.
+        centres: by name, what adaptive clipping measures lengths from; zeros, where there is none.
 
     Raises:
         ProtocolError: if one differs from the first by author in names, shapes or dtypes, if `validate` would refuse
@@ -167,35 +192,54 @@ def merge(contributions: Iterable[Contribution]) -> Arrays:
     kinds = {name: _kind(first.author, name, first.arrays) for name in sorted(first.arrays)}
     for contribution in ordered:
         validate(contribution, first.arrays)
-    total = 0.0
-    for contribution in ordered:
-        total += contribution.weight
-    shares = [contribution.weight / total for contribution in ordered]
+    weights = [contribution.weight for contribution in ordered]
+    is_trusting = aggregator.is_plain_mean or len(ordered) == 1
+    liars = 0 if is_trusting else withstood(len(ordered), assumed_liars(len(ordered)) if liars is None else liars)
     merged: Arrays = {}
     for name, kind in kinds.items():
-        columns = [contribution.arrays[name] for contribution in ordered]
+        columns: list[_Array] = [contribution.arrays[name] for contribution in ordered]
         match kind:
+            case "mean" | "nonneg" if is_trusting:
+                merged[name] = np.asarray(weighted_mean(columns, weights)).astype(columns[0].dtype)
             case "mean" | "nonneg":
-                merged[name] = _weighted_sum(columns, shares).astype(columns[0].dtype)
+                rows: _Array = np.stack([column.ravel() for column in columns])
+                centre: _Array | None = centres[name].ravel() if name in centres else None
+                merged[name] = aggregate(rows, weights, aggregator, liars, centre=centre).reshape(columns[0].shape)
             case "sum":
-                merged[name] = _sum(columns)
+                merged[name] = _sum(_held(columns, liars))
             case "moments" if name.endswith("/count"):
                 subject = name.removeprefix("moments/").removesuffix("/count")
-                moments = Moments.from_arrays(first.arrays, subject)
-                for contribution in ordered[1:]:
-                    moments = moments.merge(Moments.from_arrays(contribution.arrays, subject))
+                moments, *others = _held_moments([Moments.from_arrays(each.arrays, subject) for each in ordered], liars)
+                for each in others:
+                    moments = moments.merge(each)
                 merged |= moments.to_arrays(subject)
     return merged
 
 
-def _weighted_sum(columns: Sequence[npt.NDArray[np.generic]], shares: Sequence[float]) -> npt.NDArray[np.float64]:
-    result = columns[0].astype(np.float64) * shares[0]
-    for column, share in zip(columns[1:], shares[1:], strict=True):
-        result = result + column.astype(np.float64) * share
-    return np.asarray(result)
+def _held(columns: Sequence[_Array], liars: int) -> Sequence[_Array]:
+    """Each number kept between the smallest and the largest that are not among the ``liars`` most extreme."""
+    if not liars:
+        return columns
+    ranked = np.sort(np.stack(columns), axis=0)
+    return [np.clip(column, ranked[liars], ranked[-1 - liars]) for column in columns]
 
 
-def _sum(columns: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+def _held_moments(parts: Sequence[Moments], liars: int) -> Sequence[Moments]:
+    seen = [each for each in parts if each.count]
+    liars = withstood(len(seen), liars)
+    if not liars:
+        return parts
+    most = sorted(each.count for each in seen)[-1 - liars]
+    means = _held([np.asarray(each.mean) for each in seen], liars)
+    variances = _held([np.asarray(each.m2 / max(each.count, 1.0)) for each in seen], liars)
+    counts = [min(each.count, most) for each in seen]
+    return [
+        Moments(count, np.asarray(mean), np.asarray(variance * count))
+        for count, mean, variance in zip(counts, means, variances, strict=True)
+    ]
+
+
+def _sum(columns: Sequence[_Array]) -> _Array:
     dtype = columns[0].dtype
     wide = np.int64 if dtype == np.int64 else np.float64
     result = columns[0].astype(wide)
