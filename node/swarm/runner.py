@@ -183,13 +183,13 @@ class Runner:
     # Its life.
 
     async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take part until cancelled. Started once the manifest turns out to be one that this node can run.
+        """Take part until cancelled. Started once a worker's process is, if this node is to learn.
 
         What fails in deciding, in keeping the time or in writing leaves nothing that could be gone on with: it fails
         this as a whole, which may be called again and goes on from what is on disk.
 
         Raises:
-            UsageError: before it is started, if it is not.
+            ShoalError: before it is started, if there can be no worker.
         """
         stored = await trio.to_thread.run_sync(read_stored, self._storage, self.swarm)
         self.core = Run(
@@ -399,31 +399,38 @@ class Runner:
     # The worker.
 
     async def _work(self, nursery: trio.Nursery, task_status: TaskStatus[None]) -> None:
-        """Have a worker do the jobs; when it ends, another one."""
-        started = False
+        """Have a worker do the jobs; when it ends, another one.
+
+        This is started once a worker's process is: what it loads takes seconds, and whoever joins need not wait for
+        that. What it finds wrong with the run then, ends the run as a task that fails does.
+        """
+        started = has_opened = False
         backoff = Backoff()
         while True:
             began = trio.current_time()
             try:
                 async with open_worker(nursery, self._me, self._folder) as worker:
-                    opened = await self._open(worker)
                     if not started:
                         started = True
                         task_status.started()
+                    opened = await self._open(worker)
+                    has_opened = True
                     self.post(opened)
                     await self._do_jobs(worker)
             except (RemoteError, ShoalError) as error:
-                if isinstance(error, RemoteError) and error.status is TASK_FAILED:
-                    await self._fail(error.message, started=started)
-                may_work = isinstance(error, RemoteError) or (isinstance(error, WorkerLostError) and not error.is_task)
-                if not started and not may_work:
+                if not started:
                     raise
+                if isinstance(error, RemoteError) and error.status is TASK_FAILED:
+                    await self._fail(error.message)
+                is_hopeless = error.is_task if isinstance(error, WorkerLostError) else isinstance(error, UsageError)
+                if is_hopeless and not has_opened:
+                    await self._fail(str(error))
                 self.error = str(error)
                 if isinstance(error, RemoteError):
                     self.error = f"the worker failed ({error}); see {self._folder / WORKER_LOG}"
                 self._num_lost += self._is_of_task(error)
                 if self._num_lost >= MAX_LOST:
-                    await self._fail(f"{self.error}; {self._num_lost} in a row", started=started)
+                    await self._fail(f"{self.error}; {self._num_lost} in a row")
             self._jobs.clear()
             wait_s = backoff.after(trio.current_time() - began)
             self.post(events.WorkerGone(f"{self.error}; next try in {wait_s:.1f} s"))
@@ -436,10 +443,8 @@ class Runner:
         is_in_them = self._job is None or isinstance(self._job, events.Collect | events.Evaluate)
         return isinstance(error, RemoteError) and error.status is Status.INTERNAL and is_in_them
 
-    async def _fail(self, reason: str, *, started: bool) -> None:
-        """Give the run up on this node: its task does not work here."""
-        if not started:
-            raise ShoalError(reason)
+    async def _fail(self, reason: str) -> None:
+        """Give the run up on this node: it does not work here."""
         self.error = reason
         self.post(events.TaskFailed(reason))
         self._domain.start_soon("learning the task", self._give_up, reason, policy=Task.END)
