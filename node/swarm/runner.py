@@ -101,6 +101,7 @@ class Runner:
 
     Attributes:
         core: decides.
+        is_new: this node has just created it, and whoever wanted that waits to hear whether it works.
         changed: set when what `core` says of its progress may have changed.
         error: what went wrong last, while it lasts.
         num_dropped: events that did not fit.
@@ -118,10 +119,13 @@ class Runner:
         host: Host,
         folder: Path,
         domain: Domain,
+        *,
+        is_new: bool = False,
     ) -> None:
         self.manifest = manifest
         self.swarm = swarm
         self.role = role
+        self.is_new = is_new
         self.replica = replica
         self.changed = Signal()
         self.error: str | None = None
@@ -183,13 +187,14 @@ class Runner:
     # Its life.
 
     async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take part until cancelled. Started once a worker's process is, if this node is to learn.
+        """Take part until cancelled. Started once a worker's process is, and if the run is new, once that works.
 
         What fails in deciding, in keeping the time or in writing leaves nothing that could be gone on with: it fails
         this as a whole, which may be called again and goes on from what is on disk.
 
         Raises:
-            ShoalError: before it is started, if there can be no worker.
+            UsageError: before it is started, if a new run is one that this node cannot take part in.
+            ShoalError: likewise, if there can be no worker.
         """
         stored = await trio.to_thread.run_sync(read_stored, self._storage, self.swarm)
         self.core = Run(
@@ -401,8 +406,8 @@ class Runner:
     async def _work(self, nursery: trio.Nursery, task_status: TaskStatus[None]) -> None:
         """Have a worker do the jobs; when it ends, another one.
 
-        This is started once a worker's process is: what it loads takes seconds, and whoever joins need not wait for
-        that. What it finds wrong with the run then, ends the run as a task that fails does.
+        Whoever joins is not kept waiting for what a worker loads, which takes seconds: what it finds wrong with the run
+        then ends that as a task that fails does. Whoever creates a run hears of it at once.
         """
         started = has_opened = False
         backoff = Backoff()
@@ -410,27 +415,30 @@ class Runner:
             began = trio.current_time()
             try:
                 async with open_worker(nursery, self._me, self._folder) as worker:
-                    if not started:
+                    if not started and not self.is_new:
                         started = True
                         task_status.started()
                     opened = await self._open(worker)
                     has_opened = True
+                    if not started:
+                        started = True
+                        task_status.started()
                     self.post(opened)
                     await self._do_jobs(worker)
             except (RemoteError, ShoalError) as error:
-                if not started:
-                    raise
                 if isinstance(error, RemoteError) and error.status is TASK_FAILED:
-                    await self._fail(error.message)
-                is_hopeless = error.is_task if isinstance(error, WorkerLostError) else isinstance(error, UsageError)
-                if is_hopeless and not has_opened:
-                    await self._fail(str(error))
+                    await self._fail(error.message, started=started)
+                may_work = isinstance(error, RemoteError) or (isinstance(error, WorkerLostError) and not error.is_task)
+                if not started and not may_work:
+                    raise
+                if not has_opened and not may_work and isinstance(error, UsageError | WorkerLostError):
+                    await self._fail(str(error), started=started)
                 self.error = str(error)
                 if isinstance(error, RemoteError):
                     self.error = f"the worker failed ({error}); see {self._folder / WORKER_LOG}"
                 self._num_lost += self._is_of_task(error)
                 if self._num_lost >= MAX_LOST:
-                    await self._fail(f"{self.error}; {self._num_lost} in a row")
+                    await self._fail(f"{self.error}; {self._num_lost} in a row", started=started)
             self._jobs.clear()
             wait_s = backoff.after(trio.current_time() - began)
             self.post(events.WorkerGone(f"{self.error}; next try in {wait_s:.1f} s"))
@@ -443,8 +451,10 @@ class Runner:
         is_in_them = self._job is None or isinstance(self._job, events.Collect | events.Evaluate)
         return isinstance(error, RemoteError) and error.status is Status.INTERNAL and is_in_them
 
-    async def _fail(self, reason: str) -> None:
+    async def _fail(self, reason: str, *, started: bool) -> None:
         """Give the run up on this node: it does not work here."""
+        if not started:
+            raise ShoalError(reason)
         self.error = reason
         self.post(events.TaskFailed(reason))
         self._domain.start_soon("learning the task", self._give_up, reason, policy=Task.END)
