@@ -18,7 +18,7 @@ from typing import Final
 from shoal.node.budgets import Bucket
 from shoal.node.mesh.relay_limits import MAX_PIECE_BYTES, FairShare
 
-LEAST_BYTES: Final = 4096
+LEAST_BYTES: Final = 8192
 """What a message counts as at least."""
 BURST_S: Final = 0.5
 """What may come at once on a connection, in seconds of its rate."""
