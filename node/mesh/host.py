@@ -53,7 +53,7 @@ from shoal.node.mesh.connections import (
 )
 from shoal.node.mesh.dialing import Dialer
 from shoal.node.mesh.door import Door
-from shoal.node.mesh.intake import Intake
+from shoal.node.mesh.intake import intake
 from shoal.node.mesh.interfaces import on_link, reachable_addresses
 from shoal.node.mesh.kademlia import Kademlia, keep_announced, open_kademlia
 from shoal.node.mesh.keepalive import keep_alive
@@ -123,8 +123,9 @@ class Host:
         self.upload = Traffic(self.budgets.limits.upload_bytes_per_s)
         """Of contents, to all peers together; likewise the other way."""
         self.download = Traffic(self.budgets.limits.download_bytes_per_s)
-        self._reading = Reading(_intake(self.budgets.limits), self._connections.wanted.__contains__)
-        libp2p.pace(self._reading, self._connections.wanted.__contains__)
+        is_wanted = self._connections.wanted.__contains__
+        self._reading = Reading(intake(self.budgets.limits, relay_limits), is_wanted)
+        libp2p.pace(self._reading, is_wanted)
         self.links = Links(self, router, domain, lanes=lanes, memory=self.budgets.memory, pace=self._pace)
         self.door = Door(self._accept_lane, self.budgets, self._is_wanted_at)
         self._streams = Queue(self.budgets.streams, STREAM_TURN_S)
@@ -703,12 +704,6 @@ async def open_host(
                 await mesh.wait_gone()
     if failure is not None:
         raise failure
-
-
-def _intake(limits: BudgetLimits) -> Intake | None:
-    if limits.read_bytes_per_s is None:
-        return None
-    return Intake(limits.read_bytes_per_s, min(limits.read_bytes_per_s, limits.read_each_bytes_per_s))
 
 
 class _NodeCalls(NodeService):

@@ -15,8 +15,8 @@ import heapq
 from itertools import count
 from typing import Final
 
-from shoal.node.budgets import Bucket
-from shoal.node.mesh.relay_limits import MAX_PIECE_BYTES, FairShare
+from shoal.node.budgets import Bucket, BudgetLimits
+from shoal.node.mesh.relay_limits import MAX_PIECE_BYTES, FairShare, RelayLimits
 
 LEAST_BYTES: Final = 8192
 """What a message counts as at least."""
@@ -99,3 +99,15 @@ class Intake:
         if shared is not None:
             times.append(shared)
         return min(times) if times else None
+
+
+def intake(limits: BudgetLimits, relay: RelayLimits) -> Intake | None:
+    """That of a node; None if it is to read whatever comes as it comes.
+
+    What it relays comes from strangers as well. If it is to carry more than is usual, it reads so much more.
+    """
+    if limits.read_bytes_per_s is None:
+        return None
+    more = relay.bytes_per_s if relay.bytes_per_s > RelayLimits().bytes_per_s else 0.0
+    per_s = limits.read_bytes_per_s + more
+    return Intake(per_s, min(per_s, limits.read_each_bytes_per_s + more))

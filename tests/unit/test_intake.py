@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from shoal.node.mesh.intake import LEAST_BYTES, Intake
-from shoal.node.mesh.relay_limits import MAX_PIECE_BYTES
+from shoal.node.budgets import BudgetLimits
+from shoal.node.mesh.intake import LEAST_BYTES, Intake, intake
+from shoal.node.mesh.relay_limits import MAX_PIECE_BYTES, RelayLimits
 
 ALL_PER_S = 8e6
 EACH_PER_S = 4e6
@@ -70,3 +71,14 @@ def test_who_waits_no_more_is_granted_nothing_and_leaves_nothing() -> None:
     assert intake.num_waiting == 0
     assert intake.granted(100.0) == []
     assert intake.next_at(100.0) is None
+
+
+def test_a_relay_that_is_to_carry_more_reads_more() -> None:
+    limits = BudgetLimits(read_bytes_per_s=1e6)
+    buckets = []
+    for relay in (RelayLimits(), RelayLimits(bytes_per_s=1e8)):
+        made = intake(limits, relay)
+        assert made is not None
+        buckets.append(made.bucket().left(0.0))
+    assert buckets[1] > 50 * buckets[0]
+    assert intake(BudgetLimits(read_bytes_per_s=None), RelayLimits()) is None
