@@ -10,6 +10,7 @@ own: together they never take what its members need.
   whoever holds most is cut off (`Shares.greediest`).
 - **Handshakes**, which cost a node more than whoever begins them, and **streams** of strangers take turns by IP:
   first whoever had least lately (start-time fair queueing, Goyal et al., 1996).
+- **What strangers send** is read at a rate, see `shoal.node.mesh.intake`.
 - **Dials** at the word of others have a rate in all, one for each peer that is dialed, one for each IP that they go to,
   and one for each port there, so that no words make this node a flood for somebody else.
 - **Descriptors**: sockets that come in and dials under way may have so many of them that files, workers and the API
@@ -78,6 +79,13 @@ class BudgetLimits:
 
     streams_waiting: int = 1024
     """Such streams that wait for their turn; beyond, one is ended."""
+
+    read_bytes_per_s: float | None = 8e6
+    """What such peers send and is read, of all together; the rest waits in the system's buffers, and holds them up.
+    As much as a relay carries (`RelayLimits`). None: as fast as it comes."""
+
+    read_each_bytes_per_s: float = 4e6
+    """Of that, from one connection."""
 
     dials_per_s: float = 16.0
     """Addresses dialed because others named them."""

@@ -364,7 +364,10 @@ class Swarms:
 
         replica.on_outdone = outdone
         folder = self._paths.swarm(swarm)
-        run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
+        run = Runner(
+            *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain),
+            is_new=swarm in self._created,
+        )
         replica.changed = run.changed = self.changed
         return Joined(manifest, run, replica, home)
 
