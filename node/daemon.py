@@ -15,18 +15,16 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 import shoal
+from shoal.node.api.requests import BenchRequest, CreateSwarm, JoinSwarm, PingRequest
 from shoal.node.api.schemas import (
-    BenchRequest,
     BenchResult,
     CreatedSwarm,
-    CreateSwarm,
     CurvePoint,
     DoctorInfo,
     Event,
     FailureInfo,
     FamilyInfo,
     JoinedSwarm,
-    JoinSwarm,
     MemberInfo,
     MeshInfo,
     MeshLink,
@@ -36,7 +34,6 @@ from shoal.node.api.schemas import (
     NatInfo,
     NodeInfo,
     PeerInfo,
-    PingRequest,
     PingResult,
     StateInfo,
     SwarmDetail,

@@ -18,23 +18,20 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from shoal import __version__
+from shoal.node.api.requests import BenchRequest, CreateSwarm, JoinSwarm, PingRequest
 from shoal.node.api.schemas import (
-    BenchRequest,
     BenchResult,
     CreatedSwarm,
-    CreateSwarm,
     DoctorInfo,
     ErrorAnswer,
     ErrorBody,
     Event,
     JoinedSwarm,
-    JoinSwarm,
     MeshInfo,
     MetricsInfo,
     NatInfo,
     NodeInfo,
     PeerInfo,
-    PingRequest,
     PingResult,
     StateInfo,
     SwarmDetail,
