@@ -1,7 +1,7 @@
 """One question to a node over its Unix socket, in HTTP/1.0 (RFC 1945), where an answer ends with its connection.
 
 So there are no chunks to put together and nothing is kept open, and a command need not import the standard library's
-client, which reads headers as e-mail: that takes as long as a tenth of the command.
+client, which reads headers as e-mail.
 """
 
 from __future__ import annotations

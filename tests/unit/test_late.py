@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from shoal.node.profile import ProfilePaths
+
+from .test_api import served
+
 # With what a node seldom uses come others: of what is imported for nothing, each of these would be.
 NEVER_IDLE = {
     *("aioice", "aiortc", "av", "gymnasium", "matplotlib", "numpy", "safetensors", "tensorboardX", "torch", "uvloop"),
@@ -20,6 +24,7 @@ NEVER_IDLE = {
 }
 NEVER_ASKING = NEVER_IDLE | {
     *("cryptography", "fastapi", "hypercorn", "libp2p", "multiaddr", "shoal.node.config", "starlette", "trio"),
+    *("http.client", "shoal.node.api.requests", "shoal.training", "ssl"),
 }
 
 
@@ -58,15 +63,28 @@ def test_an_idle_node_that_is_asked_has_loaded_nothing_that_it_does_not_use(tmp_
     assert NEVER_IDLE & set(loaded) == set()
 
 
+ASKING = """
+    import json, sys
+    from shoal.cli import main
+    assert main.run({words}) == {code}
+    print(json.dumps(list(sys.modules)))
+"""
+
+
 @pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["peers", "--json"], ["nat", "--json"]])
-def test_who_asks_a_node_loads_nothing_of_it(tmp_path: Path, words: list[str]) -> None:
-    program = f"""
-        import json, sys
-        from shoal.cli import main
-        assert main.run({words!r}) == 3
-        print(json.dumps(list(sys.modules)))
-    """
-    assert NEVER_ASKING & set(told(program, SHOAL_HOME=str(tmp_path))) == set()
+def test_who_asks_in_vain_loads_nothing_of_a_node(tmp_path: Path, words: list[str]) -> None:
+    assert NEVER_ASKING & set(told(ASKING.format(words=words, code=3), SHOAL_HOME=str(tmp_path))) == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "drawn"), [(["status"], {"rich"}), (["status", "--json"], set()), (["peers"], {"rich"})]
+)
+def test_who_is_answered_has_loaded_little_more(tmp_path: Path, words: list[str], drawn: set[str]) -> None:
+    paths = ProfilePaths(tmp_path / "profiles" / "default")
+    paths.create()
+    program = ASKING.format(words=words, code=0)
+    loaded = set(served(paths, lambda _node, _address: told(program, SHOAL_HOME=str(tmp_path))))
+    assert NEVER_ASKING & loaded == drawn | ({"shoal.cli.render"} if drawn else set())
 
 
 def test_a_key_that_is_seldom_used_works_when_it_is() -> None:
