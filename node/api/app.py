@@ -7,7 +7,6 @@ since the usual page loads its scripts from another site. Who may ask is `server
 
 from __future__ import annotations
 
-import html
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -322,6 +321,8 @@ class _EventStream(Response):
 
 
 def _docs_page(openapi: dict[str, Any]) -> str:
+    import html
+
     rows = [
         f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
         f"<td>{html.escape(operation.get('description') or operation.get('summary', ''))}</td></tr>"

@@ -131,3 +131,45 @@ def test_what_is_loaded_late_is_the_thing_itself() -> None:
         print(json.dumps([*stands_in, again is real, isinstance(object.__new__(real), H2Protocol)]))
     """
     assert told(program) == [False, True, True, True]
+
+
+def test_each_can_be_loaded_and_with_it_what_is_in_its_package() -> None:
+    program = """
+        import json
+        import shoal.node.daemon
+        from shoal.node.late import SELDOM_USED, is_late, load
+
+        client = load("libp2p.bitswap.client")
+        together = [is_late("libp2p.bitswap.wantlist"), is_late("coincurve")]
+        code = [bool(vars(load(name)).get("__file__")) for name in SELDOM_USED]
+        print(json.dumps([*together, isinstance(client.BitswapClient, type), all(code)]))
+    """
+    assert told(program) == [False, True, True, True]
+
+
+def test_an_object_that_others_keep_is_made_when_it_is_asked() -> None:
+    program = """
+        import json
+        import shoal.node.daemon
+        from libp2p.rcmgr.memory_stats import MemoryStatsCache
+        from shoal.node.late import is_late
+
+        cache = MemoryStatsCache()
+        before = is_late("psutil")
+        print(json.dumps([before, cache.get_memory_stats().process_memory_bytes > 2**20]))
+    """
+    assert told(program) == [True, True]
+
+
+def test_the_description_of_the_api_is_drawn_when_it_is_asked_for() -> None:
+    program = """
+        import json
+        from shoal.node.api.app import create_app
+        from shoal.node.late import is_late
+
+        app = create_app(None)
+        before = is_late("fastapi.openapi.models")
+        described = app.openapi()
+        print(json.dumps([before, described["openapi"][0], "CreateSwarm" in described["components"]["schemas"]]))
+    """
+    assert told(program) == [True, "3", True]
