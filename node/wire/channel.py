@@ -448,11 +448,15 @@ class Channel:
             excess = self._account.budget.buffer(change)
             if excess is not None:
                 raise LimitError(excess)
-        self._is_burst = len(events) > 1
+        self._is_burst = len(events) > 1 and len(events) - sum(map(self._is_unhurried, events)) > 1
         for event in events:
             self._dispatch(event)
         if connection.unsent_bytes > before:
             self._outbox.flush_soon()
+
+    def _is_unhurried(self, event: Event) -> bool:
+        ours = self._ours.get(event.call_id) if isinstance(event, Answered) else None
+        return ours is not None and ours.is_unhurried
 
     async def _watch_deadlines(self) -> None:
         while True:
