@@ -16,20 +16,17 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 import shoal
+from shoal.node.api.requests import BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
 from shoal.node.api.schemas import (
-    BenchReduceRequest,
     BenchReduceResult,
-    BenchRequest,
     BenchResult,
     CreatedSwarm,
-    CreateSwarm,
     CurvePoint,
     DoctorInfo,
     Event,
     FailureInfo,
     FamilyInfo,
     JoinedSwarm,
-    JoinSwarm,
     MemberInfo,
     MeshInfo,
     MeshLink,
@@ -39,7 +36,6 @@ from shoal.node.api.schemas import (
     NatInfo,
     NodeInfo,
     PeerInfo,
-    PingRequest,
     PingResult,
     StateInfo,
     SwarmDetail,

@@ -93,6 +93,8 @@ MAX_EVENTS: Final = 1024
 MAX_PEERS: Final = 256
 LOOK_AT_UNREAD_S: Final = 0.25
 """How often it is looked at what came by the connections and was not read."""
+LOOK_AT_WANTED_S: Final = 1.0
+"""Likewise while no other peers are connected than those that this node wants."""
 
 STREAM_TURN_S: Final = 5.0
 """How long a stream of a stranger waits for its turn to say what it is for."""
@@ -573,9 +575,16 @@ class Host:
                 self._wake_at = math.inf
                 self._tell(Tick(frozenset(filter(self._libp2p.is_busy, self._connections.retiring))))
 
+    async def _wait_to_look(self) -> None:
+        if self.connected.keys() <= self.wanted.keys():
+            with trio.move_on_after(LOOK_AT_WANTED_S):
+                await self._came_or_went.wait()
+        else:
+            await trio.sleep(LOOK_AT_UNREAD_S)
+
     async def _hold_to_shares(self) -> None:
         while True:
-            await trio.sleep(LOOK_AT_UNREAD_S)
+            await self._wait_to_look()
             await self._libp2p.cut_greedy(self.budgets)
             for shares in (self.budgets.memory.strangers, self.budgets.memory.members):
                 while (peer := shares.greediest()) is not None:

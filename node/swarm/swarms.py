@@ -22,7 +22,7 @@ import trio
 from shoal.crdt.meeting import Differing
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
-from shoal.node.api.schemas import CreateSwarm
+from shoal.node.api.requests import CreateSwarm
 from shoal.node.mesh.addresses import usefulness
 from shoal.node.mesh.host import Host, HostEvent, PeerDown, PeerUp
 from shoal.node.profile import ProfilePaths

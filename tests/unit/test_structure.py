@@ -408,6 +408,7 @@ NURSERIES = {
     "shoal.node.swarm.lookup.look_up": "one question of a person",
     "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
     "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
+    "shoal.node.swarm.telling._push_loop": "what one peer is told, which is a task as a whole",
     "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
     "shoal.node.swarm.workers._look_after": "one worker, as above",
     "shoal.node.wire.bench._echo": "one measurement that somebody asked for",
