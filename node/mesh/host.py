@@ -589,8 +589,7 @@ class Host:
             for shares in (self.budgets.memory.strangers, self.budgets.memory.members):
                 while (peer := shares.greediest()) is not None:
                     log.warning("%s holds %d bytes, more than anybody else; it is cut off", peer, shares.held(peer))
-                    self.budgets.num_cut += 1
-                    await self._libp2p.cut_off(peer)
+                    await self._libp2p.cut_off(peer, self.budgets)
                     if shares.greediest() == peer:
                         break  # what it holds is on its way back
 

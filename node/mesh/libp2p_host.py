@@ -246,15 +246,18 @@ class Libp2pHost:
             total -= held[path]
             greedy.append(path)
         for path in greedy:
-            budgets.num_cut += 1
             connection = self._paths[path]
+            budgets.cut(_user_of(connection), trio.current_time())
             words = f"{len(_muxed(connection).streams)} streams and with them {held[path] % most} bytes unread"
             log.warning("%s has %s; its connection is cut", _peer_of(connection), words)
         await self._cut([self._paths[path] for path in greedy])
 
-    async def cut_off(self, peer: PeerId) -> None:
+    async def cut_off(self, peer: PeerId, budgets: NodeBudgets) -> None:
         """End every connection to a peer that stands now, without a goodbye."""
-        await self._cut(self._connections(peer))
+        connections = self._connections(peer)
+        for connection in connections:
+            budgets.cut(_user_of(connection), trio.current_time())
+        await self._cut(connections)
 
     async def _cut(self, connections: Sequence[INetConn]) -> None:
         """End connections at once. A goodbye would wait for whoever does not read, and what it holds stay here."""
@@ -408,6 +411,12 @@ def _muxed(connection: INetConn) -> Any:
 
 def _peer_of(connection: INetConn | INetStream) -> PeerId:
     return PeerId(str(connection.muxed_conn.peer_id))
+
+
+def _user_of(connection: INetConn) -> str:
+    """Whom a connection counts for; nobody, if another node relays it."""
+    address = str(next(iter(connection.get_transport_addresses()), ""))
+    return "" if CIRCUIT in address else user_of(ip_of(address))
 
 
 def _relay_of(address: str) -> PeerId | None:

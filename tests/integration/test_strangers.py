@@ -292,6 +292,13 @@ async def test_streams_that_nobody_reads_end_their_connection() -> None:
             await one.wait_for_change()
         assert one.budgets.num_cut
         await client(NodeService, honest.at(one.peer_id)).ping(Empty())
+        while stranger.is_connected(one.peer_id):
+            await stranger.wait_for_change()
+        with pytest.raises(NoPeersError):  # nobody comes back at once
+            await stranger.connect(one.addresses())
+        one.want(honest.peer_id, "a swarm")
+        async with node() as neighbour:  # but a member's neighbours do
+            await neighbour.connect(one.addresses())
 
 
 async def test_streams_that_hold_nothing_are_held_to_the_same_budget_all_together() -> None:
