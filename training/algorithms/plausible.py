@@ -29,8 +29,10 @@ MAX_COUNT: Final = 2**53
 MAX_SEEN: Final = 1e15
 """Of observations and returns, where they are normalised."""
 
-_TRAVEL_FACTOR: Final = 1.1
+TRAVEL_FACTOR: Final = 1.1
 """Parameters that were rounded on their way are no longer quite as far from the start as their author said."""
+COARSE_TRAVEL_FACTOR: Final = 16.0
+"""The same of those of which a few bits or values came, with what was left out before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,13 @@ class Limits:
         max_norm: of a gradient that Adam is given.
         max_change: of a parameter in one epoch.
         normalized: by name, whether moments are taken of it; of what is not, nobody counts any samples.
+        travel_factor: by which what a contribution says of its way may differ from what came.
     """
 
     max_norm: float
     max_change: float
     normalized: Mapping[str, bool]
+    travel_factor: float = TRAVEL_FACTOR
 
     def check_contribution(self, contribution: Contribution, start: Floats) -> None:
         """Refuse what no honest learner can contribute to an epoch that began from the parameters ``start``.
@@ -77,7 +81,7 @@ class Limits:
                 _floats(arrays["mean/adam/first"]), _floats(arrays["nonneg/adam/second"]), max_norm=self.max_norm
             )
             made, said = travel(start, _floats(arrays["mean/parameters"])), float(arrays["mean/travel"])
-            if not made / _TRAVEL_FACTOR <= said <= made * _TRAVEL_FACTOR:
+            if not made / self.travel_factor <= said <= made * self.travel_factor:
                 raise ProtocolError(f"its parameters travelled {made:.3g}, not {said:.3g}")
 
     def check_state(self, arrays: Arrays) -> None:

@@ -52,7 +52,7 @@ from shoal.training import watch
 from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
 from shoal.training.algorithms.extrapolation import extrapolate, travel
-from shoal.training.algorithms.plausible import Limits
+from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
 from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
 from shoal.training.exchange.averager import Arrays, Moments
@@ -143,6 +143,7 @@ class PPOLearner:
             config.max_grad_norm,
             self._max_change if manifest.codec is Codec.FP32 else ROUNDING * self._max_change,
             {"observation": config.normalize_observations, "return": config.normalize_returns},
+            TRAVEL_FACTOR if manifest.codec in (Codec.FP32, Codec.BF16, Codec.INT8) else COARSE_TRAVEL_FACTOR,
         )
         self._outer = Outer(
             self._model.flat.size,
