@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -17,7 +21,7 @@ from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, connect, console, print_json
 from shoal.cli.spawn import BackgroundNode
 from shoal.node.api.client import Client
-from shoal.node.api.schemas import BenchRequest
+from shoal.node.api.schemas import BenchReduceRequest, BenchReduceResult, BenchRequest
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoPeersError, UsageError
 from shoal.protocol.ids import PeerId
@@ -25,6 +29,10 @@ from shoal.protocol.ids import PeerId
 bench_app = typer.Typer(name="bench", help="Measure the wire to another node.", no_args_is_help=True)
 
 CONNECT_S: Final = 20.0
+MAX_REDUCERS: Final = 32
+REDUCE_S: Final = 600.0
+ENCODED: Final = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.25 + 1 / 256, "int4": 0.125 + 1 / 256}
+"""Bytes that travel for one of float32."""
 _UNITS: Final = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("KMG", start=1)
@@ -80,6 +88,82 @@ def load(
 ) -> None:
     """What a large transfer does to small calls, and to memory."""
     _bench("load", peer, size, 1, seconds, transport, profile, as_json=as_json)
+
+
+@bench_app.command("allreduce")
+def allreduce(
+    peers: Annotated[int, typer.Option(min=2, max=MAX_REDUCERS, help="Nodes, each in a process of its own.")] = 4,
+    numel: Annotated[int, typer.Option(min=1, max=2**28, help="Values of float32.")] = 4_194_304,
+    codec: Annotated[str, typer.Option(help="How they travel: fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="All-reduces that are measured.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Reduce an array among new nodes on this machine."""
+    with reducing_nodes(peers) as (clients, names):
+        request = BenchReduceRequest(name=secrets.token_hex(8), peers=names, numel=numel, codec=codec, rounds=rounds)
+        with nullcontext() if as_json else console().status("measuring …"):
+            found = _at_once([partial(client.bench_reduce, request, timeout_s=REDUCE_S) for client in clients])
+    figures = reduce_figures(found, request)
+    if as_json:
+        print_json(figures)
+    else:
+        console().print(render.bench_reduce(figures))
+
+
+def reduce_figures(found: Sequence[BenchReduceResult], request: BenchReduceRequest) -> dict[str, Any]:
+    """What all nodes saw, in one: a round lasts until its last node has the result."""
+    seconds = statistics.median(max(each) for each in zip(*(result.seconds for result in found), strict=True))
+    raw_s = max(result.raw_seconds or 0.0 for result in found)
+    moved = 2 * (len(found) - 1) / len(found) * 4 * request.numel
+    carried = moved * ENCODED[request.codec]
+    return {
+        "seconds_median": round(seconds, 4),
+        "bus_mb_s_per_peer": round(moved / seconds / 1e6, 1),
+        "codec": request.codec,
+        "peers": len(found),
+        "numel": request.numel,
+        "bit_identical": len({tuple(result.digests) for result in found}) == 1,
+        "lane_mb_s": round(carried / raw_s / 1e6, 1) if raw_s else None,
+        "wire_mb_s_per_peer": round(carried / seconds / 1e6, 1),
+        "num_left_out": max(result.num_left_out for result in found),
+        "max_error": max(result.max_error for result in found),
+    }
+
+
+def _at_once(calls: Sequence[Callable[[], BenchReduceResult]]) -> list[BenchReduceResult]:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+def _kill(nodes: Sequence[BackgroundNode]) -> None:
+    for node in nodes:
+        node.kill()
+
+
+@contextmanager
+def reducing_nodes(count: int) -> Iterator[tuple[list[Client], list[PeerId]]]:
+    """So many new nodes that are all connected, once they are asked."""
+    home = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
+    nodes: list[BackgroundNode] = []
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        stack.callback(_kill, nodes)
+        addresses: list[str] = []
+        names: list[PeerId] = []
+        for number in range(count):
+            config = NodeConfig(
+                home=home,
+                profile=f"node{number}",
+                listen=("/ip4/127.0.0.1/tcp/0",),
+                bootstrap=tuple(addresses),
+                mdns=False,
+            )
+            nodes.append(BackgroundNode(config))
+            ready = nodes[-1].wait_ready()
+            addresses += ready["addresses"][:1]
+            names.append(PeerId.parse(str(ready["peer_id"])))
+        clients = [stack.enter_context(Client(node.config.paths, node.config.profile)) for node in nodes]
+        yield clients, names
 
 
 def parse_size(text: str) -> int:

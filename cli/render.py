@@ -63,6 +63,19 @@ def explained(rows: Sequence[tuple[str, float, str]]) -> RenderableType:
     return table
 
 
+def bench_reduce(figures: dict[str, Any]) -> Table:
+    """What an all-reduce took."""
+    table = Table.grid(padding=(0, 2))
+    same = "the same bytes everywhere" if figures["bit_identical"] else "[red]not the same everywhere[/red]"
+    table.add_row("peers, values", f"{figures['peers']}, {figures['numel']:,} as {figures['codec']}")
+    table.add_row("a round (median)", f"{figures['seconds_median']:.3f} s")
+    table.add_row("bus bandwidth of each", f"{figures['bus_mb_s_per_peer']:,.0f} MB/s")
+    wire, lanes = figures["wire_mb_s_per_peer"], figures["lane_mb_s"]
+    table.add_row("on the wire of each", f"{wire:,.0f} MB/s; the same lanes alone {lanes:,.0f}")
+    table.add_row("result", f"{same}; at most {figures['max_error']:.2g} from the exact mean")
+    return table
+
+
 def bench(result: BenchResult) -> RenderableType:
     """What was measured of the wire."""
     facts = Table.grid(padding=(0, 2))

@@ -16,6 +16,8 @@ import trio
 
 import shoal
 from shoal.node.api.schemas import (
+    BenchReduceRequest,
+    BenchReduceResult,
     BenchRequest,
     BenchResult,
     CreatedSwarm,
@@ -59,6 +61,8 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.reduce_bench import bench_reduce
+from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
 from shoal.node.way_back import keep_way_back
@@ -143,7 +147,9 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
             for service in swarms.services():
                 router.add(service)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
-            node = Node(config, host, reach, swarms, content, domain)
+            reductions = Reductions(host.links)
+            router.add(reductions)
+            node = Node(config, host, reach, swarms, content, domain, reductions)
             domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
             domain.start_soon("keeping a way back", keep_way_back, host, remembered, policy=Policy.RESTART)
             domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
@@ -181,7 +187,14 @@ class Node:
     """What the local API sees; see `shoal.node.api.app.NodeView`."""
 
     def __init__(
-        self, config: NodeConfig, host: Host, reach: Reach, swarms: Swarms, content: ContentStore, domain: Domain
+        self,
+        config: NodeConfig,
+        host: Host,
+        reach: Reach,
+        swarms: Swarms,
+        content: ContentStore,
+        domain: Domain,
+        reductions: Reductions,
     ) -> None:
         self.api_url = ""
         self._api_port = config.api_port
@@ -191,6 +204,7 @@ class Node:
         self._swarms = swarms
         self._content = content
         self._domain = domain
+        self._reductions = reductions
         self._started = time.monotonic()
 
     def node(self) -> NodeInfo:
@@ -346,6 +360,17 @@ class Node:
                 for (domain, task, fault), count in sorted(self._domain.supervisor.failures.items())
             ],
         )
+
+    async def bench_reduce(self, request: BenchReduceRequest) -> BenchReduceResult:
+        """Take part in all-reduces that are measured."""
+        figures = await bench_reduce(
+            *(self._reductions, self._host.links, self._host.peer_id, request.peers),
+            numel=request.numel,
+            codec=request.codec,
+            rounds=request.rounds,
+            name=request.name,
+        )
+        return BenchReduceResult(**figures)
 
     async def bench(self, request: BenchRequest) -> BenchResult:
         """Measure the wire to a peer."""

@@ -4,6 +4,9 @@ A round is entered as soon as a policy is held, with those who have stake in it.
 wants something averaged, and merges what is decided on once it has arrived; if the others decided without it, it gives
 up, and what it collected counts in the next epoch. What others say of a round that this learner is not in yet is kept
 until it is.
+
+The exchanges between an update's first and its last go from member to member directly (`exchange.direct`) as long as
+nothing fails, and by further rounds otherwise.
 """
 
 from __future__ import annotations
@@ -30,15 +33,16 @@ from shoal.training.exchange.ballots import (
     VoteHeard,
 )
 from shoal.training.exchange.ballots import Tick as RoundTick
+from shoal.training.exchange.direct import MAX_DIRECT, Direct, Part, Trust
 from shoal.training.exchange.early import Early
-from shoal.training.exchange.rounds import Round
+from shoal.training.exchange.rounds import IDLE_ATTEMPTS, Round
 from shoal.training.exchange.waits import Waits
 from shoal.training.jobs import Jobs
 from shoal.training.lineage import Lineage
 from shoal.training.manifest import Manifest, Role
 from shoal.training.others import Others
 from shoal.training.progress import BUSY, Progress
-from shoal.training.run_events import Abandon, Fetch, Heard, Job, Merge, Note, Output, Policy, Say
+from shoal.training.run_events import Abandon, Fetch, Give, Heard, Job, Merge, Note, Output, Policy, Say
 from shoal.training.statements import (
     MAX_SECONDS,
     Facts,
@@ -59,7 +63,8 @@ class Epoch:
     """One learner's part in the rounds of an epoch, again for each policy.
 
     Attributes:
-        round: the one that is on.
+        round: the one that is on, or the first of those that go on directly.
+        direct: the exchanges after the first, where they do.
         is_exchanging: whether the update is under way and what it wants averaged is not there yet.
         work_s: collecting and optimising in this epoch.
     """
@@ -69,6 +74,7 @@ class Epoch:
         "_early",
         "_failed_merges",
         "_fetching",
+        "_first",
         "_idle",
         "_is_resumed",
         "_is_shared",
@@ -77,11 +83,14 @@ class Epoch:
         "_me",
         "_missed_at",
         "_others",
+        "_parts",
         "_progress",
         "_settle_s",
+        "_trust",
         "_usual_s",
         "_waits",
         "_weights",
+        "direct",
         "is_exchanging",
         "round",
         "work_s",
@@ -112,6 +121,7 @@ class Epoch:
             is_resumed: an earlier life of this node was in the run, and may have voted.
         """
         self.round: Round | None = None
+        self.direct: Direct | None = None
         self.is_exchanging = False
         self.work_s = 0.0
         self._batch = manifest.batch
@@ -122,7 +132,10 @@ class Epoch:
         self._lineage = lineage
         self._fetching = fetching
         self._is_resumed = is_resumed
-        self._waits = (Waits(), Waits())  # for the first exchange of an epoch, and for the others
+        self._waits = (Waits(), Waits(), Waits())  # for the first exchange of an epoch, the others, and direct ones
+        self._trust = Trust()
+        self._first: bytes | None = None  # the ballot of the first exchange of the update that is under way
+        self._parts: dict[PeerId, Part] = {}  # the newest that came before this learner was at its step
         self._early = Early(others.live)
         self._idle: set[PeerId] = set()  # those who did not help to decide lately
         self._weights: dict[PeerId, float] = {}  # of those who take part in this epoch's exchanges
@@ -152,6 +165,7 @@ class Epoch:
     def clear(self) -> None:
         """Another policy is held: what was done for the epoch before is over."""
         self.is_exchanging = False
+        self.direct = self._first = None
         self.work_s = self._settle_s = 0.0
         self._missed_at = None
         self._progress.step = 0
@@ -192,6 +206,9 @@ class Epoch:
     def heard(self, event: Heard, key: RoundKey, now: float, outputs: list[Output]) -> None:
         """A member's word in a round: in this one, or for later."""
         current, policy = self.round, self._progress.policy
+        if self._first is not None and isinstance(event.statement, Offer):
+            self._heard_beside(event.author, key, now, outputs)
+            current = self.round
         if current is not None and key == current.key:
             self._tell(event, now, outputs)
         elif current is not None and key.epoch == current.key.epoch and key.step == current.key.step + 1:
@@ -226,15 +243,43 @@ class Epoch:
             if equal is not None:
                 self.take(Joined(author, equal), now, outputs)
 
+    def gone(self, author: PeerId, now: float, outputs: list[Output]) -> None:
+        """A member is not there any more."""
+        self._parts.pop(author, None)
+        self.take(Left(author), now, outputs)
+        if self.direct is not None:
+            self.direct.left(author, "is gone")
+            self._go_on_directly(now, outputs)
+
+    @property
+    def key(self) -> RoundKey | None:
+        """Of the exchange that is on."""
+        if self.direct is not None:
+            return self.direct.key
+        return None if self.round is None else self.round.key
+
+    @property
+    def decided(self) -> bytes | None:
+        """The ballot of which others make a policy: at the first exchange, and later if they do it without this one."""
+        if self._first is not None and self._me not in self._weights:
+            return self._first
+        current = self.round
+        return current.decided.name if current is not None and current.decided is not None else None
+
     @property
     def next_wake(self) -> float:
         """When the round is to be told that time passed."""
+        if self.direct is not None:
+            return self.direct.next_wake
         return float("inf") if self.round is None or self.round.decided is not None else self.round.next_wake
 
     def tick(self, now: float, outputs: list[Output], *, is_look: bool) -> None:
         """Time passed; ``is_look``: see who is left behind."""
         current = self.round
-        if current is not None and now >= current.next_wake:
+        if self.direct is not None:
+            self.direct.tick(now)
+            self._go_on_directly(now, outputs)
+        elif current is not None and now >= current.next_wake:
             self.take(RoundTick(), now, outputs)
         if is_look and current is not None and current is self.round:
             self._leave_behind(current, now, outputs)
@@ -263,18 +308,27 @@ class Epoch:
             self._leave_behind(current, now, outputs)
 
     def _leave_behind(self, current: Round, now: float, outputs: list[Output]) -> None:
-        """Once an attempt failed, nobody waits for one that says that it is at an earlier epoch, and nothing here."""
+        """Nobody waits for one that is at another epoch, once attempts failed.
+
+        Who says that it is at an earlier one, and nothing here, is left behind by the first. Who went on to a later
+        one, without enough others to be followed, votes here no more: what it alone committed to holds up nobody for
+        more than `IDLE_ATTEMPTS`.
+        """
         if current.attempt == 0 or current.decided is not None:
             return
         for author, facts in list(self._others.live.items()):
             result = self._lineage.results.get(author)
             epoch = facts.epoch if result is None else max(facts.epoch, result.epoch)
-            if epoch < current.key.epoch and not current.takes_part(author):
+            is_behind = epoch < current.key.epoch and not current.takes_part(author)
+            is_past = result is not None and result.epoch > current.key.epoch and current.attempt >= IDLE_ATTEMPTS
+            if is_behind or is_past:
                 self.take(Left(author), now, outputs)
 
     # What this learner does in it.
 
-    def arrive(self, cid: Cid | None, weight: int, job: Job, now: float, outputs: list[Output]) -> bool:
+    def arrive(
+        self, cid: Cid | None, weight: int, job: Job, now: float, outputs: list[Output], *, is_last: bool
+    ) -> bool:
         """The update under way wants something averaged.
 
         Args:
@@ -283,6 +337,7 @@ class Epoch:
             job: that came to this.
             now: the time.
             outputs: what is to be done is added there.
+            is_last: nothing else will be averaged in this update.
 
         Returns:
             Whether it goes on: else it was given up.
@@ -292,8 +347,22 @@ class Epoch:
             self.give_up(outputs)
             return False
         if isinstance(job, Merge):
-            key = RoundKey(policy.epoch, current.key.step + 1, job.ballot.name)
+            direct, self.direct = self.direct, None
+            if direct is not None and direct.failure:
+                self._settle_anew(direct.failure, now, outputs)
+                return False
+            step = current.key.step + 1 if direct is None else direct.key.step
+            key = RoundKey(policy.epoch, step, job.ballot.name)
+            if direct is None and not is_last and self._can_be_direct(policy, current, key):
+                direct = self._directly(key)
+            if direct is not None and not is_last:
+                self.direct = direct
+                return self._give(direct, cid, weight, now, outputs)
             current = self._enter(key, self._weights or {self._me: 1.0}, now, outputs)
+        return self._offer(current, cid, weight, now, outputs)
+
+    def _offer(self, current: Round, cid: Cid | None, weight: int, now: float, outputs: list[Output]) -> bool:
+        """Be there in a round, with what this learner gives."""
         self.is_exchanging = True
         self._progress.step = current.key.step
         self._progress.phase = Phase.EXCHANGING
@@ -353,11 +422,124 @@ class Epoch:
         if current is not None and current.key.step == 0:
             self._weights = {each.author: float(each.offer.weight) for each in ballot.offers}
             self._is_shared = any(each.author != self._me for each in ballot.offers)
+            self._first = ballot.name
         self._jobs.start(Merge(ballot), Phase.UPDATING, now, outputs)
+
+    # Directly.
+
+    def given(self, author: PeerId, part: Part, now: float, outputs: list[Output]) -> None:
+        """A member gave its part: of the step that is on, of the next one, or of one that this learner comes to."""
+        direct, current, policy = self.direct, self.round, self._progress.policy
+        if author not in self._others.live or (policy is not None and part.key.epoch < policy.epoch):
+            return
+        if direct is not None and part.key.epoch == direct.key.epoch:
+            direct.take(author, part)
+            self._go_on_directly(now, outputs)
+            return
+        if author in self._parts or len(self._parts) < MAX_DIRECT:
+            self._parts[author] = part
+        if current is not None and (part.key.epoch, part.key.step) == (current.key.epoch, current.key.step + 1):
+            self.take(Committed(author, part.key.after), now, outputs)
+
+    def not_given(self, author: PeerId, key: RoundKey, reason: str, now: float, outputs: list[Output]) -> None:
+        """A member does not take this learner's part."""
+        direct, policy = self.direct, self._progress.policy
+        if direct is None or policy is None or direct.key != key or self._jobs.job is not None:
+            return
+        if key.step == 1:
+            outputs.append(Note(f"{author} takes nothing directly: {reason}", is_warning=False))
+            self._settle_by_votes(direct, now, outputs)
+        else:
+            direct.left(author, f"takes nothing any more: {reason}")
+            self._go_on_directly(now, outputs)
+
+    def _can_be_direct(self, policy: Policy, first: Round, key: RoundKey) -> bool:
+        """Whether the exchanges that follow from the first may go directly: nothing failed, and nobody minds."""
+        others = [peer for peer in self._weights if peer != self._me]
+        return (
+            key.step == 1
+            and first.key.after == first_after(policy.cid)
+            and self._trust.holds(policy.epoch)
+            and self._me in self._weights
+            and 1 <= len(others) < MAX_DIRECT
+            and all(peer in self._others.live for peer in others)
+            and not any(
+                isinstance(event.statement, Offer) and event.author in self._weights for event in self._early.of(key)
+            )
+        )
+
+    def _directly(self, key: RoundKey) -> Direct:
+        direct = Direct(self._me, key, self._weights, self._waits[2])
+        for author, part in self._parts.items():
+            direct.take(author, part)
+        self._parts.clear()
+        return direct
+
+    def _give(self, direct: Direct, cid: Cid | None, weight: int, now: float, outputs: list[Output]) -> bool:
+        """Give this learner's part of the step that is on; whether the update goes on."""
+        self.is_exchanging = True
+        self._progress.step = direct.key.step
+        self._progress.phase = Phase.EXCHANGING
+        part = direct.give(cid, weight, now)
+        outputs.append(Give(part, tuple(peer for peer in direct.members if peer != self._me)))
+        self._go_on_directly(now, outputs)
+        return self.direct is not None
+
+    def _go_on_directly(self, now: float, outputs: list[Output]) -> None:
+        """Merge the step, if all parts of it are there; see whether it failed."""
+        direct = self.direct
+        if direct is None or not self.is_exchanging or self._jobs.job is not None:
+            return
+        ballot = direct.ballot(now)
+        if ballot is not None:
+            self._jobs.start(Merge(ballot), Phase.UPDATING, now, outputs)
+        elif direct.failure:
+            self._settle_anew(direct.failure, now, outputs)
+
+    def _heard_beside(self, author: PeerId, key: RoundKey, now: float, outputs: list[Output]) -> None:
+        """While this learner is past the first exchange, a member offers something."""
+        direct, current = self.direct, self.round
+        if author not in self._weights:
+            return
+        if direct is not None and key == direct.key and key.step == 1:
+            self._settle_by_votes(direct, now, outputs)
+        elif (key.step, key.after) == (0, self._first):
+            if direct is not None:
+                direct.left(author, "settles this epoch anew")
+                self._go_on_directly(now, outputs)
+            elif current is not None and current.key.step > 0 and current.decided is None and self._jobs.job is None:
+                self._settle_anew(f"{author} settles this epoch anew", now, outputs)
+
+    def _settle_by_votes(self, direct: Direct, now: float, outputs: list[Output]) -> None:
+        """Nothing was merged directly yet: go on by rounds."""
+        own = direct.own
+        self.direct = None
+        self._trust.failed(direct.key.epoch)
+        current = self._enter(direct.key, self._weights, now, outputs)
+        if own is not None:
+            self._offer(current, own.cid, own.weight, now, outputs)
+
+    def _settle_anew(self, why: str, now: float, outputs: list[Output]) -> None:
+        """The direct exchanges came to nothing: the epoch's first exchange again, and all by votes."""
+        policy, first = self._progress.policy, self._first
+        outputs.append(Note(f"the update is taken back, and settled anew by votes: {why}"))
+        self.give_up(outputs)
+        if policy is not None and first is not None:
+            self._trust.failed(policy.epoch)
+            self.begin(policy, first, now, outputs)
+
+    # The end of it.
+
+    def worker_gone(self, now: float, outputs: list[Output]) -> None:
+        """The update that was under way is gone with the worker."""
+        self.is_exchanging = False
+        if self.direct is not None:
+            self._settle_anew("this node lost its worker", now, outputs)
 
     def give_up(self, outputs: list[Output]) -> None:
         """Give the update up that is under way, and keep the samples."""
         self.is_exchanging = False
+        self.direct = self._first = None
         outputs.append(Abandon(keep_samples=True))
 
     def updated(self) -> None:
@@ -367,16 +549,20 @@ class Epoch:
         self._progress.rounds += 1
         self._progress.shared_rounds += self._is_shared
         self._failed_merges = 0
+        if self._first is not None and self._progress.policy is not None:
+            self._trust.succeeded(self._progress.policy.epoch)
 
     def merge_failed(self, reason: str, now: float, outputs: list[Output]) -> None:
         """All who decided on the same ballot fail alike; they settle on another one."""
         outputs.append(Note(f"what was decided on cannot be averaged: {reason}"))
-        policy, current = self._progress.policy, self.round
+        policy = self._progress.policy
+        after, self.direct, self._first = self._first, None, None
         self.is_exchanging = False
         self._failed_merges += 1
         if self._failed_merges > MAX_FAILED_MERGES:
             self._failed_merges = 0
             self._progress.samples = 0
             outputs.append(Abandon(keep_samples=False))
-        if policy is not None and current is not None and current.decided is not None:
-            self.begin(policy, current.decided.name, now, outputs)
+        if policy is not None and after is not None:
+            self._trust.failed(policy.epoch)
+            self.begin(policy, after, now, outputs)

@@ -28,7 +28,7 @@ from shoal.training.claims import Claims
 from shoal.training.electorate import Electorate, says_of
 from shoal.training.ending import Ending
 from shoal.training.epoch import Epoch
-from shoal.training.exchange.ballots import CannotBeHad, Held, Left, Limits
+from shoal.training.exchange.ballots import CannotBeHad, Held, Limits
 from shoal.training.exchange.rounds import MAX_VOTERS, Round
 from shoal.training.jobs import Jobs
 from shoal.training.lineage import Candidate, Lineage, Refusal
@@ -46,6 +46,7 @@ from shoal.training.run_events import (
     Event,
     Fetched,
     Finished,
+    Given,
     Gone,
     Heard,
     Job,
@@ -56,6 +57,7 @@ from shoal.training.run_events import (
     MergeFailed,
     Note,
     NotFetched,
+    NotGiven,
     Opened,
     Output,
     Policy,
@@ -191,7 +193,11 @@ class Run:
             case Gone(author):
                 self.others.gone(author, now)
                 self.lineage.gone(author)
-                self.epoch.take(Left(author), now, outputs)
+                self.epoch.gone(author, now, outputs)
+            case Given(author, part):
+                self.epoch.given(author, part, now, outputs)
+            case NotGiven(author, key, reason):
+                self.epoch.not_given(author, key, reason, now, outputs)
             case Documents(evaluations, own):
                 if own is not None:
                     self.progress.count_on(own)
@@ -260,8 +266,8 @@ class Run:
     def _worker_gone(self, reason: str, now: float, outputs: list[Output]) -> None:
         taken, policy = self.taking.taken, self.policy
         job, claim = self.jobs.gone(), self.ending.worker_gone()
-        self.epoch.is_exchanging = False
         outputs.append(Note(reason))
+        self.epoch.worker_gone(now, outputs)
         # What ends a worker twice would end every one.
         match job:
             case Merge():
@@ -293,9 +299,9 @@ class Run:
             case Collected():
                 self._collect_s += event.seconds
                 self.progress.collected(event, now)
-            case Yielded(cid, weight, rejected):
+            case Yielded(cid, weight, rejected, is_last):
                 self._reject(rejected, outputs)
-                if not self.epoch.arrive(cid, weight, job, now, outputs):
+                if not self.epoch.arrive(cid, weight, job, now, outputs, is_last=is_last):
                     self.taking.look(now, outputs)  # who went on may have said what they hold already
             case Updated(policy, rejected):
                 self._reject(rejected, outputs)

@@ -14,7 +14,8 @@ from shoal.dht.fetch import Lack
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import Electorate
 from shoal.training.exchange.ballots import Ballot
-from shoal.training.statements import Result, Statement
+from shoal.training.exchange.direct import Part
+from shoal.training.statements import Result, RoundKey, Statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Policy:
         digest: of its parameters.
         env_steps: by all learners together, that went into it.
         parent: the state it was made from.
-        ballot: the last that was decided on the way.
+        ballot: of the first exchange of the update that made it.
         electorate: who counts in what follows.
     """
 
@@ -82,6 +83,23 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """A member gave this node its part of one step, and its bytes are here."""
+
+    author: PeerId
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class NotGiven:
+    """A member could not be given this node's part of a step."""
+
+    author: PeerId
+    key: RoundKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """This node's own statement was signed."""
 
@@ -116,11 +134,15 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Yielded:
-    """The update wants this averaged; no CID and weight 0 where this learner has nothing to give."""
+    """The update wants this averaged; no CID and weight 0 where this learner has nothing to give.
+
+    ``is_last``: after this it is done.
+    """
 
     cid: Cid | None
     weight: int
     rejected: tuple[PeerId, ...] = ()
+    is_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +221,8 @@ Event: TypeAlias = (
     | WorkerGone
     | TaskFailed
     | Heard
+    | Given
+    | NotGiven
     | Said
     | Gone
     | Documents
@@ -224,6 +248,14 @@ class Say:
     """Sign this and tell everybody; then hand in `Said`."""
 
     statement: Statement
+
+
+@dataclass(frozen=True, slots=True)
+class Give:
+    """Give this part to each of these members directly, and say `NotGiven` of each that does not take it."""
+
+    part: Part
+    members: tuple[PeerId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +361,7 @@ class Wake:
 Job: TypeAlias = Collect | Update | Merge | Load | Evaluate | Finish
 Output: TypeAlias = (
     Say
+    | Give
     | Collect
     | Update
     | Merge

@@ -17,10 +17,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
-from typing import Any, Final
+from typing import Final
 
 from shoal.crdt.gossip_messages import ContactDown
 from shoal.protocol.codec import encode
@@ -29,6 +30,7 @@ from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.signing import Signed
 from shoal.protocol.sim import Links, Network
 from shoal.training.electorate import Delivered, Electorate
+from shoal.training.exchange.ballots import Ballot
 from shoal.training.manifest import Manifest, Mode, Role
 from shoal.training.run_events import Policy
 from shoal.training.sim_liars import KINDS
@@ -70,6 +72,7 @@ class SimConfig:
         update_s: what the median machine needs for an update.
         contribution_bytes: of what each learner offers.
         uplink_bytes_per_s: of each member.
+        exchanges: of one update; more than one in mode ``gradient``.
     """
 
     peers: int
@@ -86,6 +89,7 @@ class SimConfig:
     contribution_bytes: int = 40_000
     uplink_bytes_per_s: float = 12.5e6
     mode: Mode = Mode.LOCAL
+    exchanges: int = 1
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -286,10 +290,11 @@ class Swarm:
 
     # Policies.
 
-    def merge(self, parent: Policy, ballot: Any) -> Policy:
-        """What averaging a ballot gives: named by all that goes into it."""
-        offers = ballot.offers
-        text = "\n".join([parent.cid, *(f"{each.author} {each.offer.cid} {each.offer.weight}" for each in offers)])
+    def merge(self, parent: Policy, ballots: Sequence[Ballot]) -> Policy:
+        """What averaging one ballot after the other gives: named by all that goes into it."""
+        offers = ballots[0].offers
+        given = [f"{each.author} {each.offer.cid} {each.offer.weight}" for ballot in ballots for each in ballot.offers]
+        text = "\n".join([parent.cid, *given])
         cid = Cid.of_block(text.encode())
         known = self.policies.get(cid)
         if known is not None:
@@ -301,7 +306,7 @@ class Swarm:
             cid[-16:],
             parent.env_steps + sum(each.weight for each in delivered),
             parent.cid,
-            ballot.name,
+            ballots[0].name,
             parent.electorate.after(delivered),
         )
         self.policies[cid] = policy

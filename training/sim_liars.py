@@ -6,11 +6,13 @@ All else they do as honest members do, with the same cores, so that they are cou
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
 from shoal.protocol.codec import to_plain
-from shoal.protocol.ids import Cid
+from shoal.protocol.ids import Cid, PeerId
+from shoal.training.exchange.direct import Part
 from shoal.training.sim_member import Member
 from shoal.training.statements import (
     MAX_EPOCH,
@@ -179,5 +181,24 @@ class Late(Liar):
         self.machine.late_s = self.swarm.config.samples_per_peer / self.swarm.config.speed
         super().start()
 
+
+class Forked(Liar):
+    """Gives each member other parts of a step."""
+
+    def give_part(self, part: Part, members: Iterable[PeerId]) -> None:
+        """Each time."""
+        for peer in members:
+            super().give_part(replace(part, cid=self.made_up()), (peer,))
+
+
+class Grudging(Liar):
+    """Takes part in votes, and gives nobody its part of a step."""
+
+    def give_part(self, part: Part, members: Iterable[PeerId]) -> None:
+        """Never."""
+
+
+OF_STEPS: Final = (Forked, Grudging)
+"""In mode ``gradient``; elsewhere these are honest."""
 
 KINDS: Final = (Boaster, Heavy, Empty, Usurper, Silent, TwoTongued, Prophet, Solver, Spammer, Late)

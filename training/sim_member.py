@@ -38,10 +38,12 @@ from shoal.protocol.errors import ProtocolError, SignatureError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.signing import SIGNATURE_BYTES, Signed, Signer
 from shoal.training import run_events as events
+from shoal.training.exchange.ballots import Ballot
+from shoal.training.exchange.direct import Part
 from shoal.training.manifest import Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import TOPIC_OF, TOPIC_RULES, Facts, Result, Statement, read_statement
+from shoal.training.statements import TOPIC_OF, TOPIC_RULES, Facts, Result, RoundKey, Statement, read_statement
 
 if TYPE_CHECKING:
     from shoal.training.sim import Swarm
@@ -184,6 +186,7 @@ class Member:
         self.samples_epoch = 0
         self.in_worker: Policy | None = None
         self.update_of: Policy | None = None
+        self.ballots: list[Ballot] = []  # merged in this update
         self.said_at = now
         self.began_at: float | None = None
         self.gossip_wake = self.run_wake = float("inf")
@@ -426,8 +429,11 @@ class Member:
                     seconds = min(samples / speed, max_seconds)
                     number = max(1, min(samples, round(seconds * speed)))
                     self.job(max(seconds, 1 / speed), self.collected, number, seconds)
+                case events.Give(part, members):
+                    self.give_part(part, members)
                 case events.Update(policy):
                     self.update_of = policy
+                    self.ballots = []
                     self.job(self.machine.update_s + self.machine.late_s, self.yielded)
                 case events.Merge(ballot):
                     self.note_decision()
@@ -482,17 +488,22 @@ class Member:
     def yielded(self) -> None:
         """The update wants something averaged."""
         policy = self.update_of
-        text = f"{self.peer} {policy.cid if policy else ''} {self.samples}"
+        text = f"{self.peer} {policy.cid if policy else ''} {self.samples}" + " again" * len(self.ballots)
         cid = Cid.of_block(text.encode())
         self.contents[cid] = None
-        self.step(events.Yielded(cid, self.samples))
+        is_last = len(self.ballots) + 1 >= self.swarm.config.exchanges
+        self.step(events.Yielded(cid, self.samples, is_last=is_last))
 
-    def merged(self, ballot: Any) -> None:
+    def merged(self, ballot: Ballot) -> None:
         """A ballot is averaged."""
         parent = self.update_of
         if parent is None:
             return
-        policy = self.swarm.merge(parent, ballot)
+        self.ballots.append(ballot)
+        if len(self.ballots) < self.swarm.config.exchanges:
+            self.yielded()
+            return
+        policy = self.swarm.merge(parent, self.ballots)
         self.in_worker = policy
         self.samples = 0
         self.contents[policy.cid] = None
@@ -516,6 +527,23 @@ class Member:
         """It knows how good its policy is."""
         policy = self.in_worker
         self.step(events.Evaluated(0.0 if policy is None else float(policy.epoch)))
+
+    # Parts that go directly.
+
+    def give_part(self, part: Part, members: Iterable[PeerId]) -> None:
+        """One call to each."""
+        num_bytes = MESSAGE_BYTES + self.swarm.config.contribution_bytes
+        for peer in members:
+            self.network.send(self.peer, peer, num_bytes, self.swarm.members[peer].take_part, self.peer, part)
+
+    def take_part(self, author: PeerId, part: Part) -> None:
+        """A call of a member."""
+        if author in self.run.live:
+            self.step(events.Given(author, part))
+
+    def not_given(self, peer: PeerId, key: RoundKey) -> None:
+        """A call failed at once."""
+        self.network.at(0.0, self.step, events.NotGiven(peer, key, "there is no connection"), of=self.peer)
 
     # Contents, a model.
 

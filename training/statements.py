@@ -206,7 +206,7 @@ class Result:
         epoch: of the policy.
         cid: of its state.
         parent: the state that it was made from; None for the initial one.
-        ballot: the last that was decided on the way; `NO_BALLOT` for the initial one.
+        ballot: of the first exchange of the update that made it; `NO_BALLOT` for the initial one.
         env_steps: by all learners together, that went into it.
     """
 

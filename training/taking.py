@@ -126,9 +126,9 @@ class Taking:
         if self._role is Role.LEARNER and self._progress.policy is None:
             self._seek_stored(now, outputs)
             return
-        candidate, current = self._lineage.overtaken(now), self._epoch.round
-        if candidate is None and current is not None and current.decided is not None:
-            candidate = self._lineage.made_of(current.decided.name, now)
+        candidate, decided = self._lineage.overtaken(now), self._epoch.decided
+        if candidate is None and decided is not None:
+            candidate = self._lineage.made_of(decided, now)
         if candidate is None:
             self._overtaken_at = None
             candidate = self._lineage.other_line(now) if self.taking is None else None

@@ -176,7 +176,6 @@ class Worker:
         rejected: list[PeerId] = []
         average = self._average(request, rejected)
         self._sender.settle(arrived=self._peer in request.authors and self._peer not in rejected)
-        self._next = replace(self._next, ballot=request.ballot)
         if not self._is_counted:  # the first exchange of an epoch says who put in what
             self._is_counted = True
             delivered = tuple(
@@ -186,6 +185,7 @@ class Worker:
             )
             self._next = replace(
                 self._next,
+                ballot=request.ballot,
                 env_steps=self._next.env_steps + sum(each.weight for each in delivered),
                 electorate=self._next.electorate.after(delivered),
             )
@@ -217,7 +217,7 @@ class Worker:
         contribution = None
         if exchange.weight > 0:
             contribution = self._sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
-        return MergeAnswer(weight=exchange.weight, contribution=contribution, rejected=rejected)
+        return MergeAnswer(exchange.weight, contribution, rejected=rejected, is_last=exchange.is_last)
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
         if self._update is None:

@@ -41,7 +41,7 @@ class StateAnswer:
         env_steps: by all learners together until then.
         digest: hex sha256 of the parameters now in the worker.
         parent: CID of the state that it was made from; None for the initial one.
-        ballot: name of the last that was averaged on the way, 32 bytes.
+        ballot: name of the one that was averaged first on the way, 32 bytes.
         electorate: who counts in what follows, as `shoal.training.electorate.Electorate.to_plain` gives it.
         state: the learner's whole state, if it is new to the node.
         epoch_samples: environment steps that wait for the next update, kept from the policy before.
@@ -168,6 +168,7 @@ class MergeAnswer:
         stats: of the update, by name.
         rejected: authors whose contributions were left out, as malformed or as none that an honest learner makes. The
             same at every member that merges the same contributions from the same state.
+        is_last: whether the update is done after what is to be averaged now.
     """
 
     weight: float = 0.0
@@ -175,6 +176,7 @@ class MergeAnswer:
     state: StateAnswer | None = None
     stats: dict[str, float] = field(default_factory=dict)
     rejected: tuple[PeerId, ...] = ()
+    is_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)

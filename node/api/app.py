@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 
 from shoal import __version__
 from shoal.node.api.schemas import (
+    BenchReduceRequest,
+    BenchReduceResult,
     BenchRequest,
     BenchResult,
     CreatedSwarm,
@@ -91,6 +93,9 @@ class NodeView(Protocol):
 
     def metrics(self) -> MetricsInfo:
         """What was called, how often and how fast."""
+
+    async def bench_reduce(self, request: BenchReduceRequest) -> BenchReduceResult:
+        """See `shoal.node.daemon.Node`."""
 
     async def bench(self, request: BenchRequest) -> BenchResult:
         """Measure the wire to a peer; takes as long as the request says, and some more."""
@@ -196,6 +201,11 @@ def _add_node_routes(app: FastAPI, node: NodeView) -> None:
     async def get_metrics() -> MetricsInfo:
         """Calls by method: how many, how fast, how much."""
         return node.metrics()
+
+    @app.post("/v1/bench/allreduce")
+    async def bench_reduce(request: BenchReduceRequest) -> BenchReduceResult:
+        """Take part in all-reduces that are measured; answers when they are done."""
+        return await node.bench_reduce(request)
 
     @app.post("/v1/bench")
     async def bench(request: BenchRequest) -> BenchResult:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from shoal.node.api.schemas import (
+    BenchReduceRequest,
+    BenchReduceResult,
     BenchRequest,
     BenchResult,
     CreatedSwarm,
@@ -107,6 +109,10 @@ class Client:
     def metrics(self) -> MetricsInfo:
         """What was called, how often and how fast."""
         return self._ask(MetricsInfo, "GET", "/v1/metrics")
+
+    def bench_reduce(self, request: BenchReduceRequest, *, timeout_s: float) -> BenchReduceResult:
+        """Take part in all-reduces that are measured."""
+        return self._ask(BenchReduceResult, "POST", "/v1/bench/allreduce", request, timeout_s=timeout_s)
 
     def bench(self, request: BenchRequest) -> BenchResult:
         """Measure the wire to a peer."""

@@ -136,6 +136,42 @@ class BenchRequest(Asked):
     transport: Literal["auto", "libp2p"] = "auto"
 
 
+class BenchReduceRequest(Asked):
+    """Take part in all-reduces that are measured; every peer is asked the same at the same time.
+
+    Attributes:
+        peers: all of them, this node among them, in the same order for everybody.
+        numel: of the float32 array.
+        codec: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
+        rounds: that are measured.
+        name: of the measurement; another each time.
+    """
+
+    name: str = Field(max_length=64)
+    peers: list[PeerName] = Field(min_length=2, max_length=64)
+    numel: int = Field(ge=1, le=2**28)
+    codec: str = "fp32"
+    rounds: int = Field(default=5, ge=1, le=1000)
+
+
+class BenchReduceResult(Model):
+    """How it went at this node.
+
+    Attributes:
+        seconds: of each round.
+        digests: hex SHA-256 over the digests of each round's parts.
+        num_left_out: members' parts that came too late, and are in no result.
+        max_error: the largest distance of a result from the mean in float64 of those that are in it.
+        raw_seconds: in which the same peers gave as many bytes, with nothing else done; a median.
+    """
+
+    seconds: list[float]
+    digests: list[str]
+    num_left_out: int
+    max_error: float
+    raw_seconds: float | None
+
+
 class BenchResult(Model):
     """What was measured. MB are 10^6 bytes; calls echo, so their bytes count there and back; transfers go one way.
 

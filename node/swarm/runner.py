@@ -26,6 +26,7 @@ from shoal.node.store.database import Storage, StorageError
 from shoal.node.supervise import Backoff, Domain
 from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.giving import Giving
 from shoal.node.swarm.holding import NoRoomError
 from shoal.node.swarm.needs import Needs
 from shoal.node.swarm.records import Records, read_stored
@@ -37,7 +38,7 @@ from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status,
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
 from shoal.training.electorate import Electorate
-from shoal.training.exchange.ballots import Ballot
+from shoal.training.exchange.ballots import Ballot, SignedOffer
 from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
@@ -104,6 +105,7 @@ class Runner:
         changed: set when what `core` says of its progress may have changed.
         error: what went wrong last, while it lasts.
         num_dropped: events that did not fit.
+        giving: what members give each other directly.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Runner:
         self._curve: tuple[object, float, tuple[tuple[float, ...], ...]] = (None, 0.0, ())
         self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
+        self.giving = Giving(swarm, host, self.post, lambda peer: role is Role.LEARNER and peer in self.core.live)
         self._records = self._new_records()
 
     # What the rest of the node asks.
@@ -293,8 +296,8 @@ class Runner:
 
     def _follow(self) -> None:
         """What is of no round any more goes, and is not fetched any more."""
-        current, policy = self.core.round, self.core.policy
-        if self._needs.follow(None if current is None else current.key, None if policy is None else policy.cid):
+        policy = self.core.policy
+        if self._needs.follow(self.core.epoch.key, None if policy is None else policy.cid):
             for cid, scope in self._fetching.items():
                 if self._needs.is_over(cid):
                     scope.cancel()
@@ -315,6 +318,10 @@ class Runner:
                 self._needs.come(cid, is_policy=keep)
                 if self._fetches is not None:
                     self._fetches.start_soon("fetching", self._fetch, cid, sources, keep, policy=Task.DROP)
+            case events.Give(part, members):
+                if self._fetches is not None:
+                    own = None if part.cid is None else self._content.holding.get(part.cid)
+                    self.giving.give(part, None if own is None else own.data, members, self._fetches)
             case events.Keep() | events.Write() | events.WriteEvaluation():
                 self._records.add(output)
             case events.Wake(at):
@@ -499,12 +506,12 @@ class Runner:
                     await worker.call(ABANDON, Abandon(keep_samples))
 
     async def _merge(self, worker: Channel, ballot: Ballot) -> None:
-        key = self.core.round.key if self.core.round is not None else None
+        key = self.core.epoch.key
         if key is not None and key.step == 0:
             given = ", ".join(f"{each.offer.weight} of …{each.author[-6:]}" for each in ballot.offers)
             log.info("swarm %s: epoch %d averages %s", self.swarm, key.epoch + 1, given)
         try:
-            contributions = [await self._content.get(each.offer.cid, (), owner=self.swarm) for each in ballot.offers]
+            contributions = [await self._contribution(each) for each in ballot.offers]
             request = Merge(
                 ballot.name,
                 tuple(each.author for each in ballot.offers),
@@ -522,6 +529,10 @@ class Runner:
         else:
             await self._merged(answer)
 
+    async def _contribution(self, offer: SignedOffer) -> bytes | memoryview:
+        given = self.giving.find(offer.author, offer.offer.cid)
+        return await self._content.get(offer.offer.cid, (), owner=self.swarm) if given is None else given
+
     async def _merged(self, answer: MergeAnswer) -> None:
         """The update wants something averaged, or is done."""
         if answer.state is not None:
@@ -537,7 +548,7 @@ class Runner:
             except NoRoomError as error:  # it takes part in the round, with nothing to give
                 self.error = str(error)
                 log.warning("swarm %s: what was learned is not given to the others: %s", self.swarm, error)
-        self.post(events.Yielded(offered, int(answer.weight), answer.rejected))
+        self.post(events.Yielded(offered, int(answer.weight), answer.rejected, answer.is_last))
 
     async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
         try:

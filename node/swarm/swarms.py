@@ -37,7 +37,7 @@ from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
-from shoal.node.wire.contracts import GossipPush, PresenceSummary, SwarmService, SyncAnswer, SyncRequest
+from shoal.node.wire.contracts import GossipPush, PresenceSummary, StepPart, SwarmService, SyncAnswer, SyncRequest
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
@@ -454,7 +454,11 @@ class Swarms:
         self.changed.set()
 
     def replica(self, swarm: SwarmId) -> Replica:
-        """The state of a swarm that this node is in.
+        """The state of a swarm that this node is in. Raises as `running`."""
+        return self.running(swarm).replica
+
+    def running(self, swarm: SwarmId) -> Joined:
+        """A swarm that this node is in and that runs.
 
         Raises:
             RemoteError: NOT_FOUND if it is in no such swarm, or if that does not run; UNAVAILABLE if it is about to.
@@ -465,7 +469,7 @@ class Swarms:
             if is_coming:  # who heard that it is not in the swarm would forget it
                 raise RemoteError(Status.UNAVAILABLE, "this node has just begun; ask again")
             raise RemoteError(Status.NOT_FOUND, f"this node is not in {swarm}")
-        return membership.replica
+        return membership
 
 
 class _SwarmCalls(SwarmService):
@@ -482,4 +486,8 @@ class _SwarmCalls(SwarmService):
 
     async def gossip(self, request: GossipPush) -> Empty:
         await self._swarms.replica(request.swarm).serve_gossip(current_call().peer, request)
+        return Empty()
+
+    async def give(self, request: StepPart) -> Empty:
+        self._swarms.running(request.swarm).run.giving.take(current_call().peer, request)
         return Empty()

@@ -8,6 +8,7 @@ from typing import Any, Final
 from shoal.crdt.gossip_messages import Control
 from shoal.crdt.meeting import Differing
 from shoal.crdt.sync import Head, Version
+from shoal.node.wire.bulk import BulkRef
 from shoal.node.wire.lanes import LaneKind, LaneTicket
 from shoal.protocol.codec import Attachment, decode, encode
 from shoal.protocol.errors import ProtocolError, UsageError
@@ -91,6 +92,27 @@ class GossipPush:
     control: tuple[Control, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """What the caller gives at one step of an update that is exchanged directly (`shoal.training.exchange.direct`).
+
+    Attributes:
+        swarm: of which.
+        epoch: of the policy that is updated.
+        step: which exchange of the update.
+        after: what the step follows from, 32 bytes.
+        weight: in samples; 0 if the caller has nothing to give.
+        data: the part; absent if there is none.
+    """
+
+    swarm: SwarmId
+    epoch: int
+    step: int
+    after: bytes
+    weight: int
+    data: Attachment | None = None
+
+
 def typed_version(message: SyncRequest | SyncAnswer) -> Version:
     """How far a peer says it is, checked. What names more authors than there can be is refused unread.
 
@@ -143,6 +165,86 @@ class SwarmService(Service, name="swarm"):
     @unary(idempotent=True)
     async def gossip(self, request: GossipPush) -> Empty:
         """Take news, and hear what the caller's gossip has to say."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def give(self, request: StepPart) -> Empty:
+        """Take the caller's part of a step; FAILED_PRECONDITION if this node learns nothing with the caller."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayOffered:
+    """The caller takes part in an all-reduce (`shoal.training.exchange.allreduce`).
+
+    Attributes:
+        key: names it, 16 bytes.
+        arrays: what the caller gives.
+        results: where what came of each part lies, once it was announced.
+    """
+
+    key: bytes
+    arrays: BulkRef
+    results: BulkRef
+
+
+@dataclass(frozen=True, slots=True)
+class PartOutcome:
+    """The caller holds what came of a part: by whom, of whose, and its SHA-256."""
+
+    key: bytes
+    part: int
+    owner: PeerId
+    authors: tuple[PeerId, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceEnded:
+    """The caller holds everything, and pulls no more."""
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PartAsked:
+    """Asks whether the callee holds what came of a part, whose owner gives nothing; ``heir`` is to own it."""
+
+    key: bytes
+    part: int
+    heir: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PartHeld:
+    """What the answerer holds of it; without an owner: nothing, and it takes it of nobody but the heir from now on."""
+
+    owner: PeerId | None = None
+    authors: tuple[PeerId, ...] = ()
+    digest: bytes = b""
+
+
+class ExchangeService(Service, name="exchange"):
+    """What members of an all-reduce say to each other; the bytes go in bulk."""
+
+    @unary(idempotent=True)
+    async def array(self, request: ArrayOffered) -> Empty:
+        """Hear that the caller's buffers can be pulled from."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def outcome(self, request: PartOutcome) -> Empty:
+        """Hear that the caller holds what came of a part."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def held(self, request: PartAsked) -> PartHeld:
+        """Say whether this node holds it; NOT_FOUND if it is in no such all-reduce."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def ended(self, request: ReduceEnded) -> Empty:
+        """Hear that the caller needs nothing more."""
         raise NotImplementedError
 
 

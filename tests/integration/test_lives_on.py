@@ -41,7 +41,9 @@ from shoal.protocol.errors import RemoteError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import Empty, client
 from shoal.protocol.signing import Signer
-from shoal.training.run_events import Fetch
+from shoal.training.exchange.direct import Part
+from shoal.training.run_events import Fetch, Give
+from shoal.training.statements import RoundKey
 from shoal.training.ticket import Ticket
 
 from .lives import (
@@ -141,6 +143,7 @@ class Happenings:
         yield self.news_is_lost, ("catching up",)
         yield self.it_is_outdone, ("noting an incarnation",)
         yield self.something_is_missing, ("fetching",)
+        yield self.a_part_is_to_be_given, ("giving a part",)
         yield self.a_friend_pulls, ("serving a bulk lane",)
         yield self.a_friend_is_lost, ("telling who is gone", "reaching a member")
 
@@ -203,6 +206,11 @@ class Happenings:
         if self.swarm in self.node.node().swarms:
             run = self.node._swarms.get(self.swarm).run
             run._do(Fetch(Cid.of_block(b"nobody has this"), (), keep=False))
+
+    async def a_part_is_to_be_given(self) -> None:
+        if self.swarm in self.node.node().swarms:
+            part = Part(RoundKey(0, 1, b"a" * 32), None, 0)
+            self.node._swarms.get(self.swarm).run._do(Give(part, (PeerId(self.friend.node().peer_id),)))
 
     async def it_is_outdone(self) -> None:
         if self.swarm in self.node.node().swarms:

@@ -43,6 +43,7 @@ class Exchange:
         centres: by name, what of that state an array of ``arrays`` is another version of; zeros, where there is none.
         lossy: by name, what may travel smaller and a little wrong (`shoal.training.exchange.codecs`), and the largest
             magnitude that its difference from the centre may have.
+        is_last: whether the update is done after this; an update whose last exchange does not say so stands by none.
     """
 
     arrays: Arrays
@@ -52,6 +53,7 @@ class Exchange:
     scales: Mapping[str, Scale] = field(default_factory=dict)
     centres: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     lossy: Mapping[str, float] = field(default_factory=dict)
+    is_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)

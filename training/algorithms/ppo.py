@@ -365,18 +365,20 @@ class PPOLearner:
         arrays = own.to_arrays("advantage") | increments
         scales = self._moment_scales() | {"moments/advantage": Scale(_MOMENTS_FACTOR)}
         check = partial(self._limits.check_contribution, start=self._model.flat)
-        merged = yield Exchange(arrays if batch is not None else {}, self.samples, arrays, check, scales)
+        merged = yield Exchange(arrays if batch is not None else {}, self.samples, arrays, check, scales, is_last=False)
         if merged:
             _check_merged(merged, arrays)
             if batch is not None:
                 batch = batch.normalized(Moments.from_arrays(merged, "advantage"))
         template: Arrays = {"mean/gradient": np.zeros_like(self._model.flat)}
         scales = {"mean/gradient": Scale(_GRADIENT_FACTOR)}
-        for indices in self._minibatches():
+        num_steps = self.config.update_epochs * self.config.num_minibatches
+        for number, indices in enumerate(self._minibatches(), 1):
             gradient: Arrays = {}
             if batch is not None and len(indices):
                 gradient = {"mean/gradient": self._gradient(batch, indices, metrics)}
-            joint = yield Exchange(gradient, len(indices), template, scales=scales, lossy={"mean/gradient": math.inf})
+            is_last, lossy = number == num_steps, {"mean/gradient": math.inf}
+            joint = yield Exchange(gradient, len(indices), template, scales=scales, lossy=lossy, is_last=is_last)
             if joint:
                 _check_merged(joint, template)
                 self._step(joint["mean/gradient"].astype(np.float32, copy=False), metrics)
