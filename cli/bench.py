@@ -21,7 +21,8 @@ from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, connect, console, print_json
 from shoal.cli.spawn import BackgroundNode
 from shoal.node.api.client import Client
-from shoal.node.api.schemas import BenchReduceRequest, BenchReduceResult, BenchRequest
+from shoal.node.api.requests import BenchReduceRequest, BenchRequest
+from shoal.node.api.schemas import BenchReduceResult
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoPeersError, UsageError
 from shoal.protocol.ids import PeerId

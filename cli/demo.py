@@ -27,7 +27,8 @@ from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, print_json
 from shoal.cli.spawn import BackgroundNode, kill_tree, wait_gone
 from shoal.node.api.client import Client
-from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
+from shoal.node.api.requests import CreateSwarm, JoinSwarm
+from shoal.node.api.schemas import SwarmDetail
 from shoal.node.config import NodeConfig
 from shoal.node.store.files import make_private_folder, storage_error
 from shoal.protocol.errors import RefusedError, ShoalError, UsageError

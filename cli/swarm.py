@@ -22,7 +22,8 @@ from shoal.cli.common import (
 )
 from shoal.cli.spawn import BackgroundNode
 from shoal.node.api.client import Client
-from shoal.node.api.schemas import CreateSwarm, JoinSwarm, SwarmDetail
+from shoal.node.api.requests import CreateSwarm, JoinSwarm
+from shoal.node.api.schemas import SwarmDetail
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoDaemonError, NoPeersError, ShoalError, UsageError
 from shoal.training.exchange.rules import Codec

@@ -167,6 +167,7 @@ class Gossip:
         "_first",
         "_flush_at",
         "_have_at",
+        "_have_wait_s",
         "_missing",
         "_next",
         "_overlay",
@@ -198,6 +199,7 @@ class Gossip:
         self._next: deque[tuple[float, Sequence[ItemId]]] = deque()
         self._flush_at = inf
         self._have_at = inf
+        self._have_wait_s = inf
         self._woken_at = inf
         self._counts = _Counts()
 
@@ -429,7 +431,9 @@ class Gossip:
     def _announce_later(self, branch: _Branch, items: Sequence[Item], now: float) -> None:
         unsaid = branch.unsaid
         if not unsaid:
-            branch.have_at = now + self._config.have_late_s
+            if self._have_at == inf:  # who is earlier than its neighbour spares that one a message
+                self._have_wait_s = self._config.have_late_s * self._rng.uniform(0.5, 1)
+            branch.have_at = now + self._have_wait_s
             self._have_at = min(self._have_at, branch.have_at)
         for item in items:
             unsaid[item.key] = item

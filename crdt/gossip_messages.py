@@ -230,7 +230,8 @@ class GossipConfig:
         passive: members remembered that the shell vouches for; half as many again that were only heard of.
         flush_gap_s: between two pushes to one neighbour; what comes between goes together.
         have_gap_s: between two pushes to one neighbour with which it is told what it is not pushed.
-        have_late_s: when a lazy neighbour is told of an item at the latest, if nothing is pushed to it meanwhile.
+        have_late_s: when a lazy neighbour is told of an item at the latest, if nothing is pushed to it meanwhile; at
+            the earliest in half of that, so that of two who are each other's only one says so.
         graft_wait_s: how long an item that was announced may take to come by itself.
         graft_next_s: how long an item that was asked for may take, before the next is asked.
         shuffle_s: between two shuffles.
@@ -250,7 +251,7 @@ class GossipConfig:
     passive: int = 30
     flush_gap_s: float = 0.02
     have_gap_s: float = 0.1
-    have_late_s: float = 0.5
+    have_late_s: float = 0.8
     graft_wait_s: float = 0.25
     graft_next_s: float = 0.15
     shuffle_s: float = 20.0

@@ -10,6 +10,7 @@ own: together they never take what its members need.
   whoever holds most is cut off (`Shares.greediest`).
 - **Handshakes**, which cost a node more than whoever begins them, and **streams** of strangers take turns by IP:
   first whoever had least lately (start-time fair queueing, Goyal et al., 1996).
+- **What strangers send** is read at a rate, see `shoal.node.mesh.intake`.
 - **Dials** at the word of others have a rate in all, one for each peer that is dialed, one for each IP that they go to,
   and one for each port there, so that no words make this node a flood for somebody else.
 - **Descriptors**: sockets that come in and dials under way may have so many of them that files, workers and the API
@@ -36,6 +37,8 @@ FEW_DESCRIPTORS: Final = 256
 LEAST_BURST: Final = 1.0
 SHORT_PART: Final = 8
 """When less than this part of something is free, it is taken from whoever holds most of it."""
+SHUT_OUT_S: Final = 10.0
+"""How long nobody comes in from where somebody was cut off: handshakes cost more than anything that one may hold."""
 FLOOR_BYTES: Final = 64 * 1024
 FLOOR_SOCKETS: Final = 4
 MAX_HEAPS: Final = 2
@@ -78,6 +81,13 @@ class BudgetLimits:
 
     streams_waiting: int = 1024
     """Such streams that wait for their turn; beyond, one is ended."""
+
+    read_bytes_per_s: float | None = 8e6
+    """What such peers send and is read, of all together; the rest waits in the system's buffers, and holds them up.
+    As much as a relay carries (`RelayLimits`). None: as fast as it comes."""
+
+    read_each_bytes_per_s: float = 4e6
+    """Of that, from one connection."""
 
     dials_per_s: float = 16.0
     """Addresses dialed because others named them."""
@@ -420,6 +430,22 @@ class NodeBudgets:
         self.max_dialing = min(self.limits.max_dialing, max_descriptors // 8)
         self.num_cut = 0
         """Connections and peers that were cut off since they held too much."""
+        self.num_shut_out = 0
+        """Connections that came too soon after that."""
+        self._shut_out: dict[str, float] = {}  # until when, by user
+
+    def cut(self, user: str, now: float) -> None:
+        """A connection of somebody was cut off; no other comes in for `SHUT_OUT_S`."""
+        self.num_cut += 1
+        self._shut_out = {each: until for each, until in self._shut_out.items() if until > now}
+        if user:
+            self._shut_out[user] = now + SHUT_OUT_S
+
+    def is_shut_out(self, user: str, now: float) -> bool:
+        """Whether a connection comes too soon after one of the same was cut off; it is counted then."""
+        is_early = self._shut_out.get(user, now) > now
+        self.num_shut_out += is_early
+        return is_early
 
     def statistics(self) -> dict[str, int]:
         """Counters, and how much is held."""
@@ -435,6 +461,7 @@ class NodeBudgets:
             "refused_streams": self.streams.num_refused,
             "refused_dials": self.dials.num_refused,
             "cut_connections": self.num_cut,
+            "shut_out_connections": self.num_shut_out,
         }
 
 

@@ -9,26 +9,24 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 import shoal
+from shoal.node.api.requests import BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
 from shoal.node.api.schemas import (
-    BenchReduceRequest,
     BenchReduceResult,
-    BenchRequest,
     BenchResult,
     CreatedSwarm,
-    CreateSwarm,
     CurvePoint,
     DoctorInfo,
     Event,
     FailureInfo,
     FamilyInfo,
     JoinedSwarm,
-    JoinSwarm,
     MemberInfo,
     MeshInfo,
     MeshLink,
@@ -38,7 +36,6 @@ from shoal.node.api.schemas import (
     NatInfo,
     NodeInfo,
     PeerInfo,
-    PingRequest,
     PingResult,
     StateInfo,
     SwarmDetail,
@@ -127,7 +124,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
                 router=router,
                 relay_limits=config.reach.relay_limits,
                 max_peers=config.max_peers,
-                budget_limits=config.budgets,
+                budget_limits=replace(config.budgets, read_bytes_per_s=None) if config.serve_bench else config.budgets,
                 domain=domain,
                 kept_ports=remembered.ports(),
             ) as host,
@@ -377,13 +374,18 @@ class Node:
         if request.peer not in self._host.connected:
             raise NoPeersError(f"{request.peer} is not connected; `shoal peers` lists those that are")
         bench = Bench(self._host.links, request.peer, request.transport)
-        match request.kind:
-            case "rpc":
-                figures = await bench.rpc(size=request.size, concurrency=request.concurrency, seconds=request.seconds)
-            case "stream":
-                figures = await bench.stream(size=request.size, seconds=request.seconds)
-            case "load":
-                figures = await bench.load(size=request.size, seconds=request.seconds)
+        self._host.want(request.peer, "bench")
+        try:
+            match request.kind:
+                case "rpc":
+                    size, concurrency = request.size, request.concurrency
+                    figures = await bench.rpc(size=size, concurrency=concurrency, seconds=request.seconds)
+                case "stream":
+                    figures = await bench.stream(size=request.size, seconds=request.seconds)
+                case "load":
+                    figures = await bench.load(size=request.size, seconds=request.seconds)
+        finally:
+            self._host.unwant(request.peer, "bench")
         return BenchResult(
             kind=request.kind,
             size=request.size,

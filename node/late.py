@@ -1,8 +1,9 @@
 """What a dependency imports and a node seldom or never uses, loaded when it is used.
 
-libp2p imports at its start a client of a certificate authority, QUIC, WebSockets, GossipSub, RSA and more; the server
-of the local API imports HTTP/2; together they take 20 MB of every node that stands idle. In place of the modules of
-`SELDOM_USED` stand modules without code. A name that is taken from one is a stand-in: calling it loads the module, and
+libp2p imports at its start a client of a certificate authority, QUIC, WebSockets, GossipSub, Bitswap, SECIO, RSA and
+more; the server of the local API imports HTTP/2, WebSockets and the whole of OpenAPI; together they take 30 MB of
+every node that stands idle. In place of the modules of `SELDOM_USED` stand modules without code. A name that is taken
+from one is a stand-in: calling it loads the module, and with it those of the list that are in the same package, and
 calls what the name means there. What is loaded by then is found in ``sys.modules`` as usual.
 
 A stand-in does for what is called, subclassed by nobody, and asked for by ``isinstance``. It does not for ``except``,
@@ -24,15 +25,40 @@ if TYPE_CHECKING:
 SELDOM_USED: Final = (
     "Crypto",  # of peers whose key is RSA
     "aioquic",
+    "coincurve",  # of peers whose key is secp256k1
+    "fastapi.openapi.models",
+    "fastapi.security",
     "hypercorn.protocol.h2",
+    "hypercorn.protocol.ws_stream",
+    "libp2p.bitswap.block_service",
+    "libp2p.bitswap.block_store",
+    "libp2p.bitswap.client",
+    "libp2p.bitswap.gated_decision_engine",
+    "libp2p.bitswap.payment_client_1_3",
+    "libp2p.bitswap.payment_ledger",
+    "libp2p.bitswap.pricing_engine",
+    "libp2p.bitswap.wantlist",
+    "libp2p.discovery.upnp",
+    "libp2p.peer.persistent",
     "libp2p.pubsub.gossipsub",
+    "libp2p.pubsub.pubsub",
+    "libp2p.records.ipns",
+    "libp2p.security.secio",  # with the curves of fastecdsa
     "libp2p.security.tls.autotls.acme",  # with httpx and requests
     "libp2p.security.tls.autotls.broker",
+    "libp2p.transport.quic.connection",
+    "libp2p.transport.quic.connection_id_registry",
+    "libp2p.transport.quic.listener",
+    "libp2p.transport.quic.security",
+    "libp2p.transport.quic.stream",
+    "libp2p.transport.quic.transport",
     "libp2p.transport.websocket",
+    "logging.config",
     "multiaddr.resolvers.dns",
     "prometheus_client",
+    "psutil",
 )
-MADE_LATE: Final = (("multiaddr.resolvers.dns", "DNSResolver"),)
+MADE_LATE: Final = (("multiaddr.resolvers.dns", "DNSResolver"), ("psutil", "Process"))
 
 
 class _Kind(type):
@@ -124,8 +150,10 @@ def load(name: str) -> ModuleType:
     """The module itself, for what stands in its place."""
     root = _root(name, _FINDER.waiting)
     if root is not None:
-        _FINDER.waiting.discard(root)
-        for each in [each for each in sys.modules if _root(each, [root])]:
+        package = root.rpartition(".")[0]
+        roots = {each for each in _FINDER.waiting if each == root or (package and each.rpartition(".")[0] == package)}
+        _FINDER.waiting -= roots
+        for each in [each for each in sys.modules if _root(each, roots)]:
             del sys.modules[each]
     return importlib.import_module(name)
 

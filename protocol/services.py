@@ -74,6 +74,8 @@ class Method(Generic[Request, Answer]):
         max_answer_bytes: memory that is set aside for the answer, or for a stream of them, before the handler starts.
         max_calls_per_s: what one peer may ask for, over a few seconds; None: no such limit.
         is_urgent: whether it is called even while as many calls are open as may be.
+        answer_lag_s: for how long its answer may wait for something else that is written, and goes with it then; an
+            error does not wait.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Method(Generic[Request, Answer]):
     max_answer_bytes: int = MAX_ANSWER_BYTES
     max_calls_per_s: float | None = None
     is_urgent: bool = False
+    answer_lag_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ class _Policy:
     max_answer_bytes: int
     max_calls_per_s: float | None
     is_urgent: bool = False
+    answer_lag_s: float = 0.0
 
 
 def unary(
@@ -132,9 +136,11 @@ def unary(
     max_answer_bytes: int = MAX_ANSWER_BYTES,
     max_calls_per_s: float | None = None,
     is_urgent: bool = False,
+    answer_lag_s: float = 0.0,
 ) -> Callable[[UnaryFunction], UnaryFunction]:
     """A method with one request and one answer: ``async def method(self, request: Q) -> A``."""
-    return _mark(_Policy(CallKind.UNARY, idempotent, timeout_s, max_answer_bytes, max_calls_per_s, is_urgent))
+    policy = (idempotent, timeout_s, max_answer_bytes, max_calls_per_s, is_urgent, answer_lag_s)
+    return _mark(_Policy(CallKind.UNARY, *policy))
 
 
 def server_streaming(
@@ -214,6 +220,7 @@ def _method(name: str, function: Callable[..., Any], policy: _Policy) -> Method[
         policy.max_answer_bytes,
         policy.max_calls_per_s,
         policy.is_urgent,
+        policy.answer_lag_s,
     )
 
 

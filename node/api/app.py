@@ -7,7 +7,6 @@ since the usual page loads its scripts from another site. Who may ask is `server
 
 from __future__ import annotations
 
-import html
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -18,25 +17,21 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from shoal import __version__
+from shoal.node.api.requests import BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
 from shoal.node.api.schemas import (
-    BenchReduceRequest,
     BenchReduceResult,
-    BenchRequest,
     BenchResult,
     CreatedSwarm,
-    CreateSwarm,
     DoctorInfo,
     ErrorAnswer,
     ErrorBody,
     Event,
     JoinedSwarm,
-    JoinSwarm,
     MeshInfo,
     MetricsInfo,
     NatInfo,
     NodeInfo,
     PeerInfo,
-    PingRequest,
     PingResult,
     StateInfo,
     SwarmDetail,
@@ -335,6 +330,8 @@ class _EventStream(Response):
 
 
 def _docs_page(openapi: dict[str, Any]) -> str:
+    import html
+
     rows = [
         f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
         f"<td>{html.escape(operation.get('description') or operation.get('summary', ''))}</td></tr>"

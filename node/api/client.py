@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from shoal.node.api.asking import Answer, GarbledError, connect
 from shoal.node.api.schemas import (
-    BenchReduceRequest,
     BenchReduceResult,
-    BenchRequest,
     BenchResult,
     CreatedSwarm,
-    CreateSwarm,
     DoctorInfo,
     ErrorAnswer,
     Event,
     JoinedSwarm,
-    JoinSwarm,
     MeshInfo,
     MetricsInfo,
     NatInfo,
     NodeInfo,
     PeerInfo,
-    PingRequest,
     PingResult,
     StateInfo,
     SwarmDetail,
@@ -40,6 +34,7 @@ from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, Sho
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from shoal.node.api.requests import BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm
     from shoal.node.profile import ProfilePaths
 
 T = TypeVar("T")
@@ -50,6 +45,8 @@ WORK_TIMEOUT_S: Final = 120.0
 SILENCE_TIMEOUT_S: Final = 15.0
 """An event stream beats every half second; a node that is silent for so long hangs."""
 MIN_REFRESH_S: Final = 0.1
+HTTP_FAILED: Final = 400
+"""This status, and any above."""
 
 _ERRORS: Final[dict[int, type[ShoalError]]] = {
     kind.exit_code: kind for kind in (ShoalError, UsageError, NoDaemonError, NoPeersError, RefusedError)
@@ -68,7 +65,7 @@ class Client:
             record = json.loads(paths.api.read_bytes())
             self.pid = int(record["pid"])
             path = str(record["socket"])
-            _Connection(path, ANSWER_TIMEOUT_S).probe()  # the file outlives a node that was killed
+            connect(path, ANSWER_TIMEOUT_S).close()  # the file outlives a node that was killed
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._no_daemon() from error
         self._path = path
@@ -104,6 +101,8 @@ class Client:
 
     def ping(self, peer: str) -> PingResult:
         """Call a peer once, after connecting to it if need be."""
+        from shoal.node.api.requests import PingRequest
+
         return self._ask(PingResult, "POST", "/v1/ping", PingRequest(peer=peer), timeout_s=WORK_TIMEOUT_S)
 
     def metrics(self) -> MetricsInfo:
@@ -182,11 +181,10 @@ class Client:
                     detail = self.swarm(detail.swarm)
                     yield detail
 
-    def _parse_events(self, answer: http.client.HTTPResponse) -> Iterator[Event | None]:
+    def _parse_events(self, answer: Answer) -> Iterator[Event | None]:
         name = data = ""
         try:
-            for raw in answer:
-                line = raw.decode().rstrip("\r\n")
+            for line in (raw.decode() for raw in answer.lines()):
                 field, _, value = line.partition(":")
                 match field:
                     case "event":
@@ -198,7 +196,7 @@ class Client:
                     case "" if name:
                         yield Event(name=name, data=json.loads(data or "{}"))
                         name = data = ""
-        except (http.client.HTTPException, OSError) as error:
+        except (GarbledError, OSError) as error:
             raise self._gone() from error
         raise self._gone()
 
@@ -212,43 +210,40 @@ class Client:
         timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> T:
         with self._request(method, path, body, timeout_s) as answer:
-            try:
-                content = answer.read()
-            except TimeoutError as error:
-                raise self._silent(timeout_s) from error
-            except (http.client.HTTPException, OSError) as error:
-                raise self._gone() from error
+            content = self._all_of(answer, timeout_s)
         try:
             return TypeAdapter(kind).validate_json(content)
         except ValidationError as error:
             raise _not_understood(path, answer.status) from error
 
     @contextmanager
-    def _request(
-        self, method: str, path: str, body: BaseModel | None, timeout_s: float
-    ) -> Iterator[http.client.HTTPResponse]:
+    def _request(self, method: str, path: str, body: BaseModel | None, timeout_s: float) -> Iterator[Answer]:
         """A good answer, to be read in the block; a bad one is raised."""
-        content = None if body is None else body.model_dump_json()
-        headers = {} if content is None else {"Content-Type": "application/json"}
-        with closing(_Connection(self._path, timeout_s)) as connection:
-            try:
-                connection.connect()
-            except OSError as error:
-                raise self._no_daemon() from error
-            try:
-                connection.request(method, path, content, headers)
-                answer = connection.getresponse()
-                told = answer.read() if answer.status >= http.client.BAD_REQUEST else b""
-            except TimeoutError as error:
-                raise self._silent(timeout_s) from error
-            except (http.client.HTTPException, OSError) as error:
-                raise self._gone() from error
-            if answer.status >= http.client.BAD_REQUEST:
-                raise _error(path, answer.status, told)
+        content = None if body is None else body.model_dump_json().encode()
+        try:
+            connection = connect(self._path, timeout_s)
+        except OSError as error:
+            raise self._no_daemon() from error
+        with self._failures_of_the_node(timeout_s):
+            answer = Answer(connection, method, path, content)
+        with answer:
+            if answer.status >= HTTP_FAILED:
+                raise _error(path, answer.status, self._all_of(answer, timeout_s))
             yield answer
 
-    def _silent(self, timeout_s: float) -> ShoalError:
-        return ShoalError(f"the node (pid {self.pid}) did not answer in {timeout_s:.0f} s; see its log")
+    def _all_of(self, answer: Answer, timeout_s: float) -> bytes:
+        with self._failures_of_the_node(timeout_s):
+            return answer.read()
+
+    @contextmanager
+    def _failures_of_the_node(self, timeout_s: float) -> Iterator[None]:
+        """What comes of its silence or its end in the block, as errors that say so."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise ShoalError(f"the node (pid {self.pid}) did not answer in {timeout_s:.0f} s; see its log") from error
+        except (GarbledError, OSError) as error:
+            raise self._gone() from error
 
     def _no_daemon(self) -> NoDaemonError:
         flag = "" if self._profile == "default" else f" --profile {self._profile}"
@@ -256,29 +251,6 @@ class Client:
 
     def _gone(self) -> NoDaemonError:
         return NoDaemonError(f"the node of profile {self._profile!r} has ended; its log says why")
-
-
-class _Connection(http.client.HTTPConnection):
-    """To the Unix socket of a node. The standard library's client: others take longer to import than a command runs."""
-
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect, or raise `OSError`."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        try:
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(self._path)
-        except OSError:
-            self.close()
-            raise
-
-    def probe(self) -> None:
-        """Whether somebody listens: raises `OSError` if not."""
-        self.connect()
-        self.close()
 
 
 def _error(path: str, status: int, content: bytes) -> ShoalError:

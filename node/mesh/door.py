@@ -265,6 +265,9 @@ class Door:
                 await stream.close()
                 return
             user = user_of(ip)
+            if not self._is_wanted_at(ip) and self._budgets.is_shut_out(user, trio.current_time()):
+                await stream.close()
+                return
             if not self._budgets.sockets.take(user, 1):
                 log.debug("too many connections of %s; one is closed", user)
                 await stream.close()

@@ -53,6 +53,7 @@ from shoal.node.mesh.connections import (
 )
 from shoal.node.mesh.dialing import Dialer
 from shoal.node.mesh.door import Door
+from shoal.node.mesh.intake import intake
 from shoal.node.mesh.interfaces import on_link, reachable_addresses
 from shoal.node.mesh.kademlia import Kademlia, keep_announced, open_kademlia
 from shoal.node.mesh.keepalive import keep_alive
@@ -61,13 +62,13 @@ from shoal.node.mesh.mdns import run_mdns
 from shoal.node.mesh.paths import PathKind
 from shoal.node.mesh.relay import Relay
 from shoal.node.mesh.relay_limits import RelayLimits
-from shoal.node.mesh.turns import Queue
+from shoal.node.mesh.turns import Queue, Reading
 from shoal.node.signals import Signal
 from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.node.traffic import Traffic
 from shoal.node.wire.channel import ByteStream, Router
 from shoal.node.wire.contracts import NodeService
-from shoal.node.wire.lanes import Socket
+from shoal.node.wire.lanes import Pace, Socket
 from shoal.node.wire.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_PROTOCOL, Links
 from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid, PeerId
@@ -92,6 +93,8 @@ MAX_EVENTS: Final = 1024
 MAX_PEERS: Final = 256
 LOOK_AT_UNREAD_S: Final = 0.25
 """How often it is looked at what came by the connections and was not read."""
+LOOK_AT_WANTED_S: Final = 1.0
+"""Likewise while no other peers are connected than those that this node wants."""
 
 STREAM_TURN_S: Final = 5.0
 """How long a stream of a stranger waits for its turn to say what it is for."""
@@ -122,7 +125,10 @@ class Host:
         self.upload = Traffic(self.budgets.limits.upload_bytes_per_s)
         """Of contents, to all peers together; likewise the other way."""
         self.download = Traffic(self.budgets.limits.download_bytes_per_s)
-        self.links = Links(self, router, domain, lanes=lanes, memory=self.budgets.memory)
+        is_wanted = self._connections.wanted.__contains__
+        self._reading = Reading(intake(self.budgets.limits, relay_limits), is_wanted)
+        libp2p.pace(self._reading, is_wanted)
+        self.links = Links(self, router, domain, lanes=lanes, memory=self.budgets.memory, pace=self._pace)
         self.door = Door(self._accept_lane, self.budgets, self._is_wanted_at)
         self._streams = Queue(self.budgets.streams, STREAM_TURN_S)
         self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
@@ -197,6 +203,7 @@ class Host:
         return {
             **self._connections.statistics(),
             **self.budgets.statistics(),
+            **self._reading.statistics(),
             "known_peers": len(self._book),
             "waiting_events": waiting,
             "lost_events": self._num_lost_events,
@@ -213,8 +220,9 @@ class Host:
         self._book.remember(peer, addresses)
 
     def want(self, peer: PeerId, why: str) -> None:
-        """Never let this peer go to make room."""
+        """Never let this peer go to make room, and read what it sends as it comes."""
         self._tell(Wanted(peer, why))
+        self._reading.let_go(peer)
 
     def unwant(self, peer: PeerId, why: str) -> None:
         """This reason to keep a peer is gone."""
@@ -512,6 +520,7 @@ class Host:
         self.spawn("sharing the relay", self.relay.run, policy=Policy.RESTART)
         self.spawn("letting in", self.door.run, policy=Policy.RESTART)
         self.spawn("letting streams in", self._streams.run, policy=Policy.RESTART)
+        self.spawn("reading what strangers send", self._reading.run, policy=Policy.RESTART)
         self.spawn("holding peers to their shares", self._hold_to_shares, policy=Policy.RESTART)
         await self.domain.start("the DHT", self._take_part_in_dht, policy=Policy.RESTART)
         for address in bootstrap:
@@ -542,8 +551,16 @@ class Host:
         """Wait until a stream that a peer opened may cost this node something; False if it is to be ended."""
         if peer in self.wanted:
             return True
+        return await self._streams.turn(self._user(peer))
+
+    def _user(self, peer: PeerId) -> str:
+        """Whom a peer counts for, where turns are taken."""
         state = self.connected.get(peer)
-        return await self._streams.turn(peer if state is None else user_of(ip_of(state.address)))
+        return peer if state is None else user_of(ip_of(state.address))
+
+    def _pace(self, peer: PeerId) -> Pace:
+        """When what comes by one more lane is read."""
+        return self._reading.reader(peer, self._user(peer)).turn
 
     async def _accept_lane(self, sock: Socket, ip: str) -> None:
         if not await self.domain.serve("accepting a lane", self.links.accept_lane, sock, ip):
@@ -558,15 +575,21 @@ class Host:
                 self._wake_at = math.inf
                 self._tell(Tick(frozenset(filter(self._libp2p.is_busy, self._connections.retiring))))
 
+    async def _wait_to_look(self) -> None:
+        if self.connected.keys() <= self.wanted.keys():
+            with trio.move_on_after(LOOK_AT_WANTED_S):
+                await self._came_or_went.wait()
+        else:
+            await trio.sleep(LOOK_AT_UNREAD_S)
+
     async def _hold_to_shares(self) -> None:
         while True:
-            await trio.sleep(LOOK_AT_UNREAD_S)
-            await self._libp2p.cut_greedy(self.budgets, self.wanted.__contains__)
+            await self._wait_to_look()
+            await self._libp2p.cut_greedy(self.budgets)
             for shares in (self.budgets.memory.strangers, self.budgets.memory.members):
                 while (peer := shares.greediest()) is not None:
                     log.warning("%s holds %d bytes, more than anybody else; it is cut off", peer, shares.held(peer))
-                    self.budgets.num_cut += 1
-                    await self.disconnect(peer)
+                    await self._libp2p.cut_off(peer, self.budgets)
                     if shares.greediest() == peer:
                         break  # what it holds is on its way back
 

@@ -6,6 +6,7 @@ in `shoal.node.mesh.libp2p_repairs`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.io.abc import ReadWriteCloser
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
@@ -28,16 +30,18 @@ from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import MultiselectError, ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.exceptions import HandshakeFailure
+from libp2p.security.noise.io import NoisePacketReadWriter
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 
-from shoal.node.budgets import NodeBudgets
-from shoal.node.mesh.addresses import CIRCUIT, full_address
+from shoal.node.budgets import NodeBudgets, user_of
+from shoal.node.mesh.addresses import CIRCUIT, full_address, ip_of
 from shoal.node.mesh.circuits import BROKEN, RelayError, closed_on_failure, parse_circuit
 from shoal.node.mesh.connections import PathDown, PathId, PathUp
-from shoal.node.mesh.libp2p_repairs import announce_as_told, apply_repairs
+from shoal.node.mesh.libp2p_repairs import announce_as_told, apply_repairs, let_windows_grow
 from shoal.node.mesh.libp2p_stream import Libp2pByteStream
+from shoal.node.mesh.turns import Reader, Reading
 from shoal.node.wire.channel import ByteStream, StreamClosedError, UnknownProtocolError
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
@@ -45,6 +49,9 @@ from shoal.protocol.ids import PeerId
 log = logging.getLogger(__name__)
 
 NEGOTIATE_S: Final = 10.0
+CUT_S: Final = 2.0
+STREAM_BYTES: Final = 16 * 1024
+"""What a stream takes by itself, with the tasks that serve it."""
 
 
 class TakesPaths(Protocol):
@@ -57,11 +64,13 @@ class TakesPaths(Protocol):
 class Libp2pHost:
     """A host of libp2p. Made by `make_libp2p_host`; its network must run, see `network`."""
 
-    def __init__(self, host: IHost) -> None:
+    def __init__(self, host: IHost, noise: _NoiseOfNodes) -> None:
         self.libp2p = host
         self.network: Any = host.get_network()
         """The service that must run for as long as anything else here does."""
         self.peer_id = PeerId.parse(str(host.get_id()))
+        self._noise = noise
+        self._is_wanted: Callable[[PeerId], bool] = lambda _: False
         self._numbers = map(PathId, count(1))
         self._paths: dict[PathId, INetConn] = {}  # those that stand, and libp2p bounds how many do
 
@@ -90,6 +99,16 @@ class Libp2pHost:
                 await stream.reset()
 
         self.network.set_stream_handler(let_in)
+
+    def pace(self, reading: Reading, is_wanted: Callable[[PeerId], bool]) -> None:
+        """Have what strangers send read as it is their turn, and hold them to windows that do not grow.
+
+        Args:
+            reading: whose turn it is.
+            is_wanted: who is no stranger.
+        """
+        self._noise.reading = reading
+        self._is_wanted = is_wanted
 
     def announce(self, addresses: Callable[[], Iterable[str]]) -> None:
         """Tell peers these full multiaddrs as this node's, and none that libp2p finds by itself."""
@@ -206,29 +225,47 @@ class Libp2pHost:
         if connection is not None:
             await connection.close()
 
-    async def cut_greedy(self, budgets: NodeBudgets, is_wanted: Callable[[PeerId], bool]) -> None:
-        """Close the connections of peers that are not wanted and hold more than their share.
+    async def cut_greedy(self, budgets: NodeBudgets) -> None:
+        """Cut the connections of peers that are not wanted and hold more than their share.
 
         What comes by a stream lies in its window until it is read, a quarter of a megabyte at least; streams are opened
         without asking, and libp2p bounds neither.
         """
         most = budgets.limits.strangers_bytes
-        unread: dict[PathId, int] = {}
+        held: dict[PathId, int] = {}
         for path, connection in self._paths.items():
-            if not is_wanted(_peer_of(connection)):
+            if not self._is_wanted(_peer_of(connection)):
                 muxed = _muxed(connection)
-                unread[path] = sum(map(len, muxed.stream_buffers.values()))
+                held[path] = sum(map(len, muxed.stream_buffers.values())) + STREAM_BYTES * len(muxed.streams)
                 if len(muxed.streams) > budgets.limits.max_streams:
-                    unread[path] += most  # as if it held all
-        while unread and sum(unread.values()) > most // 2:
-            path = max(unread, key=lambda each: unread[each])
-            greedy = self._paths.get(path)
-            if greedy is not None:
-                budgets.num_cut += 1
-                held = f"{len(_muxed(greedy).streams)} streams and {unread[path] % most} bytes that are not read"
-                log.warning("%s has %s; its connection is closed", _peer_of(greedy), held)
-                await greedy.close()
-            del unread[path]
+                    held[path] += most  # as if it held all
+        total, greedy = sum(held.values()), list[PathId]()
+        for path in sorted(held, key=lambda each: held[each], reverse=True):
+            if total <= most // 2:
+                break
+            total -= held[path]
+            greedy.append(path)
+        for path in greedy:
+            connection = self._paths[path]
+            budgets.cut(_user_of(connection), trio.current_time())
+            words = f"{len(_muxed(connection).streams)} streams and with them {held[path] % most} bytes unread"
+            log.warning("%s has %s; its connection is cut", _peer_of(connection), words)
+        await self._cut([self._paths[path] for path in greedy])
+
+    async def cut_off(self, peer: PeerId, budgets: NodeBudgets) -> None:
+        """End every connection to a peer that stands now, without a goodbye."""
+        connections = self._connections(peer)
+        for connection in connections:
+            budgets.cut(_user_of(connection), trio.current_time())
+        await self._cut(connections)
+
+    async def _cut(self, connections: Sequence[INetConn]) -> None:
+        """End connections at once. A goodbye would wait for whoever does not read, and what it holds stay here."""
+        if not connections:
+            return
+        async with trio.open_nursery() as nursery:
+            for connection in connections:
+                nursery.start_soon(_cut_one, connection)
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to a peer that stands now.
@@ -250,6 +287,7 @@ class Libp2pHost:
         path = next(self._numbers)
         self._paths[path] = connection
         peer = _peer_of(connection)
+        let_windows_grow(_muxed(connection), partial(self._is_wanted, peer))
         addresses = connection.get_transport_addresses()
         address = full_address(str(addresses[0]), peer) if addresses else ""
         return PathUp(peer, path, address, bool(_muxed(connection).is_initiator), _relay_of(address))
@@ -287,11 +325,17 @@ def make_libp2p_host(secret: bytes, max_peers: int) -> Libp2pHost:
         connection_config=limits,
         disable_identify_address_discovery=True,
     )
-    return Libp2pHost(host)
+    return Libp2pHost(host, noise)
 
 
 class _NoiseOfNodes(NoiseTransport):
-    """Lets nobody in whose key is none that a node has: its name would mean nothing to the rest of the node."""
+    """Lets nobody in whose key is none that a node has: its name would mean nothing to the rest of the node.
+
+    Attributes:
+        reading: when each message of the others is read; None: as it comes.
+    """
+
+    reading: Reading | None = None
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
         secured = await super().secure_inbound(conn)
@@ -299,7 +343,32 @@ class _NoiseOfNodes(NoiseTransport):
             PeerId.parse(str(secured.get_remote_peer()))
         except UsageError as error:
             raise HandshakeFailure("the key of that peer is not Ed25519") from error
-        return secured
+        return self._paced(secured, conn)
+
+    async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
+        return self._paced(await super().secure_outbound(conn, peer_id), conn)
+
+    def _paced(self, secured: Any, raw: Any) -> ISecureConn:
+        if self.reading is not None:
+            peer = PeerId(str(secured.get_remote_peer()))
+            address = next(iter(raw.get_transport_addresses()), None)
+            user = peer if address is None else user_of(ip_of(str(address)))
+            secured.conn.read_writer = _PacedPackets(raw, self.reading.reader(peer, user))
+        paced: ISecureConn = secured
+        return paced
+
+
+class _PacedPackets(NoisePacketReadWriter):
+    """Noise's messages, each of which is read when it is its turn: until then the system holds it."""
+
+    def __init__(self, raw: ReadWriteCloser, reader: Reader) -> None:
+        super().__init__(raw)
+        self._reader = reader
+
+    async def next_msg_len(self) -> int:
+        num_bytes = await super().next_msg_len()
+        await self._reader.turn(num_bytes)
+        return num_bytes
 
 
 def peer_named(addresses: Sequence[str]) -> tuple[PeerId, list[str]]:
@@ -322,6 +391,15 @@ async def _serve_stream(
     await serve(PeerId(str(stream.muxed_conn.peer_id)), protocol, Libp2pByteStream(stream))
 
 
+async def _cut_one(connection: INetConn) -> None:
+    with trio.move_on_after(CUT_S):
+        muxed = _muxed(connection)
+        with contextlib.suppress(*BROKEN):
+            await muxed.secured_conn.close()  # ends what is being read and written, and what waits for that
+        with contextlib.suppress(*BROKEN):
+            await connection.close()
+
+
 def _is_open(connection: INetConn) -> bool:
     muxed = _muxed(connection)
     return not (connection.is_closed or muxed.is_closed or muxed.event_shutting_down.is_set())
@@ -333,6 +411,12 @@ def _muxed(connection: INetConn) -> Any:
 
 def _peer_of(connection: INetConn | INetStream) -> PeerId:
     return PeerId(str(connection.muxed_conn.peer_id))
+
+
+def _user_of(connection: INetConn) -> str:
+    """Whom a connection counts for; nobody, if another node relays it."""
+    address = str(next(iter(connection.get_transport_addresses()), ""))
+    return "" if CIRCUIT in address else user_of(ip_of(address))
 
 
 def _relay_of(address: str) -> PeerId | None:

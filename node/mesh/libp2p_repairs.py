@@ -38,7 +38,7 @@ from libp2p.protocol_muxer.multiselect_client import (
 )
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamError
-from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux, YamuxStream
 from libp2p.utils import encode_delim
 from multiaddr import Multiaddr
 
@@ -63,6 +63,8 @@ def apply_repairs() -> None:
         log.warning("libp2p is %s, not %s: its repairs are left out", version, REPAIRED_VERSION)
         return
     _hold_peers_to_their_windows()
+    _let_few_windows_grow()
+    _take_no_frame_that_fits_no_window()
     _see_ipv6_addresses()
     _dial_nobody_unasked()
     _finish_frames_once_begun()
@@ -251,3 +253,39 @@ def _hold_peers_to_their_windows() -> None:
 
     window = property(lambda stream: vars(stream)["recv_window"], set_window)
     YamuxStream.recv_window = window  # type: ignore[assignment]  # an attribute of each stream, seen by this from now on
+
+
+def let_windows_grow(muxed: object, may_grow: Callable[[], bool]) -> None:
+    """Let the windows of a connection's streams grow only as long as this says so."""
+    vars(muxed)["_shoal_may_grow"] = may_grow
+
+
+def _let_few_windows_grow() -> None:
+    # Symptom: whoever sends fast has windows of up to 16 MiB on every stream, and may fill them once nobody reads.
+    grow = YamuxStream._apply_autotune_epoch
+    if grow.__name__ == "grow_if_it_may":
+        return  # repaired already
+
+    def grow_if_it_may(stream: YamuxStream, buffered: int) -> int:
+        may_grow: Callable[[], bool] | None = vars(stream.conn).get("_shoal_may_grow")
+        return grow(stream, buffered) if may_grow is None or may_grow() else 0
+
+    YamuxStream._apply_autotune_epoch = grow_if_it_may  # type: ignore[method-assign,assignment]
+
+
+def _take_no_frame_that_fits_no_window() -> None:
+    # Symptom: a frame is read whole, in three copies, before it is seen that it exceeds its stream's window: up to
+    # 16 MiB, of which the last byte may take a minute to come. It is in no buffer meanwhile that anybody counts.
+    read = Yamux._read_data_body
+    if read.__name__ == "read_if_it_fits":
+        return  # repaired already
+
+    async def read_if_it_fits(muxed: Yamux, length: int) -> bytes:
+        if length > DEFAULT_WINDOW_SIZE and length > max(
+            (stream.recv_window for stream in muxed.streams.values()), default=0
+        ):
+            log.warning("%s sends a frame of %d bytes; its connection is closed", muxed.peer_id, length)
+            raise _WindowExceededError
+        return await read(muxed, length)
+
+    Yamux._read_data_body = read_if_it_fits  # type: ignore[method-assign,assignment]

@@ -163,11 +163,11 @@ class Reaching:
         """Ask the DHT for members while none is connected."""
         wait_s = LOOK_UP_S
         while True:
-            await trio.sleep(wait_s)
-            if company.contacts():
+            while company.contacts():
                 wait_s = LOOK_UP_S
-                continue
-            if self._host.connected:
+                await self._changed.wait()  # as when one is lost
+            await trio.sleep(wait_s)
+            if self._host.connected and not company.contacts():
                 wait_s = min(2 * wait_s, LOOK_UP_MAX_S)
                 for addresses in await self._host.find_providers(self._swarm):
                     self.tell(core.Known(tuple(addresses)))

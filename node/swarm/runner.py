@@ -102,6 +102,7 @@ class Runner:
 
     Attributes:
         core: decides.
+        is_new: this node has just created it, and whoever wanted that waits to hear whether it works.
         changed: set when what `core` says of its progress may have changed.
         error: what went wrong last, while it lasts.
         num_dropped: events that did not fit.
@@ -120,10 +121,13 @@ class Runner:
         host: Host,
         folder: Path,
         domain: Domain,
+        *,
+        is_new: bool = False,
     ) -> None:
         self.manifest = manifest
         self.swarm = swarm
         self.role = role
+        self.is_new = is_new
         self.replica = replica
         self.changed = Signal()
         self.error: str | None = None
@@ -186,13 +190,14 @@ class Runner:
     # Its life.
 
     async def run(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take part until cancelled. Started once the manifest turns out to be one that this node can run.
+        """Take part until cancelled. Started once a worker's process is, and if the run is new, once that works.
 
         What fails in deciding, in keeping the time or in writing leaves nothing that could be gone on with: it fails
         this as a whole, which may be called again and goes on from what is on disk.
 
         Raises:
-            UsageError: before it is started, if it is not.
+            UsageError: before it is started, if a new run is one that this node cannot take part in.
+            ShoalError: likewise, if there can be no worker.
         """
         stored = await trio.to_thread.run_sync(read_stored, self._storage, self.swarm)
         self.core = Run(
@@ -406,14 +411,22 @@ class Runner:
     # The worker.
 
     async def _work(self, nursery: trio.Nursery, task_status: TaskStatus[None]) -> None:
-        """Have a worker do the jobs; when it ends, another one."""
-        started = False
+        """Have a worker do the jobs; when it ends, another one.
+
+        Whoever joins is not kept waiting for what a worker loads, which takes seconds: what it finds wrong with the run
+        then ends that as a task that fails does. Whoever creates a run hears of it at once.
+        """
+        started = has_opened = False
         backoff = Backoff()
         while True:
             began = trio.current_time()
             try:
                 async with open_worker(nursery, self._me, self._folder) as worker:
+                    if not started and not self.is_new:
+                        started = True
+                        task_status.started()
                     opened = await self._open(worker)
+                    has_opened = True
                     if not started:
                         started = True
                         task_status.started()
@@ -425,6 +438,8 @@ class Runner:
                 may_work = isinstance(error, RemoteError) or (isinstance(error, WorkerLostError) and not error.is_task)
                 if not started and not may_work:
                     raise
+                if not has_opened and not may_work and isinstance(error, UsageError | WorkerLostError):
+                    await self._fail(str(error), started=started)
                 self.error = str(error)
                 if isinstance(error, RemoteError):
                     self.error = f"the worker failed ({error}); see {self._folder / WORKER_LOG}"
@@ -444,7 +459,7 @@ class Runner:
         return isinstance(error, RemoteError) and error.status is Status.INTERNAL and is_in_them
 
     async def _fail(self, reason: str, *, started: bool) -> None:
-        """Give the run up on this node: its task does not work here."""
+        """Give the run up on this node: it does not work here."""
         if not started:
             raise ShoalError(reason)
         self.error = reason

@@ -22,7 +22,7 @@ import trio
 from shoal.crdt.meeting import Differing
 from shoal.crdt.presence import PresenceTable
 from shoal.crdt.sync import SwarmDocs
-from shoal.node.api.schemas import CreateSwarm
+from shoal.node.api.requests import CreateSwarm
 from shoal.node.mesh.addresses import usefulness
 from shoal.node.mesh.host import Host, HostEvent, PeerDown, PeerUp
 from shoal.node.profile import ProfilePaths
@@ -364,7 +364,10 @@ class Swarms:
 
         replica.on_outdone = outdone
         folder = self._paths.swarm(swarm)
-        run = Runner(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain)
+        run = Runner(
+            *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain),
+            is_new=swarm in self._created,
+        )
         replica.changed = run.changed = self.changed
         return Joined(manifest, run, replica, home)
 

@@ -1,7 +1,8 @@
 """Whom this node has met in a swarm, and the calls by which each is told what waits for it.
 
-A peer that is met is asked at first what it lacks of who is there, and given that. A call that fails is tried again;
-who takes none is given up, and is met again when it answers.
+A peer that is met is asked at first what it lacks of who is there, and given that. Its answers to gossip say nothing
+but that it took it, so they may come late (`shoal.protocol.services.Method`), and the next call does not wait for them.
+A call that fails is tried again; who takes none is given up, and is met again when it answers.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from shoal.crdt.gossip_messages import Control, ItemId
 from shoal.crdt.meeting import BUCKET_BYTES, lacking, summary
 from shoal.crdt.presence import PresenceTable
 from shoal.node.mesh.host import Host
-from shoal.node.supervise import Domain, Policy
+from shoal.node.supervise import Domain, Policy, open_plain_nursery
 from shoal.node.swarm.counters import ReplicaStatistics
 from shoal.node.swarm.waiting import Waiting, in_parts
-from shoal.node.wire.contracts import PresenceSummary, SwarmService
+from shoal.node.wire.contracts import GossipPush, PresenceSummary, SwarmService
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import client
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S: Final = 5.0
 PUSH_TRIES: Final = 3
+MAX_UNANSWERED: Final = 8
+"""Pushes to one peer that are under way; what comes then goes into the next, together."""
 PUSH_AGAIN_S: Final = 0.2
 
 _Answer = TypeVar("_Answer")
@@ -111,13 +114,24 @@ class Telling:
         records = await self._lacked_by(peer, waiting)
         ops: list[Signed] = []
         controls: list[Control] = []
-        while self._met.get(peer) is waiting:
-            for part in in_parts(self._swarm, records, ops, controls):
-                await self._patiently(peer, waiting, partial(self.service_of(peer).gossip, part))
-                if self._met.get(peer) is not waiting:
-                    return
-            names, ops, controls = await waiting.take()
-            records = [sealed for name in names if (sealed := self._presence.find(name)) is not None]
+        unanswered = trio.Semaphore(MAX_UNANSWERED)
+        async with open_plain_nursery() as nursery:
+            await unanswered.acquire()
+            while self._met.get(peer) is waiting:
+                parts = list(in_parts(self._swarm, records, ops, controls))
+                for part in parts[:-1]:  # one after another, as what is in them
+                    await self._patiently(peer, waiting, partial(self.service_of(peer).gossip, part))
+                if parts:
+                    nursery.start_soon(self._push, peer, waiting, parts[-1], unanswered)
+                    await unanswered.acquire()
+                names, ops, controls = await waiting.take()
+                records = [sealed for name in names if (sealed := self._presence.find(name)) is not None]
+
+    async def _push(self, peer: PeerId, waiting: Waiting, part: GossipPush, unanswered: trio.Semaphore) -> None:
+        try:
+            await self._patiently(peer, waiting, partial(self.service_of(peer).gossip, part))
+        finally:
+            unanswered.release()
 
     async def _lacked_by(self, peer: PeerId, waiting: Waiting) -> list[Signed]:
         """The presence that a peer says that it lacks; none if it does not say so rightly, or at all."""

@@ -63,7 +63,7 @@ current_time = trio.current_time
 class _OurCall:
     """A call of ours: who waits for its outcome, and its streams if it has any."""
 
-    __slots__ = ("incoming", "result", "sender", "sent_bytes", "task", "writable")
+    __slots__ = ("incoming", "is_unhurried", "result", "sender", "sent_bytes", "task", "writable")
 
     def __init__(self) -> None:
         self.task: trio.lowlevel.Task | None = None
@@ -72,6 +72,7 @@ class _OurCall:
         self.sender: trio.CancelScope | None = None
         self.writable: trio.lowlevel.ParkingLot | None = None
         self.sent_bytes = 0  # of a stream of requests
+        self.is_unhurried = False
 
     def settle(self, result: Answered | BaseException) -> None:
         """Tell the outcome to whoever waits; only the first counts."""
@@ -137,6 +138,7 @@ class Channel:
             spawn=self._spawn,
         )
         self._ours: dict[int, _OurCall] = {}
+        self._num_unhurried = 0  # of them, to whose answers nobody looks forward
         self._our_turn = trio.lowlevel.ParkingLot()  # callers, while too many calls are open
         self._buffered_bytes = 0  # of a frame that is not whole yet, as told to the account
         self._read_at = -math.inf
@@ -288,8 +290,10 @@ class Channel:
         if self._closed_because is not None:
             raise RemoteError(Status.UNAVAILABLE, self._closed_because)
         call_id = self._connection.call(method.name, body, attachments, timeout_s=timeout_s, now=now, kind=method.kind)
-        is_lone = not self._ours and not self._is_burst
+        is_lone = len(self._ours) == self._num_unhurried and not self._is_burst
         self._ours[call_id] = ours
+        ours.is_unhurried = method.answer_lag_s > 0
+        self._num_unhurried += ours.is_unhurried
         if method.kind:
             ours.writable = trio.lowlevel.ParkingLot()
         if now + timeout_s < self._timer_at:
@@ -317,7 +321,8 @@ class Channel:
         return left_s
 
     def _finish(self, call_id: int, ours: _OurCall) -> None:
-        self._ours.pop(call_id, None)
+        if self._ours.pop(call_id, None) is not None:
+            self._num_unhurried -= ours.is_unhurried
         if self._our_turn:
             self._our_turn.unpark(count=MAX_CALLS_IN_FLIGHT - len(self._ours))
         if ours.result is None:
@@ -435,6 +440,7 @@ class Channel:
         """Handle what came; nothing of it is kept when this returns, however long nothing follows."""
         connection = self._connection
         self._read_at = now = current_time()
+        before = connection.unsent_bytes  # what waits already has its own time
         events = connection.receive_data(data, now)
         if connection.buffered_bytes != self._buffered_bytes:
             change = connection.buffered_bytes - self._buffered_bytes
@@ -442,11 +448,15 @@ class Channel:
             excess = self._account.budget.buffer(change)
             if excess is not None:
                 raise LimitError(excess)
-        self._is_burst = len(events) > 1
+        self._is_burst = len(events) > 1 and len(events) - sum(map(self._is_unhurried, events)) > 1
         for event in events:
             self._dispatch(event)
-        if connection.unsent_bytes:
+        if connection.unsent_bytes > before:
             self._outbox.flush_soon()
+
+    def _is_unhurried(self, event: Event) -> bool:
+        ours = self._ours.get(event.call_id) if isinstance(event, Answered) else None
+        return ours is not None and ours.is_unhurried
 
     async def _watch_deadlines(self) -> None:
         while True:
@@ -454,9 +464,10 @@ class Channel:
             with trio.move_on_at(self._timer_at):
                 self._timer = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._stop_timer)
+            before = self._connection.unsent_bytes
             for event in self._connection.expire(trio.current_time()):
                 self._dispatch(event)
-            if self._connection.unsent_bytes:
+            if self._connection.unsent_bytes > before:
                 self._outbox.flush_soon()
 
     def _wake_timer(self) -> None:

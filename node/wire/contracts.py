@@ -32,6 +32,8 @@ class Block:
     data: Attachment
 
 
+GOSSIP_LAG_S: Final = 0.3
+"""The answer to gossip waits so long for something to go with: in a small swarm each says something every second."""
 MAX_HEAD_BYTES: Final = 128
 """One author and its head, as they are encoded; 121 at most."""
 
@@ -162,7 +164,7 @@ class SwarmService(Service, name="swarm"):
         """Say what is held of presence where the caller holds something else, so that it gives what is lacking."""
         raise NotImplementedError
 
-    @unary(idempotent=True)
+    @unary(idempotent=True, max_answer_bytes=64, answer_lag_s=GOSSIP_LAG_S)
     async def gossip(self, request: GossipPush) -> Empty:
         """Take news, and hear what the caller's gossip has to say."""
         raise NotImplementedError

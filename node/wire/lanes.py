@@ -27,7 +27,7 @@ import secrets
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Socket = socket.socket | trio.socket.SocketType
+Pace = Callable[[int], Awaitable[None]]
 
 TOKEN_BYTES: Final = 32
 FINGERPRINT_BYTES: Final = 32
@@ -237,12 +238,18 @@ class TlsByteStream:
 
     One task may read while one other writes. A `write` that is cancelled leaves half a record behind, so nothing can be
     written afterwards: close the stream then. A `read` that is cancelled loses nothing.
+
+    Args:
+        sock: the lane.
+        pace: waits, after so many bytes were read, until more may be; None: they may be at once.
     """
 
-    __slots__ = ("_begun", "_is_writing", "_num_turns", "_sock")
+    __slots__ = ("_begun", "_is_writing", "_num_turns", "_pace", "_read_bytes", "_sock")
 
-    def __init__(self, sock: ssl.SSLSocket) -> None:
+    def __init__(self, sock: ssl.SSLSocket, pace: Pace | None = None) -> None:
         self._sock = sock
+        self._pace = pace
+        self._read_bytes = 0  # at the last time
         self._num_turns = 0
         self._is_writing = False
         self._begun: Buffer | None = None  # OpenSSL holds a part of it, sealed, and wants the same again
@@ -254,6 +261,9 @@ class TlsByteStream:
             StreamClosedError: at the end, or when the path is gone.
         """
         sock = self._sock
+        if self._pace is not None:
+            await self._pace(self._read_bytes)
+            self._read_bytes = 0
         try:
             # Waiting first spares the usual read that finds nothing; it is also what lets others run.
             if sock.pending():
@@ -272,6 +282,7 @@ class TlsByteStream:
             raise StreamClosedError(f"the lane broke: {error}") from error
         if not data:
             raise StreamClosedError("the far side closed the lane")
+        self._read_bytes = len(data)
         return data
 
     async def write(self, data: Buffer) -> None:

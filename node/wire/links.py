@@ -26,7 +26,7 @@ from shoal.node.supervise import Domain, Policy
 from shoal.node.wire.bulk import Bulk
 from shoal.node.wire.channel import Account, ByteStream, Channel, Router, StreamClosedError, UnknownProtocolError
 from shoal.node.wire.contracts import LaneInvitation, LaneRequest, LaneService
-from shoal.node.wire.lanes import LaneDoor, LaneError, LaneKind, LaneTicket, Socket, TlsByteStream, dial_lane
+from shoal.node.wire.lanes import LaneDoor, LaneError, LaneKind, LaneTicket, Pace, Socket, TlsByteStream, dial_lane
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_STREAMS
@@ -107,7 +107,14 @@ class Links:
     """The streams to all peers. `close` ends them."""
 
     def __init__(
-        self, paths: Paths, router: Router, domain: Domain, *, lanes: bool = True, memory: Memory | None = None
+        self,
+        paths: Paths,
+        router: Router,
+        domain: Domain,
+        *,
+        lanes: bool = True,
+        memory: Memory | None = None,
+        pace: Callable[[PeerId], Pace] | None = None,
     ) -> None:
         self.metrics = Metrics()
         self.bulk = Bulk(self)
@@ -116,6 +123,7 @@ class Links:
         self._domain = domain
         self._lanes = lanes
         self._memory = memory
+        self._pace = pace
         self._is_draining = False
         self._door = LaneDoor()
         self._links: dict[PeerId, _Link] = {}
@@ -328,7 +336,8 @@ class Links:
             tls.close()
             return
         link.num_streams += 1
-        channel = link.lane = self._new_channel(peer, link, TlsByteStream(tls))
+        lane = TlsByteStream(tls, None if self._pace is None else self._pace(peer))
+        channel = link.lane = self._new_channel(peer, link, lane)
         try:
             await self._run(link, channel)
         finally:

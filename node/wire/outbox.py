@@ -1,8 +1,9 @@
 """The writing side of a channel: what gathers goes out in one piece, and who waits for that is told.
 
-Two ways lead out. `Outbox.flush_soon` wakes the writer, which runs after all tasks that are ready now, so that
+Two ways lead out at once. `Outbox.flush_soon` wakes the writer, which runs after all tasks that are ready now, so that
 everything they have to say leaves together. `Outbox.flush_now` writes on the spot if the stream takes it without
-waiting: two task switches fewer for a lone call.
+waiting: two task switches fewer for a lone call. What is in no hurry waits for either: each message that is written
+alone costs both sides a wake-up of their process, which is more than all else that is done for a small one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ INLINE_BYTES: Final = 16 * 1024
 """What is at most this long may be written by `Outbox.flush_now`."""
 ENOUGH_BYTES: Final = 4 * 1024
 """So much is worth a write of its own: the far side works on it while this side makes more."""
+MAX_UNHURRIED: Final = 4
+"""As many messages that are in no hurry are written without waiting for more."""
 
 
 class StreamClosedError(Exception):
@@ -76,6 +79,9 @@ class Outbox:
         self._is_writing = False
         self._after_write: list[tuple[Callable[[Any], None], Any]] = []
         self._room = trio.lowlevel.ParkingLot()
+        self._num_unhurried = 0
+        self._hurry_at = math.inf
+        self._idling = trio.CancelScope()  # around the wait of a writer with nothing to do
 
     @property
     def is_empty(self) -> bool:
@@ -99,13 +105,22 @@ class Outbox:
         else:
             self.flush_soon()
 
+    def flush_within(self, lag_s: float) -> None:
+        """Write with whatever else is written, and at the latest after this time."""
+        self._num_unhurried += 1
+        at = trio.current_time() + lag_s
+        if self._num_unhurried >= MAX_UNHURRIED or self._connection.unsent_bytes >= ENOUGH_BYTES:
+            self.flush_now()
+        elif at < self._hurry_at:
+            self._hurry_at = self._idling.deadline = at
+
     def flush_now(self) -> None:
         """Write at once if that is possible without waiting, else soon."""
         connection = self._connection
         if self._is_writing or self.is_closed or not connection.unsent_bytes:
             return  # the writer goes on with it, or there is nothing to do
         if connection.unsent_bytes <= INLINE_BYTES:
-            pieces = connection.data_to_send()
+            pieces = self._take()
             data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             try:
                 if self._stream.try_write(data):
@@ -150,17 +165,24 @@ class Outbox:
                 if self._connection.unsent_bytes:
                     num_waiting = len(self._after_write)  # they stay in the list: if this breaks, `close` tells them
                     self._is_writing = True
-                    await self._write(self._connection.data_to_send())
+                    await self._write(self._take())
                     self._is_writing = False
                     self._tell_written(num_waiting)
                     self._room.unpark_all()
                 else:
                     self._busy_since = math.inf
                     self._tell_written()
-                    self._idle_writer = trio.lowlevel.current_task()
-                    await trio.lowlevel.wait_task_rescheduled(self._stop_idling)
+                    with trio.CancelScope(deadline=self._hurry_at) as self._idling:
+                        self._idle_writer = trio.lowlevel.current_task()
+                        await trio.lowlevel.wait_task_rescheduled(self._stop_idling)
         except StreamClosedError:
             await self._stream.close()
+
+    def _take(self) -> list[Buffer]:
+        self._num_unhurried = 0
+        if self._hurry_at != math.inf:
+            self._hurry_at = self._idling.deadline = math.inf
+        return self._connection.data_to_send()
 
     async def _write(self, pieces: list[Buffer]) -> None:
         if self._busy_since == math.inf:

@@ -322,13 +322,15 @@ class Server:
         while True:
             self._is_worker_coming = False
             since = trio.current_time()
+            is_hurried, lag_s = not self._ready, 0.0
             while self._ready:
                 serving = self._ready.popleft()
                 if self._ready:
                     self._call_worker()  # it goes on with the others if this handler waits
                 serving.worker = worker
                 try:
-                    await self._serve(serving, worker)
+                    lag_s = await self._serve(serving, worker)
+                    is_hurried = is_hurried or not lag_s
                 finally:
                     serving.worker = None
                     del serving  # else an idle worker would keep a request that is on no account any more
@@ -341,7 +343,10 @@ class Server:
                     break  # the next worker, which is called for, goes on after all tasks that are ready now
             if self._ready:
                 self._call_worker()
-            self._outbox.flush_now()
+            if is_hurried or self.is_draining:
+                self._outbox.flush_now()
+            else:
+                self._outbox.flush_within(lag_s)
             if worker.is_stained or len(self._idle_workers) >= MAX_IDLE_WORKERS:
                 return
             self._idle_workers.append(worker)
@@ -352,7 +357,8 @@ class Server:
 
             await trio.lowlevel.wait_task_rescheduled(stop)
 
-    async def _serve(self, serving: Serving, worker: _Worker) -> None:
+    async def _serve(self, serving: Serving, worker: _Worker) -> float:
+        """Run a call and answer it; gives for how long what is to be written of it may wait."""
         call, method = serving.call, serving.method
         status, answer_bytes = _CANCELLED, 0
         set_current_call(Call(self._peer, method.name, call.deadline))
@@ -378,6 +384,7 @@ class Server:
             seconds = trio.current_time() - serving.since
             request_bytes = call.num_bytes + (serving.incoming.num_bytes if serving.incoming is not None else 0)
             self._metrics.of_served(method.name).count(status, seconds, request_bytes, answer_bytes)
+        return method.answer_lag_s if status is _OK else 0.0
 
     async def _run_handler(self, serving: Serving) -> int:
         call, method = serving.call, serving.method

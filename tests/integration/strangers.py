@@ -27,7 +27,7 @@ BROKEN: Final = (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError,
 MIB: Final = 1024 * 1024
 GREETING: Final = b"\x13/multistream/1.0.0\n"
 PIECE_BYTES: Final = 32 * 1024
-HALF_FRAME: Final = struct.pack("!IBBIIHI", 15 + 4 + 16 * MIB, FrameType.REQUEST, 0, 1, 0, 1, 16 * MIB)
+HALF_FRAME: Final = struct.pack("!IBBIIHI", 12 + 4 + 1 + 16 * MIB, FrameType.REQUEST, 0, 1, 1, 1, 16 * MIB)
 """The head of the longest request that there may be."""
 
 

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import trio
 
-from shoal.node.api.schemas import CreateSwarm, JoinSwarm
+from shoal.node.api.requests import CreateSwarm, JoinSwarm
 from shoal.node.config import NodeConfig, ReachConfig
 from shoal.node.daemon import Node, run_node
 from shoal.node.swarm.content import ContentStore

@@ -506,3 +506,35 @@ async def test_a_pipe_whose_upgrade_is_cut_off_is_closed(is_initiator: bool) -> 
                 await host.upgrade(raw, Signer(b"b" * 32).peer_id)
             assert scope.cancelled_caught
             assert stream.socket.fileno() == -1
+
+
+async def talk(one: Host, other: Host) -> None:
+    for _ in range(100):
+        await post(one, other.peer_id).who(Parcel())
+
+
+async def test_among_peers_that_are_wanted_a_node_seldom_looks_at_what_is_unread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shoal.node.mesh.host.LOOK_AT_UNREAD_S", 0.0005)
+    monkeypatch.setattr("shoal.node.mesh.host.LOOK_AT_WANTED_S", math.inf)
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one, host(2) as member, host(3) as stranger:
+            looks = 0
+            look = one._libp2p.cut_greedy
+
+            async def counted(*arguments: Any) -> None:
+                nonlocal looks
+                looks += 1
+                await look(*arguments)
+
+            monkeypatch.setattr(one._libp2p, "cut_greedy", counted)
+            one.want(member.peer_id, "a swarm")
+            await one.connect(member.addresses())
+            await talk(member, one)
+            before = looks
+            await talk(member, one)
+            assert looks == before
+            await stranger.connect(one.addresses())
+            await talk(stranger, one)
+            assert looks > before

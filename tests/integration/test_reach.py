@@ -14,7 +14,7 @@ import trio
 from libp2p.abc import INetStream
 from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 
-from shoal.node.api.schemas import PingRequest
+from shoal.node.api.requests import PingRequest
 from shoal.node.config import NodeConfig
 from shoal.node.daemon import Node
 from shoal.node.mesh.address_book import MAX_KNOWN_ADDRESSES, MAX_KNOWN_PEERS

@@ -15,7 +15,8 @@ import pytest
 
 from shoal.cli.bench import reducing_nodes
 from shoal.node.api.client import Client
-from shoal.node.api.schemas import BenchReduceRequest, BenchReduceResult
+from shoal.node.api.requests import BenchReduceRequest
+from shoal.node.api.schemas import BenchReduceResult
 from shoal.protocol.errors import ShoalError
 
 ERRORS = {"fp32": 1e-5, "int8": 0.1}

@@ -6,6 +6,7 @@ import sqlite3
 
 import pytest
 import trio
+import trio.testing
 
 from shoal.crdt import oplog
 from shoal.crdt.document import Document
@@ -18,6 +19,7 @@ from shoal.node import supervise
 from shoal.node.store.database import StorageError
 from shoal.node.swarm import own_log
 from shoal.node.swarm.journal import SLICE_OPS
+from shoal.node.swarm.telling import MAX_UNANSWERED
 from shoal.node.wire.contracts import (
     GossipPush,
     PresenceSummary,
@@ -111,6 +113,35 @@ async def test_who_is_met_again_is_sent_only_what_it_lacks() -> None:
             await host.connect(one.host.addresses())
             await holder.heard(4)
             assert holder.votes == [0, 1, 2, 3]
+
+
+async def test_news_does_not_wait_for_the_answer_to_earlier_news_nor_are_many_unanswered() -> None:
+    class Mute(Holder):
+        num_open = most_open = 0
+
+        async def gossip(self, request: GossipPush) -> Empty:
+            self.num_open += 1
+            self.most_open = max(self.most_open, self.num_open)
+            try:
+                await super().gossip(request)
+                await trio.sleep_forever()
+            finally:
+                self.num_open -= 1
+
+    mute = Mute()
+    with trio.fail_after(GENEROUS_S):
+        async with together(a_node(1), a_host(3, mute)) as (one, host):
+            await host.connect(one.host.addresses())
+            for number in range(MAX_UNANSWERED // 2):
+                one.replica.publish("vote", {"for": number})
+                await mute.heard(number + 1)
+            assert mute.votes == list(range(MAX_UNANSWERED // 2))
+            while mute.num_open < MAX_UNANSWERED:
+                one.replica.publish("vote", {"for": 99})
+                await trio.sleep(0.1)
+            one.replica.publish("vote", {"for": 99})
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            assert mute.most_open == MAX_UNANSWERED
 
 
 async def test_whose_answer_to_a_summary_is_none_is_told_what_comes_later() -> None:

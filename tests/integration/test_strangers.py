@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -30,6 +31,13 @@ from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport
+from libp2p.stream_muxer.yamux.yamux import (
+    DEFAULT_WINDOW_SIZE,
+    FLAG_SYN,
+    TYPE_DATA,
+    TYPE_PING,
+    YAMUX_HEADER_FORMAT,
+)
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
@@ -42,18 +50,22 @@ from shoal.node.mesh.provider_store import MAX_ADDRESSES, MAX_RECORDS_OF_ONE_PEE
 from shoal.node.mesh.relay import STOP_PROTOCOL
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import NodeService
+from shoal.node.wire.links import STREAM_PROTOCOL
 from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, client
 
 from .strangers import (
     BROKEN,
+    HALF_FRAME,
+    MIB,
     bystander,
     connect_from,
     connection_to,
     leave_unread,
     misled,
     raw_stream,
+    send_and_say_no_more,
 )
 
 pytestmark = pytest.mark.trio
@@ -71,8 +83,7 @@ async def node(**options: Any) -> AsyncIterator[Host]:
             bootstrap=(),
             mdns=False,
             router=Router(),
-            lanes=False,
-            **options,
+            **{"lanes": False, **options},
         ) as opened:
             yield opened
 
@@ -224,6 +235,17 @@ async def test_those_that_came_and_went_leave_their_places_to_others() -> None:
             await trio.sleep(0.01)
 
 
+PING = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0)
+
+
+async def stands_still(muxed: Any) -> bool:
+    """Whether nothing can be written on a connection, since the far end reads nothing."""
+    with trio.move_on_after(0.3):
+        await muxed._write_frame(PING)
+        return False
+    return True
+
+
 async def nobody_else_waits(one: Host, turns: Turns[str]) -> None:
     """Once so many wait for these turns that others are refused, who comes from elsewhere is let in and answered."""
     while not turns.num_refused:  # noqa: ASYNC110  it fills by itself
@@ -270,6 +292,132 @@ async def test_streams_that_nobody_reads_end_their_connection() -> None:
             await one.wait_for_change()
         assert one.budgets.num_cut
         await client(NodeService, honest.at(one.peer_id)).ping(Empty())
+        while stranger.is_connected(one.peer_id):
+            await stranger.wait_for_change()
+        with pytest.raises(NoPeersError):  # nobody comes back at once
+            await stranger.connect(one.addresses())
+        one.want(honest.peer_id, "a swarm")
+        async with node() as neighbour:  # but a member's neighbours do
+            await neighbour.connect(one.addresses())
+
+
+async def test_streams_that_hold_nothing_are_held_to_the_same_budget_all_together() -> None:
+    few = BudgetLimits(strangers_bytes=1024 * 1024)
+    async with node(budget_limits=few) as one, node() as two, node() as three:
+        for stranger in (two, three):
+            await stranger.connect(one.addresses())
+            with suppress(*BROKEN):
+                for _ in range(25):
+                    await leave_unread(connection_to(stranger, one.peer_id), 0)
+        while len(one.connected) > 1:
+            await one.wait_for_change()
+        assert one.budgets.num_cut == 1
+
+
+async def test_who_reads_nothing_is_cut_off_and_keeps_nobody_else_from_it() -> None:
+    few = BudgetLimits(strangers_bytes=1024 * 1024, max_streams=32)
+    async with node(budget_limits=few) as one, node() as deaf, node() as other, trio.open_nursery() as nursery:
+        for stranger in (deaf, other):
+            await stranger.connect(one.addresses())
+        one.want(deaf.peer_id, "for now")
+        muxed = connection_to(deaf, one.peer_id).muxed_conn
+        await muxed.secured_conn.conn.read_writer.read_write_closer.stream.read_lock.acquire()
+
+        for _ in range(40):
+            await muxed.open_stream()
+
+        async def ask_and_read_nothing() -> None:
+            with suppress(*BROKEN):
+                while True:
+                    await muxed._write_frame(PING * 1000)
+
+        nursery.start_soon(ask_and_read_nothing)
+        while not await stands_still(muxed):
+            pass
+        one.unwant(deaf.peer_id, "for now")
+        with suppress(*BROKEN):
+            for _ in range(1000):
+                await leave_unread(connection_to(other, one.peer_id), 60_000)
+        while one.connected:
+            await one.wait_for_change()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_frame_that_fits_no_window_is_not_waited_for() -> None:
+    async with two() as (one, stranger):
+        muxed = connection_to(stranger, one.peer_id).muxed_conn
+        stream = await muxed.open_stream()
+        head = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, 0, stream.stream_id, 8 * MIB)
+        await muxed._write_frame(head + bytes(100_000))
+        while one.is_connected(stranger.peer_id):
+            await one.wait_for_change()
+
+
+# --- what strangers send ---------------------------------------------------------------------------------------------
+
+
+async def half_a_frame(stranger: Host, peer: PeerId, num_bytes: int) -> Any:
+    """Send so much of a frame; the stream that holds it."""
+    stream = await raw_stream(stranger, peer, STREAM_PROTOCOL)
+    await send_and_say_no_more(stream, HALF_FRAME + bytes(num_bytes))
+    return stream
+
+
+async def test_what_a_stranger_sends_is_read_at_a_rate_until_it_is_wanted() -> None:
+    slow = BudgetLimits(read_bytes_per_s=200_000, read_each_bytes_per_s=100_000)
+    async with node(budget_limits=slow) as one, node() as stranger, node() as member, trio.open_nursery() as nursery:
+        for each in (stranger, member):
+            await each.connect(one.addresses())
+            await one.wait_connected(each.peer_id)
+        one.want(member.peer_id, "a swarm")
+        nursery.start_soon(half_a_frame, stranger, one.peer_id, MIB)
+        while not one.statistics()["reads_waiting"]:  # noqa: ASYNC110  it comes to that by itself
+            await trio.sleep(0.01)
+        began = trio.current_time()
+        await half_a_frame(member, one.peer_id, 2 * MIB)
+        await client(NodeService, member.at(one.peer_id)).ping(Empty())
+        assert trio.current_time() - began < 3, "it would take twenty"
+        assert one.budgets.memory.strangers.used < MIB
+        began = trio.current_time()
+        one.want(stranger.peer_id, "a swarm")
+        while one.budgets.memory.strangers.used + one.budgets.memory.members.used < 3 * MIB:  # noqa: ASYNC110  likewise
+            await trio.sleep(0.01)
+        assert trio.current_time() - began < 2, "it would take ten"
+        assert not one.statistics()["reads_waiting"]
+
+
+async def test_lanes_are_read_at_the_same_rate() -> None:
+    slow = BudgetLimits(read_bytes_per_s=50_000, read_each_bytes_per_s=50_000)
+    async with node(budget_limits=slow, lanes=True) as one, node(lanes=True) as stranger:
+        await stranger.connect(one.addresses())
+        while stranger.links.transport(one.peer_id) != "lane":  # noqa: ASYNC110  nobody tells
+            await trio.sleep(0.01)
+        service = client(NodeService, stranger.at(one.peer_id))
+        before = one.statistics()["reads_held_up"]
+        for _ in range(12):
+            await service.ping(Empty())
+        assert one.statistics()["reads_held_up"] > before
+        one.want(stranger.peer_id, "a swarm")
+        began = trio.current_time()
+        for _ in range(50):
+            await service.ping(Empty())
+        assert trio.current_time() - began < 2, "it would take four"
+
+
+async def test_the_windows_of_a_stranger_do_not_grow_and_a_members_do() -> None:
+    fast = BudgetLimits(read_bytes_per_s=None)
+    async with node(budget_limits=fast) as one, node() as stranger, node() as member:
+        windows = []
+        for each in (stranger, member):
+            await each.connect(one.addresses())
+            await one.wait_connected(each.peer_id)
+            if each is member:
+                one.want(each.peer_id, "a swarm")
+            await half_a_frame(each, one.peer_id, 6 * MIB)
+            muxed = connection_to(one, each.peer_id).muxed_conn
+            windows.append(max(stream.target_recv_window for stream in muxed.streams.values()))
+        assert windows[0] == DEFAULT_WINDOW_SIZE
+        assert windows[1] > DEFAULT_WINDOW_SIZE
 
 
 async def test_streams_without_end_of_strangers_at_one_ip_keep_nobody_else_waiting() -> None:

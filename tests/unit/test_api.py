@@ -17,15 +17,13 @@ import trio
 
 from shoal.node.api.app import NodeView
 from shoal.node.api.client import Client
+from shoal.node.api.requests import BenchRequest, CreateSwarm, JoinSwarm
 from shoal.node.api.schemas import (
-    BenchRequest,
     BenchResult,
     CreatedSwarm,
-    CreateSwarm,
     CurvePoint,
     Event,
     JoinedSwarm,
-    JoinSwarm,
     MemberInfo,
     MeshInfo,
     MeshLink,

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -215,3 +216,25 @@ def test_text_of_others_is_not_taken_for_markup() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (61, "1m01s"), (3725, "1h02m")])
 def test_durations(seconds: float, text: str) -> None:
     assert render.duration(seconds) == text
+
+
+@pytest.mark.parametrize("thread_is_daemon", [True, False])
+def test_a_process_that_ends_at_once_says_all_and_waits_for_what_runs(tmp_path: Path, thread_is_daemon: bool) -> None:
+    program = f"""
+        import atexit, sys, threading
+        from shoal.cli import main
+        def late():
+            threading.main_thread().join()
+            print("the thread has ended")
+        threading.Thread(target=late, daemon={thread_is_daemon}).start()
+        atexit.register(print, "said at exit")
+        sys.argv = ["shoal", "status", "--json"]
+        main.main()
+    """
+    command = [sys.executable, "-P", "-c", textwrap.dedent(program)]
+    environment = os.environ | {"SHOAL_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    error, *rest = done.stdout.splitlines()
+    assert done.returncode == json.loads(error)["error"]["code"] == 3
+    assert rest == (["said at exit"] if thread_is_daemon else ["the thread has ended", "said at exit"])
+    assert "no node is running" in done.stderr

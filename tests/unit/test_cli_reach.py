@@ -14,6 +14,7 @@ from rich.console import Console
 
 from shoal.cli import main, render
 from shoal.node.api.app import NodeView
+from shoal.node.api.requests import PingRequest
 from shoal.node.api.schemas import (
     DoctorInfo,
     FamilyInfo,
@@ -22,7 +23,6 @@ from shoal.node.api.schemas import (
     MeshLink,
     NatInfo,
     PeerInfo,
-    PingRequest,
     PingResult,
     TriedInfo,
 )

@@ -155,10 +155,10 @@ def pruned_by_b() -> Core:
 def test_whoever_is_pruned_is_told_later_that_there_is_news() -> None:
     core = pruned_by_b()
     core.receive(A, item(2))
-    core.wait(0.4)
+    core.wait(0.39)
     core.receive(A, item(3))
     assert core.told() == []
-    core.wait(0.1)
+    core.wait(0.41)
     assert core.pushed() == []
     assert core.told() == [Tell(B, Control(have=(item(2).id, item(3).id)))]
     core.wait(1.0)
@@ -188,6 +188,27 @@ def test_what_a_neighbour_has_announced_itself_is_not_announced_to_it() -> None:
     core.receive(A, item(3))
     core.wait(1.0)
     assert core.told() == []
+
+
+def test_of_two_that_have_all_of_a_third_one_tells_the_other() -> None:
+    cores = {peer: Gossip(peer, random.Random(number)) for number, peer in enumerate((A, B))}
+    now, num_told, num_items = 0.0, 0, 20
+    for peer, other in ((A, B), (B, A)):
+        for contact in (other, C):
+            cores[peer].handle(ContactUp(contact), now)
+        cores[peer].handle(Pushed(C, (item(0, "key", C),), ()), now)
+        cores[peer].handle(Told(other, Control(prune=(item(0).id,))), now)
+    for number in range(1, num_items + 1):
+        for core in cores.values():
+            core.handle(Pushed(C, (item(number, "key", C),), ()), now)
+        for _ in range(100):
+            now += 0.01
+            for peer, other in ((A, B), (B, A)):
+                for output in cores[peer].handle(Tick(), now):
+                    if isinstance(output, Tell) and output.message.have and output.peer == other:
+                        num_told += 1
+                        cores[other].handle(Told(peer, output.message), now)
+    assert num_items - 1 <= num_told <= num_items + 1
 
 
 def test_the_last_link_into_a_tree_is_not_pruned() -> None:

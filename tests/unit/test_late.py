@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from shoal.node.profile import ProfilePaths
+
+from .test_api import served
+
 # With what a node seldom uses come others: of what is imported for nothing, each of these would be.
 NEVER_IDLE = {
     *("aioice", "aiortc", "av", "gymnasium", "matplotlib", "numpy", "safetensors", "tensorboardX", "torch", "uvloop"),
@@ -20,6 +24,7 @@ NEVER_IDLE = {
 }
 NEVER_ASKING = NEVER_IDLE | {
     *("cryptography", "fastapi", "hypercorn", "libp2p", "multiaddr", "shoal.node.config", "starlette", "trio"),
+    *("http.client", "shoal.node.api.requests", "shoal.training", "ssl"),
 }
 
 
@@ -58,15 +63,28 @@ def test_an_idle_node_that_is_asked_has_loaded_nothing_that_it_does_not_use(tmp_
     assert NEVER_IDLE & set(loaded) == set()
 
 
+ASKING = """
+    import json, sys
+    from shoal.cli import main
+    assert main.run({words}) == {code}
+    print(json.dumps(list(sys.modules)))
+"""
+
+
 @pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["peers", "--json"], ["nat", "--json"]])
-def test_who_asks_a_node_loads_nothing_of_it(tmp_path: Path, words: list[str]) -> None:
-    program = f"""
-        import json, sys
-        from shoal.cli import main
-        assert main.run({words!r}) == 3
-        print(json.dumps(list(sys.modules)))
-    """
-    assert NEVER_ASKING & set(told(program, SHOAL_HOME=str(tmp_path))) == set()
+def test_who_asks_in_vain_loads_nothing_of_a_node(tmp_path: Path, words: list[str]) -> None:
+    assert NEVER_ASKING & set(told(ASKING.format(words=words, code=3), SHOAL_HOME=str(tmp_path))) == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "drawn"), [(["status"], {"rich"}), (["status", "--json"], set()), (["peers"], {"rich"})]
+)
+def test_who_is_answered_has_loaded_little_more(tmp_path: Path, words: list[str], drawn: set[str]) -> None:
+    paths = ProfilePaths(tmp_path / "profiles" / "default")
+    paths.create()
+    program = ASKING.format(words=words, code=0)
+    loaded = set(served(paths, lambda _node, _address: told(program, SHOAL_HOME=str(tmp_path))))
+    assert NEVER_ASKING & loaded == drawn | ({"shoal.cli.render"} if drawn else set())
 
 
 def test_a_key_that_is_seldom_used_works_when_it_is() -> None:
@@ -113,3 +131,45 @@ def test_what_is_loaded_late_is_the_thing_itself() -> None:
         print(json.dumps([*stands_in, again is real, isinstance(object.__new__(real), H2Protocol)]))
     """
     assert told(program) == [False, True, True, True]
+
+
+def test_each_can_be_loaded_and_with_it_what_is_in_its_package() -> None:
+    program = """
+        import json
+        import shoal.node.daemon
+        from shoal.node.late import SELDOM_USED, is_late, load
+
+        client = load("libp2p.bitswap.client")
+        together = [is_late("libp2p.bitswap.wantlist"), is_late("coincurve")]
+        code = [bool(vars(load(name)).get("__file__")) for name in SELDOM_USED]
+        print(json.dumps([*together, isinstance(client.BitswapClient, type), all(code)]))
+    """
+    assert told(program) == [False, True, True, True]
+
+
+def test_an_object_that_others_keep_is_made_when_it_is_asked() -> None:
+    program = """
+        import json
+        import shoal.node.daemon
+        from libp2p.rcmgr.memory_stats import MemoryStatsCache
+        from shoal.node.late import is_late
+
+        cache = MemoryStatsCache()
+        before = is_late("psutil")
+        print(json.dumps([before, cache.get_memory_stats().process_memory_bytes > 2**20]))
+    """
+    assert told(program) == [True, True]
+
+
+def test_the_description_of_the_api_is_drawn_when_it_is_asked_for() -> None:
+    program = """
+        import json
+        from shoal.node.api.app import create_app
+        from shoal.node.late import is_late
+
+        app = create_app(None)
+        before = is_late("fastapi.openapi.models")
+        described = app.openapi()
+        print(json.dumps([before, described["openapi"][0], "CreateSwarm" in described["components"]["schemas"]]))
+    """
+    assert told(program) == [True, "3", True]

@@ -9,9 +9,11 @@ from shoal.node.budgets import (
     MIB,
     PURSE_SLACK_BYTES,
     PURSE_STEP_BYTES,
+    SHUT_OUT_S,
     BudgetLimits,
     Dials,
     Memory,
+    NodeBudgets,
     Purse,
     Shares,
     Turns,
@@ -219,3 +221,14 @@ def test_an_ipv6_network_is_one_user() -> None:
     assert user_of("2001:db8::1") == user_of("2001:db8::2") != user_of("2001:db8:0:1::1")
     assert user_of("192.0.2.1") != user_of("192.0.2.2")
     assert user_of("::ffff:192.0.2.1") == user_of("192.0.2.1")
+
+
+def test_from_where_somebody_was_cut_off_nobody_comes_for_a_while_and_from_elsewhere_at_once() -> None:
+    budgets = NodeBudgets(no_one)
+    budgets.cut("192.0.2.1", 5.0)
+    assert budgets.is_shut_out("192.0.2.1", 5.0 + SHUT_OUT_S - 0.1)
+    assert not budgets.is_shut_out("192.0.2.1", 5.0 + SHUT_OUT_S)
+    assert not budgets.is_shut_out("192.0.2.2", 5.1)
+    budgets.cut("", 6.0)
+    assert not budgets.is_shut_out("", 6.1), "by a relay come many"
+    assert (budgets.num_cut, budgets.num_shut_out) == (2, 1)

@@ -182,7 +182,9 @@ def test_wrong_hyperparameters_are_refused(settings: dict[str, Any], answer: str
 def test_hyperparameters_override_defaults_and_those_follow_the_task() -> None:
     assert learner(gamma=0.5, hidden_sizes=[8]).config.gamma == 0.5
     assert not learner().config.normalize_observations
-    assert learner("gym:Pendulum-v1").config.normalize_observations
+    swinging = learner("gym:Pendulum-v1").config
+    assert (swinging.normalize_observations, swinging.gamma, swinging.entropy_coefficient) == (True, 0.95, 0.0)
+    assert learner("gym:Pendulum-v1", gamma=0.9).config.gamma == 0.9
 
 
 def test_collect_rounds_up_and_counts() -> None:
@@ -293,4 +295,4 @@ def test_evaluation_is_repeatable_and_disturbs_nothing() -> None:
 
 def test_it_is_found_by_name() -> None:
     algorithm = load_algorithm("ppo")
-    assert (algorithm.name, algorithm.version) == ("ppo", 1)
+    assert (algorithm.name, algorithm.version) == ("ppo", 2)

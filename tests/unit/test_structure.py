@@ -60,7 +60,7 @@ NODE_LAYERS = (
 # What decides in node/ is as pure as the cores in the other rooms.
 NODE_CORES = (
     *("shoal.node.mesh.address_book", "shoal.node.mesh.connections", "shoal.node.mesh.paths"),
-    *("shoal.node.mesh.endpoint", "shoal.node.mesh.relay_limits", "shoal.node.reach.nat"),
+    *("shoal.node.mesh.endpoint", "shoal.node.mesh.intake", "shoal.node.mesh.relay_limits", "shoal.node.reach.nat"),
 )
 
 TORCH_FOLDERS = ("shoal.training.tasks", "shoal.training.algorithms", "shoal.training.models")
@@ -393,6 +393,7 @@ NURSERIES = {
     "shoal.node.api.app.__call__": "one answer to a client of the local API",
     "shoal.node.api.server._serve": "the local API, which is a task as a whole",
     "shoal.node.mesh.dialing._dial_all": "one attempt to reach a peer",
+    "shoal.node.mesh.libp2p_host._cut": "the end of a few connections",
     "shoal.node.mesh.libp2p_repairs.write_frame": "one write",
     "shoal.node.mesh.relay.run": "both ways of one circuit, which is served in libp2p's task",
     "shoal.node.reach.climb._climb": "one climb, which is a task",
@@ -407,6 +408,7 @@ NURSERIES = {
     "shoal.node.swarm.lookup.look_up": "one question of a person",
     "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
     "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
+    "shoal.node.swarm.telling._push_loop": "what one peer is told, which is a task as a whole",
     "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
     "shoal.node.swarm.workers._look_after": "one worker, as above",
     "shoal.node.wire.bench._echo": "one measurement that somebody asked for",

@@ -482,6 +482,7 @@ def test_fast_and_slow_honest_peers_leave_nobody_out(mode: Mode) -> None:
         ("mean/parameters", lambda array: array + 1.0, "further than"),
         ("mean/adam/first", lambda array: array * 0 + 0.4, "too large for the second"),
         ("nonneg/adam/second", lambda array: array * 0 + 0.3, "longer than"),
+        ("mean/travel", lambda array: array * 4, "travelled"),
         ("moments/observation/count", lambda array: array + 1, "count"),
         ("moments/return/mean", lambda array: array + 1e16, "beyond"),
     ],

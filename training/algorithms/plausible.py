@@ -16,6 +16,7 @@ import numpy as np
 
 from shoal.protocol.errors import ProtocolError
 from shoal.training.algorithms.adam import check_adam, check_adam_step
+from shoal.training.algorithms.extrapolation import travel
 from shoal.training.exchange.averager import Arrays, Contribution, Moments
 from shoal.training.tasks.base import Floats
 
@@ -27,6 +28,9 @@ MAX_COUNT: Final = 2**53
 
 MAX_SEEN: Final = 1e15
 """Of observations and returns, where they are normalised."""
+
+_TRAVEL_FACTOR: Final = 1.1
+"""Parameters that were rounded on their way are no longer quite as far from the start as their author said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,9 @@ class Limits:
             check_adam(
                 _floats(arrays["mean/adam/first"]), _floats(arrays["nonneg/adam/second"]), max_norm=self.max_norm
             )
+            made, said = travel(start, _floats(arrays["mean/parameters"])), float(arrays["mean/travel"])
+            if not made / _TRAVEL_FACTOR <= said <= made * _TRAVEL_FACTOR:
+                raise ProtocolError(f"its parameters travelled {made:.3g}, not {said:.3g}")
 
     def check_state(self, arrays: Arrays) -> None:
         """Refuse a state of the right form that no peer would export, or that an update could not go on from.

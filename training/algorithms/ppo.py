@@ -8,7 +8,8 @@ Every epoch each peer collects steps from its own environments; then come ``upda
 with r the probability ratio, A the normalised advantage (GAE) and R = A + V the return. What is exchanged (DESIGN §8):
 
 - Mode ``local``: each peer takes these steps on its own samples alone. One exchange then averages the parameters and
-  Adam's moments, weighted by samples. Everybody takes the average verbatim, so all hold the same bits.
+  Adam's moments, weighted by samples, and everybody goes on in the direction of the average as far as one peer went
+  (`extrapolation`), by the same operations, so all hold the same bits.
 - Mode ``diloco``: the same steps, but what is exchanged is how far they led, as an outer gradient
   (`shoal.training.exchange.outer`): a third of the bytes, and fewer by a lossy codec. Adam's moments stay with their
   peer: a newcomer, and a worker that was started anew, begins with zeros, as everybody did.
@@ -50,6 +51,7 @@ from shoal.protocol.ids import PeerId
 from shoal.training import watch
 from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
+from shoal.training.algorithms.extrapolation import extrapolate, travel
 from shoal.training.algorithms.plausible import Limits
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
 from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
@@ -78,7 +80,7 @@ class PPO:
     """The algorithm called ``ppo``."""
 
     name = "ppo"
-    version = 1
+    version = 2
 
     def learner(
         self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "", streams: Sequence[str] | None = None
@@ -308,6 +310,7 @@ class PPOLearner:
             "mean/parameters": model.flat,
             "mean/adam/first": adam.first,
             "nonneg/adam/second": adam.second,
+            "mean/travel": np.asarray(travel(start, model.flat)),
         } | increments
         arrays = {name: array.copy() for name, array in template.items()}
         steps = config.update_epochs * config.num_minibatches
@@ -325,7 +328,7 @@ class PPOLearner:
             self._load(before)
             return {}
         _check_merged(merged, arrays)
-        model.flat[:] = merged["mean/parameters"]
+        model.flat[:] = extrapolate(start, _floats(merged["mean/parameters"]), float(merged["mean/travel"]))
         adam.second[:] = merged["nonneg/adam/second"]
         adam.first[:] = fit_first(_floats(merged["mean/adam/first"]), adam.second)
         adam.step = int(before["adam/step"]) + steps
@@ -377,8 +380,14 @@ class PPOLearner:
             gradient: Arrays = {}
             if batch is not None and len(indices):
                 gradient = {"mean/gradient": self._gradient(batch, indices, metrics)}
-            is_last, lossy = number == num_steps, {"mean/gradient": math.inf}
-            joint = yield Exchange(gradient, len(indices), template, scales=scales, lossy=lossy, is_last=is_last)
+            joint = yield Exchange(
+                gradient,
+                len(indices),
+                template,
+                scales=scales,
+                lossy={"mean/gradient": math.inf},
+                is_last=number == num_steps,
+            )
             if joint:
                 _check_merged(joint, template)
                 self._step(joint["mean/gradient"].astype(np.float32, copy=False), metrics)

@@ -1,0 +1,78 @@
+"""Joining a run takes no longer than being let in: what a worker loads, and what it finds wrong then, comes after."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from shoal.node.api.requests import CreateSwarm, JoinSwarm
+from shoal.node.config import NodeConfig
+from shoal.node.daemon import Node, run_node
+from shoal.node.reach.settings import ReachConfig
+from shoal.node.swarm.swarms import Swarms
+from shoal.protocol.ids import SwarmId
+
+pytestmark = pytest.mark.trio
+
+GENEROUS_S = 60.0
+
+
+@asynccontextmanager
+async def joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requires: dict[str, int]
+) -> AsyncIterator[tuple[Node, SwarmId]]:
+    """A node that has just joined a run as a learner; whoever created that only stores."""
+
+    async def checked(*_: object) -> tuple[float, dict[str, int]]:
+        return 475.0, requires
+
+    monkeypatch.setattr(Swarms, "_check_task", checked)
+    nodes: list[Node] = []
+    with trio.fail_after(GENEROUS_S):
+        async with trio.open_nursery() as nursery:
+            for name in ("one", "two"):
+                reach = ReachConfig(port_mapping=False)
+                listen = ("/ip4/127.0.0.1/tcp/0",)
+                config = NodeConfig(home=tmp_path, profile=name, listen=listen, mdns=False, reach=reach)
+                config.paths.create()
+                nursery.start_soon(run_node, config, nodes.append)
+            await until(lambda: len(nodes) == 2)
+            request = CreateSwarm(task="gym:CartPole-v1", algorithm="ppo", role="storage")
+            created = await nodes[0].create_swarm(request)
+            await nodes[1].join_swarm(JoinSwarm(ticket=created.ticket, role="learner"))
+            yield nodes[1], created.swarm
+            for node in nodes:
+                node.stop()
+            nursery.cancel_scope.cancel()
+
+
+async def until(holds: Callable[[], object]) -> None:
+    while not holds():  # noqa: ASYNC110  no event tells of it
+        await trio.sleep(0.02)
+
+
+async def test_who_joins_is_a_member_before_its_worker_has_loaded_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with joined(tmp_path, monkeypatch, {}) as (node, swarm):
+        membership = node._swarms.get(swarm)
+        assert membership.run.policy is None
+        assert str(membership.phase) == "starting"
+        assert membership.replica.neighbours
+        await until(lambda: membership.run.policy is not None)
+
+
+async def test_a_run_that_its_worker_cannot_take_part_in_has_failed_and_says_what_to_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with joined(tmp_path, monkeypatch, {"algorithm:ppo": 99}) as (node, swarm):
+        membership = node._swarms.get(swarm)
+        await until(lambda: membership.failure)
+        assert "update" in (membership.failure or "")
+        assert node.swarm(swarm).phase == "failed"
+        await node.leave_swarm(swarm)
+        assert swarm not in node._swarms.joined
