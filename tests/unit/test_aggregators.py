@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import UsageError
@@ -51,6 +51,7 @@ def test_without_evidence_under_a_third_are_assumed_to_lie_and_one_of_three() ->
 # --- votes -----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(weights=st.lists(st.floats(1e-3, 2.0**53), min_size=1, max_size=40), liars=st.integers(0, 40))
 def test_so_many_liars_never_have_half_of_the_votes(weights: list[float], liars: int) -> None:
     liars = withstood(len(weights), liars)
@@ -73,6 +74,7 @@ def test_weights_that_give_nobody_too_much_are_votes_as_they_are() -> None:
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(seed=seeds, number=st.integers(1, 9), liars=st.integers(0, 4), rule=rules, is_wide=st.booleans())
 def test_equal_rows_give_that_row(seed: int, number: int, liars: int, rule: Aggregator, is_wide: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -86,6 +88,7 @@ def test_equal_rows_give_that_row(seed: int, number: int, liars: int, rule: Aggr
         np.testing.assert_array_equal(result, row)
 
 
+@settings(deadline=None)
 @given(
     seed=seeds, number=st.integers(1, 9), liars=st.integers(0, 4), rule=rules, order=st.randoms(use_true_random=False)
 )
@@ -102,6 +105,7 @@ def test_the_order_of_the_rows_means_nothing(
     np.testing.assert_allclose(first, second, rtol=1e-9, atol=1e-9 * np.abs(rows).max())
 
 
+@settings(deadline=None)
 @given(
     seed=seeds,
     number=st.integers(3, 12),
@@ -127,6 +131,7 @@ def test_liars_move_the_result_no_further_than_the_honest_are_apart(
     assert np.linalg.norm(result - honest.mean(axis=0)) <= 20 * number * apart
 
 
+@settings(deadline=None)
 @given(seed=seeds, number=st.integers(3, 12), far=st.sampled_from([1.0, 1e6, 1e12]))
 def test_adaptive_clipping_leaves_nobody_longer_than_the_longest_honest_one(seed: int, number: int, far: float) -> None:
     rng = np.random.default_rng(seed)
@@ -149,6 +154,7 @@ def test_a_zero_with_a_sign_changes_no_bit() -> None:
         assert aggregate(rows, [1.0] * 3, rule, 1).tobytes() == bytes(8)
 
 
+@settings(deadline=None)
 @given(seed=seeds, number=st.integers(2, 8), rule=st.sampled_from([each for each in ALL if each.rule in BY_COORDINATE]))
 def test_a_rule_by_coordinate_does_not_know_in_which_spans_it_works(seed: int, number: int, rule: Aggregator) -> None:
     if rule.mixes or rule.clips:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
@@ -39,6 +39,7 @@ def blocks(array: np.ndarray, width: int) -> np.ndarray:
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(seed=seeds, size=sizes, codec=st.sampled_from(list(Codec)))
 def test_each_codec_keeps_to_its_bound(seed: int, size: int, codec: Codec) -> None:
     array = values(seed, size)
@@ -79,6 +80,7 @@ def test_how_much_smaller_each_codec_is() -> None:
     assert {codec: times[codec] >= at_least[codec] for codec in Codec} == dict.fromkeys(Codec, True), times
 
 
+@settings(deadline=None)
 @given(seed=seeds, codec=st.sampled_from(LOSSY))
 def test_what_is_sent_is_the_difference_from_what_all_have(seed: int, codec: Codec) -> None:
     """So that a codec's loss is of the size of the change, however large the parameters are."""
@@ -94,6 +96,7 @@ def test_what_is_sent_is_the_difference_from_what_all_have(seed: int, codec: Cod
 # --- error feedback --------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(seed=seeds, codec=st.sampled_from([Codec.BF16, Codec.INT8, Codec.INT4, Codec.INT2]))
 def test_in_the_sum_nothing_is_lost_but_what_the_sender_still_holds(seed: int, codec: Codec) -> None:
     sender = Sender(codec)
@@ -164,6 +167,7 @@ def test_as_they_are_the_bytes_are_those_of_a_state() -> None:
     assert Sender(Codec.FP32).encode(arrays, BOUND, {}) == encode_arrays(arrays, {})
 
 
+@settings(deadline=None)
 @given(seed=seeds, codec=st.sampled_from(LOSSY), data=st.data())
 def test_whatever_is_forged_is_an_array_of_the_right_form_or_refused(
     seed: int, codec: Codec, data: st.DataObject
@@ -195,6 +199,7 @@ def test_parts_that_are_missing_or_of_another_form_are_refused(codec: Codec) -> 
             decode_contribution(encode_arrays(forged, {}), codec, BOUND, {}, {NAME: array})
 
 
+@settings(deadline=None)
 @given(seed=seeds)
 def test_positions_come_back_as_they_were(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
@@ -37,6 +37,7 @@ def test_without_momentum_and_with_a_rate_of_one_it_is_the_average_of_what_all_c
     np.testing.assert_allclose(parameters, ends.mean(axis=0), atol=1e-6)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), momentum=st.floats(0.0, 0.99))
 def test_what_honest_averages_lead_to_is_never_refused(seed: int, momentum: float) -> None:
     outer = Outer(3, momentum=momentum, max_gradient=0.5)
