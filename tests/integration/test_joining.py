@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from shoal.node.api.schemas import CreateSwarm, JoinSwarm
+from shoal.node.api.requests import CreateSwarm, JoinSwarm
 from shoal.node.config import NodeConfig
 from shoal.node.daemon import Node, run_node
 from shoal.node.reach.settings import ReachConfig
