@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
@@ -157,6 +157,7 @@ def test_an_author_counts_once() -> None:
 # --- other rules than the mean ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), peers=st.integers(1, 8), liars=st.integers(0, 3))
 def test_arrays_merge_as_the_rule_makes_one_of_their_rows(seed: int, peers: int, liars: int) -> None:
     given_order = sorted(contributions(seed, peers), key=lambda each: each.author)
