@@ -58,7 +58,6 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
-from shoal.node.swarm.reduce_bench import bench_reduce
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
@@ -360,6 +359,8 @@ class Node:
 
     async def bench_reduce(self, request: BenchReduceRequest) -> BenchReduceResult:
         """Take part in all-reduces that are measured."""
+        from shoal.node.swarm.reduce_bench import bench_reduce  # which hardly any node is asked for
+
         figures = await bench_reduce(
             *(self._reductions, self._host.links, self._host.peer_id, request.peers),
             numel=request.numel,

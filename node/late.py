@@ -26,6 +26,7 @@ SELDOM_USED: Final = (
     "Crypto",  # of peers whose key is RSA
     "aioquic",
     "coincurve",  # of peers whose key is secp256k1
+    "cryptography.hazmat.primitives.serialization.ssh",
     "fastapi.openapi.models",
     "fastapi.security",
     "hypercorn.protocol.h2",
@@ -55,6 +56,10 @@ SELDOM_USED: Final = (
     "libp2p.transport.websocket",
     "logging.config",
     "multiaddr.resolvers.dns",
+    "opentelemetry._logs",
+    "opentelemetry.metrics",
+    "opentelemetry.propagate",
+    "opentelemetry.trace",
     "prometheus_client",
     "psutil",
 )

