@@ -14,6 +14,7 @@ import pytest
 
 from shoal.protocol.ids import PeerId
 from shoal.training.algorithms import Exchange, UpdateStats
+from shoal.training.algorithms.extrapolation import MAX_FACTOR
 from shoal.training.algorithms.ppo import PPO, PPOLearner
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
 from shoal.training.exchange.outer import Outer
@@ -178,15 +179,19 @@ def test_the_outer_state_of_two_learners_is_that_of_one_process_that_takes_their
     assert np.abs(alone.momentum).max() > 0
 
 
-def test_with_a_rate_of_one_and_no_momentum_an_epoch_of_diloco_is_one_of_local() -> None:
+def test_with_a_rate_of_one_and_no_momentum_diloco_goes_where_local_does_which_goes_further() -> None:
     local = learners(manifest("gym:Pendulum-v1", Mode.LOCAL), 2)
     settings = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
     diloco = learners(manifest("gym:Pendulum-v1", Mode.DILOCO, **settings), 2)
+    start = local[0]._model.flat.copy()
     for peers in (local, diloco):
         for peer, share in zip(peers, (64, 128), strict=True):
             peer.collect(share)
         update(peers)
-    assert_close(local[0].policy_arrays(), diloco[0].policy_arrays(), 1e-6)
+    far, near = local[0]._model.flat - start, diloco[0]._model.flat - start
+    factor = np.linalg.norm(far) / np.linalg.norm(near)  # local's average is stretched
+    assert 1 < factor <= MAX_FACTOR
+    assert np.abs(far - factor * near).max() < 1e-6
 
 
 def test_adam_stays_with_its_peer_and_a_newcomer_begins_with_zeros() -> None:
