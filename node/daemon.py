@@ -361,13 +361,20 @@ class Node:
         """Take part in all-reduces that are measured."""
         from shoal.node.swarm.reduce_bench import bench_reduce  # which hardly any node is asked for
 
-        figures = await bench_reduce(
-            *(self._reductions, self._host.links, self._host.peer_id, request.peers),
-            numel=request.numel,
-            codec=request.codec,
-            rounds=request.rounds,
-            name=request.name,
-        )
+        others = [peer for peer in request.peers if peer != self._host.peer_id]
+        for peer in others:
+            self._host.want(peer, "bench")
+        try:
+            figures = await bench_reduce(
+                *(self._reductions, self._host.links, self._host.peer_id, request.peers),
+                numel=request.numel,
+                codec=request.codec,
+                rounds=request.rounds,
+                name=request.name,
+            )
+        finally:
+            for peer in others:
+                self._host.unwant(peer, "bench")
         return BenchReduceResult(**figures)
 
     async def bench(self, request: BenchRequest) -> BenchResult:

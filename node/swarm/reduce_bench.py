@@ -6,7 +6,6 @@ import hashlib
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import trio
@@ -72,11 +71,10 @@ async def bench_reduce(
 
     offered = await trio.to_thread.run_sync(lambda: spans.encode(array(peers.index(me))))
     results: list[ReduceResult] = []
+    into = memoryview(bytearray(spans.num_bytes))
     for number in range(rounds + 1):
         key = _key(name, f"{number}")
-        results.append(await reductions.reduce(key, me, members, spans, offered, patience_s=PATIENCE_S))
-        if number > 0:
-            results[-2] = replace(results[-2], data=memoryview(b""))
+        results.append(await reductions.reduce(key, me, members, spans, offered, into=into, patience_s=PATIENCE_S))
 
     def error(result: ReduceResult) -> float:
         """From the mean of those whose parts are in it."""

@@ -99,6 +99,7 @@ class Reductions(ExchangeService):
         spans: Spans,
         offered: memoryview,
         *,
+        into: memoryview,
         patience_s: float,
     ) -> ReduceResult:
         """Take part in one all-reduce; returns when everybody has it, or `LINGER_S` after this node has.
@@ -109,9 +110,10 @@ class Reductions(ExchangeService):
             members: all; the same for everybody.
             spans: the layout, likewise.
             offered: what this node gives, as `Spans.encode` wrote it.
+            into: where the result goes; as many bytes.
             patience_s: for which nothing may come on.
         """
-        running = self._running[key] = _Reduction(self._links, key, me, members, spans, offered, patience_s)
+        running = self._running[key] = _Reduction(self._links, key, me, members, spans, offered, into, patience_s)
         try:
             early = self._early.pop(key, None)
             for peer, call in early.calls if early is not None else ():
@@ -237,6 +239,7 @@ class _Reduction:
         members: Sequence[core.Member],
         spans: Spans,
         offered: memoryview,
+        into: memoryview,
         patience_s: float,
     ) -> None:
         self._links = links
@@ -248,7 +251,7 @@ class _Reduction:
         self._weights = {member.peer: member.weight for member in members}
         self._others = {member.peer: _Other() for member in members if member.peer != me}
         self._core = core.AllReduce(me, members, spans.num_parts, patience_s=patience_s, now=trio.current_time())
-        self._result = memoryview(bytearray(spans.num_bytes))
+        self._result = into
         self._pulled: dict[tuple[int, PeerId], memoryview] = {}
         self._fetching: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
         self._events: deque[core.Event] = deque()
@@ -303,11 +306,13 @@ class _Reduction:
             self._do(self._core.start(trio.current_time()), nursery)
             while self._digest is None:
                 await self._step(nursery)
-            for peer in self._others:
-                nursery.start_soon(self._tell, peer, ReduceEnded(self._key))
-            with trio.move_on_after(LINGER_S):
-                while not all(other.has_ended or peer in self._left for peer, other in self._others.items()):
-                    await self._step(nursery)
+            async with trio.open_nursery() as telling:
+                for peer in self._others:
+                    if peer not in self._left:
+                        telling.start_soon(self._tell, peer, ReduceEnded(self._key))
+                with trio.move_on_after(LINGER_S):
+                    while not all(other.has_ended or peer in self._left for peer, other in self._others.items()):
+                        await self._step(nursery)
             nursery.cancel_scope.cancel()
         return ReduceResult(self._result, self._digest or b"", self._done_s, self._core.outcomes)
 

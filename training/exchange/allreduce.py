@@ -227,7 +227,11 @@ class _Own:
 
     came: set[PeerId]
     last_at: float
-    is_reducing: bool = False
+    authors: tuple[PeerId, ...] = ()  # of what is reduced
+
+    @property
+    def is_reducing(self) -> bool:
+        return bool(self.authors)
 
 
 @dataclass(slots=True)
@@ -387,7 +391,7 @@ class AllReduce:
         own = self._own.pop(part, None)
         if own is None or part in self.outcomes:
             return
-        outcome = Outcome(self._me, tuple(peer for peer in self._members if peer in own.came), digest)
+        outcome = Outcome(self._me, own.authors, digest)
         self.outcomes[part] = outcome
         self._last_at = now
         outputs.append(Announce(part, outcome))
@@ -523,8 +527,8 @@ class AllReduce:
                     outputs.append(Pull(author, part))
         for part, own in self._own.items():
             if not own.is_reducing and not self._lacking(own):
-                own.is_reducing = True
-                outputs.append(Reduce(part, tuple(peer for peer in self._members if peer in own.came)))
+                own.authors = tuple(peer for peer in self._members if peer in own.came)
+                outputs.append(Reduce(part, own.authors))
         if len(self.outcomes) == self._num_parts:
             self.is_over = True
             outputs.append(Done(self.digest))
