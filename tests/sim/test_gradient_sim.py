@@ -17,7 +17,7 @@ from shoal.training.sim_member import Member
 from .test_phases_sim import MODES, copied, die_and_go_on, epoch_of
 
 EXCHANGES = 12
-VOTED_S = 0.2
+VOTED_S = 0.25
 """One exchange by votes, over these links."""
 LIARS = (*sim_liars.KINDS, *sim_liars.OF_STEPS)
 

@@ -50,18 +50,24 @@ def test_three_that_die_and_come_back_end_together(seed: int) -> None:
     assert report.stopped == 0, f"seed {seed}: {report}"
 
 
-def played(kind: type[sim_liars.Liar] | None, monkeypatch: pytest.MonkeyPatch) -> SimReport:
+SEEDS = (3, 4)
+
+
+def played(kind: type[sim_liars.Liar] | None, monkeypatch: pytest.MonkeyPatch) -> list[SimReport]:
     """Eight honest members, and one of this kind; long enough that what is found out once weighs little."""
-    config = SimConfig(peers=9, epochs=60, loss=0.02, seed=3, liars=0.0 if kind is None else 1 / 9)
-    if kind is not None:
-        monkeypatch.setattr(sim, "KINDS", (kind,))
-    swarm = Swarm(config)
-    swarm.play(limit_s(config))
-    return swarm.report()
+    reports = []
+    for seed in SEEDS:
+        config = SimConfig(peers=9, epochs=40, loss=0.02, seed=seed, liars=0.0 if kind is None else 1 / 9)
+        if kind is not None:
+            monkeypatch.setattr(sim, "KINDS", (kind,))
+        swarm = Swarm(config)
+        swarm.play(limit_s(config))
+        reports.append(swarm.report())
+    return reports
 
 
 @pytest.fixture(scope="module")
-def clean() -> SimReport:
+def clean() -> list[SimReport]:
     """The same machines, all honest."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         return played(None, monkeypatch)
@@ -69,9 +75,14 @@ def clean() -> SimReport:
 
 @pytest.mark.parametrize("kind", sim_liars.KINDS, ids=lambda kind: kind.__name__)
 def test_one_liar_of_each_kind_slows_nobody(
-    kind: type[sim_liars.Liar], clean: SimReport, monkeypatch: pytest.MonkeyPatch
+    kind: type[sim_liars.Liar], clean: list[SimReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Items 2, 3, 7 and 9; ATTACKS rows 2, 4, 5, 7, 15 and 24."""
-    report = played(kind, monkeypatch)
-    assert (report.agreed, report.stopped) == (1.0, 0), report
-    assert report.epochs_per_hour >= 0.8 * clean.epochs_per_hour, report
+    reports = played(kind, monkeypatch)
+    assert [(report.agreed, report.stopped) for report in reports] == [(1.0, 0)] * len(SEEDS), reports
+    assert pace_of(reports) >= 0.8 * pace_of(clean), reports
+
+
+def pace_of(reports: list[SimReport]) -> float:
+    """Epochs per hour, a mean."""
+    return sum(report.epochs_per_hour for report in reports) / len(reports)
