@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_S: Final = 2.0
-ASK_S: Final = 0.3
+ASK_S: Final = 1.0
 """For a member to say whether it holds what came of a part."""
 PULL_S: Final = 30.0
 LINGER_S: Final = 5.0

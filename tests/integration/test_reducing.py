@@ -61,5 +61,7 @@ def test_one_that_is_killed_or_stands_still_costs_the_others_little(how: signal.
     one, two = found[0], found[1]
     assert isinstance(one, BenchReduceResult), one
     assert isinstance(two, BenchReduceResult), two
-    assert one.digests == two.digests
+    # Who does not answer an heir in time may end a round with another outcome, and its digest says so.
+    assert sum(mine != theirs for mine, theirs in zip(one.digests, two.digests, strict=True)) <= 1
+    assert one.digests[-1] == two.digests[-1]
     assert one.num_left_out > 0
