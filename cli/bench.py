@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -32,8 +33,6 @@ bench_app = typer.Typer(name="bench", help="Measure the wire to another node.", 
 CONNECT_S: Final = 20.0
 MAX_REDUCERS: Final = 32
 REDUCE_S: Final = 600.0
-ENCODED: Final = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.25 + 1 / 256, "int4": 0.125 + 1 / 256}
-"""Bytes that travel for one of float32."""
 _UNITS: Final = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("KMG", start=1)
@@ -115,8 +114,8 @@ def reduce_figures(found: Sequence[BenchReduceResult], request: BenchReduceReque
     """What all nodes saw, in one: a round lasts until its last node has the result."""
     seconds = statistics.median(max(each) for each in zip(*(result.seconds for result in found), strict=True))
     raw_s = max(result.raw_seconds or 0.0 for result in found)
-    moved = 2 * (len(found) - 1) / len(found) * 4 * request.numel
-    carried = moved * ENCODED[request.codec]
+    times = 2 * (len(found) - 1) / len(found)
+    moved, carried = times * 4 * request.numel, times * found[0].num_bytes
     return {
         "seconds_median": round(seconds, 4),
         "bus_mb_s_per_peer": round(moved / seconds / 1e6, 1),
@@ -136,35 +135,13 @@ def _at_once(calls: Sequence[Callable[[], BenchReduceResult]]) -> list[BenchRedu
         return list(pool.map(lambda call: call(), calls))
 
 
-def _kill(nodes: Sequence[BackgroundNode]) -> None:
-    for node in nodes:
-        node.kill()
-
-
 @contextmanager
 def reducing_nodes(count: int) -> Iterator[tuple[list[Client], list[PeerId]]]:
     """So many new nodes that are all connected, once they are asked."""
-    home = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
-    nodes: list[BackgroundNode] = []
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, home, ignore_errors=True)
-        stack.callback(_kill, nodes)
-        addresses: list[str] = []
-        names: list[PeerId] = []
-        for number in range(count):
-            config = NodeConfig(
-                home=home,
-                profile=f"node{number}",
-                listen=("/ip4/127.0.0.1/tcp/0",),
-                bootstrap=tuple(addresses),
-                mdns=False,
-            )
-            nodes.append(BackgroundNode(config))
-            ready = nodes[-1].wait_ready()
-            addresses += ready["addresses"][:1]
-            names.append(PeerId.parse(str(ready["peer_id"])))
-        clients = [stack.enter_context(Client(node.config.paths, node.config.profile)) for node in nodes]
-        yield clients, names
+    with _new_home() as home, ExitStack() as stack:
+        configs = [_config(home, f"node{number}") for number in range(count)]
+        names = stack.enter_context(_started(configs))
+        yield [stack.enter_context(Client(config.paths, config.profile)) for config in configs], names
 
 
 def parse_size(text: str) -> int:
@@ -221,29 +198,43 @@ def _whole_name(client: Client, text: str) -> str:
 @contextmanager
 def _two_nodes() -> Iterator[tuple[Client, str]]:
     """A node to measure from, and the name of another, which it is connected to."""
-    home = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
-    nodes: list[BackgroundNode] = []
-    try:
-        far = NodeConfig(home=home, profile="far", listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, serve_bench=True)
-        nodes.append(BackgroundNode(far))
-        ready = nodes[0].wait_ready()
-        near = NodeConfig(
-            home=home,
-            profile="near",
-            listen=("/ip4/127.0.0.1/tcp/0",),
-            bootstrap=tuple(ready["addresses"][:1]),
-            mdns=False,
-        )
-        nodes.append(BackgroundNode(near))
-        nodes[1].wait_ready()
-        with Client(near.paths, near.profile) as client:
+    with _new_home() as home:
+        far, near = _config(home, "far", serve_bench=True), _config(home, "near")
+        with _started([far, near]) as names, Client(near.paths, near.profile) as client:
             deadline = time.monotonic() + CONNECT_S
             while not client.peers():
                 if time.monotonic() > deadline:
                     raise NoPeersError(f"two nodes on this machine did not connect in {CONNECT_S:.0f} s")
                 time.sleep(0.05)
-            yield client, str(ready["peer_id"])
+            yield client, str(names[0])
+
+
+@contextmanager
+def _new_home() -> Iterator[Path]:
+    home = Path(tempfile.mkdtemp(prefix="shoal-bench-"))
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _config(home: Path, profile: str, *, serve_bench: bool = False) -> NodeConfig:
+    return NodeConfig(home=home, profile=profile, listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, serve_bench=serve_bench)
+
+
+@contextmanager
+def _started(configs: Sequence[NodeConfig]) -> Iterator[list[PeerId]]:
+    """A node of each, which dials those before it; their names."""
+    nodes: list[BackgroundNode] = []
+    addresses: list[str] = []
+    names: list[PeerId] = []
+    try:
+        for config in configs:
+            nodes.append(BackgroundNode(replace(config, bootstrap=tuple(addresses))))
+            ready = nodes[-1].wait_ready()
+            addresses += ready["addresses"][:1]
+            names.append(PeerId.parse(str(ready["peer_id"])))
+        yield names
     finally:
         for node in nodes:
             node.kill()
-        shutil.rmtree(home, ignore_errors=True)

@@ -71,7 +71,8 @@ def bench_reduce(figures: dict[str, Any]) -> Table:
     table.add_row("a round (median)", f"{figures['seconds_median']:.3f} s")
     table.add_row("bus bandwidth of each", f"{figures['bus_mb_s_per_peer']:,.0f} MB/s")
     wire, lanes = figures["wire_mb_s_per_peer"], figures["lane_mb_s"]
-    table.add_row("on the wire of each", f"{wire:,.0f} MB/s; the same lanes alone {lanes:,.0f}")
+    alone = "not measured, as a peer was gone" if lanes is None else f"{lanes:,.0f}"
+    table.add_row("on the wire of each", f"{wire:,.0f} MB/s; the same lanes alone {alone}")
     table.add_row("result", f"{same}; at most {figures['max_error']:.2g} from the exact mean")
     return table
 

@@ -363,9 +363,7 @@ class Epoch:
 
     def _offer(self, current: Round, cid: Cid | None, weight: int, now: float, outputs: list[Output]) -> bool:
         """Be there in a round, with what this learner gives."""
-        self.is_exchanging = True
-        self._progress.step = current.key.step
-        self._progress.phase = Phase.EXCHANGING
+        self._exchange(current.key)
         if cid is None or weight <= 0:
             return self._begin(now, outputs)
         seconds = round(min(self.work_s, MAX_SECONDS), 4)
@@ -374,6 +372,11 @@ class Epoch:
             return self.own_said(offer, first_after(cid), now, outputs)
         outputs.append(Say(offer))
         return True
+
+    def _exchange(self, key: RoundKey) -> None:
+        self.is_exchanging = True
+        self._progress.step = key.step
+        self._progress.phase = Phase.EXCHANGING
 
     @property
     def _is_solo(self) -> bool:
@@ -477,9 +480,7 @@ class Epoch:
 
     def _give(self, direct: Direct, cid: Cid | None, weight: int, now: float, outputs: list[Output]) -> bool:
         """Give this learner's part of the step that is on; whether the update goes on."""
-        self.is_exchanging = True
-        self._progress.step = direct.key.step
-        self._progress.phase = Phase.EXCHANGING
+        self._exchange(direct.key)
         part = direct.give(cid, weight, now)
         outputs.append(Give(part, tuple(peer for peer in direct.members if peer != self._me)))
         self._go_on_directly(now, outputs)

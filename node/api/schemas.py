@@ -63,6 +63,7 @@ class BenchReduceResult(Model):
 
     Attributes:
         seconds: of each round.
+        num_bytes: of the array, as the codec writes it.
         digests: hex SHA-256 over the digests of each round's parts.
         num_left_out: members' parts that came too late, and are in no result.
         max_error: the largest distance of a result from the mean in float64 of those that are in it.
@@ -70,6 +71,7 @@ class BenchReduceResult(Model):
     """
 
     seconds: list[float]
+    num_bytes: int
     digests: list[str]
     num_left_out: int
     max_error: float

@@ -18,8 +18,9 @@ from shoal.node.wire.contracts import StepPart, SwarmService
 from shoal.protocol.errors import RemoteError, Status
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import client
-from shoal.training.exchange.direct import MAX_DIRECT, MAX_PART_BYTES, Part, step_key
+from shoal.training.exchange.direct import MAX_DIRECT, MAX_PART_BYTES, Part
 from shoal.training.run_events import Given, NotGiven
+from shoal.training.statements import RoundKey
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Giving:
         """
         if not self._is_there(author):
             raise RemoteError(Status.FAILED_PRECONDITION, "this node learns nothing with the caller")
-        key, data = step_key(given.epoch, given.step, given.after), given.data
+        key, data = RoundKey(given.epoch, given.step, given.after), given.data
         cid = None
         if data is not None:
             if len(data) > MAX_PART_BYTES:

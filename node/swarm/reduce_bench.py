@@ -48,9 +48,9 @@ async def bench_reduce(
         name: of the measurement.
 
     Returns:
-        ``seconds`` of each round; ``digests`` of the results; ``num_left_out``, members' parts that came too late;
-        ``max_error`` against float64; ``raw_seconds``, in which as many bytes were pulled from the same peers by the
-        same lanes, and nothing else done; None if a peer is gone.
+        ``seconds`` of each round; ``num_bytes`` of the array as it travels; ``digests`` of the results;
+        ``num_left_out``, members' parts that came too late; ``max_error`` against float64; ``raw_seconds``, in which as
+        many bytes were pulled from the same peers by the same lanes, and nothing else done; None if a peer is gone.
     """
     import numpy as np
 
@@ -61,7 +61,8 @@ async def bench_reduce(
         raise UsageError(f"an all-reduce is measured among two peers or more, with up to {MAX_NUMEL} values")
     if codec not in FIXED:
         raise UsageError(f"--codec should be one of {', '.join(FIXED)}, not {codec[:40]!r}")
-    await _connected(links, [peer for peer in peers if peer != me])
+    others = [peer for peer in peers if peer != me]
+    await _connected(links, others)
     spans = Spans(numel, TensorCodec(codec))
     weight_of = {peer: 100.0 + 10 * rank for rank, peer in enumerate(peers)}
     members = [Member(peer, weight) for peer, weight in weight_of.items()]
@@ -88,11 +89,12 @@ async def bench_reduce(
 
     raw_s: float | None = None
     try:
-        raw_s = await _raw(reductions, links.bulk, me, peers, spans.num_bytes, rounds, _key(name, "raw"))
+        raw_s = await _raw(reductions, links.bulk, others, spans.num_bytes, rounds, _key(name, "raw"))
     except (RemoteError, trio.TooSlowError) as error_:
         log.info("the lanes alone are not measured: %s", error_ or "a peer is gone")
     return {
         "seconds": [result.seconds for result in results[1:]],
+        "num_bytes": spans.num_bytes,
         "digests": [result.digest.hex() for result in results],
         "num_left_out": sum(len(peers) - len(each.authors) for result in results for each in result.outcomes.values()),
         "max_error": await trio.to_thread.run_sync(error, results[-1]),
@@ -113,14 +115,13 @@ async def _connected(links: Links, peers: Sequence[PeerId]) -> None:
 
 
 async def _raw(
-    reductions: Reductions, bulk: Bulk, me: PeerId, peers: Sequence[PeerId], num_bytes: int, rounds: int, key: bytes
+    reductions: Reductions, bulk: Bulk, others: Sequence[PeerId], num_bytes: int, rounds: int, key: bytes
 ) -> float:
     """The median seconds in which what an all-reduce pulls was pulled from the same peers, by everybody at once."""
-    share = num_bytes // len(peers)
-    others = [peer for peer in peers if peer != me]
+    share = num_bytes // (len(others) + 1)
     taken = {peer: memoryview(bytearray(share)) for peer in others}
     times: list[float] = []
-    async with reductions.meeting(key, me, others, memoryview(bytearray(num_bytes))) as refs:
+    async with reductions.meeting(key, others, memoryview(bytearray(num_bytes))) as refs:
         for _ in range(rounds):
             began = trio.current_time()
             for _ in range(2):  # parts, then results

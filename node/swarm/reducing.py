@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -78,18 +78,13 @@ class _Other:
     has_ended: bool = False
 
 
-@dataclass(slots=True)
-class _Early:
-    calls: deque[tuple[PeerId, object]] = field(default_factory=lambda: deque(maxlen=MAX_EARLY))
-
-
 class Reductions(ExchangeService):
     """All of a node's."""
 
     def __init__(self, links: Links) -> None:
         self._links = links
         self._running: dict[bytes, _Reduction | _Meeting] = {}
-        self._early: OrderedDict[bytes, _Early] = OrderedDict()
+        self._early: OrderedDict[bytes, deque[tuple[PeerId, object]]] = OrderedDict()
 
     async def reduce(
         self,
@@ -113,39 +108,40 @@ class Reductions(ExchangeService):
             into: where the result goes; as many bytes.
             patience_s: for which nothing may come on.
         """
-        running = self._running[key] = _Reduction(self._links, key, me, members, spans, offered, into, patience_s)
-        try:
-            early = self._early.pop(key, None)
-            for peer, call in early.calls if early is not None else ():
-                running.heard(peer, call)
-            return await running.run()
-        finally:
-            del self._running[key]
+        reduction = _Reduction(self._links, key, me, members, spans, offered, into, patience_s)
+        with self._hearing(key, reduction):
+            return await reduction.run()
 
     @asynccontextmanager
     async def meeting(
-        self, key: bytes, me: PeerId, others: Sequence[PeerId], offered: memoryview
+        self, key: bytes, others: Sequence[PeerId], offered: memoryview
     ) -> AsyncIterator[dict[PeerId, BulkRef]]:
         """What each of these offers, once all have come; the context ends when all have left it.
 
         Nothing is reduced: it is for measuring what the lanes carry.
         """
-        meeting = self._running[key] = _Meeting(self._links, others)
+        meeting = _Meeting(others)
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._hearing(key, meeting))
+            for peer in others:
+                ref = await stack.enter_async_context(self._links.bulk.offer(peer, offered))
+                await _tell(self._links, peer, ArrayOffered(key, ref, ref))
+            with trio.fail_after(LINGER_S):
+                await meeting.all_came.wait()
+            yield meeting.refs
+            for peer in others:
+                await _tell(self._links, peer, ReduceEnded(key))
+            with trio.move_on_after(LINGER_S):
+                await meeting.all_ended.wait()
+
+    @contextmanager
+    def _hearing(self, key: bytes, running: _Reduction | _Meeting) -> Iterator[None]:
+        """What is said under this name in the block, and was said before, goes there."""
+        self._running[key] = running
         try:
-            early = self._early.pop(key, None)
-            for peer, call in early.calls if early is not None else ():
-                meeting.heard(peer, call)
-            async with AsyncExitStack() as stack:
-                for peer in others:
-                    ref = await stack.enter_async_context(self._links.bulk.offer(peer, offered))
-                    await meeting.tell(peer, ArrayOffered(key, ref, ref))
-                with trio.fail_after(LINGER_S):
-                    await meeting.all_came.wait()
-                yield meeting.refs
-                for peer in others:
-                    await meeting.tell(peer, ReduceEnded(key))
-                with trio.move_on_after(LINGER_S):
-                    await meeting.all_ended.wait()
+            for peer, call in self._early.pop(key, ()):
+                running.heard(peer, call)
+            yield
         finally:
             del self._running[key]
 
@@ -157,8 +153,7 @@ class Reductions(ExchangeService):
         if running is not None:
             running.heard(peer, call)
             return
-        early = self._early.setdefault(key, _Early())
-        early.calls.append((peer, call))
+        self._early.setdefault(key, deque(maxlen=MAX_EARLY)).append((peer, call))
         while len(self._early) > MAX_EARLY:
             self._early.popitem(last=False)
 
@@ -202,15 +197,10 @@ async def _tell(links: Links, peer: PeerId, call: ArrayOffered | PartOutcome | R
 class _Meeting:
     """Members that find out what each of them offers, and no more."""
 
-    def __init__(self, links: Links, others: Sequence[PeerId]) -> None:
-        self._links = links
+    def __init__(self, others: Sequence[PeerId]) -> None:
         self._waiting, self._staying = set(others), set(others)
         self.refs: dict[PeerId, BulkRef] = {}
         self.all_came, self.all_ended = trio.Event(), trio.Event()
-
-    async def tell(self, peer: PeerId, call: ArrayOffered | ReduceEnded) -> None:
-        """Say it to one of them."""
-        await _tell(self._links, peer, call)
 
     def heard(self, peer: PeerId, call: object) -> None:
         """One of them says something."""
@@ -302,22 +292,19 @@ class _Reduction:
             for peer in self._others:
                 arrays = await stack.enter_async_context(self._links.bulk.offer(peer, self._offered))
                 results = await stack.enter_async_context(self._links.bulk.offer(peer, self._result))
-                nursery.start_soon(self._tell, peer, ArrayOffered(self._key, arrays, results))
+                nursery.start_soon(_tell, self._links, peer, ArrayOffered(self._key, arrays, results))
             self._do(self._core.start(trio.current_time()), nursery)
             while self._digest is None:
                 await self._step(nursery)
             async with trio.open_nursery() as telling:
                 for peer in self._others:
                     if peer not in self._left:
-                        telling.start_soon(self._tell, peer, ReduceEnded(self._key))
+                        telling.start_soon(_tell, self._links, peer, ReduceEnded(self._key))
                 with trio.move_on_after(LINGER_S):
                     while not all(other.has_ended or peer in self._left for peer, other in self._others.items()):
                         await self._step(nursery)
             nursery.cancel_scope.cancel()
         return ReduceResult(self._result, self._digest or b"", self._done_s, self._core.outcomes)
-
-    def _is_there(self, peer: PeerId) -> bool:
-        return self._links.is_connected(peer)
 
     async def _step(self, nursery: trio.Nursery) -> None:
         if not self._events:
@@ -326,7 +313,7 @@ class _Reduction:
                 await self._arrived.wait()
         now = trio.current_time()
         for peer in self._others:
-            if peer not in self._left and not self._is_there(peer):
+            if peer not in self._left and not self._links.is_connected(peer):
                 self._left.add(peer)
                 self._events.append(core.Left(peer))
         if now >= self._core.next_wake:
@@ -344,7 +331,7 @@ class _Reduction:
                 case core.Announce(part, outcome):
                     call = PartOutcome(self._key, part, outcome.owner, outcome.authors, outcome.digest)
                     for peer in self._others:
-                        nursery.start_soon(self._tell, peer, call)
+                        nursery.start_soon(_tell, self._links, peer, call)
                 case core.Fetch(part, holder, outcome):
                     nursery.start_soon(self._fetch, part, holder, outcome)
                 case core.Ask(part, members, heir):
@@ -354,9 +341,6 @@ class _Reduction:
                     self._done_s = trio.current_time() - self._began_at
 
     # What is done.
-
-    async def _tell(self, peer: PeerId, call: ArrayOffered | PartOutcome | ReduceEnded) -> None:
-        await _tell(self._links, peer, call)
 
     async def _pull(self, author: PeerId, part: int) -> None:
         place = self._spans.place(part)
@@ -417,9 +401,10 @@ class _Reduction:
         self._post(core.Fetched(part, holder) if is_it else core.NotFetched(part, holder))
 
     async def _ask(self, part: int, members: tuple[PeerId, ...], heir: PeerId) -> None:
-        found = [False]
+        is_found = False
 
         async def ask(peer: PeerId) -> None:
+            nonlocal is_found
             service = client(ExchangeService, self._links.at(peer), timeout_s=ASK_S)
             try:
                 held = await service.held(PartAsked(self._key, part, heir))
@@ -427,15 +412,11 @@ class _Reduction:
                 log.debug("%s does not say what it holds: %s", peer, error)
                 return
             if held.owner is not None:
-                found[0] = True
+                is_found = True
                 self._post(core.Announced(peer, part, core.Outcome(held.owner, held.authors, held.digest)))
 
-        await _together([lambda peer=peer: ask(peer) for peer in members])  # type: ignore[misc]
-        if not found[0]:
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(ask, member)
+        if not is_found:
             self._post(core.NobodyHolds(part))
-
-
-async def _together(acts: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    async with trio.open_nursery() as nursery:
-        for act in acts:
-            nursery.start_soon(act)

@@ -9,7 +9,7 @@ import pytest
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.signing import Signer
-from shoal.training.exchange.direct import PATIENCE_S, Direct, Part, Trust, step_key
+from shoal.training.exchange.direct import PATIENCE_S, Direct, Part, Trust
 from shoal.training.exchange.waits import Waits
 from shoal.training.statements import RoundKey
 
@@ -131,7 +131,7 @@ def test_after_failures_in_a_row_votes_are_kept_to_for_ever_longer() -> None:
 @pytest.mark.parametrize(("step", "after"), [(0, b"f" * 32), (2**60, b"f" * 32), (1, b"short")])
 def test_a_step_that_there_cannot_be_is_refused(step: int, after: bytes) -> None:
     with pytest.raises(ProtocolError):
-        step_key(3, step, after)
+        Part(RoundKey(3, step, after), None, 0)
 
 
 @pytest.mark.parametrize(("given", "weight"), [(None, 1), (cid("a"), 0), (cid("a"), 2**40), (cid("a"), -1)])

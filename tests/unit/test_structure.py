@@ -408,7 +408,7 @@ NURSERIES = {
     "shoal.node.swarm.lookup.look_up": "one question of a person",
     "shoal.node.swarm.reduce_bench._raw": "one measurement that somebody asked for",
     "shoal.node.swarm.reducing._do": "one all-reduce: what fails in a part of it fails it",
-    "shoal.node.swarm.reducing._together": "one question of an all-reduce to its members",
+    "shoal.node.swarm.reducing._ask": "one question of an all-reduce to its members",
     "shoal.node.swarm.reducing.run": "one all-reduce, as above",
     "shoal.node.swarm.runner.run": "a run, which is a task as a whole: what fails in one part of it leaves no other",
     "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",

@@ -78,9 +78,9 @@ class Limits:
             if not change <= self.max_change:
                 raise ProtocolError(f"a parameter moved by {change:.3g}, further than the optimiser's steps reach")
             check_adam(
-                _floats(arrays["mean/adam/first"]), _floats(arrays["nonneg/adam/second"]), max_norm=self.max_norm
+                as_floats(arrays["mean/adam/first"]), as_floats(arrays["nonneg/adam/second"]), max_norm=self.max_norm
             )
-            made, said = travel(start, _floats(arrays["mean/parameters"])), float(arrays["mean/travel"])
+            made, said = travel(start, as_floats(arrays["mean/parameters"])), float(arrays["mean/travel"])
             if not made / self.travel_factor <= said <= made * self.travel_factor:
                 raise ProtocolError(f"its parameters travelled {made:.3g}, not {said:.3g}")
 
@@ -95,7 +95,7 @@ class Limits:
                 raise ProtocolError(f"{name!r} holds numbers beyond {MAX_PARAMETER:g}; take another state")
         if "adam/step" in arrays:  # in mode diloco Adam is each peer's own
             check_adam_step(int(arrays["adam/step"]))
-            check_adam(_floats(arrays["adam/first"]), _floats(arrays["adam/second"]), max_norm=self.max_norm)
+            check_adam(as_floats(arrays["adam/first"]), as_floats(arrays["adam/second"]), max_norm=self.max_norm)
         for name, is_normalized in self.normalized.items():
             moments = Moments.from_arrays(arrays, name)
             if moments.count and not is_normalized:
@@ -113,5 +113,6 @@ def _check_moments(name: str, moments: Moments) -> None:
         raise ProtocolError(f"moments/{name} are negative, or of numbers beyond {MAX_SEEN:g}")
 
 
-def _floats(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Floats:
+def as_floats(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Floats:
+    """As float32; the array itself if it is that."""
     return array.astype(np.float32, copy=False)

@@ -52,7 +52,7 @@ from shoal.training import watch
 from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
 from shoal.training.algorithms.extrapolation import extrapolate, travel
-from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits
+from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits, as_floats
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
 from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
 from shoal.training.exchange.averager import Arrays, Moments
@@ -329,9 +329,9 @@ class PPOLearner:
             self._load(before)
             return {}
         _check_merged(merged, arrays)
-        model.flat[:] = extrapolate(start, _floats(merged["mean/parameters"]), float(merged["mean/travel"]))
+        model.flat[:] = extrapolate(start, as_floats(merged["mean/parameters"]), float(merged["mean/travel"]))
         adam.second[:] = merged["nonneg/adam/second"]
-        adam.first[:] = fit_first(_floats(merged["mean/adam/first"]), adam.second)
+        adam.first[:] = fit_first(as_floats(merged["mean/adam/first"]), adam.second)
         adam.step = int(before["adam/step"]) + steps
         return merged
 
@@ -349,7 +349,7 @@ class PPOLearner:
         merged = yield Exchange(own, self.samples, arrays, check, self._moment_scales(), lossy=lossy)
         if merged:
             _check_merged(merged, arrays)
-            self._outer.apply(self._model.flat, _floats(merged["mean/delta"]))
+            self._outer.apply(self._model.flat, as_floats(merged["mean/delta"]))
         return merged
 
     def _step_alone(self, batch: _Batch | None, metrics: dict[str, float]) -> None:
@@ -391,7 +391,7 @@ class PPOLearner:
             )
             if joint:
                 _check_merged(joint, template)
-                self._step(joint["mean/gradient"].astype(np.float32, copy=False), metrics)
+                self._step(as_floats(joint["mean/gradient"]), metrics)
         return merged
 
     def _minibatches(self) -> Iterator[npt.NDArray[np.int64]]:
@@ -554,10 +554,6 @@ class PPOLearner:
 def _flat(rows: npt.NDArray[np.generic]) -> torch.Tensor:
     """``[T, N, ...]`` as a tensor ``[T * N, ...]``."""
     return torch.from_numpy(rows.reshape(-1, *rows.shape[2:]))
-
-
-def _floats(array: npt.NDArray[np.generic]) -> Floats:
-    return array.astype(np.float32, copy=False)
 
 
 def _check_merged(merged: Arrays, template: Arrays) -> None:

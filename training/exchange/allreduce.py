@@ -26,7 +26,7 @@ This core has no clock: ``now`` is seconds of any monotonic clock. Bytes are mov
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -310,7 +310,7 @@ class AllReduce:
         for part, owner in enumerate(self._owner_of):
             if owner == self._me:
                 self._begin_to_own(part, now)
-        self._plan(now, outputs)
+        self._plan(outputs)
         return outputs
 
     @property
@@ -320,10 +320,6 @@ class AllReduce:
             return float("inf")
         dues = [own.last_at + self._patience_s for own in self._own.values() if not own.is_reducing]
         return min([self._last_at + OWNER_PATIENCE * self._patience_s, *dues])
-
-    def owned_by(self, peer: PeerId) -> list[int]:
-        """The parts that are a member's now, as far as this one knows."""
-        return [part for part, owner in enumerate(self._owner_of) if owner == peer]
 
     @property
     def digest(self) -> bytes:
@@ -359,10 +355,10 @@ class AllReduce:
                         self._begin_to_own(part, now)
             case Left(peer):
                 self._left.add(peer)
-                self._give_up({peer}, now, outputs)
+                self._give_up({peer}, outputs)
             case Tick():
                 self._look(now, outputs)
-        self._plan(now, outputs)
+        self._plan(outputs)
         return outputs
 
     # As an owner.
@@ -439,7 +435,7 @@ class AllReduce:
         self._fetching.pop(part, None)
         self._known.pop(part, None)
         if before not in (self._me, heir) and before not in self._gone and waited_s >= self._patience_s / 2:
-            self._give_up({before}, now, outputs)
+            self._give_up({before}, outputs)
 
     def _fetched(self, part: int, holder: PeerId, now: float, outputs: list[Output]) -> None:
         found = self._fetching.get(part)
@@ -472,9 +468,9 @@ class AllReduce:
         if now >= self._last_at + OWNER_PATIENCE * self._patience_s and not self._own:
             self._last_at = now
             lacking = {self._owner_of[part] for part in range(self._num_parts) if part not in self.outcomes}
-            self._give_up(lacking - {self._me}, now, outputs)
+            self._give_up(lacking - {self._me}, outputs)
 
-    def _give_up(self, peers: set[PeerId], now: float, outputs: list[Output]) -> None:
+    def _give_up(self, peers: set[PeerId], outputs: list[Output]) -> None:
         """These own nothing any more; what they own goes to the next of each part."""
         for peer in peers & self._sources.keys():
             self._gone.add(peer)
@@ -516,7 +512,7 @@ class AllReduce:
     def _lacking(self, own: _Own) -> list[PeerId]:
         return [peer for peer in self._sources if peer not in own.came and peer not in self._left_out]
 
-    def _plan(self, now: float, outputs: list[Output]) -> None:
+    def _plan(self, outputs: list[Output]) -> None:
         if self.is_over:
             return
         for author, source in self._sources.items():
@@ -554,9 +550,3 @@ def owners(members: Sequence[Member], num_parts: int) -> list[PeerId]:
 def order_of(part: int, peers: Sequence[PeerId]) -> list[PeerId]:
     """In which order members take over a part (rendezvous hashing, Thaler and Ravishankar 1998)."""
     return sorted(peers, key=lambda peer: hashlib.sha256(f"{part}/{peer}".encode()).digest())
-
-
-def bytes_of_parts(num_bytes: int, part_bytes: int) -> Mapping[int, slice]:
-    """Where each part of an array of so many bytes lies."""
-    starts = range(0, max(num_bytes, 1), part_bytes)
-    return {part: slice(start, min(start + part_bytes, num_bytes)) for part, start in enumerate(starts)}

@@ -26,7 +26,7 @@ from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.exchange.ballots import Ballot, SignedOffer
 from shoal.training.exchange.waits import Waits
-from shoal.training.statements import HASH_BYTES, MAX_EPOCH, MAX_SAMPLES, Offer, RoundKey
+from shoal.training.statements import MAX_SAMPLES, Offer, RoundKey
 
 MAX_DIRECT: Final = 32
 """Members that give each other everything: as many as are all connected to each other."""
@@ -54,6 +54,8 @@ class Part:
     weight: int
 
     def __post_init__(self) -> None:
+        if self.key.step < 1:
+            raise ProtocolError("a part is for a step after the first exchange")
         if (self.cid is None) != (self.weight == 0) or not 0 <= self.weight <= MAX_SAMPLES:
             raise ProtocolError(f"a part cannot weigh {self.weight}")
 
@@ -186,14 +188,3 @@ class Trust:
         """The update of an epoch is done; if it failed on the way, this changes nothing."""
         if self.holds(epoch):
             self._num_failures = 0
-
-
-def step_key(epoch: int, step: int, after: bytes) -> RoundKey:
-    """The step that a part from the network is for.
-
-    Raises:
-        ProtocolError: if it can be none.
-    """
-    if not 1 <= step <= MAX_EPOCH or len(after) != HASH_BYTES:
-        raise ProtocolError("a part is not for a step that there can be")
-    return RoundKey(epoch, step, after)
