@@ -153,6 +153,8 @@ class Reductions(ExchangeService):
         if running is not None:
             running.heard(peer, call)
             return
+        if isinstance(call, PartOutcome):
+            return  # as large as its author likes; who begins late asks for it
         self._early.setdefault(key, deque(maxlen=MAX_EARLY)).append((peer, call))
         while len(self._early) > MAX_EARLY:
             self._early.popitem(last=False)

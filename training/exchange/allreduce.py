@@ -395,7 +395,7 @@ class AllReduce:
     # As one of those who get the results.
 
     def _announced(self, holder: PeerId, part: int, outcome: Outcome, outputs: list[Output]) -> None:
-        is_sense = 0 <= part < self._num_parts and outcome.owner in self._members
+        is_sense = 0 <= part < self._num_parts and self._members.keys() >= {outcome.owner, *outcome.authors}
         if holder not in self._sources or not is_sense or part in self.outcomes:
             return
         known = self._known.setdefault(part, [])
