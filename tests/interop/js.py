@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,3 +113,11 @@ async def js_node(
             assert process.stdout is not None
             await process.stdin.aclose()
             await process.stdout.aclose()
+
+
+def js_dialer(folder: Path) -> AbstractAsyncContextManager[Js]:
+    """A node that listens nowhere.
+
+    One that listens, and dials somebody by a circuit, may be reached directly in the meantime, and loses the circuit.
+    """
+    return js_node(folder, listen=())

@@ -25,7 +25,7 @@ from shoal.node.wire.channel import Router
 from shoal.node.wire.links import RPC_PROTOCOL
 from shoal.protocol.ids import Cid, PeerId
 
-from .js import Js, js_node
+from .js import Js, js_dialer, js_node
 
 pytestmark = pytest.mark.trio
 
@@ -208,7 +208,7 @@ async def test_js_and_a_node_are_reached_by_js_through_a_node_that_relays(tmp_pa
         async with (
             shoal_node(tmp_path / "far", "--bootstrap", address) as far,
             js_node(folder, listen=[f"{address}/p2p-circuit"]) as js,
-            js_node(folder, listen=()) as near,  # what listens, the far node might reach directly meanwhile
+            js_dialer(folder) as near,
         ):
             assert js.addresses == [f"{address}/p2p-circuit/p2p/{js.peer_id}"]
             assert (await near.ask("echo", address=js.addresses[0], text="by a circuit"))["text"] == "by a circuit"

@@ -24,7 +24,7 @@ from shoal.node.wire.links import RPC_PROTOCOL
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import Empty, client
 
-from .js import JsError, js_node
+from .js import JsError, js_dialer, js_node
 
 pytestmark = pytest.mark.trio
 
@@ -72,7 +72,7 @@ async def test_js_is_reached_by_js_through_a_node(folder: Path) -> None:
     async with host() as relay:
         relay.relay.open()
         (address,) = relay.addresses()
-        async with js_node(folder, listen=[f"{address}/p2p-circuit"]) as far, js_node(folder) as near:
+        async with js_node(folder, listen=[f"{address}/p2p-circuit"]) as far, js_dialer(folder) as near:
             assert far.addresses == [circuit(address, far.peer_id)]
             facts = await near.ask("dial", address=far.addresses[0])
             assert (facts["peer_id"], facts["limited"]) == (far.peer_id, True)
@@ -98,7 +98,7 @@ async def test_js_is_reached_by_a_node_through_a_node(folder: Path) -> None:
 
 
 async def test_a_node_is_reached_by_js_through_a_node(folder: Path) -> None:
-    async with host() as relay, host() as far, js_node(folder) as near:
+    async with host() as relay, host() as far, js_dialer(folder) as near:
         relay.relay.open()
         await far.connect(relay.addresses())
         await far.relay.reserve(relay.peer_id)
@@ -110,8 +110,7 @@ async def test_a_node_is_reached_by_js_through_a_node(folder: Path) -> None:
 
 
 async def test_a_node_is_reached_by_js_through_js(folder: Path) -> None:
-    # Who dials listens nowhere, so that the DHT cannot reach it directly in the meantime.
-    async with js_node(folder, relay=True) as relay, js_node(folder, listen=()) as near, host() as far:
+    async with js_node(folder, relay=True) as relay, js_dialer(folder) as near, host() as far:
         await far.connect(relay.addresses)
         granted = await far.relay.reserve(PeerId(relay.peer_id))
         assert granted.expires_s > 60
@@ -137,7 +136,7 @@ async def test_a_node_is_reached_by_a_node_through_js(folder: Path) -> None:
 
 
 async def test_js_without_a_reservation_is_not_reached_through_a_node(folder: Path) -> None:
-    async with host() as relay, js_node(folder) as far, js_node(folder) as near:
+    async with host() as relay, js_node(folder) as far, js_dialer(folder) as near:
         relay.relay.open()
         await far.ask("dial", address=relay.addresses()[0])
         answer = await near.ask("refused", address=circuit(relay.addresses()[0], far.peer_id))
