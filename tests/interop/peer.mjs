@@ -4,6 +4,7 @@
 //
 // It ends with its input. What it says to people goes to standard error (DEBUG=libp2p:* says everything).
 
+import { randomBytes } from 'node:crypto'
 import { createInterface } from 'node:readline'
 import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { identify } from '@libp2p/identify'
@@ -18,6 +19,7 @@ import { createLibp2p } from 'libp2p'
 import { CID } from 'multiformats/cid'
 
 const ECHO = '/interop/echo/1.0.0'
+const PING = '/ipfs/ping/1.0.0'
 const TIMEOUT_MS = 20_000
 // A circuit that a relay limits carries only what says that it may be carried so.
 const LIMITED = { runOnLimitedConnection: true }
@@ -54,6 +56,9 @@ function inTime (promise) {
 const bytes = text => new TextEncoder().encode(text)
 const deadline = () => AbortSignal.timeout(TIMEOUT_MS)
 const connectionsTo = peer => node.getConnections().filter(known => known.remotePeer.toString() === peer)
+// Connections that still stand, of the kind that an address leads to.
+const standing = address => connectionsTo(address.split('/').pop())
+  .filter(known => known.status === 'open' && (known.limits != null) === address.includes('/p2p-circuit'))
 const describe = ({ id, multiaddrs }) => ({ peer_id: id.toString(), addresses: multiaddrs.map(String) })
 
 function connectionFacts (connection) {
@@ -65,6 +70,23 @@ function connectionFacts (connection) {
     multiplexer: connection.multiplexer,
     limited: connection.limits != null
   }
+}
+
+// A circuit that stands is used. Asked to dial an address again, libp2p opens another circuit, takes it for a duplicate
+// and drops it, and who dials in the meantime is given the one that was dropped.
+async function openStream (address, protocol) {
+  const [connection] = standing(address)
+  const options = { ...LIMITED, signal: deadline() }
+  return await (connection?.newStream(protocol, options) ?? node.dialProtocol(multiaddr(address), protocol, options))
+}
+
+async function answerTo (stream, question) {
+  const answer = []
+  const answered = (async () => { for await (const data of stream) answer.push(data.subarray()) })()
+  stream.send(question)
+  await stream.close()
+  await answered
+  return Buffer.concat(answer)
 }
 
 async function echo (stream) {
@@ -157,17 +179,17 @@ const commands = {
   },
 
   async ping ({ address }) {
-    return { rtt_ms: await node.services.ping.ping(multiaddr(address), { signal: deadline() }) }
+    if (!address.includes('/p2p-circuit')) {
+      return { rtt_ms: await node.services.ping.ping(multiaddr(address), { signal: deadline() }) }
+    }
+    const [question, began] = [randomBytes(32), performance.now()]
+    const answer = await answerTo(await openStream(address, PING), question)
+    if (!answer.equals(question)) throw new Error('a ping was answered with something else')
+    return { rtt_ms: performance.now() - began }
   },
 
   async echo ({ address, text }) {
-    const stream = await node.dialProtocol(multiaddr(address), ECHO, { ...LIMITED, signal: deadline() })
-    const answer = []
-    const answered = (async () => { for await (const data of stream) answer.push(data.subarray()) })()
-    stream.send(bytes(text))
-    await stream.close()
-    await answered
-    return { text: Buffer.concat(answer).toString() }
+    return { text: (await answerTo(await openStream(address, ECHO), bytes(text))).toString() }
   },
 
   async find_peer ({ peer }) {
