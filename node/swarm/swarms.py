@@ -34,6 +34,7 @@ from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.journal import load_docs
 from shoal.node.swarm.lookup import look_up
 from shoal.node.swarm.members import by_peer
+from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
@@ -109,6 +110,7 @@ class Swarms:
         self._paths = paths
         self._domain = domain
         self._remembered = remembered
+        self.reductions = Reductions(host.links, signer)
         self._entering: WeakValueDictionary[SwarmId, trio.Lock] = WeakValueDictionary()
         self._is_taken_up = False
 
@@ -365,7 +367,8 @@ class Swarms:
         replica.on_outdone = outdone
         folder = self._paths.swarm(swarm)
         run = Runner(
-            *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder, domain),
+            *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, self.reductions),
+            *(folder, domain),
             is_new=swarm in self._created,
         )
         replica.changed = run.changed = self.changed
@@ -442,7 +445,7 @@ class Swarms:
 
     def services(self) -> tuple[Service, ...]:
         """What peers may call."""
-        return self._content, _SwarmCalls(self)
+        return self._content, self.reductions, _SwarmCalls(self)
 
     def handle(self, event: HostEvent) -> None:
         """A peer came or went."""
