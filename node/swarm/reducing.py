@@ -5,8 +5,8 @@ What a member offers, and what it holds of the results, lies in two buffers that
 reduced: a few parts of each member, whatever the arrays' size. Reducing and hashing run in threads.
 
 Where members have signed the hashes of their parts, what is pulled is held to them, and each member does one part over
-that another owned, chosen at random: an owner that lied is found out by that (`shoal.training.exchange.audits`), and
-the others are told, who look for themselves.
+that another owned: whose, turns on what came of them all, and which part is its secret. An owner that lied is found out
+by that (`shoal.training.exchange.audits`), and the others are told, who look for themselves.
 
 NumPy is loaded when the first all-reduce runs.
 """
@@ -39,7 +39,7 @@ from shoal.protocol.ids import PeerId
 from shoal.protocol.services import Empty, client, current_call
 from shoal.protocol.signing import Signer
 from shoal.training.exchange import allreduce as core
-from shoal.training.exchange.audits import Parts, SignedOutcome, follows, sign_outcome
+from shoal.training.exchange.audits import Parts, SignedOutcome, audited_by, follows, sign_outcome
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +315,6 @@ class _Reduction:
         self._pulled: dict[tuple[int, PeerId], memoryview] = {}
         self._fetching: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
         self._said: dict[tuple[int, PeerId], SignedOutcome] = {}
-        self._to_audit = self._choose_audit()
         self._num_audits = self._num_auditing = 0
         self._accused: set[PeerId] = set()
         self._events: deque[core.Event | SignedOutcome] = deque()
@@ -324,13 +323,6 @@ class _Reduction:
         self._began_at = self._came_at = trio.current_time()
         self._longest_gap_s = 0.0
         self._done_s = 0.0
-
-    def _choose_audit(self) -> int | None:
-        """A part of another owner, which none of them can know."""
-        if self._commitments is None:
-            return None
-        theirs = [part for part in range(self._parts.num_parts) if self._core.owner_of(part) != self._me]
-        return secrets.choice(theirs) if theirs else None
 
     # What others say.
 
@@ -396,6 +388,7 @@ class _Reduction:
             while self._digest is None:
                 await self._step(nursery)
             everybody = trio.Event()
+            self._look_into_one(self._digest, nursery)
             nursery.start_soon(self._go_on, nursery, everybody)
             yield ReduceResult(self._result, self._digest, self._done_s, dict(self._core.outcomes), self._longest_gap_s)
             with trio.move_on_after(linger_s):
@@ -436,10 +429,6 @@ class _Reduction:
                 self._longest_gap_s = max(self._longest_gap_s, now - self._came_at)
                 self._came_at = now
             self._do(self._core.handle(event, now), nursery)
-            if isinstance(event, core.Fetched) and event.part == self._to_audit:
-                outcome = self._core.outcomes.get(event.part)
-                if outcome is not None and outcome.owner != self._me:
-                    self._audit_soon(self._said[event.part, outcome.owner], nursery)
 
     def _do(self, outputs: Iterable[core.Output], nursery: trio.Nursery) -> None:
         for output in outputs:
@@ -558,6 +547,15 @@ class _Reduction:
             self._post(core.NobodyHolds(part))
 
     # Whether owners lie.
+
+    def _look_into_one(self, digest: bytes, nursery: trio.Nursery) -> None:
+        """Audit one part of the owner whose turn it is; of any other one, if that made none."""
+        theirs = {part: each.owner for part, each in self._core.outcomes.items() if each.owner != self._me}
+        if not theirs:
+            return
+        owner = audited_by(self._me, list(self._weights), digest)
+        part = secrets.choice([part for part in theirs if theirs[part] == owner] or list(theirs))
+        self._audit_soon(self._said[part, theirs[part]], nursery)
 
     def _audit_soon(self, said: SignedOutcome, nursery: trio.Nursery) -> None:
         if self._commitments is not None and said.owner not in self._accused and self._num_audits < MAX_AUDITS:

@@ -14,7 +14,7 @@ from shoal.protocol.ids import PeerId
 from shoal.protocol.signing import Signer
 from shoal.protocol.tensors import TensorCodec
 from shoal.training.exchange.allreduce import Outcome
-from shoal.training.exchange.audits import SignedOutcome, follows, sign_outcome
+from shoal.training.exchange.audits import SignedOutcome, audited_by, follows, sign_outcome
 from shoal.training.exchange.layout import Layout, Segment
 from shoal.training.exchange.rules import Aggregator, Rule
 
@@ -78,6 +78,14 @@ def test_who_says_that_somebody_is_in_it_who_is_not_has_lied() -> None:
     said = honest(layout, given_, 0, PEERS[:3])
     assert follows(layout, said, given_, WEIGHTS)
     assert not follows(layout, replace(said, authors=tuple(PEERS)), given_, WEIGHTS)
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(2, 4))
+def test_every_member_is_looked_into_by_exactly_one_other(digest: bytes, count: int) -> None:
+    members = PEERS[:count]
+    looked_into = [audited_by(peer, members, digest) for peer in members]
+    assert sorted(looked_into) == members
+    assert all(one != other for one, other in zip(members, looked_into, strict=True))
 
 
 def test_a_signature_holds_for_nothing_else() -> None:

@@ -317,10 +317,6 @@ class AllReduce:
         self._last_at = now
         self._shunned = shunned - {me}
 
-    def owner_of(self, part: int) -> PeerId:
-        """Whose a part is by now."""
-        return self._owner_of[part]
-
     def start(self, now: float) -> list[Output]:
         """Begin: own the parts that are this member's."""
         outputs: list[Output] = []

@@ -10,7 +10,7 @@ Left out are liars that only leave somebody out: a part that did not come and on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -78,6 +78,19 @@ class SignedOutcome:
         except SignatureError:
             return False
         return True
+
+
+def audited_by(me: PeerId, members: Sequence[PeerId], digest: bytes) -> PeerId:
+    """Whose results a member looks into: every member is looked into by another one, and by whom it cannot know before.
+
+    Args:
+        me: the member.
+        members: all, two at least.
+        digest: of what came of all parts, which nobody knows before all owners have signed.
+    """
+    ordered = sorted(members)
+    step = 1 + int.from_bytes(digest[:8], "big") % (len(ordered) - 1)
+    return ordered[(ordered.index(me) + step) % len(ordered)]
 
 
 def sign_outcome(signer: Signer, key: bytes, part: int, outcome: Outcome) -> SignedOutcome:
