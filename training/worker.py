@@ -29,7 +29,7 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
-from shoal.training.arena import Arena
+from shoal.training.arena import Arena, Region
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
@@ -50,6 +50,7 @@ from shoal.training.worker_calls import (
     COLLECT,
     EVALUATE,
     FINISH,
+    LARGE_STATE_BYTES,
     LOAD,
     LOG,
     MAX_COUNT,
@@ -143,7 +144,8 @@ class Worker:
 
     def load(self, request: Load) -> StateAnswer:
         """Replace the learner's state."""
-        arrays, meta = decode_arrays(bytes(request.state))
+        shared = self._arena.view(Region.STATE, request.state_bytes) if request.state_bytes else request.state
+        arrays, meta = decode_arrays(bytes(shared or b""))
         epoch, env_steps = _count("epoch", meta.get("epoch")), _count("env_steps", meta.get("env_steps"))
         if env_steps > self._max_env_steps or epoch > env_steps + MAX_IDLE_EPOCHS:
             raise ProtocolError(f"this run cannot have come to epoch {epoch} with {env_steps} environment steps")
@@ -230,7 +232,7 @@ class Worker:
         if exchange.weight > 0 and layout is None:
             contribution = sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
         elif exchange.weight > 0 and layout is not None:
-            offered = self._arena.grow(layout.num_bytes).offered
+            offered = self._arena.view(Region.OFFERED, layout.num_bytes)
             contribution = pack(layout, sender, exchange.arrays, exchange.lossy, exchange.centres, offered)
         large = (
             ()
@@ -254,7 +256,7 @@ class Worker:
         layout, large = self._layout, Arrays()
         template = exchange.template
         if layout is not None:
-            result = self._arena.halves(layout.num_bytes).result
+            result = self._arena.view(Region.RESULT, layout.num_bytes)
             large = unpack(layout, template, exchange.centres, result)
             template = {name: array for name, array in template.items() if name not in large}
         let_in = []
@@ -328,7 +330,11 @@ class Worker:
     def _state(self, descent: _Descent) -> StateAnswer:
         learner = self.learner
         data = encode_arrays(learner.export_state(), descent.meta())
-        return descent.answer(digest(learner.policy_arrays()), state=data)
+        policy = digest(learner.policy_arrays())
+        if len(data) < LARGE_STATE_BYTES:
+            return descent.answer(policy, state=data)
+        self._arena.view(Region.STATE, len(data))[:] = data
+        return replace(descent.answer(policy), state_bytes=len(data))
 
 
 @dataclass(frozen=True, slots=True)
