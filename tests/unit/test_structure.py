@@ -87,7 +87,10 @@ LOOPS_AND_WIRES = (
 )
 CLOCKS_AND_CHANCE = ("time", "datetime", "sched", "random", "numpy.random", "secrets", "uuid", "os.urandom")
 # A generator that is handed in, or seeded by what is handed in, is an argument like any other.
-SEEDED = ("random.Random", "numpy.random.Generator", "numpy.random.default_rng", "numpy.random.SeedSequence")
+SEEDED = (
+    *("random.Random", "numpy.random.Generator", "numpy.random.default_rng", "numpy.random.SeedSequence"),
+    "numpy.random.PCG64",
+)
 
 CODE_LOADERS = (
     *("pickle", "_pickle", "pickletools", "marshal", "shelve", "dill", "cloudpickle", "joblib"),

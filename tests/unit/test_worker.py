@@ -661,7 +661,7 @@ def test_what_an_overtaken_learner_collected_counts_in_the_next_epoch(task: str,
     assert (answer.epoch, answer.epoch_samples) == (1, 64)
     assert slow.collect(Collect(32)).epoch_samples == 96
     # The ratio is that of the paper: to the policy that acted, with its normaliser.
-    log_probs = learner._batch().log_probs.numpy()
+    log_probs = learner._batch()[0].log_probs
     np.testing.assert_array_equal(log_probs[:64], expected.ravel())
     np.testing.assert_array_equal(log_probs[64:], learner._log_probs(learner._streams[0]).ravel()[64:])
     contribution = begin(slow, 1)
