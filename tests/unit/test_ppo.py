@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
@@ -84,6 +86,31 @@ def test_advantages_are_those_of_the_definition() -> None:
             if terminated[step, 0] or truncated[step, 0]:
                 break
         assert result[start, 0] == pytest.approx(expected, abs=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 70), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32))
+def test_advantages_are_those_of_the_recursion_step_by_step(
+    num_steps: int, num_envs: int, gamma: float, lam: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (num_steps, num_envs)
+    rewards, values = rng.normal(size=shape), rng.normal(size=(num_steps + 1, num_envs))
+    terminated = rng.random(shape) < 0.2
+    truncated = (rng.random(shape) < 0.2) & ~terminated
+    after = rng.normal(size=int(truncated.sum()))
+    nothing = np.zeros((0, 1), np.float32)
+    rollout = Rollout(nothing, nothing, nothing, terminated, truncated, nothing, nothing)
+    result = advantages(
+        rollout, *(each.astype(np.float32) for each in (rewards, values, after)), gamma=gamma, gae_lambda=lam
+    )
+    following = np.where(terminated, 0.0, values[1:])
+    following[truncated] = after
+    running = np.zeros(num_envs)
+    for step in reversed(range(num_steps)):
+        ends = terminated[step] | truncated[step]
+        running = rewards[step] + gamma * following[step] - values[step] + gamma * lam * ~ends * running
+        np.testing.assert_allclose(result[step], running, rtol=1e-4, atol=1e-4)
 
 
 def test_a_stream_continues_its_episodes_from_call_to_call() -> None:
