@@ -23,8 +23,6 @@ from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import digest
 from shoal.training.tasks import Continuous, Discrete, load_task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ALICE, BOB = (PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2))
 
 

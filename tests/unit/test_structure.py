@@ -585,6 +585,10 @@ def test_nothing_that_the_daemon_or_the_cli_imports_loads_torch() -> None:
     assert not loaded_with_torch([name for name in modules if not name.endswith("__main__")])
 
 
+def test_nothing_that_a_worker_loads_for_ppo_loads_torch() -> None:
+    assert not loaded_with_torch([f"shoal.training.{name}" for name in ("worker", "algorithms.ppo", "tasks.gym")])
+
+
 def test_torch_loaded_through_another_module_is_caught(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("")
     (tmp_path / "between.py").write_text("import torch\n")
