@@ -150,6 +150,17 @@ def test_sampled_actions_follow_the_policy_that_is_optimised(space: Discrete | C
         np.testing.assert_allclose(actions.mean(axis=0), model.act_greedily(observation)[0], atol=0.02)
 
 
+def test_noise_that_rounds_to_nothing_is_acted_on_without_a_word() -> None:
+    class Nothing(np.random.Generator):
+        def standard_exponential(self, size: Any, dtype: Any) -> Any:  # type: ignore[override]
+            return np.zeros(size, dtype)
+
+    model = ActorCritic(4, Discrete(3), (8,), initial_log_std=0.0, seed=3)
+    observation = np.ones((2, 4), np.float32)
+    actions = model.act(observation, Nothing(np.random.PCG64(0)))
+    np.testing.assert_array_equal(actions, model.act_greedily(observation))
+
+
 def test_initial_parameters_are_orthogonal_and_the_same_bits_everywhere() -> None:
     model = ActorCritic(4, Discrete(2), (64, 64), initial_log_std=0.0, seed=0)
     for name, gain in (("actor/1/weight", math.sqrt(2)), ("actor/2/weight", 0.01), ("critic/2/weight", 1.0)):

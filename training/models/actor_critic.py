@@ -27,6 +27,7 @@ from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete
 
 _CHUNK: Final = 512  # what two networks of 64 by 64 make of so many observations stays in a processor's cache
 _MAX_SIZES: Final = 8  # of batches, whose arrays are kept
+_TINY: Final = np.finfo(np.float32).tiny
 
 
 class ActorCritic:
@@ -92,7 +93,9 @@ class ActorCritic:
         outputs = _through(self._actor, observations)
         if isinstance(self.action_space, Discrete):
             # The Gumbel-max trick: the argmax is distributed as the softmax.
-            noise = np.log(rng.standard_exponential(outputs.shape, np.float32))
+            noise = rng.standard_exponential(outputs.shape, np.float32)
+            np.maximum(noise, _TINY, out=noise)  # in float32 it is 0 now and then
+            np.log(noise, out=noise)
             chosen: npt.NDArray[np.int64] = np.argmax(outputs - noise, axis=1)
             return chosen
         noise = rng.standard_normal(outputs.shape, np.float32)
