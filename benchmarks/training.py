@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "training.md"
 TASKS = "gym:CartPole-v1,gym:Acrobot-v1,gym:LunarLander-v3,gym:Hopper-v5,gym:HalfCheetah-v5"
 PACKAGES = {"shoal": "shoal", "sb3": "stable-baselines3", "rlox": "rlox"}
+MODULES = {"shoal": "shoal", "sb3": "stable_baselines3", "rlox": "rlox"}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 EPISODES = 20
 
@@ -243,10 +245,10 @@ def report(rows: list[Row], command: str) -> list[str]:
         "",
         f"`{command}`, Python {platform.python_version()},",
         f"{versions}, {platform.machine()} with {os.cpu_count()} cores.",
-        "Steps for each second of the processor, in brackets for each second of the clock; medians. Settings are Shoal's",
-        "defaults for all, but for those in the command. rlox steps a CartPole of its own, in Rust. Returns are of 20",
-        "greedy episodes, by seed. Other work on the machine slows PyTorch more than it slows NumPy: where the figures in",
-        "brackets are much smaller than those before them, the ratios are larger than on an idle machine.",
+        "Steps for each second of the processor, in brackets for each second of the clock; medians. Settings are",
+        "Shoal's defaults for all, but for those in the command. rlox steps a CartPole of its own, in Rust. Returns are",
+        "of 20 greedy episodes, by seed. Other work on the machine slows PyTorch more than it slows NumPy: where the",
+        "figures in brackets are much smaller than those before them, the ratios are larger than on an idle machine.",
         "",
         "| task | " + " | ".join(systems) + " | " + " | ".join(f"shoal ÷ {each}" for each in systems[1:]) + " |",
         "|---" * (2 * len(systems)) + "|",
@@ -298,9 +300,12 @@ def main() -> None:
     settings = {name: json.loads(value) for name, _, value in (word.partition("=") for word in options.set)}
     held = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     rows = [Row.from_plain(plain) for plain in held]
+    systems = [each for each in options.systems.split(",") if importlib.util.find_spec(MODULES[each])]
+    if left_out := set(options.systems.split(",")) - set(systems):
+        print(f"left out, as not installed: {', '.join(sorted(left_out))}; pip install 'shoal[peers]'", file=sys.stderr)
     for task_name in filter(None, options.tasks.split(",")):
         for seed in range(options.seeds):
-            for system in options.systems.split(","):
+            for system in systems:
                 rows.append(measured_apart(system, Plan(task_name, seed, options.steps, options.batch, settings)))
                 print(rows[-1], flush=True)
                 if options.json:
