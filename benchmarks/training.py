@@ -246,11 +246,11 @@ def report(rows: list[Row], command: str) -> list[str]:
         f"`{command}`, Python {platform.python_version()},",
         f"{versions}, {platform.machine()} with {os.cpu_count()} cores.",
         "Steps for each second of the processor, in brackets for each second of the clock; medians. Settings are",
-        "Shoal's defaults for all, but for those in the command. rlox steps a CartPole of its own, in Rust. Returns are",
-        "of 20 greedy episodes, by seed. Other work on the machine slows PyTorch more than it slows NumPy: where the",
+        "Shoal's defaults for all, but for those in the command. rlox steps a CartPole of its own, in Rust. Returns",
+        "are of 20 greedy episodes, by seed. Other work on the machine slows PyTorch more than it slows NumPy: where the",
         "figures in brackets are much smaller than those before them, the ratios are larger than on an idle machine.",
         "",
-        "| task | " + " | ".join(systems) + " | " + " | ".join(f"shoal ÷ {each}" for each in systems[1:]) + " |",
+        "| " + " | ".join(["task", *systems, *(f"shoal ÷ {each}" for each in systems[1:])]) + " |",
         "|---" * (2 * len(systems)) + "|",
     ]
     for task in dict.fromkeys(row.task for row in rows):
