@@ -247,7 +247,7 @@ def report(rows: list[Row], command: str) -> list[str]:
         f"{versions}, {platform.machine()} with {os.cpu_count()} cores.",
         "Steps for each second of the processor, in brackets for each second of the clock; medians. Settings are",
         "Shoal's defaults for all, but for those in the command. rlox steps a CartPole of its own, in Rust. Returns",
-        "are of 20 greedy episodes, by seed. Other work on the machine slows PyTorch more than it slows NumPy: where the",
+        "are of 20 greedy episodes, by seed. Other work on the machine slows PyTorch more than it slows NumPy: where",
         "figures in brackets are much smaller than those before them, the ratios are larger than on an idle machine.",
         "",
         "| " + " | ".join(["task", *systems, *(f"shoal ÷ {each}" for each in systems[1:])]) + " |",
