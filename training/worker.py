@@ -1,4 +1,4 @@
-"""The worker process of one swarm: the only place where environments run and torch is loaded.
+"""The worker process of one swarm: the only place where environments run and networks learn.
 
 A shell: it reads calls from a socket, does them one after the other, and answers. The node that started it drives
 it (`training.worker_calls`) and replaces it when it dies. It ends when the socket does.
@@ -18,8 +18,6 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
@@ -481,7 +479,6 @@ def main(connection_socket: socket.socket, arena: Arena, folder: Path) -> None:
         folder: of the run.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)  # stderr: the worker's log
-    torch.set_num_threads(1)
     os.nice(5)  # the node that this worker belongs to comes first
     report = folder / FILE
     append(report, "")
