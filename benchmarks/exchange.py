@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import subprocess
@@ -69,6 +70,7 @@ class Peer:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             )
         self._log = log
@@ -87,12 +89,10 @@ class Peer:
         return self.answer()
 
     def end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        """With all that it started: hivemind's own processes do not end with it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 @contextlib.contextmanager
@@ -228,6 +228,7 @@ def main() -> None:
         sys.exit("hivemind and torchft are not installed; run: .venv/bin/pip install -e '.[peers]'")
     if options.keep and options.rounds < LEAST_ROUNDS:
         sys.exit(f"what is kept is of {LEAST_ROUNDS} rounds or more")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by which the peers are ended on the way out
     options.load = f"{os.getloadavg()[0]:.1f} when it began"
     with tempfile.TemporaryDirectory(prefix="shoal-exchange-") as folder:
         result = table(measure(options, Path(folder) / "peers.log"), options)
