@@ -1,4 +1,7 @@
-"""Measuring round trips, and closing a path on which two calls in a row stay without answer."""
+"""Measuring round trips, and closing a path on which two calls in a row stay without answer.
+
+A peer of which anything comes is alive, and called now and then only, to see how long a round trip is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Final
 import trio
 
 from shoal.node.mesh.connections import Connections, Measured, PathId
+from shoal.node.signals import about
 from shoal.node.wire.contracts import NodeService
 from shoal.node.wire.links import Links
 from shoal.protocol.errors import RemoteError, Status
@@ -18,6 +22,9 @@ from shoal.protocol.services import Empty, client
 log = logging.getLogger(__name__)
 
 KEEPALIVE_INTERVAL_S: Final = 5.0
+"""Of silence, after which a peer is called."""
+MEASURE_S: Final = 30.0
+"""Between two calls to one that is not silent."""
 KEEPALIVE_TIMEOUT_S: Final = 5.0
 SOON_S: Final = 0.5
 """Until the next call where nothing is measured yet, or the last stayed unanswered."""
@@ -58,5 +65,17 @@ async def keep_alive(
             log.info("%s does not answer; closing the path (%s)", peer, path.kind)
             close_soon(path.id)
             misses = 0
-        is_settled = state.rtt_ms is not None and not misses
-        await trio.sleep(KEEPALIVE_INTERVAL_S if is_settled else SOON_S)
+        if state.rtt_ms is None or misses:
+            await trio.sleep(SOON_S)
+        else:
+            await _quiet(peer, links, started + MEASURE_S)
+
+
+async def _quiet(peer: PeerId, links: Links, at_most: float) -> None:
+    """Return when nothing has come from a peer for a while; at the latest at that time."""
+    while True:
+        now = trio.current_time()
+        left_s = min(links.heard_at(peer) + KEEPALIVE_INTERVAL_S, at_most) - now
+        if left_s <= 0:
+            return
+        await trio.sleep_until(about(left_s))

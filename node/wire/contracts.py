@@ -32,7 +32,7 @@ class Block:
     data: Attachment
 
 
-GOSSIP_LAG_S: Final = 0.3
+GOSSIP_LAG_S: Final = 1.2
 """The answer to gossip waits so long for something to go with: in a small swarm each says something every second."""
 MAX_HEAD_BYTES: Final = 128
 """One author and its head, as they are encoded; 121 at most."""
