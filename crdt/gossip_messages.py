@@ -251,7 +251,7 @@ class GossipConfig:
     passive: int = 30
     flush_gap_s: float = 0.02
     have_gap_s: float = 0.1
-    have_late_s: float = 0.8
+    have_late_s: float = 1.6
     graft_wait_s: float = 0.25
     graft_next_s: float = 0.15
     shuffle_s: float = 20.0

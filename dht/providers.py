@@ -80,8 +80,8 @@ def _full(address: str, peer: PeerId) -> str | None:
 class AnnounceTimes:
     """How often something is announced."""
 
-    interval_s: float = 60.0
-    """After an announcement that somebody took."""
+    interval_s: float = 300.0
+    """After an announcement that somebody took: it costs its node a tenth of a second, and each that takes it some."""
 
     retry_s: float = 5.0
     """After one that nobody took."""

@@ -1,8 +1,18 @@
-"""A change that anybody can wait for."""
+"""Waiting: for a change, or for about as long as others wait."""
 
 from __future__ import annotations
 
 import trio
+
+
+def about(seconds: float) -> float:
+    """A time in about so many seconds, for looks that are made now and then: such times are whole seconds.
+
+    Each wake of a process costs most of a millisecond, whatever is done then, so that several do better to share one.
+    What is shorter than a second is taken as it is.
+    """
+    at = trio.current_time() + seconds
+    return at if seconds < 1 else float(round(at))
 
 
 class Signal:

@@ -12,9 +12,9 @@ from shoal.training.manifest import Role
 from shoal.training.run_events import Collected, Policy
 from shoal.training.statements import MAX_RATE, Facts, Phase
 
-FACTS_GAP_S: Final = 1.0
+FACTS_GAP_S: Final = 2.0
 """Between two reports of progress, in a small swarm; as many reports reach a member of a large one."""
-FACTS_PEERS: Final = 8
+FACTS_PEERS: Final = 16
 FEW: Final = 32
 """Live members up to which others are told at once of each thing that they act by; of many, nobody waits for one."""
 MAX_RECENT: Final = 20
@@ -123,7 +123,8 @@ class Progress:
             if num_live > FEW:  # the gap is long there, and only who takes part is counted and waited for
                 is_urgent = (phase in BUSY) != (said.phase in BUSY)
             else:
-                is_urgent = phase in BUSY or (phase is Phase.UPDATING and self.step == 0)
+                begins = self.step == 0 and (said.phase is not Phase.EXCHANGING or said.epoch != epoch)
+                is_urgent = phase in BUSY or (phase is Phase.UPDATING and begins)
             if not is_urgent:
                 return None
         facts = self.facts(role, epoch)

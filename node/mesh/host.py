@@ -63,7 +63,7 @@ from shoal.node.mesh.paths import PathKind
 from shoal.node.mesh.relay import Relay
 from shoal.node.mesh.relay_limits import RelayLimits
 from shoal.node.mesh.turns import Queue, Reading
-from shoal.node.signals import Signal
+from shoal.node.signals import Signal, about
 from shoal.node.supervise import Domain, Policy, Supervisor
 from shoal.node.traffic import Traffic
 from shoal.node.wire.channel import ByteStream, Router
@@ -577,7 +577,7 @@ class Host:
 
     async def _wait_to_look(self) -> None:
         if self.connected.keys() <= self.wanted.keys():
-            with trio.move_on_after(LOOK_AT_WANTED_S):
+            with trio.move_on_at(about(LOOK_AT_WANTED_S)):
                 await self._came_or_went.wait()
         else:
             await trio.sleep(LOOK_AT_UNREAD_S)

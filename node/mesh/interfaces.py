@@ -1,18 +1,25 @@
 """The addresses of this machine's interfaces.
 
-They are asked for often, by whatever tells others where this node is, and asking takes a descriptor. A machine that has
-none to spare just then has the addresses that it had.
+They are asked for often, by whatever tells others where this node is, and asking takes most of a millisecond and a
+descriptor. So an answer is good for a moment, and a machine that has no descriptor to spare has the addresses that it
+had.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import math
+import time
 from dataclasses import dataclass
+from typing import Final
 
 import ifaddr
 
 log = logging.getLogger(__name__)
+
+FRESH_S: Final = 1.5
+"""For which an answer is good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +37,15 @@ class InterfaceAddress:
 
 
 _last_known: tuple[InterfaceAddress, ...] = ()
+_known_since = -math.inf
 
 
 def interface_addresses() -> tuple[InterfaceAddress, ...]:
     """All addresses of this machine's interfaces, in their order; those of the last time if it cannot tell now."""
-    global _last_known  # what the machine has, not what anybody here decided
+    global _last_known, _known_since  # what the machine has, not what anybody here decided
+    now = time.monotonic()
+    if now < _known_since + FRESH_S:
+        return _last_known
     try:
         adapters = list(ifaddr.get_adapters())
     except OSError as error:
@@ -47,6 +58,7 @@ def interface_addresses() -> tuple[InterfaceAddress, ...]:
         for adapter in adapters
         for each in adapter.ips
     )
+    _known_since = now
     return _last_known
 
 

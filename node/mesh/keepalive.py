@@ -2,6 +2,8 @@
 
 If nothing came by any path of a peer meanwhile, its other paths have one call each to answer: most likely they are as
 dead as the one that was closed, and only when the last of them is closed is the peer dialed anew.
+
+A peer of which anything comes is alive, and called now and then only, to see how long a round trip is.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Final
 import trio
 
 from shoal.node.mesh.connections import Connections, Measured, PathId
+from shoal.node.signals import about
 from shoal.node.wire.contracts import NodeService
 from shoal.node.wire.links import Links
 from shoal.protocol.errors import RemoteError, Status
@@ -22,6 +25,9 @@ from shoal.protocol.services import Empty, client
 log = logging.getLogger(__name__)
 
 KEEPALIVE_INTERVAL_S: Final = 5.0
+"""Of silence, after which a peer is called."""
+MEASURE_S: Final = 30.0
+"""Between two calls to one that is not silent."""
 KEEPALIVE_TIMEOUT_S: Final = 5.0
 SOON_S: Final = 0.5
 """Until the next call where nothing is measured yet, or the last stayed unanswered."""
@@ -65,5 +71,17 @@ async def keep_alive(
             log.info("%s does not answer; closing the path (%s)", peer, path.kind)
             close_soon(path.id)
             misses, allowed = 0, 1
-        is_settled = state.rtt_ms is not None and not misses and allowed == MAX_MISSES
-        await trio.sleep(KEEPALIVE_INTERVAL_S if is_settled else SOON_S)
+        if state.rtt_ms is None or misses or allowed < MAX_MISSES:
+            await trio.sleep(SOON_S)
+        else:
+            await _quiet(peer, links, started + MEASURE_S)
+
+
+async def _quiet(peer: PeerId, links: Links, at_most: float) -> None:
+    """Return when nothing has come from a peer for a while; at the latest at that time."""
+    while True:
+        now = trio.current_time()
+        left_s = min(links.heard_at(peer) + KEEPALIVE_INTERVAL_S, at_most) - now
+        if left_s <= 0:
+            return
+        await trio.sleep_until(about(left_s))

@@ -44,7 +44,7 @@ from shoal.node.reach.punch import Puncher
 from shoal.node.reach.settings import ReachConfig
 from shoal.node.reach.stun import TOKEN_BYTES, Stun, StunError, open_stun
 from shoal.node.reach.webrtc import WebRtc, open_webrtc
-from shoal.node.signals import Signal
+from shoal.node.signals import Signal, about
 from shoal.node.supervise import Domain, Policy
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import (
@@ -394,7 +394,7 @@ class Reach:
         """Notice that the network is another one, or that this process did not run for a while."""
         while True:
             before = trio.current_time()
-            await trio.sleep(WATCH_S)
+            await trio.sleep_until(about(WATCH_S))
             ips = local_ips()
             slept = trio.current_time() - before > ASLEEP_S
             if slept or ips != self._local_ips:

@@ -65,8 +65,8 @@ GRACE_S: Final = 20.0
 """A block on disk that nobody keeps stays for so long after its last use."""
 BATCH_BLOCKS: Final = 4
 """Written in one transaction, between which others have their turn."""
-INLINE_BYTES: Final = 16 * 1024
-"""Up to this is hashed on the loop."""
+INLINE_BYTES: Final = 256 * 1024
+"""Up to this is hashed on the loop: for less than it takes to hand it to a thread, and be woken by that."""
 LOOK_S: Final = 1.0
 """How often a request that is open is looked at for signs of life."""
 MAX_WAITING: Final = 256

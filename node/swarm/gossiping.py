@@ -24,7 +24,6 @@ from shoal.crdt.gossip_messages import (
     Tick,
     Wake,
 )
-from shoal.node.signals import Signal
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm.telling import Telling
 from shoal.protocol.ids import PeerId
@@ -63,7 +62,7 @@ class Gossiping:
         self._find_op = find_op
         self._reach = reach
         self._tick_at = math.inf
-        self._retime = Signal()
+        self._sleep = trio.CancelScope()
 
     def statistics(self) -> GossipStatistics:
         """Counters."""
@@ -90,8 +89,7 @@ class Gossiping:
                 case Dial(peer):
                     self._domain.start_soon("reaching a neighbour", self._dial, peer, policy=Policy.DROP)
                 case Wake(at):
-                    self._tick_at = at
-                    self._retime.set()
+                    self._tick_at = self._sleep.deadline = at
 
     async def _dial(self, peer: PeerId) -> None:
         try:
@@ -102,8 +100,7 @@ class Gossiping:
     async def keep_time(self) -> None:
         """Wake it when it wants to be, for ever."""
         while True:
-            with trio.move_on_at(self._tick_at):
-                await self._retime.wait()
-            if trio.current_time() >= self._tick_at:
-                self._tick_at = math.inf
-                self.handle(Tick())
+            with trio.CancelScope(deadline=self._tick_at) as self._sleep:
+                await trio.sleep(math.inf)
+            self._tick_at = math.inf
+            self.handle(Tick())

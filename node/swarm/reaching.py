@@ -16,7 +16,7 @@ from typing import Any, Final
 import trio
 
 from shoal.node.mesh.host import Host
-from shoal.node.signals import Signal
+from shoal.node.signals import Signal, about
 from shoal.node.store.database import Storage, StorageError
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm import members as core
@@ -156,7 +156,7 @@ class Reaching:
             look = core.Look(company.live(), company.contacts(), self._host.addresses())
             for output in self._core.handle(look, trio.current_time()):
                 company.domain.start_soon("reaching a member", dial, output, policy=Policy.DROP)
-            with trio.move_on_after(LOOK_S):
+            with trio.move_on_at(about(LOOK_S)):
                 await self._host.wait_for_change()
 
     async def _look_up_loop(self, company: Company) -> None:

@@ -28,6 +28,7 @@ from typing import Final
 
 import trio
 
+from shoal.node.signals import about
 from shoal.node.store.files import make_own_folder
 from shoal.node.wire.channel import Channel, Router, SocketByteStream
 from shoal.protocol.errors import RemoteError, ResourceError, ShoalError, Status, resource_error
@@ -208,7 +209,8 @@ async def _look_after(started: _Started, scope: trio.CancelScope) -> None:
 async def _kill_when_still(started: _Started) -> None:
     beats, calls, num_still, num_idle, has_begun = 0, 0, 0, 0, False
     while True:
-        await trio.sleep(LOOK_S)  # and the looks are counted, not the time: this process may have been stopped too
+        await trio.sleep_until(about(LOOK_S))
+        # The looks are counted, not the time: this process may have been stopped too.
         page, is_busy = started.page, bool(started.page[Slot.BUSY])
         has_begun = has_begun or page[Slot.BEATS] > 0
         num_still = num_still + 1 if page[Slot.BEATS] == beats else 0

@@ -109,6 +109,9 @@ class Channel:
         metrics: where calls are counted.
         compress: whether to compress what shrinks.
         max_attachment_bytes: of one message, in either direction.
+
+    Attributes:
+        read_at: when anything came last; minus infinity if nothing has.
     """
 
     def __init__(
@@ -141,7 +144,7 @@ class Channel:
         self._num_unhurried = 0  # of them, to whose answers nobody looks forward
         self._our_turn = trio.lowlevel.ParkingLot()  # callers, while too many calls are open
         self._buffered_bytes = 0  # of a frame that is not whole yet, as told to the account
-        self._read_at = -math.inf
+        self.read_at = -math.inf
         self._is_burst = False  # several answers came in one piece, so several requests will follow
         self._closed_because: str | None = None
         self._nursery: trio.Nursery | None = None
@@ -157,7 +160,7 @@ class Channel:
 
     def is_moving(self, since: float) -> bool:
         """Whether anything came since then, or what waited then is still being taken."""
-        return self._read_at > since or self._outbox.is_moving(since)
+        return self.read_at > since or self._outbox.is_moving(since)
 
     @property
     def num_calls(self) -> int:
@@ -439,7 +442,7 @@ class Channel:
     def _receive(self, data: bytes) -> None:
         """Handle what came; nothing of it is kept when this returns, however long nothing follows."""
         connection = self._connection
-        self._read_at = now = current_time()
+        self.read_at = now = current_time()
         before = connection.unsent_bytes  # what waits already has its own time
         events = connection.receive_data(data, now)
         if connection.buffered_bytes != self._buffered_bytes:

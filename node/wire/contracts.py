@@ -33,8 +33,10 @@ class Block:
     data: Attachment
 
 
-GOSSIP_LAG_S: Final = 0.3
-"""The answer to gossip waits so long for something to go with: in a small swarm each says something every second."""
+GOSSIP_LAG_S: Final = 2.4
+"""The answer to gossip waits so long for something to go with, or for some more of its kind."""
+GIVE_LAG_S: Final = 1.0
+"""The answer to a part of a step goes with this node's own part of the next one."""
 MAX_HEAD_BYTES: Final = 128
 """One author and its head, as they are encoded; 121 at most."""
 
@@ -170,7 +172,7 @@ class SwarmService(Service, name="swarm"):
         """Take news, and hear what the caller's gossip has to say."""
         raise NotImplementedError
 
-    @unary(idempotent=True)
+    @unary(idempotent=True, max_answer_bytes=64, answer_lag_s=GIVE_LAG_S)
     async def give(self, request: StepPart) -> Empty:
         """Take the caller's part of a step; FAILED_PRECONDITION if this node learns nothing with the caller."""
         raise NotImplementedError

@@ -308,7 +308,7 @@ class TlsByteStream:
         self._is_writing = False
 
     def try_write(self, data: Buffer) -> bool:
-        """Write all of at most 16 KiB if the path takes it at once.
+        """Write all of at most 64 KiB if the path takes it at once.
 
         If not, False, and the next `write` must begin with the same bytes.
 

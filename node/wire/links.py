@@ -147,6 +147,11 @@ class Links:
         link = self._links.get(peer)
         return link is not None and any(channel.is_moving(since) for channel in link.channels)
 
+    def heard_at(self, peer: PeerId) -> float:
+        """When calls brought anything from a peer last; minus infinity if they have not."""
+        link = self._links.get(peer)
+        return -math.inf if link is None else max((channel.read_at for channel in link.channels), default=-math.inf)
+
     def transport(self, peer: PeerId) -> str:
         """What carries unary calls to a peer now: ``lane``, ``libp2p`` or nothing yet (empty)."""
         link = self._links.get(peer)

@@ -23,7 +23,7 @@ JOIN_BELOW_BYTES: Final = 64 * 1024
 """Pieces shorter than this are written together; longer ones as they are, without a copy."""
 WRITE_BYTES: Final = 256 * 1024
 """Written at once; after each it is known that the path still takes something."""
-INLINE_BYTES: Final = 16 * 1024
+INLINE_BYTES: Final = 64 * 1024
 """What is at most this long may be written by `Outbox.flush_now`."""
 ENOUGH_BYTES: Final = 4 * 1024
 """So much is worth a write of its own: the far side works on it while this side makes more."""

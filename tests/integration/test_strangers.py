@@ -42,6 +42,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from shoal.node.budgets import BudgetLimits, Turns
+from shoal.node.mesh import interfaces
 from shoal.node.mesh.circuits import write_message
 from shoal.node.mesh.host import Host, open_host
 from shoal.node.mesh.interfaces import local_ips
@@ -480,7 +481,10 @@ async def test_a_circuit_through_whom_nobody_asked_to_relay_is_refused() -> None
         assert set(one.connected) == {stranger.peer_id}
 
 
-async def test_without_a_descriptor_left_a_node_knows_its_addresses_and_lives_on() -> None:
+async def test_without_a_descriptor_left_a_node_knows_its_addresses_and_lives_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interfaces, "FRESH_S", 0.0)
     async with two() as (one, stranger):
         before, known = one.own_addresses(), local_ips()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -40,6 +40,7 @@ from shoal.protocol.signing import Signer
 ME = PeerId("me")
 PEERS = [PeerId(f"peer{number}") for number in range(20)]
 A, B, C = PEERS[:3]
+LATE_S = GossipConfig().have_late_s
 
 
 def item(number: int, key: str = "", source: str = "author") -> Item:
@@ -155,13 +156,13 @@ def pruned_by_b() -> Core:
 def test_whoever_is_pruned_is_told_later_that_there_is_news() -> None:
     core = pruned_by_b()
     core.receive(A, item(2))
-    core.wait(0.39)
+    core.wait(0.49 * LATE_S)
     core.receive(A, item(3))
     assert core.told() == []
-    core.wait(0.41)
+    core.wait(0.51 * LATE_S)
     assert core.pushed() == []
     assert core.told() == [Tell(B, Control(have=(item(2).id, item(3).id)))]
-    core.wait(1.0)
+    core.wait(LATE_S)
     assert core.told() == []
 
 
@@ -176,7 +177,7 @@ def test_whoever_is_pruned_is_told_that_there_is_news_with_the_next_push() -> No
     core.receive(A, item(5, source="another"))
     assert core.pushed() == [(B, 5)]
     assert core.told() == [Tell(B, Control(have=(item(4).id,)))]
-    core.wait(1.0)
+    core.wait(LATE_S)
     assert core.told() == []
 
 
@@ -186,7 +187,7 @@ def test_what_a_neighbour_has_announced_itself_is_not_announced_to_it() -> None:
     core.handle(Told(B, Control(have=(item(2).id,))))
     core.handle(Told(B, Control(have=(item(3).id,))))
     core.receive(A, item(3))
-    core.wait(1.0)
+    core.wait(LATE_S)
     assert core.told() == []
 
 
@@ -202,7 +203,7 @@ def test_of_two_that_have_all_of_a_third_one_tells_the_other() -> None:
         for core in cores.values():
             core.handle(Pushed(C, (item(number, "key", C),), ()), now)
         for _ in range(100):
-            now += 0.01
+            now += 0.012 * LATE_S
             for peer, other in ((A, B), (B, A)):
                 for output in cores[peer].handle(Tick(), now):
                     if isinstance(output, Tell) and output.message.have and output.peer == other:

@@ -231,4 +231,5 @@ async def test_a_path_that_brings_anything_moves(mock_clock: trio.testing.MockCl
         await narrow.arrive.send(wire(request(1))[:10])
         await trio.testing.wait_all_tasks_blocked()
         assert links.is_moving(BOB, since)
+        assert links.heard_at(BOB) == trio.current_time()
         assert not links.is_moving(BOB, trio.current_time())

@@ -37,3 +37,17 @@ def test_what_nobody_waits_for_in_a_large_swarm_is_told_as_seldom_as_it_is_large
     progress.samples = 100
     assert tell(progress, num_live, gap_s) is not None
     assert tell(progress, num_live, 3 * gap_s) is None  # nothing is new
+
+
+def test_the_others_are_told_at_once_that_an_update_begins_and_not_that_what_was_exchanged_is_merged() -> None:
+    progress = Progress(phase=Phase.COLLECTING)
+    assert tell(progress, 5, 0.0) is not None
+    progress.phase = Phase.UPDATING
+    begun = tell(progress, 5, 0.1)
+    assert begun is not None
+    assert begun.phase is Phase.UPDATING
+    progress.phase = Phase.EXCHANGING
+    assert tell(progress, 5, 0.2) is None  # an offer says so
+    assert tell(progress, 5, 0.1 + FACTS_GAP_S) is not None
+    progress.phase = Phase.UPDATING
+    assert tell(progress, 5, 0.2 + FACTS_GAP_S) is None
