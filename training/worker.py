@@ -81,7 +81,9 @@ MAX_IDLE_EPOCHS: Final = 2**20
 class Worker:
     """One swarm's learner behind the worker's methods."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[Open], tuple[Learner, Failures]] | None = None) -> None:
+        """Begin without a run; ``make`` gives its learner, from what is installed unless it is said."""
+        self._make = make_installed if make is None else make
         self._learner: Learner | None = None
         self._failures = Failures("")
         self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
@@ -116,12 +118,7 @@ class Worker:
     def open(self, request: Open) -> StateAnswer:
         """Set up the run and give its initial state."""
         manifest = request.manifest
-        task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
-        check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
-        self._failures = task.failures
-        if request.folder:
-            self._failures.keep_in(Path(request.folder))
-        self._learner = algorithm.learner(manifest, task, peer=request.peer, life=request.life)
+        self._learner, self._failures = self._make(request)
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
@@ -302,6 +299,20 @@ class Worker:
         return descent.answer(digest(learner.policy_arrays()), state=data)
 
 
+def make_installed(request: Open) -> tuple[Learner, Failures]:
+    """The learner of the task and the algorithm that are installed, and where it notes what fails in environments.
+
+    Raises:
+        UsageError: if they are not those that the run needs.
+    """
+    manifest = request.manifest
+    task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+    check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
+    if request.folder:
+        task.failures.keep_in(Path(request.folder))
+    return algorithm.learner(manifest, task, peer=request.peer, life=request.life), task.failures
+
+
 @dataclass(frozen=True, slots=True)
 class _Descent:
     """What a state says of itself beside its arrays: where it comes from, and who counts in what follows."""
@@ -379,9 +390,9 @@ def _draw_curve(path: Path, request: Finish) -> None:
     half.replace(path)
 
 
-def serve(connection_socket: socket.socket) -> None:
+def serve(connection_socket: socket.socket, worker: Worker | None = None) -> None:
     """Do calls until the far side closes the socket."""
-    worker = Worker()
+    worker = Worker() if worker is None else worker
     connection = RpcConnection(max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
     try:
         while data := connection_socket.recv(1 << 20):

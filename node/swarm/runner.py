@@ -28,6 +28,7 @@ from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.giving import Giving
 from shoal.node.swarm.holding import NoRoomError
+from shoal.node.swarm.loops import open_door
 from shoal.node.swarm.needs import Needs
 from shoal.node.swarm.records import Records, read_stored
 from shoal.node.swarm.replica import Replica
@@ -107,6 +108,7 @@ class Runner:
         error: what went wrong last, while it lasts.
         num_dropped: events that did not fit.
         giving: what members give each other directly.
+        loop_socket: where a training loop of the user attaches, while one may.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Runner:
         storage: Storage,
         host: Host,
         folder: Path,
+        loop_socket: Path,
         domain: Domain,
         *,
         is_new: bool = False,
@@ -132,6 +135,7 @@ class Runner:
         self.changed = Signal()
         self.error: str | None = None
         self.results: Path | None = None
+        self.loop_socket: Path | None = None
         self.num_dropped = 0
         self.started_at = time.time()
         self.ended_at: float | None = None
@@ -141,6 +145,7 @@ class Runner:
         self._storage = storage
         self._host = host
         self._folder = folder
+        self._wanted_socket = loop_socket
         self._domain = domain
         self._fetches: Domain | None = None
         self._queue: deque[events.Event] = deque()
@@ -226,7 +231,9 @@ class Runner:
                 nursery.start_soon(self._process)
                 nursery.start_soon(self._keep_time)
                 nursery.start_soon(self._records.write)
-                if self.role is Role.LEARNER:
+                if self.role is Role.LEARNER and self.manifest.is_loop:
+                    await self._work_by_loops(task_status)
+                elif self.role is Role.LEARNER:
                     await self._work(nursery, task_status)
                 else:
                     task_status.started()
@@ -450,6 +457,25 @@ class Runner:
             wait_s = backoff.after(trio.current_time() - began)
             self.post(events.WorkerGone(f"{self.error}; next try in {wait_s:.1f} s"))
             await trio.sleep(wait_s)
+
+    async def _work_by_loops(self, task_status: TaskStatus[None]) -> None:
+        """Have a training loop of the user do the jobs; when it goes, wait for the next."""
+        async with open_door(self._wanted_socket) as door:
+            self.loop_socket = door.path
+            task_status.started()
+            try:
+                while True:
+                    reason = "the training loop has gone"
+                    async with door.next_loop(self._me) as loop:
+                        try:
+                            self.post(await self._open(loop))
+                            await self._do_jobs(loop)
+                        except (RemoteError, ShoalError) as error:
+                            reason = f"the training loop has gone: {error}"
+                    self._jobs.clear()
+                    self.post(events.WorkerGone(f"{reason}; another may attach"))
+            finally:
+                self.loop_socket = None
 
     def _is_of_task(self, error: ShoalError) -> bool:
         """Whether a worker came to its end by what its environments do, so that the next one may as well."""
