@@ -12,7 +12,7 @@ On one machine, three nodes are three profiles:
     python examples/digits.py --profile c --swarm TICKET
 
 Each has a part of the training images of its own (``--part 1/3`` and so on; a random half by default), and all come to
-what one with all images would. Any of them may stop, be killed, or come later. ``shoal watch`` shows how they are doing.
+what one with all images would. Any of them may stop, be killed, or come later. ``shoal watch`` shows how they do.
 """
 
 from __future__ import annotations
@@ -57,14 +57,18 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             averaged = averager.step(32)
-            if averaged is not None:
-                accuracy = measured(model, test_images, test_labels)
-                digest = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters()))
-                print(
-                    f"average {averaged.epoch} of {averaged.members} loops: loss {loss.item():.3f}, "
-                    f"accuracy {accuracy:.3f}, parameters {digest.hexdigest()[:12]}",
-                    flush=True,
-                )
+            if averaged is None:
+                continue
+            if averaged.members == 0:
+                print(f"taken: average {averaged.epoch}, which the others made", flush=True)
+                continue
+            accuracy = measured(model, test_images, test_labels)
+            held = b"".join(each.detach().numpy().tobytes() for each in model.parameters())
+            print(
+                f"average {averaged.epoch} of {averaged.members} loops: loss {loss.item():.3f}, "
+                f"accuracy {accuracy:.3f}, parameters {hashlib.sha256(held).hexdigest()[:12]}",
+                flush=True,
+            )
 
 
 def measured(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -8,10 +8,11 @@ away. When the loop goes, however that happens, the next may come: the node neit
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,9 @@ from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 log = logging.getLogger(__name__)
 
 WELCOME: Final = b"welcome\n"
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+LEAVING_S: Final = 1.0
+"""For a loop that has ended to be done with, when the next one is there at once."""
 
 
 class Door:
@@ -39,22 +43,25 @@ class Door:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_refused = 0
-        self._inside: str | None = None
+        self._place = trio.Lock()  # for one loop
+        self._inside = ""
         self._arrivals, self._arrived = trio.open_memory_channel[trio.SocketStream](1)
         self._has_gone = trio.Event()
 
     @asynccontextmanager
-    async def next_loop(self, peer: PeerId) -> AsyncIterator[Channel]:
-        """Wait for a loop; it can be called in the context, which is cut off when it goes.
+    async def next_loop(self, peer: PeerId, on_gone: Callable[[], None]) -> AsyncIterator[Channel]:
+        """Wait for a loop; it can be called in the context.
 
         Args:
             peer: this node, as the loop's counterpart.
+            on_gone: told when the loop has gone; what it answered before is there.
         """
         stream = await self._arrived.receive()
         channel = Channel(SocketByteStream(stream), peer, Router(), max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
         try:
             async with open_plain_nursery() as nursery:
-                nursery.start_soon(_run_until_gone, channel, nursery.cancel_scope)
+                nursery.start_soon(_run_until_gone, channel, on_gone)
+                nursery.start_soon(_hang_up_on_the_dead, stream)
                 yield channel
                 nursery.cancel_scope.cancel()
         finally:
@@ -62,8 +69,10 @@ class Door:
 
     async def greet(self, stream: trio.SocketStream) -> None:
         """Somebody has come."""
-        who = _who(stream)
-        if self._inside is not None:
+        who = f"the process {_pid(stream)}"
+        with trio.move_on_after(LEAVING_S):
+            await self._place.acquire()
+        if self._place.statistics().owner is not trio.lowlevel.current_task():
             self.num_refused += 1
             log.warning("%s is refused: %s is attached to this run", who, self._inside)
             words = f"{self._inside} is attached to this swarm at this node; end it first, or use another profile"
@@ -76,7 +85,7 @@ class Door:
             await self._arrivals.send(stream)
             await self._has_gone.wait()
         finally:
-            self._inside = None
+            self._place.release()
 
 
 @asynccontextmanager
@@ -113,15 +122,26 @@ async def _answer(door: Door, accepting: trio.SocketListener) -> None:
     await trio.serve_listeners(greet, [accepting])
 
 
-async def _run_until_gone(channel: Channel, scope: trio.CancelScope) -> None:
+async def _run_until_gone(channel: Channel, on_gone: Callable[[], None]) -> None:
     await channel.run()
-    scope.cancel()
+    on_gone()
 
 
-def _who(stream: trio.SocketStream) -> str:
-    """The process at the other end, in words; unix(7)."""
+async def _hang_up_on_the_dead(stream: trio.SocketStream) -> None:
+    """End the stream when the process at its other end is gone, although what that forked may hold it open."""
     try:
-        pid, _, _ = struct.unpack("3i", stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    except OSError:
-        return "a process"
-    return f"the process {pid}"
+        descriptor = os.pidfd_open(_pid(stream))
+    except OSError:  # it is gone already, or of a container that this node cannot see into: the stream ends by itself
+        return
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)
+    with suppress(OSError):
+        stream.socket.shutdown(trio.socket.SHUT_RDWR)  # what has come already can still be read
+
+
+def _pid(stream: trio.SocketStream) -> int:
+    """Of the process that connected; unix(7)."""
+    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[0])

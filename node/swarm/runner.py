@@ -460,13 +460,17 @@ class Runner:
 
     async def _work_by_loops(self, task_status: TaskStatus[None]) -> None:
         """Have a training loop of the user do the jobs; when it goes, wait for the next."""
+
+        def on_gone() -> None:
+            self._job_arrived.set()
+
         async with open_door(self._wanted_socket) as door:
             self.loop_socket = door.path
             task_status.started()
             try:
                 while True:
                     reason = "the training loop has gone"
-                    async with door.next_loop(self._me) as loop:
+                    async with door.next_loop(self._me, on_gone) as loop:
                         try:
                             self.post(await self._open(loop))
                             await self._do_jobs(loop)
@@ -523,6 +527,8 @@ class Runner:
     async def _do_jobs(self, worker: Channel) -> None:
         while True:
             if not self._jobs:
+                if not worker.is_open:
+                    raise RemoteError(Status.UNAVAILABLE, "it has ended")
                 self._job_arrived = trio.Event()
                 await self._job_arrived.wait()
                 continue

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from shoal.protocol.errors import NoDaemonError, ShoalError, UsageError
@@ -160,9 +161,9 @@ class Averager:
         """Detach; the tensors stay as they are. A second call does nothing."""
         self._ending.set()
         self._gate.close()
-        self._hang_up()
-        if self._thread is not threading.current_thread():
-            self._thread.join(END_S)
+        self._hang_up(socket.SHUT_RD)  # what the node asked last is answered: it may be the newest state
+        self._thread.join(END_S)
+        self._hang_up(socket.SHUT_RDWR)
 
     def _hear(self, news: Averaged | None) -> Averaged | None:
         if news is None:
@@ -201,7 +202,7 @@ class Averager:
 
     def _attach_again(self) -> bool:
         """Wait for the node to be back; whether it is."""
-        log.warning("the node is gone: this loop goes on ALONE, and is averaged again once `shoal up` has started one")
+        log.warning("the node does not answer: this loop goes on ALONE until it is there again; `shoal up` starts it")
         wait_s = FIRST_RETRY_S
         while not self._ending.wait(wait_s):
             wait_s = min(2 * wait_s, MAX_RETRY_S)
@@ -214,7 +215,7 @@ class Averager:
                 return False
             log.warning("attached to the node again")
             if self._ending.is_set():
-                self._hang_up()
+                self._hang_up(socket.SHUT_RDWR)
             return True
         return False
 
@@ -226,8 +227,6 @@ class Averager:
             self._gate.fail(error)
             raise
 
-    def _hang_up(self) -> None:
-        try:
-            self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            self._connection.close()
+    def _hang_up(self, how: int) -> None:
+        with suppress(OSError):
+            self._connection.shutdown(how)

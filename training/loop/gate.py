@@ -5,8 +5,8 @@ changes under a forward pass, and whatever PyTorch ties to a thread (devices, st
 The other thread counts what the loop has done, asks the loop to stay when something is to be done with the tensors,
 and hands it that to do.
 
-The loop stays in `step` of itself once it has done its share of an epoch, until the average is there. While there is
-no node, nothing keeps it: it trains on alone.
+The loop stays in `step` of itself once it has done its share of an epoch, until the average is there: it never runs
+ahead of it, however fast it is. While there is no node, nothing keeps it: it trains on alone.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Gate(Generic[News]):
     def count_to(self, num_samples: int, is_over: Callable[[], bool]) -> int:
         """Wait until the loop has done so many since it was averaged, or ``is_over``; how many those are.
 
-        The loop stays in its step when it has, until `let_go`, or until more is asked of it.
+        The loop stays in its step when it has, until it is let go, or more is asked of it.
         """
         with self._changed:
             self._wanted = num_samples
@@ -143,11 +143,11 @@ class Gate(Generic[News]):
             result: Result = self._made.pop()
             return result
 
-    def let_go(self) -> None:
-        """The loop goes on."""
+    def let_go(self, num_more: float = math.inf) -> None:
+        """The loop goes on, for so many more samples unless it is told otherwise meanwhile."""
         with self._changed:
             self._is_held = False
-            self._wanted = math.inf
+            self._wanted = self.samples + num_more
             self._task = None
             self._changed.notify_all()
 
@@ -165,5 +165,5 @@ class Gate(Generic[News]):
             self._changed.notify_all()
 
     def _require_open(self) -> None:
-        if self._is_closed or self._failure is not None:
-            raise GateClosedError("the training loop has ended")
+        if not self.is_open:
+            raise GateClosedError(str(self._failure or "the training loop has ended"))

@@ -23,7 +23,6 @@ than that is dropped.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -37,13 +36,12 @@ from shoal.training.exchange import outer
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.outliers import Scale
+from shoal.training.exchange.rules import Codec
 from shoal.training.loop.gate import Gate
 from shoal.training.loop.tensors import Floats, Shapes, Tensors, differences, split
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.plugins import suggest
 from shoal.training.state import check_fit
-
-log = logging.getLogger(__name__)
 
 SHAPES: Final = "tensors"
 """The hyperparameter that says which tensors every member's loop must have, with their shapes."""
@@ -86,6 +84,7 @@ class LoopLearner:
         if self._are_shapes_known and (difference := differences(tensors.shapes, _shapes(settings[SHAPES]))):
             raise misfit(difference)
         self._mode = manifest.mode
+        self._share = manifest.batch.largest_share
         self._tensors = tensors
         self._gate = gate
         parameters, buffers = (sum(each.numel() for each in group.values()) for group in _groups(tensors))
@@ -134,7 +133,7 @@ class LoopLearner:
                 members = yield from self._average()
         finally:
             self._running = None
-            self._gate.let_go()
+            self._gate.let_go(self._share)
         return UpdateStats(0, 1, {"members": float(members)})
 
     def _agree(self) -> Generator[Exchange, Arrays, int]:
@@ -143,10 +142,8 @@ class LoopLearner:
         template: Arrays = {"first/parameters": parameters, "sum/members": _ONE}
         if buffers.size:
             template["first/buffers"] = buffers
-        is_sound = bool(np.isfinite(parameters).all() and np.isfinite(buffers).all())
-        if not is_sound:
-            self._gate.fail(UsageError(f"{self._odd(parameters, buffers)} before the first step; initialise it anew"))
-        merged = yield Exchange(template if is_sound else {}, float(is_sound), template, _check_members)
+        self._require_sound(parameters, buffers, "initialise the model anew")
+        merged = yield Exchange(template, 1.0, template, _check_members)
         if not merged:
             raise DivergedError("no member has parameters that can be begun with")
         check_fit(merged, template)
@@ -155,20 +152,15 @@ class LoopLearner:
 
     def _average(self) -> Generator[Exchange, Arrays, int]:
         """Take what all have found."""
-        samples = self._gate.samples
+        samples = min(self._gate.samples, 2 * self._share)  # no more is believed of anybody
         parameters, buffers = self._gate.do(self._tensors.read)
         template: Arrays = {"mean/delta": self._start - parameters, "sum/members": _ONE}
         if buffers.size:
             template["mean/buffers"] = buffers
-        is_sound = all(np.isfinite(each).all() for each in (parameters, buffers))
-        if not is_sound:
-            log.warning(
-                "%s: this loop has nothing to give, and takes the others' average", self._odd(parameters, buffers)
-            )
-        has_any = is_sound and samples > 0
+        self._require_sound(parameters, buffers, "lower the learning rate, and start anew from the swarm's state")
         merged = yield Exchange(
-            template if has_any else {},
-            samples if has_any else 0,
+            template if samples else {},
+            samples,
             template,
             _check_members,
             {"mean/delta": Scale(DELTA_FACTOR)},
@@ -176,13 +168,6 @@ class LoopLearner:
             {"mean/delta": math.inf},
         )
         if not merged:
-            if not is_sound:
-                self._gate.fail(
-                    UsageError(
-                        f"{self._odd(parameters, buffers)}, and no other member has anything better: the loop has "
-                        "diverged; lower its learning rate, and start from a checkpoint"
-                    )
-                )
             raise DivergedError("no member has anything to average")
         check_fit(merged, template)
         moved, momentum = self._start.copy(), self._outer.momentum.copy()
@@ -241,7 +226,7 @@ class LoopLearner:
         try:
             self._take(parameters, buffers, epoch, keep_samples=keep_samples and self._epoch > 0)
         finally:
-            self._gate.let_go()
+            self._gate.let_go(self._share)
 
     def _take(self, parameters: Floats, buffers: Floats, epoch: int, *, keep_samples: bool) -> None:
         new = self._gate.samples - self._num_carried if keep_samples else 0
@@ -276,13 +261,14 @@ class LoopLearner:
         if int(arrays["epoch"]) < 0:
             raise ProtocolError("the state is of an epoch below 0; take another state")
 
-    def _odd(self, parameters: Floats, buffers: Floats) -> str:
-        """Which tensor holds what is no number."""
+    def _require_sound(self, parameters: Floats, buffers: Floats, remedy: str) -> None:
+        """Stop a loop that has diverged: its optimiser has, too, and would spoil what it took from others at once."""
         for vector, group in zip((parameters, buffers), _groups(self._tensors), strict=True):
             for name, part in split(vector, group).items():
                 if not np.isfinite(part).all():
-                    return f"{name!r} holds NaN or infinity"
-        return "a tensor holds NaN or infinity"
+                    error = UsageError(f"{name!r} holds NaN or infinity: the loop has diverged; {remedy}")
+                    self._gate.fail(error)
+                    raise error
 
 
 _ONE: Final = np.asarray(1, np.int64)
@@ -316,7 +302,9 @@ def _outer(manifest: Manifest, size: int) -> Outer:
         if any(name != SHAPES for name in given):
             raise UsageError("an outer step is taken in mode diloco only; take that, or leave its settings out")
         return Outer(size, learning_rate=1.0, momentum=0.0, max_gradient=math.inf)
-    rate, momentum = given.get("outer_learning_rate", outer.LEARNING_RATE), given.get("outer_momentum", outer.MOMENTUM)
+    is_sparse = manifest.codec is Codec.TOPK  # whose memory is momentum enough
+    rate = given.get("outer_learning_rate", 1.0 if is_sparse else outer.LEARNING_RATE)
+    momentum = given.get("outer_momentum", 0.0 if is_sparse else outer.MOMENTUM)
     for name, value, most in (("outer_learning_rate", rate, 10.0), ("outer_momentum", momentum, outer.MAX_MOMENTUM)):
         if type(value) not in (int, float) or not 0 <= value <= most:
             raise UsageError(f"{name} must be between 0 and {most}, not {value!r:.40}")
