@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from shoal.node.api.requests import CreateSwarm
 from shoal.protocol.errors import NoDaemonError, ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.exchange.outer import Outer
@@ -25,7 +26,7 @@ from shoal.training.loop.averager import Averager
 from shoal.training.loop.gate import Gate, GateClosedError
 from shoal.training.loop.learner import Averaged, LoopLearner
 from shoal.training.loop.tensors import Given, Tensors, differences
-from shoal.training.manifest import Manifest, Mode
+from shoal.training.manifest import LOOP_MAX_SAMPLES, Manifest, Mode
 from shoal.training.state import decode_arrays, encode_arrays
 from shoal.training.statements import NO_BALLOT
 from shoal.training.tasks.failures import Failures
@@ -375,6 +376,12 @@ def test_tensors_that_cannot_be_averaged_are_refused_with_what_to_do() -> None:
     model = nn.Linear(2, 2)
     assert Tensors(torch.optim.SGD(model.parameters(), lr=1.0)).shapes == {"0": [2, 2], "1": [2]}
     assert Tensors(nn.BatchNorm1d(3)).shapes.keys() == {"weight", "bias", "running_mean", "running_var"}
+
+
+def test_a_run_of_loops_has_no_end_unless_it_is_given_one() -> None:
+    assert CreateSwarm(task="loop:x", algorithm="average").most_env_steps == LOOP_MAX_SAMPLES
+    assert CreateSwarm(task="loop:x", algorithm="average", max_env_steps=5).most_env_steps == 5
+    assert CreateSwarm(task="gym:X-v1", algorithm="ppo").most_env_steps == 10_000_000
 
 
 def test_a_run_of_loops_says_what_it_is() -> None:

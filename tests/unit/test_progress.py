@@ -6,6 +6,7 @@ import pytest
 
 from shoal.training.manifest import Role
 from shoal.training.progress import FACTS_GAP_S, FACTS_PEERS, FEW, Progress
+from shoal.training.run_events import Collected
 from shoal.training.statements import Facts, Phase
 
 
@@ -37,3 +38,12 @@ def test_what_nobody_waits_for_in_a_large_swarm_is_told_as_seldom_as_it_is_large
     progress.samples = 100
     assert tell(progress, num_live, gap_s) is not None
     assert tell(progress, num_live, 3 * gap_s) is None  # nothing is new
+
+
+def test_a_step_that_is_longer_than_a_call_is_as_slow_as_it_is() -> None:
+    progress = Progress()
+    for _ in range(19):
+        progress.collected(Collected(0, 0, 0.25), 1.0)
+    assert progress.speed == 0.0
+    progress.collected(Collected(32, 32, 0.25), 1.0)
+    assert progress.speed == 32 / 5.0

@@ -328,6 +328,25 @@ def test_an_own_policy_that_ends_every_worker_is_given_up() -> None:
     assert node.run.policy == INITIAL
 
 
+LOOPS = replace(MANIFEST, task="loop:x", algorithm="average", target_return=None, eval_interval=1)
+
+
+def test_a_persons_own_loop_that_ends_over_and_over_costs_no_policy() -> None:
+    node = Node(manifest=LOOPS).holding(SHARED)
+    for _ in range(3 * MAX_ENDED):
+        node.give(events.WorkerGone("Ctrl-C"))
+        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
+    assert node.run.policy == SHARED
+
+
+def test_a_persons_own_loop_is_never_asked_to_evaluate() -> None:
+    for manifest, is_asked in ((LOOPS, False), (replace(MANIFEST, eval_interval=1), True)):
+        node = Node(manifest=manifest)
+        node.give(events.Opened(INITIAL))
+        node.collect(BATCH)
+        assert bool(of(events.Evaluate, node.give(events.Updated(policy_after(INITIAL, ME))))) is is_asked
+
+
 def test_a_task_that_does_not_work_here_is_told_to_the_others_and_nothing_more_is_done() -> None:
     node = Node().holding(SHARED)
     outputs = node.give(events.TaskFailed("no environment works"))
