@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import time
 
 import torch
 from sklearn.datasets import load_digits
@@ -56,6 +57,7 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            time.sleep(options.pause)
             averaged = averager.step(32)
             if averaged is None:
                 continue
@@ -88,6 +90,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--every", type=int, help="samples between two averages; with --create. Default: 2048")
     parser.add_argument("--part", metavar="N/M", help="train on the N-th of M parts of the images")
     parser.add_argument("--averages", type=int, default=30, help="stop after so many")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds per step, as a larger network would take")
     parser.add_argument("--profile", default="default", help="of the node")
     return parser.parse_args()
 

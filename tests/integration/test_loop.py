@@ -45,9 +45,13 @@ class Digits:
     """The example as a process."""
 
     def __init__(self, node: Node, *options: str) -> None:
-        command = [sys.executable, "-P", str(EXAMPLE), "--averages", "100000", "--profile", node.profile, *options]
+        command = [sys.executable, "-P", str(EXAMPLE), "--averages", "100000", "--pause", "0.005", *options]
         self.process = subprocess.Popen(
-            command, env=node.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, "--profile", node.profile],
+            env=node.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         self.lines: list[Line] = []
         self.printed: list[str] = []
@@ -107,10 +111,10 @@ def test_three_loops_learn_digits_together_and_a_killed_one_hurts_nobody(make_no
     created = nodes[0].ask(
         *("swarm", "create", "--task", "loop:digits", "--batch-per-learner", "512", "--min-learners", "3")
     )
-    for each in nodes[1:]:
-        each.ask("join", created["ticket"], "-d")
     with digits() as begin:
-        loops = [begin(node, "--part", f"{number}/3") for number, node in enumerate(nodes, 1)]
+        loops = [
+            begin(node, "--part", f"{number}/3", "--swarm", created["ticket"]) for number, node in enumerate(nodes, 1)
+        ]
         for each in loops:
             each.wait_for("it learns", lambda line: line.accuracy >= 0.9 and line.members == 3)
         first, second, third = loops

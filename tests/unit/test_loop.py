@@ -268,6 +268,13 @@ def test_what_is_out_of_all_proportion_is_left_out() -> None:
         np.testing.assert_allclose(loops[0].values(), 1.1, rtol=1e-6)
 
 
+def test_nobody_begins_with_numbers_out_of_all_proportion() -> None:
+    with loops_of(a_manifest(), *vectors(1e20, 1.0, 1.0), begun=False) as loops:
+        answers = merged(loops, [each.begin() for each in loops])
+        assert {answer.rejected for answer in answers} == {(PEERS[0],)}
+        assert (loops[0].values() == 1.0).all()
+
+
 def test_who_counts_for_several_members_is_left_out() -> None:
     with loops_of(a_manifest(), *vectors(1.0, 1.0)) as loops:
         for each in loops:

@@ -15,8 +15,10 @@ the calls; what concerns the tensors is done by the loop's own thread, inside of
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 10.0
+REFUSED_S: Final = 3.0
+"""How long a node that is there may refuse a loop that it had, until that is its last word."""
 END_S: Final = 2.0
 MAX_SHAPES: Final = 1000
 """Of a model with more tensors the shapes are not in the manifest; they are compared when a state is taken."""
@@ -203,14 +207,19 @@ class Averager:
     def _attach_again(self) -> bool:
         """Wait for the node to be back; whether it is."""
         log.warning("the node does not answer: this loop goes on ALONE until it is there again; `shoal up` starts it")
-        wait_s = FIRST_RETRY_S
+        wait_s, refused_since = FIRST_RETRY_S, math.inf
         while not self._ending.wait(wait_s):
             wait_s = min(2 * wait_s, MAX_RETRY_S)
             try:
                 self._connection = self._node.attach(self.swarm)
             except NoDaemonError:
+                refused_since = math.inf
                 continue
             except ShoalError as error:
+                refused_since = min(refused_since, time.monotonic())
+                if time.monotonic() < refused_since + REFUSED_S:  # a node that has just begun knows its swarms soon
+                    wait_s = FIRST_RETRY_S
+                    continue
                 self._gate.fail(error)
                 return False
             log.warning("attached to the node again")

@@ -143,7 +143,7 @@ class LoopLearner:
         if buffers.size:
             template["first/buffers"] = buffers
         self._require_sound(parameters, buffers, "initialise the model anew")
-        merged = yield Exchange(template, 1.0, template, _check_members)
+        merged = yield Exchange(template, 1.0, template, _check_members, {"first/parameters": Scale(DELTA_FACTOR)})
         if not merged:
             raise DivergedError("no member has parameters that can be begun with")
         check_fit(merged, template)
