@@ -233,6 +233,8 @@ def swarm(detail: SwarmDetail) -> RenderableType:
     num_live = sum(member.live for member in detail.members)
     facts.add_row("members", f"{num_live} live of {len(detail.members)}", "elapsed", duration(detail.elapsed_s))
     parts: list[RenderableType] = [facts]
+    if detail.loop_socket is not None and detail.phase == "starting":
+        parts.append(Text("no training loop is attached at this node; docs/averager.md says how yours is", style="dim"))
     if detail.phase == "done" and detail.trained_alone:
         parts.append(alone_line("nobody but this node put anything into this run"))
     elif detail.alone and detail.phase not in ENDED:

@@ -178,6 +178,13 @@ def printed(what: object, width: int = 80) -> str:
         return console.export_text()
 
 
+def test_a_run_that_waits_for_a_training_loop_says_so() -> None:
+    waiting = {"loop_socket": "/x/loop.sock", "phase": "starting"}
+    assert "no training loop is attached" in printed(render.swarm(detail().model_copy(update=waiting)))
+    attached = waiting | {"phase": "collecting"}
+    assert "no training loop" not in printed(render.swarm(detail().model_copy(update=attached)))
+
+
 def test_a_run_without_end_does_not_name_one() -> None:
     assert render.ENDLESS_STEPS == LOOP_MAX_SAMPLES
     assert "of 1,0" in printed(render.swarm(detail().model_copy(update={"max_env_steps": 1000})))
