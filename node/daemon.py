@@ -58,7 +58,6 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
-from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
 from shoal.node.way_back import keep_way_back
@@ -143,9 +142,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
             for service in swarms.services():
                 router.add(service)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
-            reductions = Reductions(host.links)
-            router.add(reductions)
-            node = Node(config, host, reach, swarms, content, domain, reductions)
+            node = Node(config, host, reach, swarms, content, domain)
             domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
             domain.start_soon("keeping a way back", keep_way_back, host, remembered, policy=Policy.RESTART)
             domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
@@ -190,7 +187,6 @@ class Node:
         swarms: Swarms,
         content: ContentStore,
         domain: Domain,
-        reductions: Reductions,
     ) -> None:
         self.api_url = ""
         self._api_port = config.api_port
@@ -200,7 +196,6 @@ class Node:
         self._swarms = swarms
         self._content = content
         self._domain = domain
-        self._reductions = reductions
         self._started = time.monotonic()
 
     def node(self) -> NodeInfo:
@@ -366,7 +361,7 @@ class Node:
             self._host.want(peer, "bench")
         try:
             figures = await bench_reduce(
-                *(self._reductions, self._host.links, self._host.peer_id, request.peers),
+                *(self._swarms.reductions, self._host.links, self._host.peer_id, request.peers),
                 numel=request.numel,
                 codec=request.codec,
                 rounds=request.rounds,
@@ -498,6 +493,7 @@ class Node:
             batch_size=manifest.batch_size,
             steps_per_s=round(sum(member.steps_per_s for member in people if member.live), 1),
             members=people,
+            shunned=sorted(run.core.shunned),
             digest=(policy.digest or None) if policy else None,
             policy_cid=policy.cid if policy else None,
             alone_since=run.alone_since,

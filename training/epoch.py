@@ -11,6 +11,7 @@ nothing fails, and by further rounds otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Final
 
 from shoal.protocol.ids import Cid, PeerId
@@ -86,6 +87,7 @@ class Epoch:
         "_parts",
         "_progress",
         "_settle_s",
+        "_shunned",
         "_trust",
         "_usual_s",
         "_waits",
@@ -105,6 +107,7 @@ class Epoch:
         others: Others,
         lineage: Lineage,
         fetching: set[Cid],
+        shunned: Set[PeerId],
         *,
         is_resumed: bool,
     ) -> None:
@@ -118,6 +121,7 @@ class Epoch:
             others: who are there.
             lineage: what each of them holds.
             fetching: what was asked for and has not come, for whatever.
+            shunned: members with whom nothing is averaged; kept up to date.
             is_resumed: an earlier life of this node was in the run, and may have voted.
         """
         self.round: Round | None = None
@@ -131,6 +135,7 @@ class Epoch:
         self._others = others
         self._lineage = lineage
         self._fetching = fetching
+        self._shunned = shunned
         self._is_resumed = is_resumed
         self._waits = (Waits(), Waits(), Waits())  # for the first exchange of an epoch, the others, and direct ones
         self._trust = Trust()
@@ -177,6 +182,7 @@ class Epoch:
             stakes = dict.fromkeys((self._me, *self._others.learners), equal)
         else:
             stakes = policy.electorate.stakes
+        stakes = {peer: stake for peer, stake in stakes.items() if peer not in self._shunned}
         self._enter(RoundKey(policy.epoch, 0, after), stakes, now, outputs)
 
     def _enter(self, key: RoundKey, stakes: dict[PeerId, float], now: float, outputs: list[Output]) -> Round:
@@ -193,6 +199,7 @@ class Epoch:
             gone=[peer for peer in peers if peer not in live],
             idle=self._idle,
             may_have_voted=self._is_resumed and self._progress.has_made_nothing,
+            shunned=self._shunned,
         )
         for event in self._early.of(key):
             self._tell(event, now, outputs)
@@ -238,7 +245,7 @@ class Epoch:
         """A member says how it is: whether it will offer anything, and that it is there at all."""
         if facts.phase in BUSY:
             self.take(Busy(author), now, outputs)
-        elif facts.role is Role.LEARNER:
+        elif facts.role is Role.LEARNER and author not in self._shunned:
             equal = self.equal_stake
             if equal is not None:
                 self.take(Joined(author, equal), now, outputs)

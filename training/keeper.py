@@ -1,9 +1,10 @@
 """Keeps a worker: starts it, writes down what it prints, and lets nothing that it started outlive it.
 
-    python -P -m shoal.training.keeper SOCKET PAGE LIFE FOLDER
+    python -P -m shoal.training.keeper SOCKET PAGE ARENA LIFE FOLDER
 
-The arguments are file descriptors: the worker's end of the socket to the node, the page of `shoal.training.watch`, and
-a pipe that closes when the node wants the worker to end, or ends itself. Then there is the folder of the run.
+The arguments are file descriptors: the worker's end of the socket to the node, the page of `shoal.training.watch`, the
+memory of `shoal.training.arena`, and a pipe that closes when the node wants the worker to end, or ends itself. Then
+there is the folder of the run.
 
 Environments start processes of their own: simulators, games, helpers that outlive who began them. A process whose
 parent dies becomes the child of the next reaper above it (PR_SET_CHILD_SUBREAPER, prctl(2)), and that is this process,
@@ -39,10 +40,10 @@ _SIGNALLED: Final = 128
 def main() -> None:
     """Start the worker and stay until it is gone, with all that it started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the node
-    socket_fd, page_fd, life_fd = (int(word) for word in sys.argv[1:4])
-    for given in (socket_fd, page_fd, life_fd):
+    socket_fd, page_fd, arena_fd, life_fd = (int(word) for word in sys.argv[1:5])
+    for given in (socket_fd, page_fd, arena_fd, life_fd):
         os.set_inheritable(given, False)  # not for what environments start
-    folder = Path(sys.argv[4])
+    folder = Path(sys.argv[5])
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     reader, writer = os.pipe()
     keeper = os.getpid()
@@ -55,9 +56,9 @@ def main() -> None:
             os.dup2(writer, stream)
         for end in (reader, writer, life_fd):
             os.close(end)
-        _work(socket_fd, page_fd, folder)
+        _work(socket_fd, page_fd, arena_fd, folder)
         return
-    for end in (writer, socket_fd, page_fd):
+    for end in (writer, socket_fd, page_fd, arena_fd):
         os.close(end)
     sys.exit(_keep(worker, life_fd, reader, _Log(folder / WORKER_LOG)))
 
@@ -89,14 +90,14 @@ def alone(work: Callable[[], None], *, closing: int) -> None:
     _kill_all()
 
 
-def _work(socket_fd: int, page_fd: int, folder: Path) -> None:
+def _work(socket_fd: int, page_fd: int, arena_fd: int, folder: Path) -> None:
     import mmap
 
-    from shoal.training import watch, worker  # heavy
+    from shoal.training import arena, watch, worker  # heavy
 
     watch.use(memoryview(mmap.mmap(page_fd, watch.PAGE_BYTES)))
     os.close(page_fd)
-    worker.main(socket.socket(fileno=socket_fd), folder)
+    worker.main(socket.socket(fileno=socket_fd), arena.Arena(arena_fd), folder)
 
 
 def _keep(worker: int, life_fd: int, output: int, log: _Log) -> int:

@@ -50,6 +50,7 @@ from shoal.training.run_events import (
     Gone,
     Heard,
     Job,
+    Lied,
     Load,
     Loaded,
     LoadRefused,
@@ -69,6 +70,7 @@ from shoal.training.run_events import (
     Updated,
     Wake,
     WorkerGone,
+    WriteLie,
     Yielded,
 )
 from shoal.training.saving import Saving
@@ -104,6 +106,7 @@ class Run:
         *,
         stored: Result | None = None,
         liars: Iterable[PeerId] = (),
+        shunned: Iterable[PeerId] = (),
         own_env_steps: int = 0,
         rounds: int = 0,
     ) -> None:
@@ -117,6 +120,7 @@ class Run:
             now: the time.
             stored: the policy that an earlier life of this node kept.
             liars: members that an earlier life found out.
+            shunned: likewise, in what they reduced.
             own_env_steps: that an earlier life put in.
             rounds: that an earlier life was part of.
         """
@@ -129,7 +133,9 @@ class Run:
         """What was asked for and has not come."""
         parts = (self.progress, self.jobs, self.others, self.lineage)
         is_resumed = stored is not None and stored.epoch > 0
-        self.epoch = Epoch(manifest, me, *parts, fetching, is_resumed=is_resumed)
+        self.shunned = set(shunned)
+        """Members that signed a result that does not follow from what it was made of: nothing is averaged with them."""
+        self.epoch = Epoch(manifest, me, *parts, fetching, self.shunned, is_resumed=is_resumed)
         self.taking = Taking(role, self.progress, self.jobs, self.lineage, self.epoch, fetching, stored, now)
         self.ending = Ending(manifest, me, *parts, self.claims, fetching, now)
         self._manifest = manifest
@@ -198,6 +204,8 @@ class Run:
                 self.epoch.given(author, part, now, outputs)
             case NotGiven(author, key, reason):
                 self.epoch.not_given(author, key, reason, now, outputs)
+            case Lied(owner, said):
+                self._lied(owner, said, outputs)
             case Documents(evaluations, own):
                 if own is not None:
                     self.progress.count_on(own)
@@ -250,6 +258,20 @@ class Run:
     def _is_plausible(self, result: Result) -> bool:
         most = self._manifest.max_env_steps + Limits.of_batch(self._manifest.batch, None).ballot
         return result.env_steps <= most and result.epoch <= result.env_steps
+
+    def _lied(self, owner: PeerId, said: bytes, outputs: list[Output]) -> None:
+        if owner in self.shunned or owner == self._me:
+            return
+        self.shunned.add(owner)
+        epoch = 0 if self.policy is None else self.policy.epoch
+        lie = (
+            "signed a result that does not follow from what it was made of"
+            if said
+            else "gave another part than it signed"
+        )
+        outputs.append(Note(f"{owner} {lie}: nothing is averaged with it any more"))
+        if said:
+            outputs.append(WriteLie(owner, epoch, said))
 
     # The worker.
 

@@ -100,6 +100,17 @@ class NotGiven:
 
 
 @dataclass(frozen=True, slots=True)
+class Lied:
+    """A member signed a result that does not follow from what it was made of; ``said`` is what it signed.
+
+    Empty, if it gave another part of a contribution than it had signed: that proves nothing to anybody else.
+    """
+
+    owner: PeerId
+    said: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """This node's own statement was signed."""
 
@@ -223,6 +234,7 @@ Event: TypeAlias = (
     | Heard
     | Given
     | NotGiven
+    | Lied
     | Said
     | Gone
     | Documents
@@ -344,6 +356,15 @@ class WriteEvaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteLie:
+    """Write into the document what a member signed that is not so."""
+
+    owner: PeerId
+    epoch: int
+    said: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """For the log."""
 
@@ -373,6 +394,7 @@ Output: TypeAlias = (
     | Keep
     | Write
     | WriteEvaluation
+    | WriteLie
     | Note
     | Wake
 )

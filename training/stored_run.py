@@ -17,9 +17,11 @@ class StoredRun:
         env_steps: by this node.
         rounds: that it was part of.
         liars: members whose claims turned out false.
+        shunned: members that signed a result that does not follow from what it was made of.
     """
 
     result: Result | None = None
     env_steps: int = 0
     rounds: int = 0
     liars: tuple[PeerId, ...] = ()
+    shunned: tuple[PeerId, ...] = ()

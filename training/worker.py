@@ -29,11 +29,14 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
+from shoal.training.arena import Arena
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
 from shoal.training.exchange.codecs import Sender, decode_contribution
+from shoal.training.exchange.layout import Layout, layout_of
 from shoal.training.exchange.outliers import outliers
+from shoal.training.exchange.packing import pack, small_of, unpack
 from shoal.training.exchange.rules import Aggregator, Codec
 from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
@@ -61,6 +64,7 @@ from shoal.training.worker_calls import (
     Evaluate,
     Evaluated,
     Finish,
+    LargeArray,
     Load,
     Log,
     Merge,
@@ -81,9 +85,18 @@ MAX_IDLE_EPOCHS: Final = 2**20
 class Worker:
     """One swarm's learner behind the worker's methods."""
 
-    def __init__(self, make: Callable[[Open], tuple[Learner, Failures]] | None = None) -> None:
-        """Begin without a run; ``make`` gives its learner, from what is installed unless it is said."""
+    def __init__(
+        self, arena: Arena | None = None, make: Callable[[Open], tuple[Learner, Failures]] | None = None
+    ) -> None:
+        """Hold no run.
+
+        Args:
+            arena: shared with the node; one that nobody shares, if None.
+            make: gives the learner of a run; that of what is installed, if None.
+        """
         self._make = make_installed if make is None else make
+        self._arena = Arena.make() if arena is None else arena
+        self._layout: Layout | None = None  # of what is large in the round under way
         self._learner: Learner | None = None
         self._failures = Failures("")
         self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
@@ -210,11 +223,20 @@ class Worker:
         except BaseException:
             self._update = None
             raise
-        exchange = self._exchange
+        exchange, sender = self._exchange, self._sender
+        self._layout = layout = layout_of(exchange.template, exchange.lossy, sender.codec, self._aggregator)
         contribution = None
-        if exchange.weight > 0:
-            contribution = self._sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
-        return MergeAnswer(exchange.weight, contribution, rejected=rejected, is_last=exchange.is_last)
+        if exchange.weight > 0 and layout is None:
+            contribution = sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
+        elif exchange.weight > 0 and layout is not None:
+            offered = self._arena.grow(layout.num_bytes).offered
+            contribution = pack(layout, sender, exchange.arrays, exchange.lossy, exchange.centres, offered)
+        large = (
+            ()
+            if layout is None
+            else tuple(LargeArray(each.name, each.numel, each.codec, each.bound) for each in layout.segments)
+        )
+        return MergeAnswer(exchange.weight, contribution, None, {}, rejected, exchange.is_last, large)
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
         if self._update is None:
@@ -228,28 +250,37 @@ class Worker:
         numbers = {len(each) for each in (request.authors, request.weights, request.seconds, request.contributions)}
         if len(numbers) > 1:
             raise ProtocolError("what is to be merged is not of one number")
+        layout, large = self._layout, Arrays()
+        template = exchange.template
+        if layout is not None:
+            result = self._arena.halves(layout.num_bytes).result
+            large = unpack(layout, template, exchange.centres, result)
+            template = {name: array for name, array in template.items() if name not in large}
         let_in = []
         for author, weight, data in zip(request.authors, request.weights, request.contributions, strict=True):
+            if author in request.absent:
+                log.warning("the large arrays of %s did not come", author)
+                rejected.append(author)
+                continue
             try:
-                arrays = decode_contribution(
-                    bytes(data), self._sender.codec, exchange.lossy, exchange.centres, exchange.template
-                )
+                small = bytes(data) if layout is None else small_of(layout, bytes(data))
+                arrays = decode_contribution(small, self._sender.codec, exchange.lossy, exchange.centres, template)
                 contribution = Contribution(author, weight, arrays)
-                validate(contribution, exchange.template)
+                validate(contribution, template)
                 exchange.check(contribution)
             except ProtocolError as error:
                 log.warning("%s", error)
                 rejected.append(author)
                 continue
             let_in.append(contribution)
-        absurd = outliers(let_in, exchange.scales)
+        absurd = outliers(let_in, {name: scale for name, scale in exchange.scales.items() if name not in large})
         for author, reason in absurd.items():
             log.warning("the contribution of %s is left out: %s", author, reason)
             rejected.append(author)
         let_in = [each for each in let_in if each.author not in absurd]
         if not let_in:
             raise RemoteError(Status.FAILED_PRECONDITION, "no contribution of the round is of any use")
-        return merge(let_in, self._aggregator, centres=exchange.centres)
+        return merge(let_in, self._aggregator, centres=exchange.centres) | large
 
     def abandon(self, request: Abandon) -> Empty:
         """Drop any half-done update, and what was collected unless it is to be kept."""
@@ -390,9 +421,8 @@ def _draw_curve(path: Path, request: Finish) -> None:
     half.replace(path)
 
 
-def serve(connection_socket: socket.socket, worker: Worker | None = None) -> None:
+def serve(connection_socket: socket.socket, worker: Worker) -> None:
     """Do calls until the far side closes the socket."""
-    worker = Worker() if worker is None else worker
     connection = RpcConnection(max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
     try:
         while data := connection_socket.recv(1 << 20):
@@ -449,11 +479,12 @@ def _count(what: str, value: object) -> int:
     return value
 
 
-def main(connection_socket: socket.socket, folder: Path) -> None:
+def main(connection_socket: socket.socket, arena: Arena, folder: Path) -> None:
     """Serve a socket as this process's only business.
 
     Args:
         connection_socket: to the node.
+        arena: shared with it.
         folder: of the run.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)  # stderr: the worker's log
@@ -463,7 +494,7 @@ def main(connection_socket: socket.socket, folder: Path) -> None:
     append(report, "")
     watch.begin(report, lambda words: append(report, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {_where()} {words}\n"))
     try:
-        serve(connection_socket)
+        serve(connection_socket, Worker(arena))
     except (ConnectionError, BrokenPipeError):
         return
 

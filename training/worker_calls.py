@@ -131,12 +131,15 @@ class Merge:
     back, samples and all, and the call fails with `MERGE_FAILED`; another one may be started, without whoever it was.
     If no contribution is of any use, it fails with FAILED_PRECONDITION and the update still waits.
 
+    Where the arrays are large (`MergeAnswer.layout`), what came of them lies in the arena.
+
     Attributes:
         ballot: its name, 32 bytes.
         authors: of the contributions.
         weights: of the contributions, in samples.
         seconds: of work that went into each.
         contributions: to be averaged, in this order.
+        absent: authors of whose large arrays too little is in what came of them.
     """
 
     ballot: bytes
@@ -144,6 +147,17 @@ class Merge:
     weights: tuple[int, ...]
     seconds: tuple[float, ...]
     contributions: tuple[Attachment, ...]
+    absent: tuple[PeerId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LargeArray:
+    """One of those that are reduced part by part; as `shoal.training.exchange.layout.Segment`."""
+
+    name: str
+    numel: int
+    codec: str
+    bound: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +183,7 @@ class MergeAnswer:
         rejected: authors whose contributions were left out, as malformed or as none that an honest learner makes. The
             same at every member that merges the same contributions from the same state.
         is_last: whether the update is done after what is to be averaged now.
+        layout: what is large of it, and lies in the arena; empty if nothing is.
     """
 
     weight: float = 0.0
@@ -177,6 +192,7 @@ class MergeAnswer:
     stats: dict[str, float] = field(default_factory=dict)
     rejected: tuple[PeerId, ...] = ()
     is_last: bool = True
+    layout: tuple[LargeArray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

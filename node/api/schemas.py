@@ -408,6 +408,8 @@ class SwarmDetail(SwarmSummary):
     steps_per_s: float = 0.0
     """Of all live members together."""
     members: list[MemberInfo] = []
+    shunned: list[PeerName] = []
+    """Members that this node found to lie in an exchange, and averages nothing with."""
     digest: str | None = None
     """Hex; of the parameters that this node holds."""
     policy_cid: CidName | None = None

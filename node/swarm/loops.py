@@ -1,8 +1,9 @@
 """The door by which a training loop of the user comes in, to be a run's worker (`shoal.training.loop`).
 
-One Unix socket per run, which none but the same user can open. One loop at a time: it is greeted by a line, and from
-then on called as a worker of this node's own would be. Another one that comes meanwhile is told who is there, and sent
-away. When the loop goes, however that happens, the next may come: the node neither starts nor ends what is not its own.
+One Unix socket per run, which none but the same user can open. One loop at a time: it is greeted by a line, with which
+comes the memory that both share (`shoal.training.arena`), and from then on called as a worker of this node's own would
+be. Another one that comes meanwhile is told who is there, and sent away. When the loop goes, however that happens, the
+next may come: the node neither starts nor ends what is not its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from shoal.node.supervise import open_plain_nursery
 from shoal.node.wire.channel import Channel, Router, SocketByteStream
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
+from shoal.training.arena import Arena
 
 log = logging.getLogger(__name__)
 
@@ -45,24 +47,24 @@ class Door:
         self.num_refused = 0
         self._place = trio.Lock()  # for one loop
         self._inside = ""
-        self._arrivals, self._arrived = trio.open_memory_channel[trio.SocketStream](1)
+        self._arrivals, self._arrived = trio.open_memory_channel[tuple[trio.SocketStream, Arena]](1)
         self._has_gone = trio.Event()
 
     @asynccontextmanager
-    async def next_loop(self, peer: PeerId, on_gone: Callable[[], None]) -> AsyncIterator[Channel]:
-        """Wait for a loop; it can be called in the context.
+    async def next_loop(self, peer: PeerId, on_gone: Callable[[], None]) -> AsyncIterator[tuple[Channel, Arena]]:
+        """Wait for a loop; it can be called in the context, and shares memory with this node.
 
         Args:
             peer: this node, as the loop's counterpart.
             on_gone: told when the loop has gone; what it answered before is there.
         """
-        stream = await self._arrived.receive()
+        stream, arena = await self._arrived.receive()
         channel = Channel(SocketByteStream(stream), peer, Router(), max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
         try:
             async with open_plain_nursery() as nursery:
                 nursery.start_soon(_run_until_gone, channel, on_gone)
                 nursery.start_soon(_hang_up_on_the_dead, stream)
-                yield channel
+                yield channel, arena
                 nursery.cancel_scope.cancel()
         finally:
             self._has_gone.set()
@@ -78,13 +80,14 @@ class Door:
             words = f"{self._inside} is attached to this swarm at this node; end it first, or use another profile"
             await stream.send_all(f"{words}\n".encode())
             return
-        self._inside, self._has_gone = who, trio.Event()
+        self._inside, self._has_gone, arena = who, trio.Event(), Arena.make()
         try:
-            await stream.send_all(WELCOME)
+            await stream.socket.sendmsg([WELCOME], _passing(arena.descriptor))
             log.info("%s is attached", who)
-            await self._arrivals.send(stream)
+            await self._arrivals.send((stream, arena))
             await self._has_gone.wait()
         finally:
+            arena.close()
             self._place.release()
 
 
@@ -116,7 +119,7 @@ async def _answer(door: Door, accepting: trio.SocketListener) -> None:
     async def greet(stream: trio.SocketStream) -> None:
         try:
             await door.greet(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             log.info("a loop came and went")
 
     await trio.serve_listeners(greet, [accepting])
@@ -139,6 +142,11 @@ async def _hang_up_on_the_dead(stream: trio.SocketStream) -> None:
         os.close(descriptor)
     with suppress(OSError):
         stream.socket.shutdown(trio.socket.SHUT_RDWR)  # what has come already can still be read
+
+
+def _passing(descriptor: int) -> list[tuple[int, int, bytes]]:
+    """What takes a file along with a message."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))]
 
 
 def _pid(stream: trio.SocketStream) -> int:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 KEEP_PART: Final = 0.1
 """Of the time, that writing policies to disk may take."""
 MAX_LIARS: Final = 256
+MAX_LIES: Final = 16
+"""That this node shows of others, the first of each."""
 
 
 def read_stored(storage: Storage, swarm: SwarmId) -> StoredRun:
@@ -87,13 +89,13 @@ class Records:
         self._content = content
         self._storage = storage
         self._on_error = on_error
-        self._waiting: deque[events.Keep | events.Write | events.WriteEvaluation] = deque()
+        self._waiting: deque[events.Keep | events.Write | events.WriteEvaluation | events.WriteLie] = deque()
         self._arrived = trio.Event()
         self._keep_at = -float("inf")
 
-    def add(self, output: events.Keep | events.Write | events.WriteEvaluation) -> None:
+    def add(self, output: events.Keep | events.Write | events.WriteEvaluation | events.WriteLie) -> None:
         """Write this soon."""
-        if not isinstance(output, events.WriteEvaluation):  # the newest stands for those before
+        if isinstance(output, events.Keep | events.Write):  # the newest stands for those before
             for older in [each for each in self._waiting if type(each) is type(output)]:
                 self._waiting.remove(older)
         self._waiting.append(output)
@@ -113,7 +115,7 @@ class Records:
         if policy is not None and policy.epoch > 0:
             await self._write(events.Keep(policy))
 
-    async def _write(self, output: events.Keep | events.Write | events.WriteEvaluation) -> None:
+    async def _write(self, output: events.Keep | events.Write | events.WriteEvaluation | events.WriteLie) -> None:
         try:
             match output:
                 case events.Keep(policy):
@@ -142,6 +144,10 @@ class Records:
                         "episodes": self._manifest.eval_episodes,
                     }
                     await self._replica.write(evaluations={str(policy.epoch): entry})
+                case events.WriteLie(owner, epoch, said):
+                    known = dict(self._replica.documents().get(self._me, {}).get("lies") or {})
+                    if owner not in known and len(known) < MAX_LIES:
+                        await self._replica.write(lies=known | {owner: {"epoch": epoch, "said": said}})
         except ShoalError as error:
             self._on_error(str(error))
             log.warning("swarm %s: %s could not be written: %s", self._swarm, type(output).__name__, error)
@@ -156,7 +162,8 @@ class Records:
             return
         progress = self._core.progress
         liars = tuple(sorted(self._core.claims.liars))[:MAX_LIARS]
-        kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars)
+        shunned = tuple(sorted(self._core.shunned))[:MAX_LIARS]
+        kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars, shunned)
         await trio.to_thread.run_sync(self._storage.put_fact, _fact_name(self._swarm), encode(kept))
         self._needs.write(policy.cid)
         now = trio.current_time()

@@ -75,7 +75,7 @@ async def bench_reduce(
     into = memoryview(bytearray(spans.num_bytes))
     for number in range(rounds + 1):
         key = _key(name, f"{number}")
-        results.append(await reductions.reduce(key, me, members, spans, offered, into=into, patience_s=PATIENCE_S))
+        results.append(await reductions.reduce(key, members, spans, offered, into=into, patience_s=PATIENCE_S))
 
     def error(result: ReduceResult) -> float:
         """From the mean of those whose parts are in it."""

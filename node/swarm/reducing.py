@@ -4,6 +4,10 @@ What a member offers, and what it holds of the results, lies in two buffers that
 (`shoal.node.wire.bulk`); calls carry names of parts only. What an owner pulls lies in scratch memory until it is
 reduced: a few parts of each member, whatever the arrays' size. Reducing and hashing run in threads.
 
+Where members have signed the hashes of their parts, what is pulled is held to them, and each member does one part over
+that another owned: whose, turns on what came of them all, and which part is its secret. An owner that lied is found out
+by that (`shoal.training.exchange.audits`), and the others are told, who look for themselves.
+
 NumPy is loaded when the first all-reduce runs.
 """
 
@@ -11,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
@@ -23,19 +28,18 @@ from shoal.node.wire.bulk import BulkRef
 from shoal.node.wire.contracts import (
     ArrayOffered,
     ExchangeService,
+    LieFound,
     PartAsked,
     PartHeld,
-    PartOutcome,
     ReduceEnded,
 )
 from shoal.node.wire.links import Links
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId
 from shoal.protocol.services import Empty, client, current_call
+from shoal.protocol.signing import Signer
 from shoal.training.exchange import allreduce as core
-
-if TYPE_CHECKING:
-    from shoal.training.exchange.spans import Spans
+from shoal.training.exchange.audits import Parts, SignedOutcome, audited_by, follows, sign_outcome
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ LINGER_S: Final = 5.0
 KEY_BYTES: Final = 16
 MAX_EARLY: Final = 64
 """All-reduces of which others speak that this node has not begun; and calls of each that are kept."""
+MAX_AUDITS: Final = 4
+"""In one all-reduce: the own one, and those that others ask for."""
 LOOK_S: Final = 0.2
 """How often it is looked who is connected."""
 
@@ -61,12 +67,31 @@ class ReduceResult:
         digest: of it; equal where all bytes are.
         seconds: from the start to the last part.
         outcomes: whose parts are in each part.
+        longest_gap_s: for which nothing came on.
     """
 
     data: memoryview
     digest: bytes
     seconds: float
     outcomes: dict[int, core.Outcome]
+    longest_gap_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Commitments:
+    """What holds members to what they signed.
+
+    Attributes:
+        hashes: of each member's parts, SHA-256, as its signed offer has them.
+        shunned: members whose results are not taken.
+        on_lie: told what an owner signed that does not follow from the parts that it names.
+        on_false: told who gives another part than it signed.
+    """
+
+    hashes: Mapping[PeerId, Sequence[bytes]]
+    shunned: Set[PeerId]
+    on_lie: Callable[[SignedOutcome], None]
+    on_false: Callable[[PeerId], None]
 
 
 @dataclass(slots=True)
@@ -81,36 +106,62 @@ class _Other:
 class Reductions(ExchangeService):
     """All of a node's."""
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Links, signer: Signer) -> None:
         self._links = links
+        self._signer = signer
         self._running: dict[bytes, _Reduction | _Meeting] = {}
         self._early: OrderedDict[bytes, deque[tuple[PeerId, object]]] = OrderedDict()
+
+    @asynccontextmanager
+    async def reducing(
+        self,
+        key: bytes,
+        members: Sequence[core.Member],
+        parts: Parts,
+        offered: memoryview,
+        *,
+        into: memoryview,
+        patience_s: float,
+        commitments: Commitments | None = None,
+        linger_s: float = LINGER_S,
+    ) -> AsyncIterator[ReduceResult]:
+        """Take part in one all-reduce; the context begins when this node has everything.
+
+        It ends when everybody has, or ``linger_s`` later: until then others may pull what is offered, and the result.
+
+        Args:
+            key: 16 bytes that name it, equal at all members.
+            members: all, this node among them; the same for everybody.
+            parts: the layout, likewise.
+            offered: what this node gives, as the layout wrote it.
+            into: where the result goes; as many bytes.
+            patience_s: for which nothing may come on.
+            commitments: what members signed; None, if nothing is held against them.
+            linger_s: how long one that has everything goes on giving to those who have not, at most.
+        """
+        reduction = _Reduction(
+            *(self._links, self._signer, key, members, parts, offered, into),
+            patience_s=patience_s,
+            commitments=commitments,
+        )
+        with self._hearing(key, reduction):
+            async with reduction.run(linger_s) as result:
+                yield result
 
     async def reduce(
         self,
         key: bytes,
-        me: PeerId,
         members: Sequence[core.Member],
-        spans: Spans,
+        parts: Parts,
         offered: memoryview,
         *,
         into: memoryview,
         patience_s: float,
     ) -> ReduceResult:
-        """Take part in one all-reduce; returns when everybody has it, or `LINGER_S` after this node has.
-
-        Args:
-            key: 16 bytes that name it, equal at all members.
-            me: this node.
-            members: all; the same for everybody.
-            spans: the layout, likewise.
-            offered: what this node gives, as `Spans.encode` wrote it.
-            into: where the result goes; as many bytes.
-            patience_s: for which nothing may come on.
-        """
-        reduction = _Reduction(self._links, key, me, members, spans, offered, into, patience_s)
-        with self._hearing(key, reduction):
-            return await reduction.run()
+        """As `reducing`; returns when everybody has it."""
+        async with self.reducing(key, members, parts, offered, into=into, patience_s=patience_s) as result:
+            pass
+        return result
 
     @asynccontextmanager
     async def meeting(
@@ -153,7 +204,7 @@ class Reductions(ExchangeService):
         if running is not None:
             running.heard(peer, call)
             return
-        if isinstance(call, PartOutcome):
+        if isinstance(call, SignedOutcome | LieFound):
             return  # as large as its author likes; who begins late asks for it
         self._early.setdefault(key, deque(maxlen=MAX_EARLY)).append((peer, call))
         while len(self._early) > MAX_EARLY:
@@ -164,9 +215,14 @@ class Reductions(ExchangeService):
         self._to(request.key, request)
         return Empty()
 
-    async def outcome(self, request: PartOutcome) -> Empty:
+    async def outcome(self, request: SignedOutcome) -> Empty:
         """A member holds what came of a part."""
         self._to(request.key, request)
+        return Empty()
+
+    async def lie(self, request: LieFound) -> Empty:
+        """A member says that an owner lied."""
+        self._to(request.said.key, request)
         return Empty()
 
     async def ended(self, request: ReduceEnded) -> Empty:
@@ -182,16 +238,18 @@ class Reductions(ExchangeService):
         return running.asked(current_call().peer, request)
 
 
-async def _tell(links: Links, peer: PeerId, call: ArrayOffered | PartOutcome | ReduceEnded) -> None:
+async def _tell(links: Links, peer: PeerId, call: ArrayOffered | SignedOutcome | ReduceEnded | LieFound) -> None:
     service = client(ExchangeService, links.at(peer), timeout_s=CALL_S)
     try:
         match call:
             case ArrayOffered():
                 await service.array(call)
-            case PartOutcome():
+            case SignedOutcome():
                 await service.outcome(call)
             case ReduceEnded():
                 await service.ended(call)
+            case LieFound():
+                await service.lie(call)
     except RemoteError as error:  # who is gone is noticed, and who hears nothing asks
         log.debug("%s was not told: %s", peer, error)
 
@@ -226,30 +284,44 @@ class _Reduction:
     def __init__(
         self,
         links: Links,
+        signer: Signer,
         key: bytes,
-        me: PeerId,
         members: Sequence[core.Member],
-        spans: Spans,
+        parts: Parts,
         offered: memoryview,
         into: memoryview,
+        *,
         patience_s: float,
+        commitments: Commitments | None,
     ) -> None:
         self._links = links
+        self._signer = signer
         self._key = key
-        self._me = me
-        self._spans = spans
+        self._me = signer.peer_id
+        self._parts = parts
         self._offered = offered
+        self._result = into
+        self._commitments = commitments
         self._left: set[PeerId] = set()
         self._weights = {member.peer: member.weight for member in members}
-        self._others = {member.peer: _Other() for member in members if member.peer != me}
-        self._core = core.AllReduce(me, members, spans.num_parts, patience_s=patience_s, now=trio.current_time())
-        self._result = into
+        self._others = {member.peer: _Other() for member in members if member.peer != self._me}
+        self._shunned: Set[PeerId] = frozenset() if commitments is None else frozenset(commitments.shunned)
+        self._core = core.AllReduce(
+            *(self._me, members, parts.num_parts),
+            patience_s=patience_s,
+            now=trio.current_time(),
+            shunned=self._shunned,
+        )
         self._pulled: dict[tuple[int, PeerId], memoryview] = {}
         self._fetching: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
-        self._events: deque[core.Event] = deque()
+        self._said: dict[tuple[int, PeerId], SignedOutcome] = {}
+        self._num_audits = self._num_auditing = 0
+        self._accused: set[PeerId] = set()
+        self._events: deque[core.Event | SignedOutcome] = deque()
         self._arrived = trio.Event()
         self._digest: bytes | None = None
-        self._began_at = trio.current_time()
+        self._began_at = self._came_at = trio.current_time()
+        self._longest_gap_s = 0.0
         self._done_s = 0.0
 
     # What others say.
@@ -261,11 +333,15 @@ class _Reduction:
             return
         match call:
             case ArrayOffered(_, arrays, results):
-                if min(arrays.num_bytes, results.num_bytes) == self._spans.num_bytes:
+                if min(arrays.num_bytes, results.num_bytes) == self._parts.num_bytes:
                     other.arrays, other.results = arrays, results
                     self._post(core.Ready(peer))
-            case PartOutcome(_, part, owner, authors, digest):
-                self._post(core.Announced(peer, part, core.Outcome(owner, authors, digest)))
+            case SignedOutcome() as said:
+                self._announced(peer, said)
+            case LieFound(said):
+                if self._knows(said):
+                    self._said.setdefault((said.part, said.owner), said)
+                    self._post(said)
             case ReduceEnded():
                 other.has_ended = True
                 self._arrived.set()
@@ -280,16 +356,29 @@ class _Reduction:
         if outcome is None:
             self._post(core.Asked(request.part, request.heir))
             return PartHeld()
-        return PartHeld(outcome.owner, outcome.authors, outcome.digest)
+        return PartHeld(self._said[request.part, outcome.owner])
 
-    def _post(self, event: core.Event) -> None:
+    def _announced(self, holder: PeerId, said: SignedOutcome) -> None:
+        """Take what an owner signed, from whoever holds what came of it; its first word on a part counts."""
+        before = self._said.get((said.part, said.owner))
+        if before is None and self._knows(said):
+            before = self._said[said.part, said.owner] = said
+        if before is not None and before == said:
+            self._post(core.Announced(holder, said.part, said.outcome))
+
+    def _knows(self, said: SignedOutcome) -> bool:
+        is_of_this = said.key == self._key and 0 <= said.part < self._parts.num_parts and said.owner in self._weights
+        return is_of_this and said.is_signed()
+
+    def _post(self, event: core.Event | SignedOutcome) -> None:
         self._events.append(event)
         self._arrived.set()
 
     # The loop.
 
-    async def run(self) -> ReduceResult:
-        """Until everybody has everything, or was given time enough."""
+    @asynccontextmanager
+    async def run(self, linger_s: float) -> AsyncIterator[ReduceResult]:
+        """Until this node has everything; and then, until everybody has or was given time enough."""
         async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
             for peer in self._others:
                 arrays = await stack.enter_async_context(self._links.bulk.offer(peer, self._offered))
@@ -298,15 +387,26 @@ class _Reduction:
             self._do(self._core.start(trio.current_time()), nursery)
             while self._digest is None:
                 await self._step(nursery)
-            async with trio.open_nursery() as telling:
+            everybody = trio.Event()
+            self._look_into_one(self._digest, nursery)
+            nursery.start_soon(self._go_on, nursery, everybody)
+            yield ReduceResult(self._result, self._digest, self._done_s, dict(self._core.outcomes), self._longest_gap_s)
+            with trio.move_on_after(linger_s):
+                await everybody.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _go_on(self, nursery: trio.Nursery, everybody: trio.Event) -> None:
+        """Answer the others, until all have everything and have looked into what they want to."""
+        is_told = False
+        while True:
+            if not is_told and not self._num_auditing:
+                is_told = True
                 for peer in self._others:
                     if peer not in self._left:
-                        telling.start_soon(_tell, self._links, peer, ReduceEnded(self._key))
-                with trio.move_on_after(LINGER_S):
-                    while not all(other.has_ended or peer in self._left for peer, other in self._others.items()):
-                        await self._step(nursery)
-            nursery.cancel_scope.cancel()
-        return ReduceResult(self._result, self._digest or b"", self._done_s, self._core.outcomes)
+                        nursery.start_soon(_tell, self._links, peer, ReduceEnded(self._key))
+            if is_told and all(other.has_ended or peer in self._left for peer, other in self._others.items()):
+                everybody.set()
+            await self._step(nursery)
 
     async def _step(self, nursery: trio.Nursery) -> None:
         if not self._events:
@@ -321,7 +421,14 @@ class _Reduction:
         if now >= self._core.next_wake:
             self._events.append(core.Tick())
         while self._events:
-            self._do(self._core.handle(self._events.popleft(), now), nursery)
+            event = self._events.popleft()
+            if isinstance(event, SignedOutcome):
+                self._audit_soon(event, nursery)
+                continue
+            if isinstance(event, core.Pulled | core.Reduced | core.Fetched):
+                self._longest_gap_s = max(self._longest_gap_s, now - self._came_at)
+                self._came_at = now
+            self._do(self._core.handle(event, now), nursery)
 
     def _do(self, outputs: Iterable[core.Output], nursery: trio.Nursery) -> None:
         for output in outputs:
@@ -331,9 +438,9 @@ class _Reduction:
                 case core.Reduce(part, authors):
                     nursery.start_soon(self._reduce, part, authors)
                 case core.Announce(part, outcome):
-                    call = PartOutcome(self._key, part, outcome.owner, outcome.authors, outcome.digest)
+                    said = self._said[part, outcome.owner]
                     for peer in self._others:
-                        nursery.start_soon(_tell, self._links, peer, call)
+                        nursery.start_soon(_tell, self._links, peer, said)
                 case core.Fetch(part, holder, outcome):
                     nursery.start_soon(self._fetch, part, holder, outcome)
                 case core.Ask(part, members, heir):
@@ -345,14 +452,28 @@ class _Reduction:
     # What is done.
 
     async def _pull(self, author: PeerId, part: int) -> None:
-        place = self._spans.place(part)
-        arrays = self._others[author].arrays
-        into = memoryview(bytearray(place.stop - place.start))
-        if arrays is not None and await self._bring(author, arrays, into, place.start):
+        into = await self._part_of(author, part)
+        if into is not None:
             self._pulled[part, author] = into
             self._post(core.Pulled(author, part))
         else:
             self._post(core.NotPulled(author, part))
+
+    async def _part_of(self, author: PeerId, part: int) -> memoryview | None:
+        """A member's part, as it signed it; None if it does not give that."""
+        place = self._parts.place(part)
+        if author == self._me:
+            return self._offered[place]
+        arrays, into = self._others[author].arrays, memoryview(bytearray(place.stop - place.start))
+        if arrays is None or not await self._bring(author, arrays, into, place.start):
+            return None
+        if self._commitments is not None:
+            digest = await trio.to_thread.run_sync(lambda: hashlib.sha256(into).digest())
+            if digest != self._commitments.hashes[author][part]:
+                log.warning("%s gives another part %d than it offered: it is left out", author, part)
+                self._commitments.on_false(author)
+                return None
+        return into
 
     async def _bring(self, peer: PeerId, ref: BulkRef, into: memoryview, offset: int) -> bool:
         try:
@@ -364,19 +485,21 @@ class _Reduction:
 
     async def _reduce(self, part: int, authors: tuple[PeerId, ...]) -> None:
         await self._stop_fetching(part)
-        place = self._spans.place(part)
+        place = self._parts.place(part)
         given = [self._offered[place] if peer == self._me else self._pulled[part, peer] for peer in authors]
         weights = [self._weights[peer] for peer in authors]
         out = self._result[place]
 
-        def work() -> bytes:
-            self._spans.reduce(part, given, weights, out)
-            return hashlib.sha256(out).digest()
+        def work() -> tuple[list[int], bytes]:
+            used = self._parts.reduce(part, given, weights, out)
+            return used, hashlib.sha256(out).digest()
 
-        digest = await trio.to_thread.run_sync(work)
+        used, digest = await trio.to_thread.run_sync(work)
         for peer in self._others:
             self._pulled.pop((part, peer), None)
-        self._post(core.Reduced(part, digest))
+        outcome = core.Outcome(self._me, tuple(authors[number] for number in used), digest)
+        self._said[part, self._me] = sign_outcome(self._signer, self._key, part, outcome)
+        self._post(core.Reduced(part, outcome.authors, digest))
 
     async def _stop_fetching(self, part: int) -> None:
         """Nothing else writes where this part goes, once this returns."""
@@ -389,7 +512,7 @@ class _Reduction:
         await self._stop_fetching(part)
         scope, is_over = trio.CancelScope(), trio.Event()
         self._fetching[part] = scope, is_over
-        place = self._spans.place(part)
+        place = self._parts.place(part)
         into, results, is_it = self._result[place], self._others[holder].results, False
         try:
             with scope:
@@ -413,12 +536,52 @@ class _Reduction:
             except RemoteError as error:
                 log.debug("%s does not say what it holds: %s", peer, error)
                 return
-            if held.owner is not None:
+            if held.said is not None and held.said.part == part and held.said.owner not in self._shunned:
                 is_found = True
-                self._post(core.Announced(peer, part, core.Outcome(held.owner, held.authors, held.digest)))
+                self._announced(peer, held.said)
 
         async with trio.open_nursery() as nursery:
             for member in members:
                 nursery.start_soon(ask, member)
         if not is_found:
             self._post(core.NobodyHolds(part))
+
+    # Whether owners lie.
+
+    def _look_into_one(self, digest: bytes, nursery: trio.Nursery) -> None:
+        """Audit one part of the owner whose turn it is; of any other one, if that made none."""
+        theirs = {part: each.owner for part, each in self._core.outcomes.items() if each.owner != self._me}
+        if not theirs:
+            return
+        owner = audited_by(self._me, list(self._weights), digest)
+        part = secrets.choice([part for part in theirs if theirs[part] == owner] or list(theirs))
+        self._audit_soon(self._said[part, theirs[part]], nursery)
+
+    def _audit_soon(self, said: SignedOutcome, nursery: trio.Nursery) -> None:
+        if self._commitments is not None and said.owner not in self._accused and self._num_audits < MAX_AUDITS:
+            self._num_audits += 1
+            self._num_auditing += 1
+            nursery.start_soon(self._audit, said, self._commitments, nursery)
+
+    async def _audit(self, said: SignedOutcome, commitments: Commitments, nursery: trio.Nursery) -> None:
+        """Do a part over; if something else comes of it than was signed, its owner lied."""
+        try:
+            given: dict[PeerId, memoryview] = {}
+            for author in said.authors:
+                data = await self._part_of(author, said.part) if author in self._weights else None
+                if data is not None:
+                    given[author] = data
+            if len(given) < len(said.authors):
+                return  # who does not give its part any more
+            parts, weights = self._parts, self._weights
+            if await trio.to_thread.run_sync(lambda: follows(parts, said, given, weights)):
+                return
+            if said.owner not in self._accused:
+                self._accused.add(said.owner)
+                commitments.on_lie(said)
+                for peer in self._others:
+                    if peer != said.owner:
+                        nursery.start_soon(_tell, self._links, peer, LieFound(said))
+        finally:
+            self._num_auditing -= 1
+            self._arrived.set()

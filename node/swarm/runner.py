@@ -12,7 +12,9 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,20 +28,25 @@ from shoal.node.store.database import Storage, StorageError
 from shoal.node.supervise import Backoff, Domain
 from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.exchanging import Exchanging
 from shoal.node.swarm.giving import Giving
 from shoal.node.swarm.holding import NoRoomError
 from shoal.node.swarm.loops import open_door
 from shoal.node.swarm.needs import Needs
 from shoal.node.swarm.records import Records, read_stored
+from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.workers import WorkerLostError, open_worker
 from shoal.node.wire.channel import Channel
-from shoal.protocol.codec import to_plain
-from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.codec import encode, to_plain
+from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
+from shoal.training.arena import Arena
 from shoal.training.electorate import Electorate
+from shoal.training.exchange.audits import SignedOutcome
 from shoal.training.exchange.ballots import Ballot, SignedOffer
+from shoal.training.exchange.rules import Aggregator
 from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
@@ -63,6 +70,7 @@ from shoal.training.worker_calls import (
     Collect,
     Evaluate,
     Finish,
+    LargeArray,
     Load,
     Log,
     Merge,
@@ -121,6 +129,7 @@ class Runner:
         content: ContentStore,
         storage: Storage,
         host: Host,
+        reductions: Reductions,
         folder: Path,
         loop_socket: Path,
         domain: Domain,
@@ -165,6 +174,10 @@ class Runner:
         self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
         self.giving = Giving(swarm, host, self.post, lambda peer: role is Role.LEARNER and peer in self.core.live)
+        self._arena: Arena | None = None
+        self._large: tuple[LargeArray, ...] = ()  # of what is exchanged now
+        aggregator = Aggregator.parse(manifest.aggregator)
+        self._exchanging = Exchanging(swarm, reductions, aggregator, self._connect, self._on_lie, self._on_false)
         self._records = self._new_records()
 
     # What the rest of the node asks.
@@ -213,6 +226,7 @@ class Runner:
             trio.current_time(),
             stored=stored.result,
             liars=stored.liars,
+            shunned=stored.shunned,
             own_env_steps=stored.env_steps,
             rounds=stored.rounds,
         )
@@ -334,7 +348,7 @@ class Runner:
                 if self._fetches is not None:
                     own = None if part.cid is None else self._content.holding.get(part.cid)
                     self.giving.give(part, None if own is None else own.data, members, self._fetches)
-            case events.Keep() | events.Write() | events.WriteEvaluation():
+            case events.Keep() | events.Write() | events.WriteEvaluation() | events.WriteLie():
                 self._records.add(output)
             case events.Wake(at):
                 is_sooner = at < self._wake_at
@@ -406,14 +420,25 @@ class Runner:
         if connected:
             return connected
         for peer in sources[:MAX_DIALED]:
-            addresses = self.replica.addresses(peer)
-            try:
-                if addresses:
-                    await self._host.connect(addresses, heard=True)
-                    return (peer,)
-            except (NoPeersError, UsageError) as error:
-                log.debug("dialing %s failed: %s", peer, error)
+            await self._connect(peer)
+            if peer in self._host.connected:
+                return (peer,)
         return sources
+
+    async def _connect(self, peer: PeerId) -> None:
+        """Connect to a member, if that can be done."""
+        addresses = () if peer == self._me or peer in self._host.connected else self.replica.addresses(peer)
+        try:
+            if addresses:
+                await self._host.connect(addresses, heard=True)
+        except (NoPeersError, UsageError) as error:
+            log.debug("dialing %s failed: %s", peer, error)
+
+    def _on_lie(self, said: SignedOutcome) -> None:
+        self.post(events.Lied(said.owner, encode(said)))
+
+    def _on_false(self, author: PeerId) -> None:
+        self.post(events.Lied(author, b""))
 
     # The worker.
 
@@ -428,7 +453,7 @@ class Runner:
         while True:
             began = trio.current_time()
             try:
-                async with open_worker(nursery, self._me, self._folder) as worker:
+                async with self._worker(nursery) as worker:
                     if not started and not self.is_new:
                         started = True
                         task_status.started()
@@ -470,7 +495,8 @@ class Runner:
             try:
                 while True:
                     reason = "the training loop has gone"
-                    async with door.next_loop(self._me, on_gone) as loop:
+                    async with door.next_loop(self._me, on_gone) as (loop, arena):
+                        self._arena, self._large = arena, ()
                         try:
                             self.post(await self._open(loop))
                             await self._do_jobs(loop)
@@ -480,6 +506,15 @@ class Runner:
                     self.post(events.WorkerGone(f"{reason}; another may attach"))
             finally:
                 self.loop_socket = None
+
+    @asynccontextmanager
+    async def _worker(self, nursery: trio.Nursery) -> AsyncIterator[Channel]:
+        self._arena, self._large = Arena.make(), ()
+        try:
+            async with open_worker(nursery, self._me, self._folder, self._arena) as worker:
+                yield worker
+        finally:
+            self._arena.close()
 
     def _is_of_task(self, error: ShoalError) -> bool:
         """Whether a worker came to its end by what its environments do, so that the next one may as well."""
@@ -559,15 +594,8 @@ class Runner:
             log.info("swarm %s: epoch %d averages %s", self.swarm, key.epoch + 1, given)
         try:
             contributions = [await self._contribution(each) for each in ballot.offers]
-            request = Merge(
-                ballot.name,
-                tuple(each.author for each in ballot.offers),
-                tuple(each.offer.weight for each in ballot.offers),
-                tuple(each.offer.seconds for each in ballot.offers),
-                tuple(contributions),
-            )
-            answer = await worker.call(MERGE, request)
-        except UnavailableError as error:
+            answer = await self._merged_by(worker, ballot, contributions)
+        except (UnavailableError, ProtocolError) as error:
             self.post(events.MergeFailed(str(error)))
         except RemoteError as error:
             if error.status not in (MERGE_FAILED, Status.FAILED_PRECONDITION):
@@ -576,12 +604,33 @@ class Runner:
         else:
             await self._merged(answer)
 
+    async def _merged_by(self, worker: Channel, ballot: Ballot, contributions: list[bytes | memoryview]) -> MergeAnswer:
+        request = Merge(
+            ballot.name,
+            tuple(each.author for each in ballot.offers),
+            tuple(each.offer.weight for each in ballot.offers),
+            tuple(each.offer.seconds for each in ballot.offers),
+            tuple(contributions),
+        )
+        arena, failure, answer = self._arena, None, None
+        if not self._large or arena is None:
+            return await worker.call(MERGE, request)
+        async with self._exchanging.reduced(ballot, contributions, self._large, arena, self.core.shunned) as absent:
+            try:
+                answer = await worker.call(MERGE, replace(request, absent=absent))
+            except RemoteError as error:  # out of the context as itself, and not in a group
+                failure = error
+        if answer is None:
+            raise failure or RemoteError(Status.INTERNAL, "the worker gave no answer")
+        return answer
+
     async def _contribution(self, offer: SignedOffer) -> bytes | memoryview:
         given = self.giving.find(offer.author, offer.offer.cid)
         return await self._content.get(offer.offer.cid, (), owner=self.swarm) if given is None else given
 
     async def _merged(self, answer: MergeAnswer) -> None:
         """The update wants something averaged, or is done."""
+        self._large = answer.layout
         if answer.state is not None:
             cid = await self._content.put(answer.state.state or b"", owner=self.swarm)
             self._num_lost = 0

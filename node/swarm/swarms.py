@@ -34,6 +34,7 @@ from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.journal import load_docs
 from shoal.node.swarm.lookup import look_up
 from shoal.node.swarm.members import by_peer
+from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
@@ -109,6 +110,7 @@ class Swarms:
         self._paths = paths
         self._domain = domain
         self._remembered = remembered
+        self.reductions = Reductions(host.links, signer)
         self._entering: WeakValueDictionary[SwarmId, trio.Lock] = WeakValueDictionary()
         self._is_taken_up = False
 
@@ -371,8 +373,8 @@ class Swarms:
         replica.on_outdone = outdone
         folder, loop_socket = self._paths.swarm(swarm), self._paths.loop_socket(swarm)
         run = Runner(
-            *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, folder),
-            *(loop_socket, domain),
+            *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, self.reductions),
+            *(folder, loop_socket, domain),
             is_new=swarm in self._created,
         )
         replica.changed = run.changed = self.changed
@@ -449,7 +451,7 @@ class Swarms:
 
     def services(self) -> tuple[Service, ...]:
         """What peers may call."""
-        return self._content, _SwarmCalls(self)
+        return self._content, self.reductions, _SwarmCalls(self)
 
     def handle(self, event: HostEvent) -> None:
         """A peer came or went."""

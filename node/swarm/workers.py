@@ -34,6 +34,7 @@ from shoal.protocol.errors import RemoteError, ResourceError, ShoalError, Status
 from shoal.protocol.ids import PeerId
 from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 from shoal.training import watch
+from shoal.training.arena import Arena
 from shoal.training.keeper import WORKER_LOG
 from shoal.training.watch import Slot
 
@@ -126,13 +127,16 @@ class _Page:
 
 
 @asynccontextmanager
-async def open_worker(nursery: trio.Nursery, peer: PeerId, folder: Path) -> AsyncIterator[Channel]:
+async def open_worker(
+    nursery: trio.Nursery, peer: PeerId, folder: Path, arena: Arena | None = None
+) -> AsyncIterator[Channel]:
     """A running worker, to be called through the channel; it is gone when the context ends, with all that it started.
 
     Args:
         nursery: runs the channel.
         peer: this node, as the worker's counterpart.
         folder: of the run; gets the logs of the worker and of its environments.
+        arena: that it shares with this node; if None, one that this node has no more to do with.
 
     Raises:
         MissingTrainingError: if none could run here.
@@ -142,7 +146,7 @@ async def open_worker(nursery: trio.Nursery, peer: PeerId, folder: Path) -> Asyn
     """
     try:
         require_training()
-        started = await _start_process(folder)
+        started = await _start_process(folder, arena)
     except OSError as error:
         scarce = resource_error(error)
         if scarce is None:
@@ -267,7 +271,7 @@ def _how_it_ended(started: _Started, folder: Path) -> tuple[str, bool]:
     return f"the worker is gone: {how}{', ' if place else '; '}{where}", is_task
 
 
-async def _start_process(folder: Path) -> _Started:
+async def _start_process(folder: Path, arena: Arena | None) -> _Started:
     """A new worker, and what leads to it."""
     make_own_folder(folder)
     page, mark = _Page(), secrets.token_hex(8)
@@ -277,8 +281,9 @@ async def _start_process(folder: Path) -> _Started:
         stack.callback(ours.close)
         reader, writer = os.pipe()
         stack.callback(os.close, writer)
+        shared = Arena.make() if arena is None else arena
         try:
-            given = (theirs.fileno(), page.descriptor, reader)
+            given = (theirs.fileno(), page.descriptor, shared.descriptor, reader)
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-P", "-m", "shoal.training.keeper", *map(str, given), str(folder)],
                 pass_fds=given,
@@ -292,5 +297,7 @@ async def _start_process(folder: Path) -> _Started:
         finally:
             theirs.close()
             os.close(reader)
+            if arena is None:
+                shared.close()
         stack.pop_all()
     return _Started(process, ours, writer, page, mark)

@@ -16,6 +16,7 @@ from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES, MAX_MEMBERS
 from shoal.protocol.services import Empty, Service, unary
 from shoal.protocol.signing import Signed
+from shoal.training.exchange.audits import SignedOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,17 +192,6 @@ class ArrayOffered:
 
 
 @dataclass(frozen=True, slots=True)
-class PartOutcome:
-    """The caller holds what came of a part: by whom, of whose, and its SHA-256."""
-
-    key: bytes
-    part: int
-    owner: PeerId
-    authors: tuple[PeerId, ...]
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class ReduceEnded:
     """The caller holds everything, and pulls no more."""
 
@@ -219,11 +209,16 @@ class PartAsked:
 
 @dataclass(frozen=True, slots=True)
 class PartHeld:
-    """What the answerer holds of it; without an owner: nothing, and it takes it of nobody but the heir from now on."""
+    """What the answerer holds of it; without it: nothing, and it takes it of nobody but the heir from now on."""
 
-    owner: PeerId | None = None
-    authors: tuple[PeerId, ...] = ()
-    digest: bytes = b""
+    said: SignedOutcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LieFound:
+    """The caller found that what an owner signed does not follow from the parts that it names; look for yourself."""
+
+    said: SignedOutcome
 
 
 class ExchangeService(Service, name="exchange"):
@@ -235,8 +230,13 @@ class ExchangeService(Service, name="exchange"):
         raise NotImplementedError
 
     @unary(idempotent=True)
-    async def outcome(self, request: PartOutcome) -> Empty:
+    async def outcome(self, request: SignedOutcome) -> Empty:
         """Hear that the caller holds what came of a part."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def lie(self, request: LieFound) -> Empty:
+        """Hear that an owner lied."""
         raise NotImplementedError
 
     @unary(idempotent=True)

@@ -32,7 +32,6 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Supervisor
 from shoal.node.swarm.content import ContentStore
-from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import DialBack, Introduction, NodeService, Poke, ReachService, SessionDescription
@@ -818,7 +817,7 @@ async def shown(one: Peer, home: Path) -> AsyncIterator[Node]:
                 domain=domain,
                 remembered=Remembered(storage),
             )
-            yield Node(config, one.host, one.reach, swarms, content, domain, Reductions(one.host.links))
+            yield Node(config, one.host, one.reach, swarms, content, domain)
             domain.cancel()
     finally:
         storage.close()

@@ -101,7 +101,7 @@ class Peer:
 
     def reduced(self, part: int, authors: tuple[PeerId, ...]) -> None:
         digest = hashlib.sha256(f"{part} {authors}".encode()).digest()
-        self.step(Reduced(part, digest))
+        self.step(Reduced(part, authors, digest))
 
     def fetch(self, part: int, holder: PeerId, outcome: Outcome) -> None:
         def holds(other: Peer) -> bool:

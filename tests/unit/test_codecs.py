@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
 from shoal.training.exchange import codecs
-from shoal.training.exchange.codecs import ROUNDING, Sender, decode_contribution, packed_bytes
-from shoal.training.exchange.rules import Codec
+from shoal.training.exchange.codecs import Sender, decode_contribution, packed_bytes
+from shoal.training.exchange.rules import ROUNDING, Codec
 from shoal.training.state import decode_arrays, encode_arrays
 
 LOSSY = [codec for codec in Codec if codec is not Codec.FP32]

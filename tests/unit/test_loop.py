@@ -54,10 +54,15 @@ class Loop:
         self._todo: queue.Queue[Callable[[], Averaged | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        self.worker = Worker(lambda request: (LoopLearner(request.manifest, self.tensors, self.gate), Failures("")))
+        self.worker = Worker(
+            None, lambda request: (LoopLearner(request.manifest, self.tensors, self.gate), Failures(""))
+        )
         self.opened = self.worker.open(Open(manifest, peer))
         self.held: StateAnswer | None = None
         self.later(self.gate.wait_for_news)
+
+    def _make(self, request: Open) -> tuple[LoopLearner, Failures]:
+        return LoopLearner(request.manifest, self.tensors, self.gate), Failures("")
 
     def _run(self) -> None:
         while (todo := self._todo.get()) is not None:

@@ -59,7 +59,7 @@ def test_one_loop_at_a_time_and_the_next_when_it_has_gone(tmp_path: Path) -> Non
         gone = trio.Event()
         async with open_door(tmp_path / "loop.sock") as door, await connected(door) as first:
             assert await first.receive_some() == b"welcome\n"
-            async with door.next_loop(ME, gone.set) as channel:
+            async with door.next_loop(ME, gone.set) as (channel, _):
                 async with await connected(door) as second:
                     refused = await second.receive_some()
                     assert f"the process {os.getpid()} is attached".encode() in refused

@@ -73,11 +73,10 @@ def fingerprint(worker: Worker) -> str:
 
 
 @contextmanager
-def served(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Method[Any, Any], object], Any]]:
+def served(worker: Worker) -> Iterator[Callable[[Method[Any, Any], object], Any]]:
     """A worker behind its socket, as the node sees it."""
-    monkeypatch.setattr(worker_module, "Worker", lambda: worker)
     ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=serve, args=(theirs,))
+    thread = threading.Thread(target=serve, args=(theirs, worker))
     thread.start()
     connection = RpcConnection()
 
@@ -118,7 +117,7 @@ def served(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     ],
 )
 def test_whatever_a_method_raises_is_told_as_what_it_is_and_the_worker_lives_on(
-    raised: Exception, status: Status, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    raised: Exception, status: Status, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = a_worker()
 
@@ -126,7 +125,7 @@ def test_whatever_a_method_raises_is_told_as_what_it_is_and_the_worker_lives_on(
         raise raised
 
     whole = worker.methods[COLLECT.name]
-    with served(worker, monkeypatch) as call:
+    with served(worker) as call:
         worker.methods[COLLECT.name] = (Collect, fail)
         with pytest.raises(RemoteError) as told:
             call(COLLECT, Collect(8))
@@ -137,18 +136,18 @@ def test_whatever_a_method_raises_is_told_as_what_it_is_and_the_worker_lives_on(
         assert "Traceback" in caplog.text
 
 
-def test_a_method_that_a_worker_does_not_have_is_unimplemented(monkeypatch: pytest.MonkeyPatch) -> None:
-    with served(a_worker(), monkeypatch) as call:
+def test_a_method_that_a_worker_does_not_have_is_unimplemented() -> None:
+    with served(a_worker()) as call:
         with pytest.raises(RemoteError, match="no method") as told:
             call(Method("worker.fly", Empty, Empty), Empty())
         assert told.value.status is Status.UNIMPLEMENTED
         assert call(OPEN, Open(a_manifest(), PEERS[0])).epoch == 0
 
 
-def test_an_answer_that_cannot_be_written_does_not_end_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_cannot_be_written_does_not_end_the_worker() -> None:
     worker = a_worker()
     worker.methods["worker.count"] = (Empty, lambda _: Collect(2**70))
-    with served(worker, monkeypatch) as call:
+    with served(worker) as call:
         with pytest.raises(RemoteError, match="OverflowError") as told:
             call(Method("worker.count", Empty, Collect), Empty())
         assert told.value.status is Status.INTERNAL

@@ -8,6 +8,7 @@ merges contributions that fit, ends with a state that fits. So nothing that is l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -73,6 +74,10 @@ class Limits:
             change = float(np.abs(arrays["mean/delta"].astype(np.float64)).max(initial=0.0))
             if not change <= self.max_change:
                 raise ProtocolError(f"a parameter moved by {change:.3g}, further than the optimiser's steps reach")
+        if "mean/travel" in arrays and "mean/parameters" not in arrays:  # these came part by part
+            said, most = float(arrays["mean/travel"]), self.max_change * math.sqrt(start.size)
+            if not 0 <= said <= most:
+                raise ProtocolError(f"its parameters travelled {said:.3g}, further than the optimiser's steps reach")
         if "mean/parameters" in arrays:
             change = float(np.abs(arrays["mean/parameters"].astype(np.float64) - start).max())
             if not change <= self.max_change:

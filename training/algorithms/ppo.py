@@ -56,10 +56,9 @@ from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FAC
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
 from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
 from shoal.training.exchange.averager import Arrays, Moments
-from shoal.training.exchange.codecs import ROUNDING
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.outliers import Scale, root_mean_square
-from shoal.training.exchange.rules import Codec
+from shoal.training.exchange.rules import ROUNDING, Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import check_fit
@@ -80,7 +79,7 @@ class PPO:
     """The algorithm called ``ppo``."""
 
     name = "ppo"
-    version = 2
+    version = 3
 
     def learner(
         self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "", streams: Sequence[str] | None = None

@@ -26,7 +26,7 @@ This core has no clock: ``now`` is seconds of any monotonic clock. Bytes are mov
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -98,9 +98,10 @@ class NotPulled:
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """This member has reduced a part."""
+    """This member has reduced a part; ``authors``: whose are in it, as some may have been of no use."""
 
     part: int
+    authors: tuple[PeerId, ...]
     digest: bytes
 
 
@@ -265,13 +266,23 @@ class AllReduce:
         "_own",
         "_owner_of",
         "_patience_s",
+        "_shunned",
         "_sources",
         "_total",
         "is_over",
         "outcomes",
     )
 
-    def __init__(self, me: PeerId, members: Sequence[Member], num_parts: int, *, patience_s: float, now: float) -> None:
+    def __init__(
+        self,
+        me: PeerId,
+        members: Sequence[Member],
+        num_parts: int,
+        *,
+        patience_s: float,
+        now: float,
+        shunned: Set[PeerId] = frozenset(),
+    ) -> None:
         """Take part from now on; `start` begins.
 
         Args:
@@ -280,6 +291,7 @@ class AllReduce:
             num_parts: that the array is cut into.
             patience_s: for which nothing may come on.
             now: the time.
+            shunned: whose results this member does not take, as if they gave none.
 
         Raises:
             UsageError: if there are too many parts, nobody owns any, or this node is no member.
@@ -303,6 +315,7 @@ class AllReduce:
         self._fetching: dict[int, tuple[PeerId, Outcome]] = {}
         self._asking: set[int] = set()
         self._last_at = now
+        self._shunned = shunned - {me}
 
     def start(self, now: float) -> list[Output]:
         """Begin: own the parts that are this member's."""
@@ -310,6 +323,7 @@ class AllReduce:
         for part, owner in enumerate(self._owner_of):
             if owner == self._me:
                 self._begin_to_own(part, now)
+        self._give_up(set(self._shunned), outputs)
         self._plan(outputs)
         return outputs
 
@@ -323,8 +337,12 @@ class AllReduce:
 
     @property
     def digest(self) -> bytes:
-        """Of all that is here: SHA-256 over the parts' digests, in order."""
-        return hashlib.sha256(b"".join(self.outcomes[part].digest for part in sorted(self.outcomes))).digest()
+        """Of all that is here: SHA-256 over the parts' digests and whose are in them, in order."""
+        whole = hashlib.sha256()
+        for part in sorted(self.outcomes):
+            outcome = self.outcomes[part]
+            whole.update(outcome.digest + ",".join(outcome.authors).encode() + b"\n")
+        return whole.digest()
 
     def handle(self, event: Event, now: float) -> list[Output]:
         """Take in what happened; what is to be done about it."""
@@ -338,8 +356,8 @@ class AllReduce:
             case NotPulled(author, part):
                 self._sources[author].num_pulling -= 1
                 self._leave_out(author)
-            case Reduced(part, digest):
-                self._reduced(part, digest, now, outputs)
+            case Reduced(part, authors, digest):
+                self._reduced(part, authors, digest, now, outputs)
             case Announced(holder, part, outcome):
                 self._announced(holder, part, outcome, outputs)
             case Asked(part, heir):
@@ -383,11 +401,13 @@ class AllReduce:
         self._left_out.add(author)
         self._sources[author].todo.clear()
 
-    def _reduced(self, part: int, digest: bytes, now: float, outputs: list[Output]) -> None:
+    def _reduced(
+        self, part: int, authors: tuple[PeerId, ...], digest: bytes, now: float, outputs: list[Output]
+    ) -> None:
         own = self._own.pop(part, None)
         if own is None or part in self.outcomes:
             return
-        outcome = Outcome(self._me, own.authors, digest)
+        outcome = Outcome(self._me, authors, digest)
         self.outcomes[part] = outcome
         self._last_at = now
         outputs.append(Announce(part, outcome))
@@ -396,7 +416,7 @@ class AllReduce:
 
     def _announced(self, holder: PeerId, part: int, outcome: Outcome, outputs: list[Output]) -> None:
         is_sense = 0 <= part < self._num_parts and self._members.keys() >= {outcome.owner, *outcome.authors}
-        if holder not in self._sources or not is_sense or part in self.outcomes:
+        if holder not in self._sources or not is_sense or part in self.outcomes or outcome.owner in self._shunned:
             return
         known = self._known.setdefault(part, [])
         if all(each != holder for each, _ in known):

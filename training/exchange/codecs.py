@@ -49,9 +49,6 @@ _Array: TypeAlias = npt.NDArray[Any]
 _Floats: TypeAlias = npt.NDArray[np.float32]
 _Parts: TypeAlias = tuple[_Array, ...]
 
-ROUNDING: Final = 1.01
-"""A decoded value is at most so many times larger than the largest that was encoded."""
-
 _BLOCK: Final = DEFAULT_BLOCK_SIZE
 _CHUNK: Final = 4096
 _KEPT: Final = 64  # of a chunk; with as many positions per high part, Elias and Fano's form is of fixed size
@@ -91,15 +88,22 @@ class Sender:
             if name not in lossy or not np.isfinite(array).all():  # the latter all others will refuse
                 sent[name] = array
                 continue
-            wanted: _Array = array - centres[name] if name in centres else array
-            if name in self.memory and self.memory[name].shape == wanted.shape:
-                wanted = wanted + self.memory[name]
-            wanted = np.clip(wanted, -lossy[name], lossy[name]).astype(array.dtype)
+            wanted = self.wanted(name, array, lossy, centres)
             parts = _encode(wanted, self.codec)
             sent |= {f"{_MARK}{name}/{index}": part for index, part in enumerate(parts)}
-            lost = wanted - _decode(parts, self.codec, wanted)
-            self._after[name] = (lost * _DECAY.get(self.codec, 1.0)).astype(array.dtype)
+            self.lose(name, wanted - _decode(parts, self.codec, wanted))
         return encode_arrays(sent, {})
+
+    def wanted(self, name: str, array: _Array, lossy: Mapping[str, float], centres: Mapping[str, _Array]) -> _Array:
+        """What is to arrive of a lossy array: its difference from the centre, and what was lost before."""
+        wanted: _Array = array - centres[name] if name in centres else array
+        if name in self.memory and self.memory[name].shape == wanted.shape:
+            wanted = wanted + self.memory[name]
+        return np.clip(wanted, -lossy[name], lossy[name]).astype(array.dtype)
+
+    def lose(self, name: str, lost: _Array) -> None:
+        """So much of it will not arrive; it counts once `settle` says that the rest did."""
+        self._after[name] = (lost * _DECAY.get(self.codec, 1.0)).astype(lost.dtype)
 
     def settle(self, *, arrived: bool) -> None:
         """Say whether what was encoded last was merged."""

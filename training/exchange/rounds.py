@@ -23,7 +23,7 @@ This core has no clock: ``now`` is seconds of any monotonic clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -139,6 +139,7 @@ class Round:
         "_proposals",
         "_said_attempt",
         "_says",
+        "_shunned",
         "_stakes",
         "_total",
         "_turn_of",
@@ -164,6 +165,7 @@ class Round:
         gone: Iterable[PeerId] = (),
         idle: set[PeerId] | None = None,
         may_have_voted: bool = False,
+        shunned: Set[PeerId] = frozenset(),
     ) -> None:
         """Take part from now on.
 
@@ -180,6 +182,7 @@ class Round:
             idle: members that did not help to decide the rounds before; kept up to date.
             may_have_voted: whether an earlier life of this node may have been in this round: then it has no say in the
                 first attempt, and in later ones what the others know of it counts.
+            shunned: whose offers are not proposed.
         """
         self.key = key
         self.decided: Ballot | None = None
@@ -193,6 +196,7 @@ class Round:
         self._waits = waits
         self._heard_at = heard_at
         self._idle = set() if idle is None else idle
+        self._shunned = shunned
         self._created_at = now
         self._began_at: float | None = None
         self._decided_at: float | None = None
@@ -666,7 +670,9 @@ class Round:
     def _names_to_propose(self) -> tuple[bytes, ...]:
         """All that is held and fits, those with stake first."""
         held = [
-            each for each in self._offers.values() if each.offer.cid in self._held and each.author not in self._gone
+            each
+            for each in self._offers.values()
+            if each.offer.cid in self._held and each.author not in self._gone and each.author not in self._shunned
         ]
         held.sort(key=lambda each: (-self._stakes.get(each.author, 0.0), each.author))
         names, weight = [], 0

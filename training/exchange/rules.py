@@ -26,6 +26,10 @@ _MIX: Final = "nnm"
 _CLIP: Final = "arc"
 
 
+ROUNDING: Final = 1.01
+"""A value that was decoded is at most so many times larger than the largest that was encoded."""
+
+
 class Codec(StrEnum):
     """What the floats of contributions travel as; `shoal.training.exchange.codecs` does them."""
 

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shoal.protocol.errors import UsageError
+from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.tensors import (
     DEFAULT_BLOCK_SIZE,
     Tensor,
@@ -70,13 +70,13 @@ class Spans:
     def place(self, part: int) -> slice:
         """Which bytes of what is offered it takes."""
         start = part * self._bytes_of(self.part_numel)
-        return slice(start, start + self._bytes_of(self._count(part)))
+        return slice(start, start + self._bytes_of(self.count(part)))
 
     @property
     def num_bytes(self) -> int:
         """Of the whole, written."""
         last = self.num_parts - 1
-        return last * self._bytes_of(self.part_numel) + self._bytes_of(self._count(last))
+        return last * self._bytes_of(self.part_numel) + self._bytes_of(self.count(last))
 
     def encode(self, array: Floats) -> memoryview:
         """Write an array; for fp32 a view of it, which is to stay as it is."""
@@ -103,7 +103,25 @@ class Spans:
             self._read(part, view[self.place(part)], array[self.values(part)])
         return array
 
-    def reduce(self, part: int, given: Sequence[Buffer], weights: Sequence[float], out: memoryview) -> None:
+    def decode_part(self, part: int, data: memoryview) -> Floats:
+        """The values of one part; for fp32 a view.
+
+        Raises:
+            ProtocolError: if they cannot be what the codec wrote.
+        """
+        if len(data) != self._bytes_of(self.count(part)):
+            raise ProtocolError(f"part {part} has {len(data)} bytes, not {self._bytes_of(self.count(part))}")
+        if self.codec is TensorCodec.FP32:
+            return np.frombuffer(data, np.float32)
+        values = np.empty(self.count(part), np.float32)
+        self._read(part, data, values)
+        return values
+
+    def write_part(self, part: int, values: Floats, out: memoryview) -> None:
+        """Write the values of one part to where they belong, ``out``."""
+        self._write(values, out)
+
+    def reduce(self, part: int, given: Sequence[Buffer], weights: Sequence[float], out: memoryview) -> list[int]:
         """Write the weighted mean of one part.
 
         Args:
@@ -112,24 +130,25 @@ class Spans:
             weights: of each, positive.
             out: where the result goes; of the same length.
 
+        Returns:
+            Indices of those that are in it: all.
+
         Raises:
             ProtocolError: if one cannot be what the codec wrote.
         """
         total = float(sum(weights))
         shares = [np.float32(weight / total) for weight in weights]
-        count = self._count(part)
+        columns = [self.decode_part(part, memoryview(data)) for data in given]
         if self.codec is TensorCodec.FP32:
-            columns = [np.frombuffer(data, np.float32) for data in given]
             _weighted_sum(columns, shares, np.frombuffer(out, np.float32))
-            return
-        columns = [np.empty(count, np.float32) for _ in given]
-        for column, data in zip(columns, given, strict=True):
-            self._read(part, memoryview(data), column)
-        result = np.empty(count, np.float32)
-        _weighted_sum(columns, shares, result)
-        self._write(result, out)
+        else:
+            result = np.empty(self.count(part), np.float32)
+            _weighted_sum(columns, shares, result)
+            self._write(result, out)
+        return list(range(len(given)))
 
-    def _count(self, part: int) -> int:
+    def count(self, part: int) -> int:
+        """How many values a part has."""
         return min(self.part_numel, self.numel - part * self.part_numel)
 
     def _bytes_of(self, count: int) -> int:
@@ -144,7 +163,7 @@ class Spans:
             start += len(view)
 
     def _read(self, part: int, data: memoryview, out: Floats) -> None:
-        count = self._count(part)
+        count = self.count(part)
         pieces: tuple[memoryview, ...] = (data,)
         if self.codec in (TensorCodec.INT8, TensorCodec.INT4):
             scales = 4 * -(-count // DEFAULT_BLOCK_SIZE)

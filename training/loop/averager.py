@@ -122,7 +122,7 @@ class Averager:
             self.swarm = self._node.find_or_create(create, settings, shapes)
         self._gate: Gate[Averaged] = Gate()
         self._ending = threading.Event()
-        self._connection = self._node.attach(self.swarm)
+        self._connection, self._arena = self._node.attach(self.swarm)
         self._thread = threading.Thread(target=self._speak, name="shoal averager", daemon=True)
         self._thread.start()
         try:
@@ -185,7 +185,7 @@ class Averager:
 
     def _speak(self) -> None:
         while True:
-            worker = Worker(self._make)
+            worker = Worker(self._arena, self._make)
 
             def finish(request: Finish, worker: Worker = worker) -> Empty:
                 log.warning("the run %s is over: this loop goes on alone; results in %s", self.swarm, request.folder)
@@ -200,6 +200,7 @@ class Averager:
                 log.exception("speaking to the node failed")
                 self._gate.fail(ShoalError(f"speaking to the node failed: {error!r:.300}"))
             self._connection.close()
+            self._arena.close()
             self._gate.let_go()
             if self._ending.is_set() or not self._gate.is_open or not self._attach_again():
                 return
@@ -211,7 +212,7 @@ class Averager:
         while not self._ending.wait(wait_s):
             wait_s = min(2 * wait_s, MAX_RETRY_S)
             try:
-                self._connection = self._node.attach(self.swarm)
+                self._connection, self._arena = self._node.attach(self.swarm)
             except NoDaemonError:
                 refused_since = math.inf
                 continue

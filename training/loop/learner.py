@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -49,6 +50,8 @@ SETTINGS: Final = (SHAPES, "outer_learning_rate", "outer_momentum")
 CHUNKS_TO_HEAR: Final = 4
 """Times that a loop which has nothing yet is asked to collect, until it takes itself for one of the first: members that
 are there are heard of meanwhile."""
+MAX_WAY: Final = 1000.0
+"""No parameter comes further in an epoch than so many times the largest that there is, or than this."""
 DELTA_FACTOR: Final = 100.0
 """What one has come in an epoch may be so many times what the median has: one step, or all of them."""
 
@@ -158,14 +161,15 @@ class LoopLearner:
         if buffers.size:
             template["mean/buffers"] = buffers
         self._require_sound(parameters, buffers, "lower the learning rate, and start anew from the swarm's state")
+        most = MAX_WAY * (1.0 + float(np.abs(self._start).max(initial=0.0)))
         merged = yield Exchange(
             template if samples else {},
             samples,
             template,
-            _check_members,
+            partial(_check_way, most),
             {"mean/delta": Scale(DELTA_FACTOR)},
             {"mean/buffers": self._buffers},
-            {"mean/delta": math.inf},
+            {"mean/delta": most},
         )
         if not merged:
             raise DivergedError("no member has anything to average")
@@ -280,6 +284,13 @@ def misfit(difference: str) -> UsageError:
         f"this loop trains another model than its swarm: {difference}; build the same model as the others, or start a "
         "swarm of its own"
     )
+
+
+def _check_way(most: float, contribution: Contribution) -> None:
+    _check_members(contribution)
+    way = contribution.arrays.get("mean/delta")  # which, if it is large, is held to this part by part
+    if way is not None and not float(np.abs(way).max(initial=0.0)) <= most:
+        raise ProtocolError(f"the contribution of {contribution.author} came further than any loop does; leave it out")
 
 
 def _check_members(contribution: Contribution) -> None:

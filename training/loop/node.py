@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import quote
 
 from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, ShoalError, UsageError
 from shoal.protocol.profiles import API_FILE, check_profile, default_home, profile_folder
+from shoal.training.arena import Arena
 from shoal.training.manifest import LOOP_ALGORITHM, LOOP_SCHEME
 from shoal.training.ticket import Ticket
 
@@ -100,8 +102,8 @@ class LocalNode:
         body = {"task": f"{LOOP_SCHEME}:{name}", "algorithm": LOOP_ALGORITHM, "role": "learner", **settings}
         return str(self._ask("POST", "/v1/swarms", body | {"hyperparameters": shapes}, WORK_S)["swarm"])
 
-    def attach(self, swarm: str) -> socket.socket:
-        """A connection on which the node will drive the loop that asks for it.
+    def attach(self, swarm: str) -> tuple[socket.socket, Arena]:
+        """A connection on which the node will drive the loop that asks for it, and the memory that both share.
 
         Raises:
             UsageError: if this swarm, or this node in it, takes no loops.
@@ -122,14 +124,14 @@ class LocalNode:
         try:
             connection = _connected(path, ANSWER_S)
             try:
-                _require_welcome(_line(connection))
+                arena = _welcomed(connection)
                 connection.settimeout(None)
             except BaseException:
                 connection.close()
                 raise
         except OSError as error:
             raise self._no_daemon() from error
-        return connection
+        return connection, arena
 
     def _loops(self) -> list[dict[str, Any]]:
         return [each for each in self._ask("GET", "/v1/swarms") if each["algorithm"] == LOOP_ALGORITHM]
@@ -176,9 +178,16 @@ def _require_loops(detail: dict[str, Any]) -> None:
         raise ShoalError(f"the run {detail['swarm']} has failed on this node: {detail.get('error')}")
 
 
-def _require_welcome(greeting: bytes) -> None:
-    if greeting != WELCOME:
-        raise RefusedError(greeting.decode(errors="replace") or "the node refuses this loop; its log says why")
+def _welcomed(connection: socket.socket) -> Arena:
+    """The memory that comes with the line of welcome, which is read byte by byte: what follows is another's to read."""
+    line, descriptors, _, _ = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    while (byte := connection.recv(1)) and byte != b"\n" and len(line) < MAX_GREETING_BYTES:
+        line += byte
+    if line != WELCOME or not descriptors:
+        for each in descriptors:
+            os.close(each)
+        raise RefusedError(line.decode(errors="replace") or "the node refuses this loop; its log says why")
+    return Arena(descriptors[0])
 
 
 def _socket_in(path: Path) -> str:
@@ -194,11 +203,3 @@ def _connected(path: str, timeout_s: float | None) -> socket.socket:
         connection.close()
         raise
     return connection
-
-
-def _line(connection: socket.socket) -> bytes:
-    """What comes before the first line feed, read byte by byte, as what follows is another's to read."""
-    line = bytearray()
-    while (byte := connection.recv(1)) and byte != b"\n" and len(line) < MAX_GREETING_BYTES:
-        line += byte
-    return bytes(line)

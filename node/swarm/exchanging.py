@@ -1,0 +1,156 @@
+"""What is large of a run's exchanges: the shell between the all-reduce, the worker's memory and the run.
+
+Nothing is decided here: who is in it and with what weight, a ballot says; what an owner that lied is denied, the run
+does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence, Set
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from shoal.node.swarm.reducing import KEY_BYTES, Commitments, Reductions
+from shoal.protocol.ids import PeerId, SwarmId
+from shoal.training.arena import Arena
+from shoal.training.exchange.allreduce import Member, Outcome
+from shoal.training.exchange.audits import SignedOutcome
+from shoal.training.exchange.ballots import Ballot
+from shoal.training.exchange.rules import Aggregator
+from shoal.training.worker_calls import LargeArray
+
+if TYPE_CHECKING:
+    from shoal.training.exchange.layout import Layout
+
+log = logging.getLogger(__name__)
+
+FIRST_PATIENCE_S: Final = 10.0
+"""For which nothing may come on, before anything is known of the others."""
+MIN_PATIENCE_S: Final = 1.0
+MAX_PATIENCE_S: Final = 30.0
+PATIENCE: Final = 3.0
+"""Times the longest gap of the last ones."""
+REMEMBERED: Final = 8
+LINGER_S: Final = 1.0
+PRESENT: Final = 1 / 2
+"""Of its parts: how much of what a member gives must be in what came of it, to count as given."""
+
+
+class Exchanging:
+    """One run's all-reduces."""
+
+    def __init__(
+        self,
+        swarm: SwarmId,
+        reductions: Reductions,
+        aggregator: Aggregator,
+        reach: Callable[[PeerId], Awaitable[None]],
+        on_lie: Callable[[SignedOutcome], None],
+        on_false: Callable[[PeerId], None],
+    ) -> None:
+        """Know nothing of the others' timing yet.
+
+        Args:
+            swarm: of which.
+            reductions: of this node.
+            aggregator: of the run.
+            reach: connects to a member, if it can.
+            on_lie: told what an owner signed that is not so.
+            on_false: told who gives another part than it signed.
+        """
+        self._swarm = swarm
+        self._reductions = reductions
+        self._aggregator = aggregator
+        self._reach = reach
+        self._on_lie = on_lie
+        self._on_false = on_false
+        self._gaps: deque[float] = deque(maxlen=REMEMBERED)
+
+    @property
+    def patience_s(self) -> float:
+        """For which nothing may come on, as learned."""
+        if not self._gaps:
+            return FIRST_PATIENCE_S
+        return min(max(PATIENCE * max(self._gaps), MIN_PATIENCE_S), MAX_PATIENCE_S)
+
+    @asynccontextmanager
+    async def reduced(
+        self,
+        ballot: Ballot,
+        contents: Sequence[bytes | memoryview],
+        arrays: Sequence[LargeArray],
+        arena: Arena,
+        shunned: Set[PeerId],
+    ) -> AsyncIterator[tuple[PeerId, ...]]:
+        """Have what is large of a ballot's contributions reduced; it lies in the arena within the context.
+
+        Args:
+            ballot: whose.
+            contents: of its contributions, in order; each begins with the hashes of its parts.
+            arrays: what is large of each, as the worker has told.
+            arena: shared with the worker, which has put there what this node gives.
+            shunned: members whose results are not taken.
+
+        Yields:
+            Members of whose arrays too little came.
+
+        Raises:
+            ProtocolError: if there is no room in the arena.
+        """
+        from shoal.training.exchange.layout import hashes_of
+
+        layout = self._layout(arrays)
+        halves = arena.halves(layout.num_bytes)
+        hashes = {}
+        for signed, content in zip(ballot.offers, contents, strict=True):
+            named = hashes_of(layout.num_parts, content)
+            if named is not None:
+                hashes[signed.author] = named
+        members = [
+            Member(signed.author, float(signed.offer.weight)) for signed in ballot.offers if signed.author in hashes
+        ]
+        key = hashlib.sha256(f"{self._swarm}".encode() + ballot.name).digest()[:KEY_BYTES]
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(self._reach, member.peer)
+        async with self._reductions.reducing(
+            key,
+            members,
+            layout,
+            halves.offered,
+            into=halves.result,
+            patience_s=self.patience_s,
+            commitments=Commitments(hashes, shunned, self._on_lie, self._on_false),
+            linger_s=LINGER_S,
+        ) as result:
+            self._gaps.append(result.longest_gap_s)
+            given = _num_given(result.outcomes.values())
+            absent = tuple(
+                signed.author for signed in ballot.offers if given.get(signed.author, 0) < PRESENT * layout.num_parts
+            )
+            log.info(
+                "swarm %s: %.1f MB of each of %d in %.2f s",
+                *(self._swarm, layout.num_bytes / 1e6, len(members), result.seconds),
+            )
+            yield absent
+
+    def _layout(self, arrays: Sequence[LargeArray]) -> Layout:
+        from shoal.protocol.tensors import TensorCodec
+        from shoal.training.exchange.layout import Layout, Segment
+
+        segments = tuple(Segment(each.name, each.numel, TensorCodec(each.codec), each.bound) for each in arrays)
+        return Layout(segments, self._aggregator)
+
+
+def _num_given(outcomes: Iterable[Outcome]) -> dict[PeerId, int]:
+    """In how many parts each member's is."""
+    found: dict[PeerId, int] = {}
+    for outcome in outcomes:
+        for author in outcome.authors:
+            found[author] = found.get(author, 0) + 1
+    return found

@@ -1,0 +1,187 @@
+"""Owners that lie, and members that give something else than they signed, among real hosts that reduce together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import trio
+
+from shoal.node.mesh.host import Host, open_host
+from shoal.node.swarm import reducing
+from shoal.node.swarm.reducing import Commitments, ReduceResult, Reductions
+from shoal.node.wire.channel import Router
+from shoal.protocol.ids import PeerId
+from shoal.protocol.signing import Signer
+from shoal.protocol.tensors import TensorCodec
+from shoal.training.exchange.allreduce import Member
+from shoal.training.exchange.audits import SignedOutcome
+from shoal.training.exchange.layout import Layout, Segment, hashes_of
+from shoal.training.exchange.rules import Aggregator
+
+pytestmark = pytest.mark.trio
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+GENEROUS_S = 60.0
+NUMEL = 40_000
+LAYOUT = Layout((Segment("mean/x", NUMEL, TensorCodec.FP32, 10.0),), Aggregator(), 8192)  # five parts
+MEMBERS = 4
+
+
+@dataclass
+class One:
+    """A member."""
+
+    host: Host
+    reductions: Reductions
+    offered: memoryview
+    lies: list[SignedOutcome] = field(default_factory=list)
+    false: set[PeerId] = field(default_factory=set)
+    shunned: set[PeerId] = field(default_factory=set)
+
+    @property
+    def peer(self) -> PeerId:
+        return self.host.peer_id
+
+    def on_lie(self, said: SignedOutcome) -> None:
+        self.lies.append(said)
+        self.shunned.add(said.owner)
+
+
+@asynccontextmanager
+async def members(count: int = MEMBERS) -> AsyncIterator[list[One]]:
+    with trio.fail_after(GENEROUS_S):
+        async with AsyncExitStack() as stack:
+            found: list[One] = []
+            for number in range(1, count + 1):
+                router, secret = Router(), bytes([number]) * 32
+                host = await stack.enter_async_context(
+                    open_host(secret=secret, listen=[LOOPBACK], bootstrap=[], mdns=False, router=router)
+                )
+                reductions = Reductions(host.links, Signer(secret))
+                router.add(reductions)
+                offered = memoryview(bytearray(LAYOUT.num_bytes))
+                values = np.random.default_rng(number).standard_normal(NUMEL, np.float32)
+                LAYOUT.encode({"mean/x": values}, offered)
+                found.append(One(host, reductions, offered))
+            for index, one in enumerate(found):
+                for other in found[:index]:
+                    await one.host.connect(other.host.addresses())
+            yield found
+
+
+async def reduce(found: list[One], number: int) -> dict[PeerId, ReduceResult]:
+    """One all-reduce of all of them."""
+    results: dict[PeerId, ReduceResult] = {}
+    hashes = {one.peer: hashes_of(LAYOUT.num_parts, LAYOUT.hashes(one.offered)) or () for one in found}
+    key = hashlib.sha256(f"{number}".encode()).digest()[:16]
+
+    async def take_part(one: One) -> None:
+        async with one.reductions.reducing(
+            key,
+            [Member(each.peer, 100.0) for each in found],
+            LAYOUT,
+            one.offered,
+            into=memoryview(bytearray(LAYOUT.num_bytes)),
+            patience_s=2.0,
+            commitments=Commitments(hashes, one.shunned, one.on_lie, one.false.add),
+        ) as result:
+            results[one.peer] = result
+
+    async with trio.open_nursery() as nursery:
+        for one in found:
+            nursery.start_soon(take_part, one)
+    return results
+
+
+def lying(liar: PeerId, wrong: Callable[[memoryview], None]) -> type[reducing._Reduction]:
+    """Reductions as they are, but for one member, which does something to what it reduces before it signs that."""
+
+    class Lying(reducing._Reduction):
+        async def _reduce(self, part: int, authors: tuple[PeerId, ...]) -> None:
+            if self._me == liar:
+                parts = self._parts
+
+                class Wrong(Layout):
+                    def reduce(self, part: int, given, weights, out):  # type: ignore[no-untyped-def]
+                        used = super().reduce(part, given, weights, out)
+                        wrong(out)
+                        return used
+
+                assert isinstance(parts, Layout)
+                self._parts = Wrong(parts.segments, parts.aggregator, parts.part_numel)
+                try:
+                    await super()._reduce(part, authors)
+                finally:
+                    self._parts = parts
+            else:
+                await super()._reduce(part, authors)
+
+    return Lying
+
+
+async def test_honest_members_accuse_nobody_and_end_with_the_same_bytes() -> None:
+    async with members() as found:
+        for number in range(5):
+            results = await reduce(found, number)
+            assert len({result.digest for result in results.values()}) == 1
+            assert len({bytes(result.data) for result in results.values()}) == 1
+            exact = sum(np.frombuffer(one.offered, np.float32, NUMEL).astype(np.float64) for one in found) / MEMBERS
+            first = next(iter(results.values()))
+            assert np.abs(np.frombuffer(first.data, np.float32, NUMEL) - exact).max() < 1e-6
+        assert not any(one.lies for one in found)
+
+
+async def test_an_owner_that_lies_is_named_by_all_the_others_and_then_owns_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def flip(out: memoryview) -> None:
+        np.frombuffer(out, np.float32)[:] *= -1
+
+    async with members() as found:
+        liar = found[2]
+        monkeypatch.setattr(reducing, "_Reduction", lying(liar.peer, flip))
+        for number in range(3):
+            await reduce(found, number)
+        honest = [one for one in found if one is not liar]
+        assert all({said.owner for said in one.lies} == {liar.peer} for one in honest), "nobody else is accused"
+        assert all(said.is_signed() for one in honest for said in one.lies)
+        results = await reduce(found, 1000)
+        assert len({results[one.peer].digest for one in honest}) == 1
+        for one in honest:
+            assert all(outcome.owner != liar.peer for outcome in results[one.peer].outcomes.values())
+
+
+async def test_who_gives_another_part_than_it_signed_is_left_out() -> None:
+    async with members() as found:
+        results: dict[PeerId, ReduceResult] = {}
+        liar = found[1]
+        signed = bytes(liar.offered)
+        hashes = {one.peer: hashes_of(LAYOUT.num_parts, LAYOUT.hashes(one.offered)) or () for one in found}
+        assert signed
+        np.frombuffer(liar.offered, np.float32, NUMEL)[:] = 9.0
+
+        async def take_part(one: One) -> None:
+            async with one.reductions.reducing(
+                bytes(16),
+                [Member(each.peer, 100.0) for each in found],
+                LAYOUT,
+                one.offered,
+                into=memoryview(bytearray(LAYOUT.num_bytes)),
+                patience_s=2.0,
+                commitments=Commitments(hashes, one.shunned, one.on_lie, one.false.add),
+            ) as result:
+                results[one.peer] = result
+
+        async with trio.open_nursery() as nursery:
+            for one in found:
+                nursery.start_soon(take_part, one)
+        honest = [one for one in found if one is not liar]
+        assert all(one.false == {liar.peer} for one in honest), "each owns a part, and pulls it from everybody"
+        for one in honest:
+            outcomes = results[one.peer].outcomes.values()
+            assert all((liar.peer in each.authors) == (each.owner == liar.peer) for each in outcomes)

@@ -1,0 +1,40 @@
+"""Runs whose arrays are so large that they are reduced part by part, among real nodes."""
+
+NEVER = ("--target-return", "100000", "--eval-interval", "1000", "--eval-episodes", "1")
+LARGE = ("--set", "hidden_sizes=[512,512]", "--set", "update_epochs=1", "--set", "num_minibatches=2")
+"""Parameters and both of Adam's moments: 1.6 M values."""
+
+
+def done(shown):
+    return shown["phase"] == "done"
+
+
+def num_reduced(node):
+    """All-reduces in which somebody told this node what it offers, at least."""
+    called = node.metrics().served.get("exchange.array")
+    return 0 if called is None else called.calls
+
+
+def test_members_of_a_large_run_reduce_it_together_and_end_with_the_same_policy(make_node):
+    nodes = [make_node() for _ in range(3)]
+    bounds = ("--batch-per-learner", "256", "--min-learners", "3", "--max-env-steps", "5000")
+    created = nodes[0].create(*LARGE, *bounds, *NEVER)
+    for node in nodes[1:]:
+        node.ask("join", created["ticket"], "-d")
+    ends = [node.wait_for(created["swarm"], "the run ends", done) for node in nodes]
+    assert len({end["digest"] for end in ends}) == 1
+    assert all(num_reduced(node) >= 2 for node in nodes)
+
+
+def test_a_member_of_a_large_run_that_is_killed_costs_the_others_nothing(make_node):
+    nodes = [make_node() for _ in range(3)]
+    chosen = ("--mode", "diloco", "--codec", "int8", "--aggregator", "median", "--set", "hidden_sizes=[1024,1024]")
+    bounds = ("--batch-per-learner", "256", "--min-learners", "3", "--max-env-steps", "9000")
+    created = nodes[0].create(*LARGE, *chosen, *bounds, *NEVER)
+    for node in nodes[1:]:
+        node.ask("join", created["ticket"], "-d")
+    nodes[2].wait_for(created["swarm"], "they learn", lambda shown: shown["epoch"] >= 2)
+    nodes[2].kill()
+    ends = [node.wait_for(created["swarm"], "the run ends", done) for node in nodes[:2]]
+    assert len({end["digest"] for end in ends}) == 1
+    assert all(end["env_steps"] >= 9000 for end in ends)
