@@ -1,1 +1,1 @@
-"""What peers do together: tasks, algorithms, models, exchange and the worker process that runs torch."""
+"""What peers do together: tasks, algorithms, models, exchange and the worker process that learns."""

@@ -3,18 +3,30 @@
 Written as they come, in the worker's own thread: TensorBoard's usual writers have a thread and a queue, and when the
 disk is full their thread dies and their queue stops whoever trains. Here a failed write ends the noting of metrics
 with a line in the log, and nothing else.
+
+tensorboardX loads PyTorch where it is installed, to draw graphs of its modules. Nothing of that is needed here, and an
+algorithm that does without PyTorch is not to pay for it with a second and a half and 180 MB of every worker: so
+tensorboardX is told that there is none.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
+_is_hidden = "torch" not in sys.modules
+if _is_hidden:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # how Python is told that a module cannot be imported
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+finally:
+    if _is_hidden:
+        del sys.modules["torch"]
 
 log = logging.getLogger(__name__)
 

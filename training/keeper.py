@@ -33,6 +33,8 @@ MAX_LOG_BYTES: Final = 4 * 1024 * 1024
 KILL_S: Final = 2.0
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""What NumPy's BLAS, PyTorch and simulators read when they are loaded."""
 _SIGNALLED: Final = 128
 """Exit code of this process, less the number of the signal that ended the worker; as shells have it."""
 
@@ -46,6 +48,7 @@ def main() -> None:
     folder = Path(sys.argv[5])
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     reader, writer = os.pipe()
+    _give_threads()
     keeper = os.getpid()
     worker = os.fork()
     if worker == 0:
@@ -98,6 +101,16 @@ def _work(socket_fd: int, page_fd: int, arena_fd: int, folder: Path) -> None:
     watch.use(memoryview(mmap.mmap(page_fd, watch.PAGE_BYTES)))
     os.close(page_fd)
     worker.main(socket.socket(fileno=socket_fd), arena.Arena(arena_fd), folder)
+
+
+def _give_threads() -> None:
+    """Say how many threads there are to compute with: one, as arrays are small and workers share a machine.
+
+    A person who sets ``OMP_NUM_THREADS`` says it for all of them.
+    """
+    budget = os.environ.get(THREADS[0], "1")
+    for name in THREADS:
+        os.environ.setdefault(name, budget)
 
 
 def _keep(worker: int, life_fd: int, output: int, log: _Log) -> int:

@@ -1,4 +1,4 @@
-"""The worker process of one swarm: the only place where environments run and torch is loaded.
+"""The worker process of one swarm: the only place where environments run and networks learn.
 
 A shell: it reads calls from a socket, does them one after the other, and answers. The node that started it drives
 it (`training.worker_calls`) and replaces it when it dies. It ends when the socket does.
@@ -19,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
@@ -29,7 +27,7 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
-from shoal.training.arena import Arena
+from shoal.training.arena import Arena, Region
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
@@ -50,6 +48,7 @@ from shoal.training.worker_calls import (
     COLLECT,
     EVALUATE,
     FINISH,
+    LARGE_STATE_BYTES,
     LOAD,
     LOG,
     MAX_COUNT,
@@ -142,7 +141,8 @@ class Worker:
 
     def load(self, request: Load) -> StateAnswer:
         """Replace the learner's state."""
-        arrays, meta = decode_arrays(bytes(request.state))
+        shared = self._arena.view(Region.STATE, request.state_bytes) if request.state_bytes else request.state
+        arrays, meta = decode_arrays(bytes(shared or b""))
         epoch, env_steps = _count("epoch", meta.get("epoch")), _count("env_steps", meta.get("env_steps"))
         if env_steps > self._max_env_steps or epoch > env_steps + MAX_IDLE_EPOCHS:
             raise ProtocolError(f"this run cannot have come to epoch {epoch} with {env_steps} environment steps")
@@ -229,7 +229,7 @@ class Worker:
         if exchange.weight > 0 and layout is None:
             contribution = sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
         elif exchange.weight > 0 and layout is not None:
-            offered = self._arena.grow(layout.num_bytes).offered
+            offered = self._arena.view(Region.OFFERED, layout.num_bytes)
             contribution = pack(layout, sender, exchange.arrays, exchange.lossy, exchange.centres, offered)
         large = (
             ()
@@ -253,7 +253,7 @@ class Worker:
         layout, large = self._layout, Arrays()
         template = exchange.template
         if layout is not None:
-            result = self._arena.halves(layout.num_bytes).result
+            result = self._arena.view(Region.RESULT, layout.num_bytes)
             large = unpack(layout, template, exchange.centres, result)
             template = {name: array for name, array in template.items() if name not in large}
         let_in = []
@@ -327,7 +327,11 @@ class Worker:
     def _state(self, descent: _Descent) -> StateAnswer:
         learner = self.learner
         data = encode_arrays(learner.export_state(), descent.meta())
-        return descent.answer(digest(learner.policy_arrays()), state=data)
+        policy = digest(learner.policy_arrays())
+        if len(data) < LARGE_STATE_BYTES:
+            return descent.answer(policy, state=data)
+        self._arena.view(Region.STATE, len(data))[:] = data
+        return replace(descent.answer(policy), state_bytes=len(data))
 
 
 def make_installed(request: Open) -> tuple[Learner, Failures]:
@@ -488,7 +492,6 @@ def main(connection_socket: socket.socket, arena: Arena, folder: Path) -> None:
         folder: of the run.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)  # stderr: the worker's log
-    torch.set_num_threads(1)
     os.nice(5)  # the node that this worker belongs to comes first
     report = folder / FILE
     append(report, "")

@@ -43,7 +43,8 @@ class StateAnswer:
         parent: CID of the state that it was made from; None for the initial one.
         ballot: name of the one that was averaged first on the way, 32 bytes.
         electorate: who counts in what follows, as `shoal.training.electorate.Electorate.to_plain` gives it.
-        state: the learner's whole state, if it is new to the node.
+        state: the learner's whole state, if it is new to the node and small.
+        state_bytes: of it, if it is large and lies in the arena.
         epoch_samples: environment steps that wait for the next update, kept from the policy before.
     """
 
@@ -55,6 +56,7 @@ class StateAnswer:
     electorate: dict[str, Any] = field(default_factory=dict)
     state: Attachment | None = None
     epoch_samples: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,16 @@ class Load:
     """Replace the learner's state. A state that is refused (INVALID_ARGUMENT) changes nothing.
 
     Attributes:
-        state: that some learner exported.
+        state: that some learner exported, if it is small.
+        state_bytes: of it, if it is large and lies in the arena.
         keep_samples: keep what was collected in the epoch under way, if the state is of the epoch after it: so what a
             slow member makes counts an epoch later. What is older is dropped. `StateAnswer.epoch_samples` says how
             much was kept.
     """
 
-    state: Attachment
+    state: Attachment | None
     keep_samples: bool = False
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +254,9 @@ MERGE_FAILED: Final = Status.ABORTED
 TASK_FAILED: Final = Status.UNKNOWN
 """How any method fails if too many environments of the task did: other people's code, of which nobody knows what to
 expect. The message says why; another worker would hardly come further."""
+
+LARGE_STATE_BYTES: Final = 1024 * 1024
+"""From here on a state goes by the arena between the node and its worker."""
 
 MAX_COUNT: Final = 2**53
 """More epochs or environment steps than this are refused wherever they are given."""

@@ -1,4 +1,8 @@
-"""Measuring round trips, and closing a path on which two calls in a row stay without answer."""
+"""Measuring round trips, and closing a path on which two calls in a row stay without answer.
+
+If nothing came by any path of a peer meanwhile, its other paths have one call each to answer: most likely they are as
+dead as the one that was closed, and only when the last of them is closed is the peer dialed anew.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ async def keep_alive(
         links: carry the calls.
         close_soon: has a path closed by somebody else, since this task ends with the last path.
     """
-    misses = 0
+    misses, allowed = 0, MAX_MISSES
     ping = client(NodeService, links.at(peer), timeout_s=KEEPALIVE_TIMEOUT_S).ping
     state = connections.peers.get(peer)
     while state is not None and connections.peers.get(peer) is state:
@@ -45,18 +49,21 @@ async def keep_alive(
             if connections.peers.get(peer) is state:
                 rtt_ms = (trio.current_time() - started) * 1000
                 connections.handle(Measured(peer, rtt_ms), trio.current_time())
-            misses = 0
+            misses, allowed = 0, MAX_MISSES
         except RemoteError as error:
             if error.status is Status.UNIMPLEMENTED:
                 return  # a libp2p node of another kind
             is_silent = error.status in (Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE)
             # A refusal is a sign of life, and so is whatever else came or is still being taken.
-            misses = misses + 1 if is_silent and not links.is_moving(peer, started) else 0
+            if is_silent and not links.is_moving(peer, started):
+                misses += 1
+            else:
+                misses, allowed = 0, MAX_MISSES
         if path is not state.best:
             misses = 0  # another path has its own calls
-        if misses >= MAX_MISSES and connections.peers.get(peer) is state:
+        if misses >= allowed and connections.peers.get(peer) is state:
             log.info("%s does not answer; closing the path (%s)", peer, path.kind)
             close_soon(path.id)
-            misses = 0
-        is_settled = state.rtt_ms is not None and not misses
+            misses, allowed = 0, 1
+        is_settled = state.rtt_ms is not None and not misses and allowed == MAX_MISSES
         await trio.sleep(KEEPALIVE_INTERVAL_S if is_settled else SOON_S)

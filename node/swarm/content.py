@@ -170,12 +170,13 @@ class ContentStore(ContentService):
 
     # --- what this node has ---
 
-    async def put(self, data: bytes | memoryview, *, owner: str | None = None) -> Cid:
+    async def put(self, data: bytes | memoryview, *, owner: str | None = None, is_lent: bool = False) -> Cid:
         """Hold content.
 
         Args:
-            data: all of it; left as it is from now on.
+            data: all of it; left as it is from now on, or until this returns if it is lent.
             owner: who holds it, until the next `hold`. Without one it stays for a moment only.
+            is_lent: others will write there: it is copied.
 
         Raises:
             NoRoomError: if there is no room for it.
@@ -184,11 +185,12 @@ class ContentStore(ContentService):
         num_bytes = len(data) + len(named.manifest_bytes)
         in_memory = self._take_room(num_bytes)
         view = memoryview(data)
-        if not in_memory:
+        if is_lent or not in_memory:
+            copy = partial(_copied, data) if in_memory else partial(_copy_to_file, self._storage, data)
             try:
-                view = await self._in_thread(partial(_copy_to_file, self._storage, data), self._disk)
+                view = await self._in_thread(copy, self._disk)
             except BaseException:
-                self.holding.give_room_back(num_bytes, in_file=True)
+                self.holding.give_room_back(num_bytes, in_file=not in_memory)
                 raise
         now = trio.current_time()
         self.holding.add(named, view, now, in_file=not in_memory, is_whole=True, owner=owner)
@@ -507,6 +509,12 @@ class ContentStore(ContentService):
 
     async def _in_thread(self, function: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
         return await trio.to_thread.run_sync(function, limiter=limiter)
+
+
+def _copied(data: bytes | memoryview) -> memoryview:
+    into = open_memory(len(data))
+    into[:] = data
+    return into
 
 
 def _copy_to_file(storage: Storage, data: bytes | memoryview) -> memoryview:

@@ -17,7 +17,7 @@ import trio
 
 from shoal.node.swarm.reducing import KEY_BYTES, Commitments, Reductions
 from shoal.protocol.ids import PeerId, SwarmId
-from shoal.training.arena import Arena
+from shoal.training.arena import Arena, Region
 from shoal.training.exchange.allreduce import Member, Outcome
 from shoal.training.exchange.audits import SignedOutcome
 from shoal.training.exchange.ballots import Ballot
@@ -100,12 +100,11 @@ class Exchanging:
             Members of whose arrays too little came.
 
         Raises:
-            ProtocolError: if there is no room in the arena.
+            ProtocolError: if it is too large for the arena.
         """
         from shoal.training.exchange.layout import hashes_of
 
         layout = self._layout(arrays)
-        halves = arena.halves(layout.num_bytes)
         hashes = {}
         for signed, content in zip(ballot.offers, contents, strict=True):
             named = hashes_of(layout.num_parts, content)
@@ -122,8 +121,8 @@ class Exchanging:
             key,
             members,
             layout,
-            halves.offered,
-            into=halves.result,
+            arena.view(Region.OFFERED, layout.num_bytes),
+            into=arena.view(Region.RESULT, layout.num_bytes),
             patience_s=self.patience_s,
             commitments=Commitments(hashes, shunned, self._on_lie, self._on_false),
             linger_s=LINGER_S,

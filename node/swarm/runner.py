@@ -42,7 +42,7 @@ from shoal.protocol.codec import encode, to_plain
 from shoal.protocol.errors import NoPeersError, ProtocolError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training import run_events as events
-from shoal.training.arena import Arena
+from shoal.training.arena import Arena, Region
 from shoal.training.electorate import Electorate
 from shoal.training.exchange.audits import SignedOutcome
 from shoal.training.exchange.ballots import Ballot, SignedOffer
@@ -59,6 +59,7 @@ from shoal.training.worker_calls import (
     COLLECT,
     EVALUATE,
     FINISH,
+    LARGE_STATE_BYTES,
     LOAD,
     LOG,
     MERGE,
@@ -554,10 +555,15 @@ class Runner:
             if error.status is Status.INVALID_ARGUMENT:
                 raise UsageError(error.message) from error
             raise
-        data = answer.state or b""
-        self._state_bytes = len(data)
-        cid = await self._content.put(data, owner=self.swarm)
-        return events.Opened(_policy(answer, cid))
+        self._state_bytes = answer.state_bytes or len(answer.state or b"")
+        return events.Opened(_policy(answer, await self._put(answer)))
+
+    async def _put(self, answer: StateAnswer) -> Cid:
+        """Hold the state that the worker gives."""
+        if answer.state_bytes and self._arena is not None:
+            lent = self._arena.view(Region.STATE, answer.state_bytes)
+            return await self._content.put(lent, owner=self.swarm, is_lent=True)
+        return await self._content.put(answer.state or b"", owner=self.swarm)
 
     async def _do_jobs(self, worker: Channel) -> None:
         while True:
@@ -632,7 +638,7 @@ class Runner:
         """The update wants something averaged, or is done."""
         self._large = answer.layout
         if answer.state is not None:
-            cid = await self._content.put(answer.state.state or b"", owner=self.swarm)
+            cid = await self._put(answer.state)
             self._num_lost = 0
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats))
             return
@@ -651,7 +657,7 @@ class Runner:
             self._needs.come(cid, is_policy=True)
             sources = await self._reachable(self.core.lineage.holders(cid))
             data = await self._content.get(cid, sources, max_bytes=self._max_bytes(is_policy=True), owner=self.swarm)
-            answer = await worker.call(LOAD, Load(data, keep_samples))
+            answer = await worker.call(LOAD, await self._to_load(data, keep_samples))
         except UnavailableError as error:
             self.post(events.LoadRefused(str(error)))
         except RemoteError as error:
@@ -660,6 +666,18 @@ class Runner:
             self.post(events.LoadRefused(error.message))
         else:
             self.post(events.Loaded(_policy(answer, cid), answer.epoch_samples))
+
+    async def _to_load(self, data: bytes | memoryview, keep_samples: bool) -> Load:
+        """A state, for the worker."""
+        if len(data) < LARGE_STATE_BYTES or self._arena is None:
+            return Load(data, keep_samples)
+        view = self._arena.view(Region.STATE, len(data))
+
+        def copy() -> None:
+            view[:] = data
+
+        await trio.to_thread.run_sync(copy)
+        return Load(None, keep_samples, len(data))
 
     async def _evaluate(self, worker: Channel) -> None:
         request = Evaluate(self.manifest.eval_episodes, (self.manifest.seed + 1_000_003) % 2**32)

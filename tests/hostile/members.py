@@ -138,8 +138,10 @@ class Liar:
 
 
 @asynccontextmanager
-async def a_liar(swarm: SwarmId, address: str, secret: bytes = SECRET) -> AsyncIterator[Liar]:
-    """A member of a swarm that knows one address of another."""
+async def a_liar(
+    swarm: SwarmId, address: str, secret: bytes = SECRET, says: Facts | None = None
+) -> AsyncIterator[Liar]:
+    """A member of a swarm that knows one address of another; ``says``: that it is, if not a learner at work."""
     signer, calls, contents = Signer(secret), _Calls(), _Contents()
     loose = {
         topic: TopicRule(max_bytes=rule.max_bytes, keep=4, per_s=1e6, burst=10**6)
@@ -169,7 +171,7 @@ async def a_liar(swarm: SwarmId, address: str, secret: bytes = SECRET) -> AsyncI
                 nursery.start_soon(_follow, host, replica)
                 await host.connect([address])
                 liar = Liar(swarm, host, replica, contents)
-                liar.say(Facts(role=Role.LEARNER, phase=Phase.COLLECTING))
+                liar.say(says or Facts(role=Role.LEARNER, phase=Phase.COLLECTING))
                 with trio.fail_after(20):
                     while liar.newest(Result) is None:
                         await replica.changed.wait()

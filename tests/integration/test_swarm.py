@@ -20,7 +20,8 @@ NEVER = ("--target-return", "100000")
 
 def test_three_nodes_solve_their_task_though_its_creator_is_killed_and_hold_the_same_policy(make_node):
     creator, *rest = [make_node() for _ in range(3)]
-    created = creator.create("--min-learners", "3", "--target-return", "400")  # `test_demo` goes on to 475
+    # Evaluated first when the creator is long dead; `test_demo` goes on to 475.
+    created = creator.create("--min-learners", "3", "--target-return", "400", "--eval-interval", "20")
     for node in rest:
         node.ask("join", created["ticket"], "-d")
     all_there = creator.wait_for(

@@ -22,6 +22,8 @@ from .net import Host, Lab, Site
 from .netns import PREFIX, LabError, owner_runs
 
 PERIOD_US: Final = 20_000
+LEAST_QUOTA_US: Final = 1_000
+"""Less is no quota to the kernel: very slow machines get so much in a longer period."""
 REMOVE_S: Final = 5.0
 _V1: Final = Path("/sys/fs/cgroup/cpu")
 _V2: Final = Path("/sys/fs/cgroup")
@@ -61,13 +63,29 @@ def _root() -> Path | None:
     return _V2 if controllers.exists() and "cpu" in controllers.read_text(encoding="ascii").split() else None
 
 
-def _limit(folder: Path, cores: float) -> None:
-    quota = str(round(cores * PERIOD_US))
+def create(name: str) -> Path:
+    """A new cgroup, without a limit.
+
+    Raises:
+        LabError: if this machine cannot have any.
+    """
+    root = _root()
+    if root is None:
+        raise LabError(missing())
+    folder = root / name
+    folder.mkdir()
+    return folder
+
+
+def limit(folder: Path, cores: float) -> None:
+    """Let what runs in a cgroup have so much of a core from now on."""
+    period = max(PERIOD_US, round(LEAST_QUOTA_US / cores))
+    quota = max(LEAST_QUOTA_US, round(cores * period))
     if (folder / "cpu.max").exists():
-        (folder / "cpu.max").write_text(f"{quota} {PERIOD_US}", encoding="ascii")
+        (folder / "cpu.max").write_text(f"{quota} {period}", encoding="ascii")
     else:
-        (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US), encoding="ascii")
-        (folder / "cpu.cfs_quota_us").write_text(quota, encoding="ascii")
+        (folder / "cpu.cfs_period_us").write_text(str(period), encoding="ascii")
+        (folder / "cpu.cfs_quota_us").write_text(str(quota), encoding="ascii")
 
 
 @contextlib.contextmanager
@@ -77,15 +95,11 @@ def machine(lab: Lab, name: str, cores: float) -> Iterator[tuple[Site, Machine]]
     Raises:
         LabError: if this machine cannot do that.
     """
-    root = _root()
-    if root is None:
-        raise LabError(missing())
     site = lab.add("open", name)
     host = site.hosts[0]
-    folder = root / f"{lab.prefix}{name}"
-    folder.mkdir()
+    folder = create(f"{lab.prefix}{name}")
     try:
-        _limit(folder, cores)
+        limit(folder, cores)
         limited = site.hosts[0] = Machine(host.namespace, host.address, folder)
         yield site, limited
     finally:

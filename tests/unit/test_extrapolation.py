@@ -17,8 +17,6 @@ from shoal.training.state import digest
 from shoal.training.tasks import load_task
 from shoal.training.tasks.base import Floats
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PEERS = tuple(PeerId.of_public_key(bytes([n]) * 32) for n in range(1, 5))
 
 

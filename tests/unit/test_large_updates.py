@@ -11,7 +11,7 @@ from shoal.protocol.errors import ProtocolError, RemoteError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.signing import Signer
 from shoal.protocol.tensors import TensorCodec
-from shoal.training.arena import Arena
+from shoal.training.arena import Arena, Region
 from shoal.training.exchange import layout as layout_module
 from shoal.training.exchange.layout import Layout, Segment
 from shoal.training.exchange.rules import Aggregator, Codec
@@ -69,14 +69,15 @@ def layout_of(answer: MergeAnswer, aggregator: str = "mean") -> Layout:
 def reduce(pairs: list[Pair], aggregator: str) -> None:
     """As owners do, into everybody's memory."""
     layout = layout_of(pairs[0].answer, aggregator)
-    halves = [pair.arena.halves(layout.num_bytes) for pair in pairs]
+    offered = [pair.arena.view(Region.OFFERED, layout.num_bytes) for pair in pairs]
+    results = [pair.arena.view(Region.RESULT, layout.num_bytes) for pair in pairs]
     weights = [pair.answer.weight for pair in pairs]
     for part in range(layout.num_parts):
         place = layout.place(part)
-        used = layout.reduce(part, [each.offered[place] for each in halves], weights, halves[0].result[place])
+        used = layout.reduce(part, [each[place] for each in offered], weights, results[0][place])
         assert used == list(range(len(pairs))), "nobody honest is left out"
-        for each in halves[1:]:
-            each.result[place] = halves[0].result[place]
+        for each in results[1:]:
+            each[place] = results[0][place]
 
 
 def learn(mode: Mode, codec: Codec, aggregator: str, *, num: int = 3) -> list[MergeAnswer]:
@@ -137,7 +138,7 @@ def test_a_content_without_hashes_and_a_result_that_is_not_finite_lead_nowhere(
     short = Merge(asked.ballot, asked.authors, asked.weights, asked.seconds, (b"short",))
     with pytest.raises(RemoteError, match="no contribution"):
         pair.worker.merge(short)
-    result = pair.arena.halves(layout_of(pair.answer).num_bytes).result
+    result = pair.arena.view(Region.RESULT, layout_of(pair.answer).num_bytes)
     np.frombuffer(result, np.float32, 1)[0] = np.nan
     with pytest.raises(ProtocolError, match="NaN"):
         pair.worker.merge(asked)

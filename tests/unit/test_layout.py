@@ -12,7 +12,7 @@ import pytest
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.tensors import TensorCodec
-from shoal.training.arena import Arena
+from shoal.training.arena import MAX_REGION_BYTES, Arena, Region
 from shoal.training.exchange import layout as layout_module
 from shoal.training.exchange.codecs import Sender
 from shoal.training.exchange.layout import HASH_BYTES, LARGE_NUMEL, Layout, Segment, hashes_of, layout_of
@@ -135,18 +135,19 @@ def test_a_contribution_goes_through_the_arena_and_comes_back(codec: Codec, monk
     layout = layout_of(given, lossy, codec, Aggregator())
     assert layout is not None
     arena = Arena.make()
-    halves = arena.grow(layout.num_bytes)
+    offered = arena.view(Region.OFFERED, layout.num_bytes)
+    result = arena.view(Region.RESULT, layout.num_bytes)
     sender = Sender(codec)
-    content = pack(layout, sender, given, lossy, centres, halves.offered)
+    content = pack(layout, sender, given, lossy, centres, offered)
     sender.settle(arrived=True)
     named = hashes_of(layout.num_parts, content)
     assert named is not None
     for part, digest in enumerate(named):
-        assert hashlib.sha256(halves.offered[layout.place(part)]).digest() == digest
+        assert hashlib.sha256(offered[layout.place(part)]).digest() == digest
     assert decode_arrays(small_of(layout, content))[0].keys() == {"moments/z/count"}
-    out, _ = reduced(layout, [halves.offered], [7.0])
-    halves.result[:] = out
-    came = unpack(layout, given, centres, halves.result)
+    out, _ = reduced(layout, [offered], [7.0])
+    result[:] = out
+    came = unpack(layout, given, centres, result)
     far = np.abs(came["mean/x"] - given["mean/x"]).max()
     assert far <= (1e-6 if codec is Codec.FP32 else 0.02)
     assert (codec is Codec.FP32) == ("mean/x" not in sender.memory), "what was lost is made up for"
@@ -165,19 +166,20 @@ def test_an_arena_is_one_memory_on_both_sides_and_never_gets_smaller() -> None:
 
     ours = Arena.make()
     theirs = Arena(os.dup(ours.descriptor))
-    with pytest.raises(ProtocolError, match="no room"):
-        ours.halves(10_000)
-    theirs.grow(10_000).offered[:3] = b"abc"
-    before = ours.halves(10_000)
-    assert bytes(before.offered[:3]) == b"abc"
-    before.result[:3] = b"xyz"
-    assert bytes(theirs.halves(10_000).result[:3]) == b"xyz"
-    theirs.grow(10_000_000)
-    assert bytes(before.offered[:3]) == b"abc", "views of the old one stay"
+    theirs.view(Region.OFFERED, 10_000)[:3] = b"abc"
+    before = ours.view(Region.OFFERED, 10_000)
+    assert bytes(before[:3]) == b"abc"
+    ours.view(Region.RESULT, 10_000)[:3] = b"xyz"
+    assert bytes(theirs.view(Region.RESULT, 10_000)[:3]) == b"xyz"
+    assert bytes(before[:3]) == b"abc", "regions do not touch"
+    theirs.view(Region.OFFERED, 10_000_000)[5] = 7
+    assert before[5] == 7, "views of the smaller one stay"
+    assert len(ours.view(Region.OFFERED, 10)) == 10
     with pytest.raises(OSError, match="not permitted"):
         os.ftruncate(theirs.descriptor, 0)
-    for bad in (0, -1, 2**60):
+    for bad in (0, -1, MAX_REGION_BYTES + 1):
         with pytest.raises(ProtocolError):
-            ours.halves(bad)
+            ours.view(Region.STATE, bad)
+    assert os.fstat(ours.descriptor).st_blocks * 512 < 100_000, "what nobody has written takes no memory"
     ours.close()
     theirs.close()

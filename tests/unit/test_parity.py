@@ -22,8 +22,6 @@ from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import digest, encode_arrays
 from shoal.training.tasks import load_task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PEERS = [PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2, 3)]
 SMALL = {"num_envs": 4, "update_epochs": 3, "num_minibatches": 6, "hidden_sizes": [16, 16]}
 

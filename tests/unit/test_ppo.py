@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
@@ -20,8 +22,6 @@ from shoal.training.manifest import Manifest, Mode
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import digest
 from shoal.training.tasks import Continuous, Discrete, load_task
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALICE, BOB = (PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2))
 
@@ -86,6 +86,31 @@ def test_advantages_are_those_of_the_definition() -> None:
         assert result[start, 0] == pytest.approx(expected, abs=1e-5)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 70), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32))
+def test_advantages_are_those_of_the_recursion_step_by_step(
+    num_steps: int, num_envs: int, gamma: float, lam: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (num_steps, num_envs)
+    rewards, values = rng.normal(size=shape), rng.normal(size=(num_steps + 1, num_envs))
+    terminated = rng.random(shape) < 0.2
+    truncated = (rng.random(shape) < 0.2) & ~terminated
+    after = rng.normal(size=int(truncated.sum()))
+    nothing = np.zeros((0, 1), np.float32)
+    rollout = Rollout(nothing, nothing, nothing, terminated, truncated, nothing, nothing)
+    result = advantages(
+        rollout, *(each.astype(np.float32) for each in (rewards, values, after)), gamma=gamma, gae_lambda=lam
+    )
+    following = np.where(terminated, 0.0, values[1:])
+    following[truncated] = after
+    running = np.zeros(num_envs)
+    for step in reversed(range(num_steps)):
+        ends = terminated[step] | truncated[step]
+        running = rewards[step] + gamma * following[step] - values[step] + gamma * lam * ~ends * running
+        np.testing.assert_allclose(result[step], running, rtol=1e-4, atol=1e-4)
+
+
 def test_a_stream_continues_its_episodes_from_call_to_call() -> None:
     task, whole, parts = load_task("gym:Pendulum-v1"), None, None
     policy = ActorCritic(3, task.action_space, (8,), initial_log_std=0.0, seed=0).act
@@ -111,19 +136,29 @@ def test_sampled_actions_follow_the_policy_that_is_optimised(space: Discrete | C
     observation = np.random.default_rng(1).normal(size=(1, 4)).astype(np.float32)
     many = np.repeat(observation, 50_000, axis=0)
     actions = model.act(many, np.random.default_rng(2))
-    with torch.no_grad():
-        log_probs, entropy, values = model.evaluate(torch.from_numpy(many), torch.from_numpy(actions))
+    log_probs, _ = model.judge(many, np.ascontiguousarray(actions.T))
+    passes = model.passes(1)
+    passes.judge(observation, np.ascontiguousarray(actions[:1].T))
     # The mean surprise of a policy's own actions is its entropy.
-    assert -float(log_probs.mean()) == pytest.approx(float(entropy[0]), abs=0.02)
-    assert float(values[0]) == pytest.approx(float(model.values(torch.from_numpy(observation))[0].detach()), abs=1e-6)
+    assert -float(log_probs.mean()) == pytest.approx(passes.entropy, abs=0.02)
     if isinstance(space, Discrete):
         frequencies = np.bincount(actions, minlength=5) / len(actions)
-        with torch.no_grad():
-            every = model.evaluate(torch.from_numpy(many[:5]), torch.arange(5))[0].exp().numpy()
+        every = np.exp(model.judge(many[:5], np.arange(5))[0])
         np.testing.assert_allclose(frequencies, every, atol=0.01)
         assert model.act_greedily(observation)[0] == every.argmax()
     else:
         np.testing.assert_allclose(actions.mean(axis=0), model.act_greedily(observation)[0], atol=0.02)
+
+
+def test_noise_that_rounds_to_nothing_is_acted_on_without_a_word() -> None:
+    class Nothing(np.random.Generator):
+        def standard_exponential(self, size: Any, dtype: Any) -> Any:  # type: ignore[override]
+            return np.zeros(size, dtype)
+
+    model = ActorCritic(4, Discrete(3), (8,), initial_log_std=0.0, seed=3)
+    observation = np.ones((2, 4), np.float32)
+    actions = model.act(observation, Nothing(np.random.PCG64(0)))
+    np.testing.assert_array_equal(actions, model.act_greedily(observation))
 
 
 def test_initial_parameters_are_orthogonal_and_the_same_bits_everywhere() -> None:
@@ -295,4 +330,4 @@ def test_evaluation_is_repeatable_and_disturbs_nothing() -> None:
 
 def test_it_is_found_by_name() -> None:
     algorithm = load_algorithm("ppo")
-    assert (algorithm.name, algorithm.version) == ("ppo", 2)
+    assert (algorithm.name, algorithm.version) == ("ppo", 3)

@@ -88,7 +88,10 @@ LOOPS_AND_WIRES = (
 )
 CLOCKS_AND_CHANCE = ("time", "datetime", "sched", "random", "numpy.random", "secrets", "uuid", "os.urandom")
 # A generator that is handed in, or seeded by what is handed in, is an argument like any other.
-SEEDED = ("random.Random", "numpy.random.Generator", "numpy.random.default_rng", "numpy.random.SeedSequence")
+SEEDED = (
+    *("random.Random", "numpy.random.Generator", "numpy.random.default_rng", "numpy.random.SeedSequence"),
+    "numpy.random.PCG64",
+)
 
 CODE_LOADERS = (
     *("pickle", "_pickle", "pickletools", "marshal", "shelve", "dill", "cloudpickle", "joblib"),
@@ -587,6 +590,10 @@ def test_torch_elsewhere_is_caught() -> None:
 def test_nothing_that_the_daemon_or_the_cli_imports_loads_torch() -> None:
     modules = [module.name for module in product_modules() if module.room in ("node", "cli")]
     assert not loaded_with_torch([name for name in modules if not name.endswith("__main__")])
+
+
+def test_nothing_that_a_worker_loads_for_ppo_loads_torch() -> None:
+    assert not loaded_with_torch([f"shoal.training.{name}" for name in ("worker", "algorithms.ppo", "tasks.gym")])
 
 
 def test_torch_loaded_through_another_module_is_caught(tmp_path: Path) -> None:

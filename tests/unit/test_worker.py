@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.rpc import Answered, Failed, RpcConnection
 from shoal.protocol.services import Empty, Method
+from shoal.training import keeper
 from shoal.training import worker as worker_module
 from shoal.training.algorithms.ppo import PPOLearner
 from shoal.training.electorate import MAX_MISSED
@@ -47,8 +51,6 @@ PEERS = sorted(PeerId.of_public_key(bytes([n]) * 32) for n in range(1, 9))
 PARENT = Cid.of_block(b"the policy before")
 BALLOT = bytes(range(32))
 SECONDS = 2.0
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = {"num_envs": 4, "update_epochs": 2, "num_minibatches": 4, "hidden_sizes": [16, 16]}
 
 
@@ -660,7 +662,7 @@ def test_what_an_overtaken_learner_collected_counts_in_the_next_epoch(task: str,
     assert (answer.epoch, answer.epoch_samples) == (1, 64)
     assert slow.collect(Collect(32)).epoch_samples == 96
     # The ratio is that of the paper: to the policy that acted, with its normaliser.
-    log_probs = learner._batch().log_probs.numpy()
+    log_probs = learner._batch()[0].log_probs
     np.testing.assert_array_equal(log_probs[:64], expected.ravel())
     np.testing.assert_array_equal(log_probs[64:], learner._log_probs(learner._streams[0]).ravel()[64:])
     contribution = begin(slow, 1)
@@ -792,3 +794,25 @@ def test_metrics_that_cannot_be_written_do_not_stop_a_run(tmp_path: Path, caplog
         worker.collect(Collect(64))
         solo(worker, epoch)
     assert caplog.text.count("cannot be written") == 1
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("said", "given"), [({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_what_computes_in_a_worker_has_one_thread_or_as_many_as_a_person_says(
+    said: dict[str, str], given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in keeper.THREADS:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    keeper._give_threads()
+    assert [os.environ[name] for name in keeper.THREADS] == [given] * 3
+
+
+def test_metrics_are_written_without_torch_and_it_can_be_loaded_all_the_same() -> None:
+    program = "import sys; from shoal.training import events; print('torch' in sys.modules); import torch"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -40,18 +40,27 @@ class Adam:
         self.step = 0
         self._learning_rate = learning_rate
         self._epsilon = epsilon
+        self._spare, self._other = np.empty(size, np.float32), np.empty(size, np.float32)
 
     def apply(self, parameters: Floats, gradient: Floats) -> None:
         """Take one step, in place."""
         self.step += 1
-        self.first *= np.float32(_BETA1)
-        self.first += np.float32(1 - _BETA1) * gradient
-        self.second *= np.float32(_BETA2)
-        self.second += np.float32(1 - _BETA2) * (gradient * gradient)
+        spare, other = self._spare, self._other
+        np.multiply(self.first, np.float32(_BETA1), out=self.first)
+        np.multiply(gradient, np.float32(1 - _BETA1), out=spare)
+        np.add(self.first, spare, out=self.first)
+        np.multiply(self.second, np.float32(_BETA2), out=self.second)
+        np.multiply(gradient, gradient, out=spare)
+        np.multiply(spare, np.float32(1 - _BETA2), out=spare)
+        np.add(self.second, spare, out=self.second)
         # Bias correction, folded into the step size and epsilon.
         correction = math.sqrt(1 - _BETA2**self.step)
         step_size = np.float32(self._learning_rate * correction / (1 - _BETA1**self.step))
-        parameters -= step_size * self.first / (np.sqrt(self.second) + np.float32(self._epsilon * correction))
+        np.sqrt(self.second, out=spare)
+        np.add(spare, np.float32(self._epsilon * correction), out=spare)
+        np.multiply(self.first, step_size, out=other)
+        np.divide(other, spare, out=other)
+        np.subtract(parameters, other, out=parameters)
 
     def max_change(self, steps: int) -> float:
         """How far ``steps`` steps can move a parameter; rounding at most doubles what the learning rate allows."""
@@ -98,3 +107,15 @@ def clip_by_norm(gradient: Floats, max_norm: float) -> tuple[Floats, float]:
     wide = gradient.astype(np.float64)
     norm = math.sqrt(float(np.add.accumulate(wide * wide)[-1]))
     return (gradient * np.float32(max_norm / norm) if norm > max_norm else gradient), norm
+
+
+def shorten(gradient: Floats, max_norm: float) -> float:
+    """Scale a gradient of this peer's own down to ``max_norm`` in place, where it is longer; gives how long it was.
+
+    A third of the time that `clip_by_norm` takes, and not the same bits everywhere.
+    """
+    wide = gradient.astype(np.float64)
+    norm = math.sqrt(float(wide.dot(wide)))
+    if norm > max_norm:
+        np.multiply(gradient, np.float32(max_norm / norm), out=gradient)
+    return norm

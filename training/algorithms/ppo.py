@@ -1,11 +1,8 @@
 """Proximal policy optimisation with a clipped objective (Schulman et al., arXiv 1707.06347), by one peer or by many.
 
 Every epoch each peer collects steps from its own environments; then come ``update_epochs`` passes of
-``num_minibatches`` Adam steps on
-
-    L = -mean(min(r A, clip(r, 1 ± clip_range) A)) + value_coefficient ½ mean((V - R)²) - entropy_coefficient mean(H)
-
-with r the probability ratio, A the normalised advantage (GAE) and R = A + V the return. What is exchanged (DESIGN §8):
+``num_minibatches`` Adam steps on the clipped loss (`ppo_loss`), with A the normalised advantage (GAE) and R = A + V the
+return. What is exchanged (DESIGN §8):
 
 - Mode ``local``: each peer takes these steps on its own samples alone. One exchange then averages the parameters and
   Adam's moments, weighted by samples, and everybody goes on in the direction of the average as far as one peer went
@@ -38,22 +35,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.training import watch
-from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first
+from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first, shorten
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
 from shoal.training.algorithms.extrapolation import extrapolate, travel
 from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits, as_floats
 from shoal.training.algorithms.ppo_config import PPOConfig, ppo_config
+from shoal.training.algorithms.ppo_loss import Batch, ClippedLoss, Measures
 from shoal.training.algorithms.rollouts import Stream, advantages, derive_seed, never
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outer import Outer
@@ -73,6 +68,7 @@ _MAX_EVAL_STEPS: Final = 100_000  # of one episode; one that goes on is counted 
 _GRADIENT_FACTOR: Final = 100.0  # gradients of few samples are tens of times as long as those of many, now and then
 _MOMENTS_FACTOR: Final = 1000.0
 _CLIP: Final = 10.0  # normalised observations and rewards beyond this are outliers
+_MAX_SIZES: Final = 8  # of minibatches, whose arrays are kept
 
 
 class PPO:
@@ -98,22 +94,6 @@ class PPO:
             UsageError: if the manifest's hyperparameters are unknown or out of range.
         """
         return PPOLearner(ppo_config(manifest, task), manifest, task, streams or [f"{peer}/{life}" if life else peer])
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What an update is made from: S samples, with old log-probabilities, advantages and returns ``[S]``."""
-
-    observations: torch.Tensor
-    actions: torch.Tensor
-    log_probs: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
-    explained_variance: float
-
-    def normalized(self, moments: Moments) -> _Batch:
-        normal = (self.advantages - float(moments.mean)) / (float(moments.std) + 1e-8)
-        return _Batch(self.observations, self.actions, self.log_probs, normal, self.returns, self.explained_variance)
 
 
 class PPOLearner:
@@ -150,6 +130,7 @@ class PPOLearner:
             momentum=config.outer_momentum,
             max_gradient=ROUNDING * self._max_change,
         )
+        self._losses: dict[int, ClippedLoss] = {}  # by size of the minibatch
         self._running: Update | None = None
         self._eval_envs: dict[int, VectorEnv] = {}
 
@@ -215,18 +196,17 @@ class PPOLearner:
 
     def _is_sane_for(self, shown: Floats) -> bool:
         observations = self._normalize(shown)
-        with torch.inference_mode(), np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
             actions = self._model.act(observations, np.random.default_rng(0))
-            judged = self._model.evaluate(torch.from_numpy(observations), torch.from_numpy(actions))
-        return all(bool(torch.isfinite(each).all()) for each in judged)
+            judged = self._model.judge(observations, actions.T)
+        return all(bool(np.isfinite(each).all()) for each in judged)
 
     def _log_probs(self, stream: Stream) -> Floats:
         """``[T, N]``, of the actions in a stream under the present policy."""
         rollout = stream.rollout()
         observations = _flat(self._normalize(rollout.observations[:-1]))
-        with torch.inference_mode():
-            flat: Floats = self._model.evaluate(observations, _flat(rollout.actions))[0].numpy()
-        return flat.reshape(rollout.rewards.shape)
+        log_probs, _ = self._model.judge(observations, _by_column(rollout.actions))
+        return log_probs.reshape(rollout.rewards.shape)
 
     def policy_arrays(self) -> Arrays:
         """The parameters and, where observations are normalised, their moments, copied."""
@@ -278,15 +258,15 @@ class PPOLearner:
     def _update(self) -> Update:
         samples = self.samples
         increments = self._normalizer_increments()
-        batch = self._batch() if samples else None
-        metrics: dict[str, float] = {}
+        batch, explained = self._batch() if samples else (None, 0.0)
+        measures = Measures()
         match self._mode:
             case Mode.LOCAL:
-                merged = yield from self._optimise_locally(batch, increments, metrics)
+                merged = yield from self._optimise_locally(batch, increments, measures)
             case Mode.DILOCO:
-                merged = yield from self._optimise_apart(batch, increments, metrics)
+                merged = yield from self._optimise_apart(batch, increments, measures)
             case Mode.GRADIENT:
-                merged = yield from self._optimise_together(batch, increments, metrics)
+                merged = yield from self._optimise_together(batch, increments, measures)
         if merged:
             self._set_normalizers(
                 self._observation_moments.merge(Moments.from_arrays(merged, "observation")),
@@ -296,16 +276,16 @@ class PPOLearner:
         steps = self.config.update_epochs * self.config.num_minibatches
         if batch is None:
             return UpdateStats(samples, steps)
-        return UpdateStats(samples, steps, metrics | {"explained_variance": batch.explained_variance})
+        return UpdateStats(samples, steps, measures.means() | {"explained_variance": explained})
 
     def _optimise_locally(
-        self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]
+        self, batch: Batch | None, increments: Arrays, measures: Measures
     ) -> Generator[Exchange, Arrays, Arrays]:
         """Optimise on own samples, then average the outcome."""
         before = {name: array.copy() for name, array in self._state().items()}
         model, adam, config = self._model, self._adam, self.config
         start = model.flat.copy()
-        self._step_alone(batch, metrics)
+        self._step_alone(batch, measures)
         template = {
             "mean/parameters": model.flat,
             "mean/adam/first": adam.first,
@@ -335,11 +315,11 @@ class PPOLearner:
         return merged
 
     def _optimise_apart(
-        self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]
+        self, batch: Batch | None, increments: Arrays, measures: Measures
     ) -> Generator[Exchange, Arrays, Arrays]:
         """Optimise on own samples, then step by the average of how far everybody came."""
         start = self._model.flat.copy()
-        self._step_alone(batch, metrics)
+        self._step_alone(batch, measures)
         arrays: Arrays = {"mean/delta": start - self._model.flat} | increments
         self._model.flat[:] = start
         check = partial(self._limits.check_contribution, start=start)
@@ -351,20 +331,24 @@ class PPOLearner:
             self._outer.apply(self._model.flat, as_floats(merged["mean/delta"]))
         return merged
 
-    def _step_alone(self, batch: _Batch | None, metrics: dict[str, float]) -> None:
+    def _step_alone(self, batch: Batch | None, measures: Measures) -> None:
         """All steps of an update on own samples, if there are any."""
         if batch is None:
             return
-        batch = batch.normalized(Moments.of(batch.advantages.numpy()))
-        for indices in self._minibatches():
-            if len(indices):
-                self._step(self._gradient(batch, indices, metrics), metrics)
+        batch = batch.normalized(Moments.of(batch.advantages))
+        for minibatch, is_measured in self._minibatches(batch):
+            if minibatch is not None:
+                gradient = self._gradient(minibatch, measures if is_measured else None)
+                norm = shorten(gradient, self.config.max_grad_norm)
+                self._adam.apply(self._model.flat, gradient)
+                if is_measured:
+                    measures.add({"gradient_norm": norm}, len(minibatch))
 
     def _optimise_together(
-        self, batch: _Batch | None, increments: Arrays, metrics: dict[str, float]
+        self, batch: Batch | None, increments: Arrays, measures: Measures
     ) -> Generator[Exchange, Arrays, Arrays]:
         """Normalise advantages over the joint batch, then average the gradient of every minibatch."""
-        own = Moments.none() if batch is None else Moments.of(batch.advantages.numpy())
+        own = Moments.none() if batch is None else Moments.of(batch.advantages)
         arrays = own.to_arrays("advantage") | increments
         scales = self._moment_scales() | {"moments/advantage": Scale(_MOMENTS_FACTOR)}
         check = partial(self._limits.check_contribution, start=self._model.flat)
@@ -376,13 +360,14 @@ class PPOLearner:
         template: Arrays = {"mean/gradient": np.zeros_like(self._model.flat)}
         scales = {"mean/gradient": Scale(_GRADIENT_FACTOR)}
         num_steps = self.config.update_epochs * self.config.num_minibatches
-        for number, indices in enumerate(self._minibatches(), 1):
+        for number, (minibatch, is_measured) in enumerate(self._minibatches(batch), 1):
             gradient: Arrays = {}
-            if batch is not None and len(indices):
-                gradient = {"mean/gradient": self._gradient(batch, indices, metrics)}
+            if minibatch is not None:
+                own_gradient = self._gradient(minibatch, measures if is_measured else None)
+                gradient = {"mean/gradient": own_gradient.copy()}
             joint = yield Exchange(
                 gradient,
-                len(indices),
+                0 if minibatch is None else len(minibatch),
                 template,
                 scales=scales,
                 lossy={"mean/gradient": math.inf},
@@ -390,75 +375,76 @@ class PPOLearner:
             )
             if joint:
                 _check_merged(joint, template)
-                self._step(as_floats(joint["mean/gradient"]), metrics)
+                clipped, norm = clip_by_norm(as_floats(joint["mean/gradient"]), self.config.max_grad_norm)
+                self._adam.apply(self._model.flat, clipped)
+                if is_measured:
+                    measures.add({"gradient_norm": norm}, 1)
         return merged
 
-    def _minibatches(self) -> Iterator[npt.NDArray[np.int64]]:
-        """Indices into the batch: the k-th minibatch is the union of the streams' k-th, be it empty."""
-        parts = self.config.num_minibatches
+    def _minibatches(self, batch: Batch | None) -> Iterator[tuple[Batch | None, bool]]:
+        """The k-th minibatch of a pass, which is the union of the streams' k-th; and whether the pass is the last one.
+
+        None where there are no samples in it. Each is overwritten by the next pass.
+        """
+        parts, passes = self.config.num_minibatches, self.config.update_epochs
+        if batch is None:
+            yield from ((None, number == passes) for number in range(1, passes + 1) for _ in range(parts))
+            return
         offsets = np.cumsum([0, *(stream.samples for stream in self._streams)])
-        for _ in range(self.config.update_epochs):
+        mixed = batch.empty()
+        for number in range(1, passes + 1):
             shuffled = [stream.shuffled(parts) for stream in self._streams]
+            order = [own[part] + offsets[i] for part in range(parts) for i, own in enumerate(shuffled)]
+            batch.reorder(np.concatenate(order), mixed)
+            start = 0
             for part in range(parts):
-                yield np.concatenate([own[part] + offset for own, offset in zip(shuffled, offsets, strict=False)])
+                end = start + sum(len(own[part]) for own in shuffled)
+                yield mixed.part(start, end) if end > start else None, number == passes
+                start = end
 
-    def _gradient(self, batch: _Batch, indices: npt.NDArray[np.int64], metrics: dict[str, float]) -> Floats:
-        """Of the loss on one minibatch, float32 ``[num_parameters]``."""
+    def _gradient(self, batch: Batch, measures: Measures | None) -> Floats:
+        """Of the loss on one minibatch, float32 ``[num_parameters]``; overwritten by the next one."""
         watch.page[Slot.CALLS] += 1
-        config, index = self.config, torch.from_numpy(indices)
-        log_probs, entropy, values = self._model.evaluate(batch.observations[index], batch.actions[index])
-        advantage = batch.advantages[index]
-        log_ratio = log_probs - batch.log_probs[index]
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
-        policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()
-        value_loss = 0.5 * (values - batch.returns[index]).square().mean()
-        mean_entropy = entropy.mean()
-        loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * mean_entropy
-        (gradient,) = torch.autograd.grad(loss, self._model.tensor)
-        with torch.no_grad():  # of the last minibatch, when the update is over
-            metrics["policy_loss"] = policy_loss.item()
-            metrics["value_loss"] = value_loss.item()
-            metrics["entropy"] = mean_entropy.item()
-            metrics["approx_kl"] = (ratio - 1 - log_ratio).mean().item()
-            metrics["clip_fraction"] = (ratio != clipped).float().mean().item()
-        result: Floats = gradient.numpy()
-        return result
+        size = len(batch)
+        if size not in self._losses:
+            if len(self._losses) >= _MAX_SIZES:
+                self._losses.clear()
+            self._losses[size] = ClippedLoss(self._model, self.config, size)
+        loss = self._losses[size]
+        gradient = loss.gradient(batch)
+        if measures is not None:
+            measures.add(loss.measures(), size)
+        return gradient
 
-    def _step(self, gradient: Floats, metrics: dict[str, float]) -> None:
-        clipped, metrics["gradient_norm"] = clip_by_norm(gradient, self.config.max_grad_norm)
-        self._adam.apply(self._model.flat, clipped)
-
-    def _batch(self) -> _Batch:
-        """Everything collected since the last update, stream after stream."""
-        columns: list[tuple[Floats, Actions, Floats, Floats]] = []
+    def _batch(self) -> tuple[Batch, float]:
+        """Everything collected since the last update, stream after stream, and how much of the returns was foreseen."""
+        columns: list[tuple[Floats, Actions, Floats, Floats, Floats]] = []
         for stream in self._streams:
             rollout = stream.rollout()
-            observations = self._normalize(rollout.observations)
-            with torch.inference_mode():
-                values = self._model.values(_flat(observations)).numpy().reshape(observations.shape[:2])
-                final_values = self._model.values(torch.from_numpy(self._normalize(rollout.final_observations))).numpy()
+            shape = rollout.rewards.shape
+            observations = _flat(self._normalize(rollout.observations[:-1]))
+            actions = _by_column(rollout.actions)
+            log_probs, judged = self._model.judge(observations, actions)
+            if stream.kept_log_probs is not None:
+                log_probs[: stream.kept_log_probs.size] = stream.kept_log_probs.ravel()
+            values = np.empty((shape[0] + 1, shape[1]), np.float32)
+            values[:-1] = judged.reshape(shape)
+            values[-1] = self._model.values(self._normalize(rollout.observations[-1]))
+            final_values = self._model.values(self._normalize(rollout.final_observations))
             rewards = rollout.rewards
             if self.config.normalize_returns:
                 scale = np.float32(1 / max(float(self._return_moments.std), 1e-4))
                 rewards = np.clip(rewards * scale, -_CLIP, _CLIP)
             gamma, gae_lambda = self.config.gamma, self.config.gae_lambda
-            advantage = advantages(rollout, rewards, values, final_values, gamma=gamma, gae_lambda=gae_lambda)
-            columns.append((observations[:-1], rollout.actions, advantage, advantage + values[:-1]))
-        observations_, actions, advantage_, returns = (
-            torch.cat([_flat(each) for each in column]) for column in zip(*columns, strict=True)
+            advantage = advantages(rollout, rewards, values, final_values, gamma=gamma, gae_lambda=gae_lambda).ravel()
+            columns.append((observations, actions, log_probs, advantage, advantage + judged))
+        observations, actions, log_probs, advantage, returns = (
+            np.concatenate(column, axis=0 if number == 0 else -1)
+            for number, column in enumerate(zip(*columns, strict=True))
         )
-        with torch.no_grad():
-            log_probs = self._model.evaluate(observations_, actions)[0]
-        offset = 0
-        for stream in self._streams:
-            kept = stream.kept_log_probs
-            if kept is not None:
-                log_probs[offset : offset + kept.size] = _flat(kept)
-            offset += stream.samples
-        variance = float(returns.var(correction=0))
-        explained = 1 - float(advantage_.var(correction=0)) / variance if variance > 0 else 0.0
-        return _Batch(observations_, actions, log_probs, advantage_, returns, explained)
+        variance = float(returns.var())
+        explained = 1 - float(advantage.var()) / variance if variance > 0 else 0.0
+        return Batch(observations, actions, log_probs, advantage, returns), explained
 
     def _check_state(self, arrays: Arrays) -> None:
         check_fit(arrays, self._state())
@@ -466,7 +452,7 @@ class PPOLearner:
         if self._mode is Mode.DILOCO:
             self._outer.check(arrays["outer/momentum"])
 
-    def _require_sane(self, batch: _Batch | None) -> None:
+    def _require_sane(self, batch: Batch | None) -> None:
         """Check the state that was merged, and what it makes of own samples, before anybody gets it.
 
         Raises:
@@ -478,9 +464,9 @@ class PPOLearner:
             raise DivergedError(f"what was merged leads to a state that nobody would take: {error}") from error
         if batch is None:
             return
-        with torch.inference_mode():
-            judged = self._model.evaluate(batch.observations, batch.actions)
-        if not all(bool(torch.isfinite(each).all()) for each in judged):
+        with np.errstate(all="ignore"):
+            judged = self._model.judge(batch.observations, batch.actions)
+        if not all(bool(np.isfinite(each).all()) for each in judged):
             raise DivergedError("what was merged leads to probabilities or values that are not finite")
 
     def _moment_scales(self) -> dict[str, Scale]:
@@ -550,9 +536,14 @@ class PPOLearner:
             raise UsageError("an update is under way; finish it or call abandon() first")
 
 
-def _flat(rows: npt.NDArray[np.generic]) -> torch.Tensor:
-    """``[T, N, ...]`` as a tensor ``[T * N, ...]``."""
-    return torch.from_numpy(rows.reshape(-1, *rows.shape[2:]))
+def _flat(rows: Floats) -> Floats:
+    """``[T, N, size]`` as ``[T * N, size]``."""
+    return rows.reshape(-1, rows.shape[2])
+
+
+def _by_column(actions: Actions) -> Actions:
+    """``[T, N]`` as ``[T * N]``, ``[T, N, size]`` as ``[size, T * N]``."""
+    return actions.ravel() if actions.ndim == 2 else actions.transpose(2, 0, 1).reshape(actions.shape[2], -1)
 
 
 def _check_merged(merged: Arrays, template: Arrays) -> None:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.training.algorithms.base import DivergedError
 from shoal.training.tasks import Task
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats
 
 Policy = Callable[[Floats, np.random.Generator], Actions]
 IsOver = Callable[[], bool]
@@ -45,6 +46,7 @@ class Rollout:
 
     Attributes:
         observations: ``[T + 1, N, observation_size]`` as the environments gave them; the last were not yet acted on.
+            This and all that follows are views of what a stream writes into when it collects again.
         actions: ``[T, N]`` or ``[T, N, size]``.
         rewards: ``[T, N]``.
         terminated: ``[T, N]``.
@@ -88,7 +90,17 @@ class Stream:
         self._episode_returns = np.zeros(num_envs)
         self._discounted = np.zeros(num_envs, np.float32)
         self._finals: list[Floats] = []
-        self._steps: list[tuple[Floats, Actions, Floats, npt.NDArray[np.bool_], npt.NDArray[np.bool_], Floats]] = []
+        self._length = 0
+        shown, acted = self._observations.shape, _shape_and_type(task.action_space)
+        empty = (0, num_envs)
+        self._columns: list[npt.NDArray[Any]] = [
+            np.empty((0, *shown), np.float32),
+            np.empty((*empty, *acted[0]), acted[1]),
+            np.empty(empty, np.float32),
+            np.empty(empty, np.bool_),
+            np.empty(empty, np.bool_),
+            np.empty(empty, np.float32),
+        ]
 
     def collect(self, num_steps: int, policy: Policy, is_over: IsOver = never) -> tuple[int, list[float]]:
         """Take at least ``num_steps`` steps, or fewer if ``is_over`` says so after a step of all environments.
@@ -97,27 +109,28 @@ class Stream:
             How many it took, and the returns of the episodes that ended.
         """
         vector_steps = -(-num_steps // self._num_envs)
+        observations, acts, rewards, terminated, truncated, discounted = self._room(vector_steps)
         before, finished = self.samples, list[float]()
-        for _ in range(vector_steps):
+        for index in range(self._length, self._length + vector_steps):
             actions = policy(self._observations, self.rng)
             if actions.dtype == np.float32 and not np.isfinite(actions).all():
                 raise DivergedError("the policy acts in numbers that are not finite; no environment is to blame for it")
             step = self._env.step(actions)
-            self._discounted = self._discounted * self._gamma + step.rewards
+            self._discounted *= self._gamma
+            self._discounted += step.rewards
             self._episode_returns += step.rewards
-            self._steps.append(
-                (self._observations, actions, step.rewards, step.terminated, step.truncated, self._discounted)
-            )
+            observations[index], acts[index], rewards[index] = self._observations, actions, step.rewards
+            terminated[index], truncated[index] = step.terminated, step.truncated
+            discounted[index] = self._discounted
             self._observations = step.observations
-            if step.final_observations:
-                self._discounted = self._discounted.copy()  # the list above holds this array
-                for index, observation in sorted(step.final_observations.items()):
-                    if index not in step.failed:
-                        finished.append(float(self._episode_returns[index]))
-                    self._episode_returns[index] = 0.0
-                    self._discounted[index] = 0.0
-                    if step.truncated[index]:
-                        self._finals.append(observation)
+            for ended, observation in sorted(step.final_observations.items()):
+                if ended not in step.failed:
+                    finished.append(float(self._episode_returns[ended]))
+                self._episode_returns[ended] = 0.0
+                self._discounted[ended] = 0.0
+                if step.truncated[ended]:
+                    self._finals.append(observation)
+            self._length = index + 1
             self.samples += self._num_envs
             if is_over():
                 break
@@ -129,18 +142,14 @@ class Stream:
         return self._observations
 
     def rollout(self) -> Rollout:
-        """All steps since the last update, of which there must be some."""
-        observations, actions, rewards, terminated, truncated, discounted = zip(*self._steps, strict=True)
+        """All steps since the last update."""
+        end = self._length
+        observations, *others = self._room(1)
+        observations[end] = self._observations
         size = self._observations.shape[1]
-        return Rollout(
-            np.stack([*observations, self._observations]),
-            np.stack(actions),
-            np.stack(rewards),
-            np.stack(terminated),
-            np.stack(truncated),
-            np.stack(discounted),
-            np.stack(self._finals) if self._finals else np.zeros((0, size), np.float32),
-        )
+        finals = np.stack(self._finals) if self._finals else np.zeros((0, size), np.float32)
+        actions, rewards, terminated, truncated, discounted = (column[:end] for column in others)
+        return Rollout(observations[: end + 1], actions, rewards, terminated, truncated, discounted, finals)
 
     def keep(self, log_probs: Floats) -> None:
         """The policy changes. Keep the steps that the present one made, and drop those of the one before it.
@@ -149,17 +158,29 @@ class Stream:
             log_probs: ``[T, N]`` of all actions since the last update, under the present policy.
         """
         old = 0 if self.kept_log_probs is None else len(self.kept_log_probs)
-        num_truncated = sum(int(truncated.sum()) for _, _, _, _, truncated, _ in self._steps[:old])
-        del self._steps[:old], self._finals[:num_truncated]
-        self.samples = len(self._steps) * self._num_envs
-        self.kept_log_probs = log_probs[old:].copy() if self._steps else None
+        *_, truncated, _ = self._columns
+        del self._finals[: int(truncated[:old].sum())]
+        for column in self._columns:
+            column[: self._length - old] = column[old : self._length]
+        self._length -= old
+        self.samples = self._length * self._num_envs
+        self.kept_log_probs = log_probs[old:].copy() if self._length else None
 
     def drop(self) -> None:
         """Forget the steps since the last update; running episodes go on."""
-        self._steps.clear()
         self._finals.clear()
         self.kept_log_probs = None
-        self.samples = 0
+        self._length = self.samples = 0
+
+    def _room(self, more: int) -> list[npt.NDArray[Any]]:
+        """The columns, with room for so many steps more and for what is shown after them."""
+        needed = self._length + more + 1
+        if needed > len(self._columns[0]):
+            for number, column in enumerate(self._columns):
+                grown = np.empty((needed, *column.shape[1:]), column.dtype)
+                grown[: self._length] = column[: self._length]
+                self._columns[number] = grown
+        return self._columns
 
     def shuffled(self, parts: int) -> list[npt.NDArray[np.int64]]:
         """The indices of the samples in random order, in ``parts`` parts whose sizes differ by one at most."""
@@ -182,13 +203,21 @@ def advantages(
     Returns:
         ``[T, N]`` float32.
     """
-    next_values = values[1:] * ~(rollout.terminated | rollout.truncated)
+    runs_on = ~(rollout.terminated | rollout.truncated)
+    next_values = values[1:] * runs_on
     next_values[rollout.truncated] = final_values
-    deltas = rewards + np.float32(gamma) * next_values - values[:-1]
-    decay = np.float32(gamma * gae_lambda) * ~(rollout.terminated | rollout.truncated)
-    result = np.empty_like(deltas)
-    running = np.zeros_like(deltas[0])
-    for step in range(len(deltas) - 1, -1, -1):
-        running = deltas[step] + decay[step] * running
-        result[step] = running
+    result: Floats = rewards + np.float32(gamma) * next_values - values[:-1]
+    decay: Floats = np.float32(gamma * gae_lambda) * runs_on
+    # Each is its own delta and the decayed next one, which is the same of the next: after k rounds each holds the sum
+    # of the next 2^k deltas. So a few passes over all, and none by step.
+    span = 1
+    while span < len(result):
+        result[:-span] += decay[:-span] * result[span:]
+        decay[:-span] *= decay[span:]
+        span *= 2
     return result
+
+
+def _shape_and_type(space: ActionSpace) -> tuple[tuple[int, ...], type[np.generic]]:
+    """Of one action."""
+    return ((), np.int64) if isinstance(space, Discrete) else ((space.size,), np.float32)

@@ -4,9 +4,9 @@ Two separate tanh networks with orthogonal initialisation (gain √2 in hidden l
 the value), as "The 37 Implementation Details of PPO" (Huang et al., ICLR blog track 2022) found to matter. Discrete
 actions have a categorical head; continuous ones a diagonal Gaussian with a state-independent log standard deviation.
 
-- All parameters are views of one float32 vector that torch and NumPy share, so that exchanging, clipping, stepping
-  and comparing them is one operation on one array, and autograd gives the gradient in the same form.
-- Acting runs in NumPy: for eight observations torch's overhead made it four times slower (27 µs against 7 µs).
+- All parameters are views of one float32 vector, and their gradient is another, so that exchanging, clipping, stepping
+  and comparing them is one operation on one array.
+- All of it runs in NumPy: torch took four times as long to act for eight observations; for learning see `passes`.
 - Initial values must be the same bits on every machine, and LAPACK's QR, which the usual orthogonal initialisation
   calls, promises no such thing. So they come from PCG64's raw integers through exactly rounded operations only, in a
   fixed order: sums of twelve uniforms in place of normals, and the modified Gram-Schmidt process.
@@ -21,21 +21,24 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.nn import functional
 
+from shoal.training.models.passes import Layers, Passes
 from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats
 
-_HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
+_CHUNK: Final = 512  # what two networks of 64 by 64 make of so many observations stays in a processor's cache
+_MAX_SIZES: Final = 8  # of batches, whose arrays are kept
+_TINY: Final = np.finfo(np.float32).tiny
 
 
 class ActorCritic:
     """The policy and value networks.
 
     Attributes:
-        flat: float32 ``[num_parameters]``, shared with torch: writing to it changes the networks.
+        flat: float32 ``[num_parameters]``: writing to it changes the networks.
         parameters: by name, views of ``flat``.
-        tensor: ``flat`` as the leaf that gradients are taken for.
+        layers: likewise, of both networks together.
+        gradient: float32 ``[num_parameters]``, what `Passes.backward` wrote last.
+        gradient_layers: of it, like ``layers``.
     """
 
     def __init__(
@@ -59,20 +62,23 @@ class ActorCritic:
                 values[f"{network}/{layer}/bias"] = np.zeros(fan_out)
         if isinstance(action_space, Continuous):
             values["actor/log_std"] = np.full(action_space.size, initial_log_std)
-        self._num_layers = len(hidden_sizes) + 1
-        self._sizes = [value.size for value in values.values()]
-        self._shapes = {name: value.shape for name, value in values.items()}
         self.flat: Floats = np.concatenate([value.ravel() for value in values.values()]).astype(np.float32)
-        self.tensor = torch.from_numpy(self.flat).requires_grad_()
-        ends = list(itertools.accumulate(self._sizes))
+        self.gradient: Floats = np.zeros_like(self.flat)
+        shapes = {name: value.shape for name, value in values.items()}
+        self.layers, self.gradient_layers = Layers(self.flat, shapes), Layers(self.gradient, shapes)
+        self._passes: dict[int, Passes] = {}
+        ends = list(itertools.accumulate(value.size for value in values.values()))
         self.parameters: dict[str, Floats] = {
             name: self.flat[end - value.size : end].reshape(value.shape)
             for (name, value), end in zip(values.items(), ends, strict=True)
         }
-        self._acting = [
-            (self.parameters[f"actor/{layer}/weight"].T, self.parameters[f"actor/{layer}/bias"])
-            for layer in range(self._num_layers)
-        ]
+        self._actor, self._critic = (
+            [
+                (self.parameters[f"{network}/{layer}/weight"].T, self.parameters[f"{network}/{layer}/bias"])
+                for layer in range(len(hidden_sizes) + 1)
+            ]
+            for network in ("actor", "critic")
+        )
 
     def act(self, observations: Floats, rng: np.random.Generator) -> Actions:
         """Sample actions.
@@ -84,10 +90,12 @@ class ActorCritic:
         Returns:
             ``[N]`` int64 for `Discrete`, ``[N, size]`` float32 for `Continuous`.
         """
-        outputs = self._actor(observations)
+        outputs = _through(self._actor, observations)
         if isinstance(self.action_space, Discrete):
             # The Gumbel-max trick: the argmax is distributed as the softmax.
-            noise = np.log(rng.standard_exponential(outputs.shape, np.float32))
+            noise = rng.standard_exponential(outputs.shape, np.float32)
+            np.maximum(noise, _TINY, out=noise)  # in float32 it is 0 now and then
+            np.log(noise, out=noise)
             chosen: npt.NDArray[np.int64] = np.argmax(outputs - noise, axis=1)
             return chosen
         noise = rng.standard_normal(outputs.shape, np.float32)
@@ -96,49 +104,50 @@ class ActorCritic:
 
     def act_greedily(self, observations: Floats) -> Actions:
         """The likeliest actions, as `act` would shape them."""
-        outputs = self._actor(observations)
+        outputs = _through(self._actor, observations)
         return np.argmax(outputs, axis=1) if isinstance(self.action_space, Discrete) else outputs
 
-    def evaluate(
-        self, observations: torch.Tensor, actions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Judge actions; differentiable in ``tensor``.
+    def passes(self, size: int) -> Passes:
+        """Forward and backward on batches of ``size`` observations, with arrays that serve again."""
+        if size not in self._passes:
+            if len(self._passes) >= _MAX_SIZES:
+                self._passes.clear()
+            self._passes[size] = Passes(self, size)
+        return self._passes[size]
+
+    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, Floats]:
+        """Judge actions.
+
+        Args:
+            observations: ``[S, observation_size]``.
+            actions: ``[S]``, or ``[size, S]`` of a continuous policy.
 
         Returns:
-            The log-probability of the actions, the policy's entropy and the observations' value, each ``[N]``.
+            The log-probabilities of the actions and the values of the observations, each ``[S]``.
         """
-        parts = self._parts()
-        values = self._forward("critic", parts, observations).squeeze(1)
-        outputs = self._forward("actor", parts, observations)
-        if isinstance(self.action_space, Discrete):
-            log_p = functional.log_softmax(outputs, dim=1)
-            return log_p.gather(1, actions[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1), values
-        log_std = parts["actor/log_std"]
-        distance = (actions - outputs) * torch.exp(-log_std)
-        log_prob = -(0.5 * distance.square() + log_std + _HALF_LOG_TAU).sum(1)
-        return log_prob, (log_std + 0.5 + _HALF_LOG_TAU).sum().expand(len(outputs)), values
+        log_probs, values = (np.empty(len(observations), np.float32) for _ in range(2))
+        for start in range(0, len(observations), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            passes = self.passes(len(log_probs[part]))
+            log_probs[part] = passes.judge(observations[part], actions[..., part])
+            values[part] = passes.values
+        return log_probs, values
 
-    def values(self, observations: torch.Tensor) -> torch.Tensor:
-        """The value ``[N]`` of observations ``[N, observation_size]``, differentiable in ``tensor``."""
-        return self._forward("critic", self._parts(), observations).squeeze(1)
+    def values(self, observations: Floats) -> Floats:
+        """The value ``[N]`` of a few observations ``[N, observation_size]``."""
+        return _through(self._critic, observations)[:, 0]
 
-    def _parts(self) -> dict[str, torch.Tensor]:
-        parts = torch.split(self.tensor, self._sizes)
-        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
-    def _forward(self, network: str, parts: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        for layer in range(self._num_layers):
-            if layer:
-                hidden = torch.tanh(hidden)
-            hidden = functional.linear(hidden, parts[f"{network}/{layer}/weight"], parts[f"{network}/{layer}/bias"])
-        return hidden
-
-    def _actor(self, hidden: Floats) -> Floats:
-        weight, bias = self._acting[0]
-        hidden = hidden @ weight + bias
-        for weight, bias in self._acting[1:]:
-            hidden = np.tanh(hidden) @ weight + bias
-        return hidden
+def _through(layers: Sequence[tuple[Floats, Floats]], hidden: Floats) -> Floats:
+    """What a network makes of observations: its weights ``[in, out]`` and biases."""
+    weight, bias = layers[0]
+    hidden = hidden @ weight
+    hidden += bias
+    for weight, bias in layers[1:]:
+        np.tanh(hidden, out=hidden)
+        hidden = hidden @ weight
+        hidden += bias
+    return hidden
 
 
 def _orthogonal(rows: int, columns: int, raw: np.random.PCG64) -> npt.NDArray[np.float64]:

@@ -1,0 +1,136 @@
+"""PPO's loss and its gradient, written out.
+
+With S samples, r the probability ratio of an action, A its advantage and R the return,
+
+    L = -mean(min(r A, clip(r, 1 ± clip_range) A)) + value_coefficient ½ mean((V - R)²) - entropy_coefficient mean(H)
+
+By the log-probability of an action this is -r A / S where r A is the smaller of the two, and 0 where the clipped one
+is: there nothing depends on r. At the edges themselves, where both are the same, the derivative is that from within, as
+autograd has it. By a value it is value_coefficient (V - R) / S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.training.algorithms.ppo_config import PPOConfig
+from shoal.training.exchange.averager import Moments
+from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.tasks.base import Actions, Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What an update or one step of it is made from.
+
+    Attributes:
+        observations: ``[S, observation_size]``, normalised.
+        actions: ``[S]``, or ``[size, S]`` of a continuous policy.
+        log_probs: ``[S]``, what the policy that acted gave to its actions.
+        advantages: ``[S]``.
+        returns: ``[S]``.
+    """
+
+    observations: Floats
+    actions: Actions
+    log_probs: Floats
+    advantages: Floats
+    returns: Floats
+
+    def __len__(self) -> int:
+        return len(self.log_probs)
+
+    def normalized(self, moments: Moments) -> Batch:
+        """With advantages of mean 0 and deviation 1, by the moments of those of all learners."""
+        normal = (self.advantages - np.float32(moments.mean)) / np.float32(float(moments.std) + 1e-8)
+        return Batch(self.observations, self.actions, self.log_probs, normal, self.returns)
+
+    def part(self, start: int, end: int) -> Batch:
+        """The samples from ``start`` to ``end``, as views."""
+        return Batch(
+            self.observations[start:end],
+            self.actions[..., start:end],
+            self.log_probs[start:end],
+            self.advantages[start:end],
+            self.returns[start:end],
+        )
+
+    def empty(self) -> Batch:
+        """Room for as many samples."""
+        return Batch(
+            np.empty_like(self.observations),
+            np.empty_like(self.actions),
+            *(np.empty_like(column) for column in (self.log_probs, self.advantages, self.returns)),
+        )
+
+    def reorder(self, order: npt.NDArray[np.int64], out: Batch) -> None:
+        """Put the samples into ``out`` in this order."""
+        for column, place in zip(self._columns(), out._columns(), strict=True):
+            axis = 0 if column is self.observations else -1
+            np.take(column, order, axis=axis, out=place, mode="clip")  # the default, "raise", goes by way of a copy
+
+    def _columns(self) -> tuple[Floats, Actions, Floats, Floats, Floats]:
+        return self.observations, self.actions, self.log_probs, self.advantages, self.returns
+
+
+class Measures:
+    """Weighted means of numbers by name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, values: Mapping[str, float], weight: float) -> None:
+        """Count these."""
+        for name, value in values.items():
+            total, weights = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = total + weight * value, weights + weight
+
+    def means(self) -> dict[str, float]:
+        """Of all that were counted."""
+        return {name: total / weights for name, (total, weights) in self._sums.items()}
+
+
+class ClippedLoss:
+    """The loss on minibatches of one size."""
+
+    def __init__(self, model: ActorCritic, config: PPOConfig, size: int) -> None:
+        self._passes, self._gradient = model.passes(size), model.gradient
+        self._config, self._size = config, size
+        rows = np.empty((8, size), np.float32)
+        self._log_ratios, self._ratios, self._clipped, self._own, self._held = rows[:5]
+        self._errors, self._d_log_probs, self._d_values = rows[5:]
+        self._is_held = np.empty(size, np.bool_)
+
+    def gradient(self, batch: Batch) -> Floats:
+        """``[num_parameters]``; overwritten by the next one of the same model, of whatever size."""
+        config, ratios, clipped = self._config, self._ratios, self._clipped
+        with np.errstate(all="ignore"):  # what is not finite is found when the update is done
+            log_probs = self._passes.judge(batch.observations, batch.actions)
+            np.subtract(log_probs, batch.log_probs, out=self._log_ratios)
+            np.exp(self._log_ratios, out=ratios)
+            np.maximum(ratios, 1 - config.clip_range, out=clipped)
+            np.minimum(clipped, 1 + config.clip_range, out=clipped)
+            np.multiply(ratios, batch.advantages, out=self._own)
+            np.multiply(clipped, batch.advantages, out=self._held)
+            np.greater(self._own, self._held, out=self._is_held)
+            np.multiply(self._own, -1 / self._size, out=self._d_log_probs)
+            np.copyto(self._d_log_probs, 0, where=self._is_held)
+            np.subtract(self._passes.values, batch.returns, out=self._errors)
+            np.multiply(self._errors, config.value_coefficient / self._size, out=self._d_values)
+            self._passes.backward(self._d_log_probs, self._d_values, -config.entropy_coefficient / self._size)
+        return self._gradient
+
+    def measures(self) -> dict[str, float]:
+        """What is worth knowing of the minibatch that `gradient` was given last, before anything is stepped by it."""
+        with np.errstate(all="ignore"):
+            return {
+                "policy_loss": -float(np.minimum(self._own, self._held).mean()),
+                "value_loss": 0.5 * float(np.square(self._errors).mean()),
+                "entropy": self._passes.entropy,
+                "approx_kl": float((self._ratios - 1 - self._log_ratios).mean()),
+                "clip_fraction": float((self._ratios != self._clipped).mean()),
+            }
