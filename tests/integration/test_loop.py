@@ -162,8 +162,8 @@ def test_what_a_node_and_one_loop_do_for_each_other(
     model = nn.Linear(3, 2)
     with Averager(model, create="x", every=100, profile=node.profile) as averager:
         assert averager.epoch == 1
-        assert "ALONE" in caplog.text
         assert trained(averager, model) == Averaged(2, 1)
+        assert "ALONE" in caplog.text
         assert averager.ticket.startswith("shoal1")
 
         with Client(node.config.paths, node.profile) as client:

@@ -46,6 +46,8 @@ MAX_RETRY_S: Final = 10.0
 REFUSED_S: Final = 3.0
 """How long a node that is there may refuse a loop that it had, until that is its last word."""
 END_S: Final = 2.0
+ALONE_AFTER: Final = 2
+"""Averages of one loop in a row; a single one is of whoever was ready first."""
 MAX_SHAPES: Final = 1000
 """Of a model with more tensors the shapes are not in the manifest; they are compared when a state is taken."""
 
@@ -112,7 +114,7 @@ class Averager:
             raise UsageError("how often and how it is averaged is the swarm's to say; give that together with create=")
         if swarm is not None and create is not None:
             raise UsageError("give the ticket or the name of a swarm, or create=, not both")
-        self.epoch = self.members = 0
+        self.epoch = self.members = self._num_of_one = 0
         self._tensors = Tensors(parameters)
         self._node = LocalNode(profile)
         if create is None:
@@ -174,10 +176,11 @@ class Averager:
             return None
         self.epoch = news.epoch
         if news.members:
-            if news.members == 1 and self.members != 1:
-                log.warning("this loop trains ALONE: nobody else took part in average %d of %s", news.epoch, self.swarm)
-            elif self.members == 1 and news.members > 1:
+            if news.members > 1 and self._num_of_one >= ALONE_AFTER:
                 log.warning("no longer alone: average %d of %s is of %d loops", news.epoch, self.swarm, news.members)
+            self._num_of_one = 0 if news.members > 1 else self._num_of_one + 1
+            if self._num_of_one == ALONE_AFTER:
+                log.warning("this loop trains ALONE: nobody else took part in average %d of %s", news.epoch, self.swarm)
             self.members = news.members
         return news
 

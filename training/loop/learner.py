@@ -62,7 +62,7 @@ class Averaged:
 
     Attributes:
         epoch: averages that the swarm has made up to this state.
-        members: of how many loops this is the average, this one among them; 0 if it was taken from others who made it
+        members: of how many loops this is the average; 0 if it was taken from others who made it
             without this loop.
     """
 
