@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from shoal.node.api.client import Client
 from shoal.node.profile import ProfilePaths, check_profile, default_home
 from shoal.protocol.errors import UsageError
+from shoal.protocol.profiles import profile_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,7 @@ OptionalSwarm = Annotated[
 
 def profile_paths(profile: str) -> ProfilePaths:
     """Where a profile keeps what, without making anything."""
-    return ProfilePaths(default_home() / "profiles" / check_profile(profile))
+    return ProfilePaths(profile_folder(default_home(), check_profile(profile)))
 
 
 def connect(profile: str) -> Client:

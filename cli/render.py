@@ -27,6 +27,8 @@ from shoal.node.api.schemas import (
 
 ENDED: Final = ("done", "failed", "left")
 """The phases after which nothing changes any more."""
+ENDLESS_STEPS: Final = 2**50
+"""After so many a run of people's own training loops ends: none of them will see it."""
 ALONE: Final = "bold black on yellow"
 SHORT_SWARM_CHARS: Final = 18  # all CIDs of manifests begin with the same 9
 SHORT_PEER_CHARS: Final = 8
@@ -216,6 +218,7 @@ def swarms(found: Sequence[SwarmSummary]) -> RenderableType:
 def swarm(detail: SwarmDetail) -> RenderableType:
     """Everything about one run that fits on a screen; the live view is this, again and again."""
     facts = Table.grid(padding=(0, 2))
+    is_endless = detail.max_env_steps >= ENDLESS_STEPS
     facts.add_row("phase", _phase(detail.phase), "epoch", f"[bold]{detail.epoch}[/]")
     facts.add_row(
         "return",
@@ -224,11 +227,14 @@ def swarm(detail: SwarmDetail) -> RenderableType:
         number(detail.training_return),
     )
     facts.add_row(
-        "env steps", f"{detail.env_steps:,} of {detail.max_env_steps:,}", "steps/s", f"{detail.steps_per_s:,.0f}"
+        *("env steps", f"{detail.env_steps:,}" + ("" if is_endless else f" of {detail.max_env_steps:,}")),
+        *("steps/s", f"{detail.steps_per_s:,.0f}"),
     )
     num_live = sum(member.live for member in detail.members)
     facts.add_row("members", f"{num_live} live of {len(detail.members)}", "elapsed", duration(detail.elapsed_s))
     parts: list[RenderableType] = [facts]
+    if detail.loop_socket is not None and detail.phase == "starting":
+        parts.append(Text("no training loop is attached at this node; docs/averager.md says how yours is", style="dim"))
     if detail.phase == "done" and detail.trained_alone:
         parts.append(alone_line("nobody but this node put anything into this run"))
     elif detail.alone and detail.phase not in ENDED:

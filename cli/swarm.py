@@ -27,7 +27,7 @@ from shoal.node.api.schemas import SwarmDetail
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoDaemonError, NoPeersError, ShoalError, UsageError
 from shoal.training.exchange.rules import Codec
-from shoal.training.manifest import Mode
+from shoal.training.manifest import LOOP_ALGORITHM, LOOP_SCHEME, Mode
 from shoal.training.ticket import Ticket
 
 swarm_app = typer.Typer(help="Training runs.", no_args_is_help=True)
@@ -46,8 +46,10 @@ RoleOption = Annotated[RoleChoice, typer.Option(help="What this node does in it.
 
 @swarm_app.command("create")
 def create(  # the options of one command; Typer wants them as arguments
-    task: Annotated[str, typer.Option(help="For a Gymnasium environment: gym:NAME.")],
-    algorithm: Annotated[str, typer.Option(help="How to learn it.")] = "ppo",
+    task: Annotated[
+        str, typer.Option(help="For a Gymnasium environment: gym:NAME. For training loops of your own: loop:NAME.")
+    ],
+    algorithm: Annotated[str | None, typer.Option(help="How to learn it. Default: ppo; of loops: average.")] = None,
     name: Annotated[str | None, typer.Option(help="For people; the run's real name is a CID.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="What peers exchange.")] = None,
     aggregator: Annotated[
@@ -91,6 +93,9 @@ def create(  # the options of one command; Typer wants them as arguments
         "seed": seed,
     }
     given = {key: value for key, value in chosen.items() if value is not None}
+    is_loop = task.startswith(f"{LOOP_SCHEME}:")
+    if algorithm is None:
+        algorithm = LOOP_ALGORITHM if is_loop else "ppo"
     try:
         request = CreateSwarm(
             task=task, algorithm=algorithm, hyperparameters=hyperparameters(setting or ()), role=role.value, **given
@@ -105,6 +110,8 @@ def create(  # the options of one command; Typer wants them as arguments
         out = console()
         out.print(f"swarm  {created.swarm}\n\nOthers join with:\n")
         out.print(f"shoal join {created.ticket}", soft_wrap=True, style="bold")
+        if is_loop:
+            out.print("\nAttach your training loop with: Averager(model)   (docs/averager.md)", markup=False)
         out.print(f"\nFollow it with: shoal watch {render.short_swarm(created.swarm)}")
 
 

@@ -17,6 +17,7 @@ from shoal.node.reach.settings import ReachConfig
 from shoal.node.traffic import MIN_BYTES_PER_S
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
+from shoal.protocol.profiles import profile_folder
 
 LISTEN_IPV4: Final = "/ip4/0.0.0.0/tcp/0"
 LISTEN_IPV6: Final = "/ip6/::/tcp/0"
@@ -94,7 +95,7 @@ class NodeConfig:
     @property
     def paths(self) -> ProfilePaths:
         """Where this profile keeps what."""
-        return ProfilePaths(self.home / "profiles" / self.profile)
+        return ProfilePaths(profile_folder(self.home, self.profile))
 
 
 def parse_relay_limits(texts: Sequence[str]) -> RelayLimits:

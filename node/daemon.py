@@ -501,6 +501,7 @@ class Node:
             curve=points,
             results=None if run.results is None else str(run.results),
             error=joined.error,
+            loop_socket=None if run.loop_socket is None else str(run.loop_socket),
             ticket=self._swarms.ticket(run.swarm),
             started_at=run.started_at,
             elapsed_s=round((run.ended_at or time.time()) - run.started_at, 3),

@@ -5,34 +5,14 @@ Apart from the rest of the settings, since whoever only asks a node needs nothin
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import platformdirs
 
 from shoal.node.store.files import check_own_file, make_own_folder
-from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import SwarmId
+from shoal.protocol.profiles import API_FILE, check_profile, default_home
 
-_PROFILE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-
-def default_home() -> Path:
-    """``$SHOAL_HOME``, or the platform's folder for applications' data.
-
-    Raises:
-        UsageError: if there is no such place.
-    """
-    try:
-        named = os.environ.get("SHOAL_HOME") or platformdirs.user_data_dir("shoal", appauthor=False)
-        home = Path(named).expanduser()
-    except RuntimeError as error:
-        nobody = "this user has no home (neither HOME nor an entry in /etc/passwd)"
-        raise UsageError(f"{nobody}; set SHOAL_HOME to a folder of its own") from error
-    return home.absolute()
+__all__ = ["ProfilePaths", "check_profile", "default_home"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +39,7 @@ class ProfilePaths:
     @property
     def api(self) -> Path:
         """JSON: how to reach the API of the node that runs."""
-        return self.root / "api.json"
+        return self.root / API_FILE
 
     @property
     def api_token(self) -> Path:
@@ -70,6 +50,10 @@ class ProfilePaths:
     def api_socket(self) -> Path:
         """The API's Unix socket, unless this path is too long for one."""
         return self.root / "api.sock"
+
+    def loop_socket(self, swarm: SwarmId) -> Path:
+        """Where training loops of the user attach to a swarm; in the swarm's own folder it would be too long a path."""
+        return self.root / f"loop-{swarm[-16:]}.sock"
 
     @property
     def log(self) -> Path:
@@ -89,16 +73,3 @@ class ProfilePaths:
         make_own_folder(self.root)
         for name in (self.identity, self.database, self.lock, self.api, self.api_token, self.log):
             check_own_file(name)
-
-
-def check_profile(name: str) -> str:
-    """Check a profile's name, which is also a folder's.
-
-    Raises:
-        UsageError: if it is not one.
-    """
-    if not _PROFILE.fullmatch(name):
-        raise UsageError(
-            f"{name[:80]!r} is not a profile name; use up to 64 letters, digits, '_', '.' and '-', no '.' or '-' first"
-        )
-    return name

@@ -92,6 +92,8 @@ class Ending:
 
     def made(self, policy: Policy) -> None:
         """This node made a policy, with whoever else did: one of them evaluates it, if it is time to."""
+        if self._manifest.is_loop:  # which does that itself, on what it likes
+            return
         self._must_evaluate = policy.epoch % self._manifest.eval_interval == 0 and self._evaluator(policy) == self._me
 
     def _evaluator(self, policy: Policy) -> PeerId:

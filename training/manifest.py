@@ -27,6 +27,12 @@ MAX_NAME_CHARS: Final = 80
 MAX_REQUIREMENTS: Final = 64
 MAX_VERSION: Final = 2**31 - 1
 MAX_BATCH: Final = 2**31
+LOOP_SCHEME: Final = "loop"
+"""Of the task of a run whose members bring training loops of their own (`training.loop`): ``loop:digits``."""
+LOOP_ALGORITHM: Final = "average"
+"""Theirs: what each made of the parameters is averaged, and how it did that is its own business."""
+LOOP_MAX_SAMPLES: Final = 2**50
+"""How long such a run goes on unless its manifest says otherwise: without end, as far as anybody can see."""
 
 
 class Mode(StrEnum):
@@ -104,6 +110,15 @@ class Manifest:
             raise UsageError(
                 f"task {self.task!r:.80} needs a scheme; for a Gymnasium environment write {'gym:' + self.task!r:.80}"
             )
+        if self.is_loop != (self.algorithm == LOOP_ALGORITHM):
+            raise UsageError(
+                f"the algorithm {LOOP_ALGORITHM!r} is for training loops of one's own, and for nothing else: take it "
+                f"together with a task such as {LOOP_SCHEME}:digits"
+            )
+        if self.is_loop and self.mode is Mode.GRADIENT:
+            raise UsageError("training loops average parameters, not gradients; take the mode local or diloco")
+        if self.is_loop and self.target_return is not None:
+            raise UsageError("a training loop has no return that Shoal could measure; leave the target return out")
         Aggregator.parse(self.aggregator)
         if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
             raise UsageError(f"batch size must be between 1 and {MAX_BATCH}, not {self.batch_size}")
@@ -128,6 +143,11 @@ class Manifest:
                 raise UsageError(f"the version of {name[:80]!r} must be between 0 and {MAX_VERSION}, not {version}")
         if self.version != 1:
             raise UsageError(f"this manifest is of version {self.version}; update Shoal to join it")
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether each member's learner is a training loop of its own, which attaches to its node."""
+        return self.task.partition(":")[0] == LOOP_SCHEME
 
     @property
     def batch(self) -> Batch:

@@ -58,6 +58,7 @@ class Progress:
     rejected: dict[PeerId, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     recent_returns: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
+    _still_s: float = 0.0
     _rate_since: float = 0.0
     _rate_steps: int = 0
     _said: Facts | None = None
@@ -86,9 +87,11 @@ class Progress:
         self.samples = event.total
         self.own_env_steps += event.samples
         self.recent_returns.extend(event.episode_returns)
-        if event.samples and event.seconds > 0:
-            speed = event.samples / event.seconds
+        self._still_s += event.seconds  # a slow step of a loop is longer than many a call
+        if event.samples and self._still_s > 0:
+            speed = event.samples / self._still_s
             self.speed = speed if self.speed == 0 else 0.8 * self.speed + 0.2 * speed
+            self._still_s = 0.0
         if not self._rate_since:
             self._rate_since = now - event.seconds
         self._rate_steps += event.samples

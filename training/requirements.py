@@ -5,6 +5,7 @@ one computes otherwise as well as an older one does. The names:
 
 ====================  ==============================================================================================
 ``exchange``          how members settle what is merged, and how it is merged: `EXCHANGE_VERSION`
+``loop``              what is averaged of members' own training loops, and how: `LOOP_VERSION`
 ``algorithm:<name>``  `Algorithm.version` of what is installed under this name
 ``task:<scheme>``     `Task.version` of what is installed for this scheme
 ====================  ==============================================================================================
@@ -27,6 +28,9 @@ from shoal.training.manifest import Manifest, Role
 EXCHANGE_VERSION: Final = 1
 """Raised with every change after which members of both versions could end a round with different bytes."""
 
+LOOP_VERSION: Final = 1
+"""Raised when `shoal.training.loop` would make other parameters of the same contributions."""
+
 _GROUPS: Final = {"algorithm": "shoal.algorithms", "task": "shoal.tasks"}
 
 
@@ -43,6 +47,11 @@ def requirements(algorithm: str, algorithm_version: int, task: str, task_version
     }
 
 
+def loop_requirements() -> dict[str, int]:
+    """The ``requires`` of a run of its members' own training loops: their code is nobody's business."""
+    return {"exchange": EXCHANGE_VERSION, "loop": LOOP_VERSION}
+
+
 def check_here(manifest: Manifest, role: Role) -> None:
     """Check what can be known without loading a task or an algorithm.
 
@@ -53,6 +62,8 @@ def check_here(manifest: Manifest, role: Role) -> None:
         kind, colon, rest = name.partition(":")
         if name == "exchange":
             _check_version(name, version, EXCHANGE_VERSION)
+        elif name == "loop":
+            _check_version(name, version, LOOP_VERSION)
         elif not colon or kind not in _GROUPS:
             raise UnmetError(f"this run needs {name[:80]!r}, which this Shoal does not know; update Shoal to join it")
         elif role is Role.LEARNER and rest not in entry_points(group=_GROUPS[kind]).names:

@@ -290,7 +290,9 @@ class Run:
         job, claim = self.jobs.gone(), self.ending.worker_gone()
         outputs.append(Note(reason))
         self.epoch.worker_gone(now, outputs)
-        # What ends a worker twice would end every one.
+        # What ends a worker twice would end every one; a loop of a person's own is ended by that person.
+        if self._manifest.is_loop:
+            job = None
         match job:
             case Merge():
                 if self.jobs.is_to_blame(job, is_own=True):

@@ -84,12 +84,16 @@ MAX_IDLE_EPOCHS: Final = 2**20
 class Worker:
     """One swarm's learner behind the worker's methods."""
 
-    def __init__(self, arena: Arena | None = None) -> None:
+    def __init__(
+        self, arena: Arena | None = None, make: Callable[[Open], tuple[Learner, Failures]] | None = None
+    ) -> None:
         """Hold no run.
 
         Args:
             arena: shared with the node; one that nobody shares, if None.
+            make: gives the learner of a run; that of what is installed, if None.
         """
+        self._make = make_installed if make is None else make
         self._arena = Arena.make() if arena is None else arena
         self._layout: Layout | None = None  # of what is large in the round under way
         self._learner: Learner | None = None
@@ -126,12 +130,7 @@ class Worker:
     def open(self, request: Open) -> StateAnswer:
         """Set up the run and give its initial state."""
         manifest = request.manifest
-        task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
-        check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
-        self._failures = task.failures
-        if request.folder:
-            self._failures.keep_in(Path(request.folder))
-        self._learner = algorithm.learner(manifest, task, peer=request.peer, life=request.life)
+        self._learner, self._failures = self._make(request)
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
@@ -333,6 +332,20 @@ class Worker:
             return descent.answer(policy, state=data)
         self._arena.view(Region.STATE, len(data))[:] = data
         return replace(descent.answer(policy), state_bytes=len(data))
+
+
+def make_installed(request: Open) -> tuple[Learner, Failures]:
+    """The learner of the task and the algorithm that are installed, and where it notes what fails in environments.
+
+    Raises:
+        UsageError: if they are not those that the run needs.
+    """
+    manifest = request.manifest
+    task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+    check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
+    if request.folder:
+        task.failures.keep_in(Path(request.folder))
+    return algorithm.learner(manifest, task, peer=request.peer, life=request.life), task.failures
 
 
 @dataclass(frozen=True, slots=True)

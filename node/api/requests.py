@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from shoal.node.api.schemas import Model, PeerName
 from shoal.training.exchange.rules import Codec
-from shoal.training.manifest import Manifest, Mode
+from shoal.training.manifest import LOOP_MAX_SAMPLES, LOOP_SCHEME, Manifest, Mode
 
 _MANIFEST_DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Manifest)}
 
@@ -128,10 +128,19 @@ class CreateSwarm(Asked):
     """None: the task's own threshold, where it has one."""
     eval_episodes: int = _MANIFEST_DEFAULTS["eval_episodes"]
     eval_interval: int = _MANIFEST_DEFAULTS["eval_interval"]
-    max_env_steps: int = _MANIFEST_DEFAULTS["max_env_steps"]
+    max_env_steps: int | None = None
+    """None: the manifest's default; without end, where members bring training loops of their own."""
     seed: int = _MANIFEST_DEFAULTS["seed"]
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     role: str = "auto"
+
+    @property
+    def most_env_steps(self) -> int:
+        """After how many steps of all together the run ends."""
+        if self.max_env_steps is not None:
+            return self.max_env_steps
+        default: int = _MANIFEST_DEFAULTS["max_env_steps"]
+        return LOOP_MAX_SAMPLES if self.task.startswith(f"{LOOP_SCHEME}:") else default
 
     @property
     def per_learner(self) -> int:

@@ -420,6 +420,8 @@ class SwarmDetail(SwarmSummary):
     curve: list[CurvePoint] = []
     results: str | None = None
     """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
+    loop_socket: str | None = None
+    """Where a training loop of this user attaches (`shoal.training.exchange.Averager`), if this swarm is of such."""
     ticket: str = ""
     started_at: float | None = None
     """Unix seconds."""

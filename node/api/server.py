@@ -16,9 +16,7 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import socket
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +31,8 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState, LifespanState
 
 from shoal.node.api.app import create_app, error_response
-from shoal.node.store.files import storage_error, write_private
+from shoal.node.store import sockets
+from shoal.node.store.files import write_private
 from shoal.protocol.errors import RefusedError, ShoalError
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOPBACK: Final = "127.0.0.1"
-MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path, less its zero byte; unix(7)
 MAX_CONNECTIONS: Final = 256
 MAX_REQUEST_BYTES: Final = 1024 * 1024
 _LOCAL_HOST: Final = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
@@ -80,8 +78,8 @@ async def serve_api(
         token = secrets.token_urlsafe(32)
         write_private(paths.api_token, token.encode())
         tcp = stack.enter_context(_listen_tcp(port))
-        path = _socket_path(paths, stack)
-        unix = stack.enter_context(_listen_unix(path))
+        path = sockets.place(paths.api_socket, stack)
+        unix = stack.enter_context(sockets.listen(path))
         stack.callback(path.unlink, missing_ok=True)
         address = ApiAddress(path, f"http://{LOOPBACK}:{tcp.getsockname()[1]}", paths.api_token)
         async with trio.open_nursery() as nursery:
@@ -111,32 +109,6 @@ def _listen_tcp(port: int) -> socket.socket:
         listener.close()
         raise ShoalError(f"the local API cannot use port {port}: {error.strerror}; choose another") from error
     return listener
-
-
-def _listen_unix(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.unlink(missing_ok=True)  # left by a node that was killed; we hold the profile's lock
-        listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen(64)
-    except OSError as error:
-        listener.close()
-        raise storage_error(path, error) from error
-    return listener
-
-
-def _socket_path(paths: ProfilePaths, stack: ExitStack) -> Path:
-    if len(os.fsencode(paths.api_socket)) <= MAX_SOCKET_PATH_BYTES:
-        return paths.api_socket
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    parent = runtime if runtime and Path(runtime).is_dir() and len(os.fsencode(runtime)) < 64 else "/tmp"  # noqa: S108  mkdtemp makes a private folder in it
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="shoal-", dir=parent))
-    except OSError as error:
-        raise storage_error(Path(parent), error) from error
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    return folder / "api.sock"
 
 
 async def _serve(

@@ -31,6 +31,7 @@ from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.exchanging import Exchanging
 from shoal.node.swarm.giving import Giving
 from shoal.node.swarm.holding import NoRoomError
+from shoal.node.swarm.loops import open_door
 from shoal.node.swarm.needs import Needs
 from shoal.node.swarm.records import Records, read_stored
 from shoal.node.swarm.reducing import Reductions
@@ -116,6 +117,7 @@ class Runner:
         error: what went wrong last, while it lasts.
         num_dropped: events that did not fit.
         giving: what members give each other directly.
+        loop_socket: where a training loop of the user attaches, while one may.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Runner:
         host: Host,
         reductions: Reductions,
         folder: Path,
+        loop_socket: Path,
         domain: Domain,
         *,
         is_new: bool = False,
@@ -142,6 +145,7 @@ class Runner:
         self.changed = Signal()
         self.error: str | None = None
         self.results: Path | None = None
+        self.loop_socket: Path | None = None
         self.num_dropped = 0
         self.started_at = time.time()
         self.ended_at: float | None = None
@@ -151,6 +155,7 @@ class Runner:
         self._storage = storage
         self._host = host
         self._folder = folder
+        self._wanted_socket = loop_socket
         self._domain = domain
         self._fetches: Domain | None = None
         self._queue: deque[events.Event] = deque()
@@ -241,7 +246,9 @@ class Runner:
                 nursery.start_soon(self._process)
                 nursery.start_soon(self._keep_time)
                 nursery.start_soon(self._records.write)
-                if self.role is Role.LEARNER:
+                if self.role is Role.LEARNER and self.manifest.is_loop:
+                    await self._work_by_loops(task_status)
+                elif self.role is Role.LEARNER:
                     await self._work(nursery, task_status)
                 else:
                     task_status.started()
@@ -477,6 +484,30 @@ class Runner:
             self.post(events.WorkerGone(f"{self.error}; next try in {wait_s:.1f} s"))
             await trio.sleep(wait_s)
 
+    async def _work_by_loops(self, task_status: TaskStatus[None]) -> None:
+        """Have a training loop of the user do the jobs; when it goes, wait for the next."""
+
+        def on_gone() -> None:
+            self._job_arrived.set()
+
+        async with open_door(self._wanted_socket) as door:
+            self.loop_socket = door.path
+            task_status.started()
+            try:
+                while True:
+                    reason = "the training loop has gone"
+                    async with door.next_loop(self._me, on_gone) as (loop, arena):
+                        self._arena, self._large = arena, ()
+                        try:
+                            self.post(await self._open(loop))
+                            await self._do_jobs(loop)
+                        except (RemoteError, ShoalError) as error:
+                            reason = f"the training loop has gone: {error}"
+                    self._jobs.clear()
+                    self.post(events.WorkerGone(f"{reason}; another may attach"))
+            finally:
+                self.loop_socket = None
+
     @asynccontextmanager
     async def _worker(self, nursery: trio.Nursery) -> AsyncIterator[Channel]:
         self._arena, self._large = Arena.make(), ()
@@ -537,6 +568,8 @@ class Runner:
     async def _do_jobs(self, worker: Channel) -> None:
         while True:
             if not self._jobs:
+                if not worker.is_open:
+                    raise RemoteError(Status.UNAVAILABLE, "it has ended")
                 self._job_arrived = trio.Event()
                 await self._job_arrived.wait()
                 continue

@@ -44,8 +44,8 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signer
-from shoal.training.manifest import Manifest, Role, open_manifest, sign_manifest
-from shoal.training.requirements import check_here
+from shoal.training.manifest import LOOP_SCHEME, Manifest, Role, open_manifest, sign_manifest
+from shoal.training.requirements import check_here, loop_requirements
 from shoal.training.statements import TOPIC_RULES, Phase
 from shoal.training.ticket import Ticket, in_turns
 
@@ -139,7 +139,8 @@ class Swarms:
         Raises:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
-        role = self._role(request.role)
+        is_loop = request.task.partition(":")[0] == LOOP_SCHEME
+        role = self._role(request.role, is_loop=is_loop)
         asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
@@ -155,11 +156,14 @@ class Swarms:
             target_return=request.target_return,
             eval_episodes=request.eval_episodes,
             eval_interval=request.eval_interval,
-            max_env_steps=request.max_env_steps,
+            max_env_steps=request.most_env_steps,
             name=request.name or "",
             created_at=int(time.time()),
         )
-        target_return, requires = await self._check_task(request.task, request.algorithm)
+        if is_loop:
+            target_return, requires = None, loop_requirements()
+        else:
+            target_return, requires = await self._check_task(request.task, request.algorithm)
         if request.target_return is not None:
             target_return = request.target_return
         manifest = replace(asked, target_return=target_return, requires=requires)
@@ -181,11 +185,11 @@ class Swarms:
             NoPeersError: if no member can be reached.
             UsageError: if this node cannot take part in this run.
         """
-        role = self._role(role_name)
+        self._role(role_name, is_loop=True)  # whatever it is a run of, there must be such a role
         async with self._alone_in(ticket.swarm):
-            return await self._join(ticket, role)
+            return await self._join(ticket, role_name)
 
-    async def _join(self, ticket: Ticket, role: Role) -> tuple[SwarmId, Role]:
+    async def _join(self, ticket: Ticket, role_name: str) -> tuple[SwarmId, Role]:
         known = self.joined.get(ticket.swarm)
         if known is not None and known.failure is None:
             known.replica.look_for(ticket.addresses)
@@ -194,6 +198,7 @@ class Swarms:
         stored = next((entry for entry in held if entry.swarm == ticket.swarm), None)
         peers = await self._reach(ticket, must=stored is None)
         data = stored.manifest if stored is not None else await self._fetch_manifest(ticket.swarm, peers)
+        role = self._role(role_name, is_loop=open_manifest(ticket.swarm, data).is_loop)
         if known is not None:
             known.home.cancel()
             await known.home.wait_gone()
@@ -252,14 +257,15 @@ class Swarms:
         async with lock:
             yield
 
-    def _role(self, name: str) -> Role:
+    def _role(self, name: str, *, is_loop: bool) -> Role:
+        """The role that is meant; a training loop of the user brings with it what it needs."""
         if name == "auto":
-            return Role.LEARNER if can_train() else Role.STORAGE
+            return Role.LEARNER if is_loop or can_train() else Role.STORAGE
         try:
             role = Role(name)
         except ValueError as error:
             raise UsageError(f"there is no role {name[:40]!r}; take auto, {', '.join(Role)}") from error
-        if role is Role.LEARNER:
+        if role is Role.LEARNER and not is_loop:
             require_training()
         return role
 
@@ -365,10 +371,10 @@ class Swarms:
             domain.start_soon("noting an incarnation", self._note_incarnation, number, policy=Policy.DROP)
 
         replica.on_outdone = outdone
-        folder = self._paths.swarm(swarm)
+        folder, loop_socket = self._paths.swarm(swarm), self._paths.loop_socket(swarm)
         run = Runner(
             *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, self.reductions),
-            *(folder, domain),
+            *(folder, loop_socket, domain),
             is_new=swarm in self._created,
         )
         replica.changed = run.changed = self.changed

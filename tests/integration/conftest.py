@@ -22,7 +22,19 @@ from shoal.node.lock import lock_holder
 
 SHARE = os.environ.pop("SHOAL_TEST_SHARE", None)
 """A folder in which several runs of these tests tell each other which files they have taken; none inherits it."""
-LONG = ("coming_back", "links", "demo", "lan", "bad_environments", "hostile", "lives_on", "swarm", "reach", "portmap")
+LONG = (
+    "coming_back",
+    "links",
+    "demo",
+    "lan",
+    "bad_environments",
+    "hostile",
+    "lives_on",
+    "loop",
+    "swarm",
+    "reach",
+    "portmap",
+)
 """Files that take long: they are begun first, so that all who share end at about the same time. No more than a hint."""
 SHOAL = [sys.executable, "-m", "shoal.cli.main"]
 END_S = 30.0

@@ -20,6 +20,16 @@ AGGREGATORS = [Aggregator(rule, mixes, clips) for rule in Rule for mixes in (Fal
 ALICE, BOB, CAROL = (PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2, 3))
 
 
+def test_what_is_not_merged_is_as_the_first_author_has_it() -> None:
+    offered = [
+        Contribution(author, weight, {"first/start": np.full(3, weight, np.float32)})
+        for author, weight in zip((ALICE, BOB, CAROL), (1.0, 1000.0, 10.0), strict=True)
+    ]
+    first = min(offered, key=lambda each: each.author)
+    for rule in (Aggregator(), Aggregator(Rule.MEDIAN, mixes=True)):
+        np.testing.assert_array_equal(merge(reversed(offered), rule)["first/start"], first.arrays["first/start"])
+
+
 def contributions(seed: int, peers: int) -> list[Contribution]:
     rng = np.random.default_rng(seed)
     result = []

@@ -23,6 +23,7 @@ from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import SwarmId
 from shoal.protocol.signing import Signer
 from shoal.training.keeper import descendants
+from shoal.training.manifest import LOOP_MAX_SAMPLES
 
 ME, OTHER = (Signer(bytes([seed]) * 32).peer_id for seed in (1, 2))
 SWARM = SwarmId.of_manifest(b"one")
@@ -175,6 +176,19 @@ def printed(what: object, width: int = 80) -> str:
     with console.file:
         console.print(what)
         return console.export_text()
+
+
+def test_a_run_that_waits_for_a_training_loop_says_so() -> None:
+    waiting = {"loop_socket": "/x/loop.sock", "phase": "starting"}
+    assert "no training loop is attached" in printed(render.swarm(detail().model_copy(update=waiting)))
+    attached = waiting | {"phase": "collecting"}
+    assert "no training loop" not in printed(render.swarm(detail().model_copy(update=attached)))
+
+
+def test_a_run_without_end_does_not_name_one() -> None:
+    assert render.ENDLESS_STEPS == LOOP_MAX_SAMPLES
+    assert "of 1,0" in printed(render.swarm(detail().model_copy(update={"max_env_steps": 1000})))
+    assert "of 1,1" not in printed(render.swarm(detail().model_copy(update={"max_env_steps": LOOP_MAX_SAMPLES})))
 
 
 def test_the_view_of_a_run_fits_into_80_columns_and_shows_what_matters() -> None:

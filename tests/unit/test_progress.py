@@ -6,6 +6,7 @@ import pytest
 
 from shoal.training.manifest import Role
 from shoal.training.progress import FACTS_GAP_S, FACTS_PEERS, FEW, Progress
+from shoal.training.run_events import Collected
 from shoal.training.statements import Facts, Phase
 
 
@@ -51,3 +52,12 @@ def test_the_others_are_told_at_once_that_an_update_begins_and_not_that_what_was
     assert tell(progress, 5, 0.1 + FACTS_GAP_S) is not None
     progress.phase = Phase.UPDATING
     assert tell(progress, 5, 0.2 + FACTS_GAP_S) is None
+
+
+def test_a_step_that_is_longer_than_a_call_is_as_slow_as_it_is() -> None:
+    progress = Progress()
+    for _ in range(19):
+        progress.collected(Collected(0, 0, 0.25), 1.0)
+    assert progress.speed == 0.0
+    progress.collected(Collected(32, 32, 0.25), 1.0)
+    assert progress.speed == 32 / 5.0

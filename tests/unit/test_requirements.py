@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from shoal.protocol.ids import PeerId
 from shoal.training import requirements as module
 from shoal.training.algorithms import load_algorithm
 from shoal.training.manifest import Manifest, Role
-from shoal.training.requirements import EXCHANGE_VERSION, UnmetError, check_here, check_loaded, requirements
+from shoal.training.requirements import (
+    EXCHANGE_VERSION,
+    LOOP_VERSION,
+    UnmetError,
+    check_here,
+    check_loaded,
+    loop_requirements,
+    requirements,
+)
 from shoal.training.tasks import load_task
 from shoal.training.worker import Worker
 from shoal.training.worker_calls import Open
@@ -40,6 +49,15 @@ def test_who_starts_a_run_can_join_it() -> None:
         check_here(manifest, role)
     check_loaded(manifest, needed)
     assert Worker().open(Open(manifest, ALICE)).epoch == 0
+
+
+def test_a_run_of_own_loops_needs_nothing_that_is_installed_but_the_way_to_average_them() -> None:
+    manifest = Manifest(owner=ALICE, task="loop:x", algorithm="average", requires=loop_requirements())
+    check_here(manifest, Role.LEARNER)
+    check_loaded(manifest, loop_requirements())
+    newer = replace(manifest, requires=loop_requirements() | {"loop": LOOP_VERSION + 1})
+    with pytest.raises(UnmetError, match="update Shoal to join it"):
+        check_here(newer, Role.STORAGE)
 
 
 def check_by_a_process(algorithm: str) -> dict[str, object]:

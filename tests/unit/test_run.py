@@ -142,7 +142,7 @@ def test_collecting_is_done_in_pieces_so_that_it_shows_however_slow_a_step_is() 
     """Item 7: a node whose environment takes 1.4 s a step showed 0 samples for five minutes."""
     node = Node()
     node.give(events.Opened(INITIAL))
-    told = of(events.Say, node.collect(1, seconds=1.4))
+    told = of(events.Say, node.collect(1, seconds=2.4))
     assert node.run.progress.samples == 1
     assert any(isinstance(each.statement, Facts) and each.statement.samples == 1 for each in told)
 
@@ -326,6 +326,25 @@ def test_an_own_policy_that_ends_every_worker_is_given_up() -> None:
         node.give(events.WorkerGone("overflow"))
     assert of(events.Collect, node.give(events.Opened(INITIAL)))
     assert node.run.policy == INITIAL
+
+
+LOOPS = replace(MANIFEST, task="loop:x", algorithm="average", target_return=None, eval_interval=1)
+
+
+def test_a_persons_own_loop_that_ends_over_and_over_costs_no_policy() -> None:
+    node = Node(manifest=LOOPS).holding(SHARED)
+    for _ in range(3 * MAX_ENDED):
+        node.give(events.WorkerGone("Ctrl-C"))
+        assert of(events.Load, node.give(events.Opened(INITIAL)))[0].result == SHARED.result
+    assert node.run.policy == SHARED
+
+
+def test_a_persons_own_loop_is_never_asked_to_evaluate() -> None:
+    for manifest, is_asked in ((LOOPS, False), (replace(MANIFEST, eval_interval=1), True)):
+        node = Node(manifest=manifest)
+        node.give(events.Opened(INITIAL))
+        node.collect(BATCH)
+        assert bool(of(events.Evaluate, node.give(events.Updated(policy_after(INITIAL, ME))))) is is_asked
 
 
 def test_a_task_that_does_not_work_here_is_told_to_the_others_and_nothing_more_is_done() -> None:

@@ -67,6 +67,7 @@ TORCH_FOLDERS = ("shoal.training.tasks", "shoal.training.algorithms", "shoal.tra
 WORKER_SHELLS = (
     *("shoal.training.worker", "shoal.training.keeper", "shoal.training.watch"),
     *("shoal.training.tasks.failures", "shoal.training.tasks.__main__"),
+    *("shoal.training.loop.averager", "shoal.training.loop.gate", "shoal.training.loop.node"),
 )
 
 LOOPS_AND_WIRES = (
@@ -408,6 +409,8 @@ NURSERIES = {
     "shoal.node.reach.reach._keep_telling": "one round of introductions",
     "shoal.node.swarm.content._carry_out": "one fetch",
     "shoal.node.swarm.content._fly": "one fetch",
+    "shoal.node.swarm.loops.next_loop": "one loop of the user, and the run goes on with the next",
+    "shoal.node.swarm.loops.open_door": "where loops attach to a run, which is a task as a whole",
     "shoal.node.swarm.lookup.look_up": "one question of a person",
     "shoal.node.swarm.reduce_bench._raw": "one measurement that somebody asked for",
     "shoal.node.swarm.reducing._do": "one all-reduce: what fails in a part of it fails it",

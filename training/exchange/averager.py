@@ -6,6 +6,7 @@ The first segment of an array's name says how it merges:
 ``mean/<name>``             weighted mean, or what another rule makes of them
 ``nonneg/<name>``           the same of what can't be negative, such as Adam's second moment
 ``sum/<name>``              sum
+``first/<name>``            not merged: as the contribution has it whose author comes first
 ``moments/<name>/count``    how many samples were seen (a scalar, all three float64), with
 ``moments/<name>/mean``     their mean and
 ``moments/<name>/m2``       the sum of their squared distances from it: what the joint samples would have given
@@ -55,6 +56,7 @@ _DTYPES: Final = {
     "mean": _FLOATS,
     "nonneg": _FLOATS,
     "sum": (*_FLOATS, np.dtype(np.int64)),
+    "first": _FLOATS,
     "moments": (np.dtype(np.float64),),
 }
 _MOMENT_PARTS: Final = ("count", "mean", "m2")
@@ -207,6 +209,8 @@ def merge(
                 merged[name] = aggregate(rows, weights, aggregator, liars, centre=centre).reshape(columns[0].shape)
             case "sum":
                 merged[name] = _sum(_held(columns, liars))
+            case "first":
+                merged[name] = columns[0].copy()
             case "moments" if name.endswith("/count"):
                 subject = name.removeprefix("moments/").removesuffix("/count")
                 moments, *others = _held_moments([Moments.from_arrays(each.arrays, subject) for each in ordered], liars)

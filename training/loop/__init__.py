@@ -1,0 +1,1 @@
+"""Training loops that people write themselves, averaged by a swarm: `shoal.training.exchange.Averager`."""
