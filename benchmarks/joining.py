@@ -5,7 +5,7 @@ each collects what a learner collects, and what they want averaged is merged as 
 epoch of several takes as long as one of a single learner, but for the exchange; so the epochs to the threshold are the
 time to it. `make scale` measures that time, with nodes and links.
 
-The threshold is passed at the first epoch at which the mean return of the last 20 training episodes, of all learners,
+The threshold is passed at the first epoch at which the mean return of the last 100 training episodes, of all learners,
 reaches it. Who has not passed after the limit counts with the limit, so the true ratio is at most as far from 1.
 
     python benchmarks/joining.py [--learners 1,2,4,8] [--tasks gym:LunarLander-v3] [--seeds 3] [--epochs 150]
@@ -42,7 +42,7 @@ THRESHOLDS: Final = {
     "gym:CartPole-v1": 450.0,
     "gym:Acrobot-v1": -100.0,
 }
-WINDOW: Final = 20
+WINDOW: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
