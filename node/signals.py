@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import trio
 
 
@@ -12,7 +14,7 @@ def about(seconds: float) -> float:
     What is shorter than a second is taken as it is.
     """
     at = trio.current_time() + seconds
-    return at if seconds < 1 else float(round(at))
+    return at if seconds < 1 or math.isinf(at) else float(round(at))
 
 
 class Signal:
