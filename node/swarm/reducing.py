@@ -387,26 +387,32 @@ class _Reduction:
             self._do(self._core.start(trio.current_time()), nursery)
             while self._digest is None:
                 await self._step(nursery)
-            everybody = trio.Event()
+            everybody, told = trio.Event(), trio.Event()
             self._look_into_one(self._digest, nursery)
-            nursery.start_soon(self._go_on, nursery, everybody)
+            nursery.start_soon(self._go_on, nursery, everybody, told)
             yield ReduceResult(self._result, self._digest, self._done_s, dict(self._core.outcomes), self._longest_gap_s)
             with trio.move_on_after(linger_s):
                 await everybody.wait()
+                await told.wait()  # else they would wait for this node
             nursery.cancel_scope.cancel()
 
-    async def _go_on(self, nursery: trio.Nursery, everybody: trio.Event) -> None:
+    async def _go_on(self, nursery: trio.Nursery, everybody: trio.Event, told: trio.Event) -> None:
         """Answer the others, until all have everything and have looked into what they want to."""
         is_told = False
         while True:
             if not is_told and not self._num_auditing:
                 is_told = True
-                for peer in self._others:
-                    if peer not in self._left:
-                        nursery.start_soon(_tell, self._links, peer, ReduceEnded(self._key))
+                nursery.start_soon(self._tell_ended, told)
             if is_told and all(other.has_ended or peer in self._left for peer, other in self._others.items()):
                 everybody.set()
             await self._step(nursery)
+
+    async def _tell_ended(self, told: trio.Event) -> None:
+        async with trio.open_nursery() as nursery:
+            for peer in self._others:
+                if peer not in self._left:
+                    nursery.start_soon(_tell, self._links, peer, ReduceEnded(self._key))
+        told.set()
 
     async def _step(self, nursery: trio.Nursery) -> None:
         if not self._events:

@@ -417,6 +417,7 @@ NURSERIES = {
     "shoal.node.swarm.reducing._ask": "one question of an all-reduce to its members",
     "shoal.node.swarm.reducing.run": "one all-reduce, as above",
     "shoal.node.swarm.reducing._go_on": "one all-reduce, as above",
+    "shoal.node.swarm.reducing._tell_ended": "one all-reduce, as above",
     "shoal.node.swarm.reducing._audit_soon": "one all-reduce, as above",
     "shoal.node.swarm.reducing._audit": "one all-reduce, as above",
     "shoal.node.swarm.exchanging.reduced": "one all-reduce, as above: its members are connected to",
