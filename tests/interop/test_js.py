@@ -215,6 +215,6 @@ async def test_js_and_a_node_are_reached_by_js_through_a_node_that_relays(tmp_pa
             circuit = f"{address}/p2p-circuit/p2p/{far['peer_id']}"
             while circuit not in (await shoal(tmp_path / "far", "status"))["addresses"]:  # noqa: ASYNC110  as above
                 await trio.sleep(0.2)
-            assert (await near.ask("dial", address=circuit))["limited"]
+            await near.ask("dial", address=circuit)  # and if the DHT has told it a shorter way, it takes that
             assert RPC_PROTOCOL in (await near.ask("identified", peer=far["peer_id"]))["protocols"]
             await near.ask("ping", address=circuit)
