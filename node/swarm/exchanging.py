@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence, Set
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +18,7 @@ import trio
 from shoal.node.swarm.reducing import KEY_BYTES, Commitments, Reductions
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.training.arena import Arena, Region
-from shoal.training.exchange.allreduce import Member, Outcome
+from shoal.training.exchange.allreduce import Member
 from shoal.training.exchange.audits import SignedOutcome
 from shoal.training.exchange.ballots import Ballot
 from shoal.training.exchange.rules import Aggregator
@@ -128,9 +128,9 @@ class Exchanging:
             linger_s=LINGER_S,
         ) as result:
             self._gaps.append(result.longest_gap_s)
-            given = _num_given(result.outcomes.values())
+            given = Counter(author for outcome in result.outcomes.values() for author in outcome.authors)
             absent = tuple(
-                signed.author for signed in ballot.offers if given.get(signed.author, 0) < PRESENT * layout.num_parts
+                signed.author for signed in ballot.offers if given[signed.author] < PRESENT * layout.num_parts
             )
             log.info(
                 "swarm %s: %.1f MB of each of %d in %.2f s",
@@ -144,12 +144,3 @@ class Exchanging:
 
         segments = tuple(Segment(each.name, each.numel, TensorCodec(each.codec), each.bound) for each in arrays)
         return Layout(segments, self._aggregator)
-
-
-def _num_given(outcomes: Iterable[Outcome]) -> dict[PeerId, int]:
-    """In how many parts each member's is."""
-    found: dict[PeerId, int] = {}
-    for outcome in outcomes:
-        for author in outcome.authors:
-            found[author] = found.get(author, 0) + 1
-    return found

@@ -75,7 +75,8 @@ async def bench_reduce(
     into = memoryview(bytearray(spans.num_bytes))
     for number in range(rounds + 1):
         key = _key(name, f"{number}")
-        results.append(await reductions.reduce(key, members, spans, offered, into=into, patience_s=PATIENCE_S))
+        async with reductions.reducing(key, members, spans, offered, into=into, patience_s=PATIENCE_S) as result:
+            results.append(result)
 
     def error(result: ReduceResult) -> float:
         """From the mean of those whose parts are in it."""

@@ -148,21 +148,6 @@ class Reductions(ExchangeService):
             async with reduction.run(linger_s) as result:
                 yield result
 
-    async def reduce(
-        self,
-        key: bytes,
-        members: Sequence[core.Member],
-        parts: Parts,
-        offered: memoryview,
-        *,
-        into: memoryview,
-        patience_s: float,
-    ) -> ReduceResult:
-        """As `reducing`; returns when everybody has it."""
-        async with self.reducing(key, members, parts, offered, into=into, patience_s=patience_s) as result:
-            pass
-        return result
-
     @asynccontextmanager
     async def meeting(
         self, key: bytes, others: Sequence[PeerId], offered: memoryview
