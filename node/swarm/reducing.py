@@ -206,8 +206,11 @@ class Reductions(ExchangeService):
         return Empty()
 
     async def lie(self, request: LieFound) -> Empty:
-        """A member says that an owner lied."""
+        """A member says that an owner lied; answered once that was looked into, as the parts are there until then."""
         self._to(request.said.key, request)
+        running = self._running.get(request.said.key)
+        if isinstance(running, _Reduction):
+            await running.looked_into(request.said)
         return Empty()
 
     async def ended(self, request: ReduceEnded) -> Empty:
@@ -301,6 +304,7 @@ class _Reduction:
         self._fetching: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
         self._said: dict[tuple[int, PeerId], SignedOutcome] = {}
         self._num_audits = self._num_auditing = 0
+        self._looked: dict[tuple[int, PeerId], trio.Event] = {}  # by what was to be looked into
         self._accused: set[PeerId] = set()
         self._events: deque[core.Event | SignedOutcome] = deque()
         self._arrived = trio.Event()
@@ -326,12 +330,20 @@ class _Reduction:
             case LieFound(said):
                 if self._knows(said):
                     self._said.setdefault((said.part, said.owner), said)
+                    self._looked.setdefault((said.part, said.owner), trio.Event())
                     self._post(said)
             case ReduceEnded():
                 other.has_ended = True
                 self._arrived.set()
             case _:
                 pass
+
+    async def looked_into(self, said: SignedOutcome) -> None:
+        """Wait until an accusation that was heard is looked into, for as long as a call takes."""
+        looked = self._looked.get((said.part, said.owner))
+        if looked is not None:
+            with trio.move_on_after(CALL_S):
+                await looked.wait()
 
     def asked(self, peer: PeerId, request: PartAsked) -> PartHeld:
         """Whether this node holds what came of a part."""
@@ -388,7 +400,12 @@ class _Reduction:
             if not is_told and not self._num_auditing:
                 is_told = True
                 nursery.start_soon(self._tell_ended, told)
-            if is_told and all(other.has_ended or peer in self._left for peer, other in self._others.items()):
+            is_looking = self._num_auditing > 0 or bool(self._events)
+            if (
+                is_told
+                and not is_looking
+                and all(other.has_ended or peer in self._left for peer, other in self._others.items())
+            ):
                 everybody.set()
             await self._step(nursery)
 
@@ -552,9 +569,11 @@ class _Reduction:
         if self._commitments is not None and said.owner not in self._accused and self._num_audits < MAX_AUDITS:
             self._num_audits += 1
             self._num_auditing += 1
-            nursery.start_soon(self._audit, said, self._commitments, nursery)
+            nursery.start_soon(self._audit, said, self._commitments)
+        elif (said.part, said.owner) in self._looked:
+            self._looked[said.part, said.owner].set()
 
-    async def _audit(self, said: SignedOutcome, commitments: Commitments, nursery: trio.Nursery) -> None:
+    async def _audit(self, said: SignedOutcome, commitments: Commitments) -> None:
         """Do a part over; if something else comes of it than was signed, its owner lied."""
         try:
             given: dict[PeerId, memoryview] = {}
@@ -570,9 +589,12 @@ class _Reduction:
             if said.owner not in self._accused:
                 self._accused.add(said.owner)
                 commitments.on_lie(said)
-                for peer in self._others:
-                    if peer != said.owner:
-                        nursery.start_soon(_tell, self._links, peer, LieFound(said))
+                async with trio.open_nursery() as telling:  # before they hear that this node has ended, and go
+                    for peer in self._others:
+                        if peer != said.owner:
+                            telling.start_soon(_tell, self._links, peer, LieFound(said))
         finally:
             self._num_auditing -= 1
+            if (said.part, said.owner) in self._looked:
+                self._looked[said.part, said.owner].set()
             self._arrived.set()

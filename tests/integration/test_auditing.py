@@ -74,10 +74,17 @@ async def members(count: int = MEMBERS) -> AsyncIterator[list[One]]:
             yield found
 
 
-async def reduce(found: list[One], number: int) -> dict[PeerId, ReduceResult]:
-    """One all-reduce of all of them."""
+def signed_by(found: list[One]) -> dict[PeerId, tuple[bytes, ...]]:
+    """The hashes of the parts that each offers."""
+    return {one.peer: hashes_of(LAYOUT.num_parts, LAYOUT.hashes(one.offered)) or () for one in found}
+
+
+async def reduce(
+    found: list[One], number: int, signed: dict[PeerId, tuple[bytes, ...]] | None = None
+) -> dict[PeerId, ReduceResult]:
+    """One all-reduce of all of them; ``signed``: of what they offer, if that is something else."""
     results: dict[PeerId, ReduceResult] = {}
-    hashes = {one.peer: hashes_of(LAYOUT.num_parts, LAYOUT.hashes(one.offered)) or () for one in found}
+    hashes = signed_by(found) if signed is None else signed
     key = hashlib.sha256(f"{number}".encode()).digest()[:16]
 
     async def take_part(one: One) -> None:
@@ -158,28 +165,9 @@ async def test_an_owner_that_lies_is_named_by_all_the_others_and_then_owns_nothi
 
 async def test_who_gives_another_part_than_it_signed_is_left_out() -> None:
     async with members() as found:
-        results: dict[PeerId, ReduceResult] = {}
-        liar = found[1]
-        signed = bytes(liar.offered)
-        hashes = {one.peer: hashes_of(LAYOUT.num_parts, LAYOUT.hashes(one.offered)) or () for one in found}
-        assert signed
+        liar, signed = found[1], signed_by(found)
         np.frombuffer(liar.offered, np.float32, NUMEL)[:] = 9.0
-
-        async def take_part(one: One) -> None:
-            async with one.reductions.reducing(
-                bytes(16),
-                [Member(each.peer, 100.0) for each in found],
-                LAYOUT,
-                one.offered,
-                into=memoryview(bytearray(LAYOUT.num_bytes)),
-                patience_s=2.0,
-                commitments=Commitments(hashes, one.shunned, one.on_lie, one.false.add),
-            ) as result:
-                results[one.peer] = result
-
-        async with trio.open_nursery() as nursery:
-            for one in found:
-                nursery.start_soon(take_part, one)
+        results = await reduce(found, 0, signed)
         honest = [one for one in found if one is not liar]
         assert all(one.false == {liar.peer} for one in honest), "each owns a part, and pulls it from everybody"
         for one in honest:
