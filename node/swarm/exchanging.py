@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from shoal.node.swarm.following import follow
 from shoal.node.swarm.reducing import KEY_BYTES, Commitments, Reductions
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.training.arena import Arena, Region
-from shoal.training.exchange.allreduce import Member
+from shoal.training.exchange.allreduce import Member, Outcome
 from shoal.training.exchange.audits import SignedOutcome
 from shoal.training.exchange.ballots import Ballot
 from shoal.training.exchange.rules import Aggregator
@@ -89,6 +90,8 @@ class Exchanging:
     ) -> AsyncIterator[tuple[PeerId, ...]]:
         """Have what is large of a ballot's contributions reduced; it lies in the arena within the context.
 
+        A node that gave nothing to them takes what the others make of them.
+
         Args:
             ballot: whose.
             contents: of its contributions, in order; each begins with the hashes of its parts.
@@ -101,6 +104,7 @@ class Exchanging:
 
         Raises:
             ProtocolError: if it is too large for the arena.
+            UnavailableError: if this node gave nothing, and the others do not give what they made.
         """
         from shoal.training.exchange.layout import hashes_of
 
@@ -117,26 +121,36 @@ class Exchanging:
         async with trio.open_nursery() as nursery:
             for member in members:
                 nursery.start_soon(self._reach, member.peer)
+        place = arena.view(Region.RESULT, layout.num_bytes)
+        if self._reductions.me not in hashes:
+            authors = [member.peer for member in members]
+            outcomes = await follow(
+                *(self._reductions.links, key, authors, layout, place), patience_s=self.patience_s, shunned=shunned
+            )
+            log.info("swarm %s: what came of %d members", self._swarm, len(members))
+            yield _absent(ballot, layout, outcomes)
+            return
         async with self._reductions.reducing(
             key,
             members,
             layout,
             arena.view(Region.OFFERED, layout.num_bytes),
-            into=arena.view(Region.RESULT, layout.num_bytes),
+            into=place,
             patience_s=self.patience_s,
             commitments=Commitments(hashes, shunned, self._on_lie, self._on_false),
             linger_s=LINGER_S,
+            run=self._swarm,
         ) as result:
             self._gaps.append(result.longest_gap_s)
-            given = Counter(author for outcome in result.outcomes.values() for author in outcome.authors)
-            absent = tuple(
-                signed.author for signed in ballot.offers if given[signed.author] < PRESENT * layout.num_parts
-            )
             log.info(
                 "swarm %s: %.1f MB of each of %d in %.2f s",
                 *(self._swarm, layout.num_bytes / 1e6, len(members), result.seconds),
             )
-            yield absent
+            yield _absent(ballot, layout, result.outcomes)
+
+    def forget(self) -> None:
+        """The arena goes: what came of the last one is not given to anybody any more."""
+        self._reductions.forget(self._swarm)
 
     def _layout(self, arrays: Sequence[LargeArray]) -> Layout:
         from shoal.protocol.tensors import TensorCodec
@@ -144,3 +158,9 @@ class Exchanging:
 
         segments = tuple(Segment(each.name, each.numel, TensorCodec(each.codec), each.bound) for each in arrays)
         return Layout(segments, self._aggregator)
+
+
+def _absent(ballot: Ballot, layout: Layout, outcomes: Mapping[int, Outcome]) -> tuple[PeerId, ...]:
+    """Of whose arrays too little came."""
+    given = Counter(author for outcome in outcomes.values() for author in outcome.authors)
+    return tuple(signed.author for signed in ballot.offers if given[signed.author] < PRESENT * layout.num_parts)

@@ -8,6 +8,9 @@ Where members have signed the hashes of their parts, what is pulled is held to t
 that another owned: whose, turns on what came of them all, and which part is its secret. An owner that lied is found out
 by that (`shoal.training.exchange.audits`), and the others are told, who look for themselves.
 
+A member of the run that came too late for an all-reduce gets what came of it (`shoal.node.swarm.following`): it is
+kept until the run's next one begins.
+
 NumPy is loaded when the first all-reduce runs.
 """
 
@@ -32,10 +35,12 @@ from shoal.node.wire.contracts import (
     PartAsked,
     PartHeld,
     ReduceEnded,
+    ResultAsked,
+    ResultGiven,
 )
 from shoal.node.wire.links import Links
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
-from shoal.protocol.ids import PeerId
+from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, client, current_call
 from shoal.protocol.signing import Signer
 from shoal.training.exchange import allreduce as core
@@ -111,6 +116,17 @@ class Reductions(ExchangeService):
         self._signer = signer
         self._running: dict[bytes, _Reduction | _Meeting] = {}
         self._early: OrderedDict[bytes, deque[tuple[PeerId, object]]] = OrderedDict()
+        self._kept: dict[SwarmId, tuple[bytes, _Reduction]] = {}
+
+    @property
+    def links(self) -> Links:
+        """To the members."""
+        return self._links
+
+    @property
+    def me(self) -> PeerId:
+        """This node."""
+        return self._signer.peer_id
 
     @asynccontextmanager
     async def reducing(
@@ -124,6 +140,7 @@ class Reductions(ExchangeService):
         patience_s: float,
         commitments: Commitments | None = None,
         linger_s: float = LINGER_S,
+        run: SwarmId | None = None,
     ) -> AsyncIterator[ReduceResult]:
         """Take part in one all-reduce; the context begins when this node has everything.
 
@@ -138,7 +155,10 @@ class Reductions(ExchangeService):
             patience_s: for which nothing may come on.
             commitments: what members signed; None, if nothing is held against them.
             linger_s: how long one that has everything goes on giving to those who have not, at most.
+            run: for which it is; ``into`` is then left as it is until the run's next one, or `forget`.
         """
+        if run is not None:
+            self.forget(run)
         reduction = _Reduction(
             *(self._links, self._signer, key, members, parts, offered, into),
             patience_s=patience_s,
@@ -147,6 +167,12 @@ class Reductions(ExchangeService):
         with self._hearing(key, reduction):
             async with reduction.run(linger_s) as result:
                 yield result
+        if run is not None:
+            self._kept[run] = key, reduction
+
+    def forget(self, run: SwarmId) -> None:
+        """What came of a run's last all-reduce is not given to anybody any more."""
+        self._kept.pop(run, None)
 
     @asynccontextmanager
     async def meeting(
@@ -217,6 +243,15 @@ class Reductions(ExchangeService):
         """A member holds everything."""
         self._to(request.key, request)
         return Empty()
+
+    async def result(self, request: ResultAsked) -> ResultGiven:
+        """A member of the run that is none of the all-reduce wants what comes of a part."""
+        running = self._running.get(request.key)
+        if running is None:
+            running = next((each for key, each in self._kept.values() if key == request.key), None)
+        if not isinstance(running, _Reduction):
+            raise RemoteError(Status.NOT_FOUND, "this node is in no such all-reduce")
+        return await running.given(request.part)
 
     async def held(self, request: PartAsked) -> PartHeld:
         """A member asks who holds what came of a part."""
@@ -308,6 +343,7 @@ class _Reduction:
         self._accused: set[PeerId] = set()
         self._events: deque[core.Event | SignedOutcome] = deque()
         self._arrived = trio.Event()
+        self._came = trio.Event()  # something; made anew each time
         self._digest: bytes | None = None
         self._began_at = self._came_at = trio.current_time()
         self._longest_gap_s = 0.0
@@ -354,6 +390,15 @@ class _Reduction:
             self._post(core.Asked(request.part, request.heir))
             return PartHeld()
         return PartHeld(self._said[request.part, outcome.owner])
+
+    async def given(self, part: int) -> ResultGiven:
+        """What came of a part, once it is here."""
+        if not 0 <= part < self._parts.num_parts:
+            raise RemoteError(Status.INVALID_ARGUMENT, f"there are {self._parts.num_parts} parts")
+        while part not in self._core.outcomes:
+            await self._came.wait()
+        said = self._said[part, self._core.outcomes[part].owner]
+        return ResultGiven(said, bytes(self._result[self._parts.place(part)]))
 
     def _announced(self, holder: PeerId, said: SignedOutcome) -> None:
         """Take what an owner signed, from whoever holds what came of it; its first word on a part counts."""
@@ -437,6 +482,9 @@ class _Reduction:
                 self._longest_gap_s = max(self._longest_gap_s, now - self._came_at)
                 self._came_at = now
             self._do(self._core.handle(event, now), nursery)
+            if isinstance(event, core.Reduced | core.Fetched):
+                self._came.set()
+                self._came = trio.Event()
 
     def _do(self, outputs: Iterable[core.Output], nursery: trio.Nursery) -> None:
         for output in outputs:

@@ -503,6 +503,7 @@ class Runner:
                             await self._do_jobs(loop)
                         except (RemoteError, ShoalError) as error:
                             reason = f"the training loop has gone: {error}"
+                    self._exchanging.forget()
                     self._jobs.clear()
                     self.post(events.WorkerGone(f"{reason}; another may attach"))
             finally:
@@ -515,6 +516,7 @@ class Runner:
             async with open_worker(nursery, self._me, self._folder, self._arena) as worker:
                 yield worker
         finally:
+            self._exchanging.forget()
             self._arena.close()
 
     def _is_of_task(self, error: ShoalError) -> bool:

@@ -217,6 +217,22 @@ class PartHeld:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultAsked:
+    """Asks for what came of a part: the caller is no member of this all-reduce, and does as its members do."""
+
+    key: bytes
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResultGiven:
+    """What came of it, as its owner signed it, and its bytes."""
+
+    said: SignedOutcome
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class LieFound:
     """The caller found that what an owner signed does not follow from the parts that it names; look for yourself."""
 
@@ -244,6 +260,11 @@ class ExchangeService(Service, name="exchange"):
     @unary(idempotent=True)
     async def held(self, request: PartAsked) -> PartHeld:
         """Say whether this node holds it; NOT_FOUND if it is in no such all-reduce."""
+        raise NotImplementedError
+
+    @unary(idempotent=True)
+    async def result(self, request: ResultAsked) -> ResultGiven:
+        """Give what came of a part, once it is here; NOT_FOUND if this node is in no such all-reduce, or no more."""
         raise NotImplementedError
 
     @unary(idempotent=True)

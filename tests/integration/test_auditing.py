@@ -1,11 +1,11 @@
-"""Owners that lie, and members that give something else than they signed, among real hosts that reduce together."""
+"""Real hosts that reduce together: owners that lie, members that give something else than they signed, latecomers."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -13,12 +13,15 @@ import trio
 
 from shoal.node.mesh.host import Host, open_host
 from shoal.node.swarm import reducing
+from shoal.node.swarm.content import UnavailableError
+from shoal.node.swarm.following import follow
 from shoal.node.swarm.reducing import Commitments, ReduceResult, Reductions
 from shoal.node.wire.channel import Router
-from shoal.protocol.ids import PeerId
+from shoal.node.wire.contracts import ResultGiven
+from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.protocol.tensors import TensorCodec
-from shoal.training.exchange.allreduce import Member
+from shoal.training.exchange.allreduce import Member, Outcome
 from shoal.training.exchange.audits import SignedOutcome
 from shoal.training.exchange.layout import Layout, Segment, hashes_of
 from shoal.training.exchange.rules import Aggregator
@@ -27,9 +30,11 @@ pytestmark = pytest.mark.trio
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 GENEROUS_S = 60.0
+PATIENCE_S = 2.0
 NUMEL = 40_000
 LAYOUT = Layout((Segment("mean/x", NUMEL, TensorCodec.FP32, 10.0),), Aggregator(), 8192)  # five parts
 MEMBERS = 4
+RUN = SwarmId("of these")
 
 
 @dataclass
@@ -79,13 +84,17 @@ def signed_by(found: list[One]) -> dict[PeerId, tuple[bytes, ...]]:
     return {one.peer: hashes_of(LAYOUT.num_parts, LAYOUT.hashes(one.offered)) or () for one in found}
 
 
+def key_of(number: int) -> bytes:
+    return hashlib.sha256(f"{number}".encode()).digest()[:16]
+
+
 async def reduce(
     found: list[One], number: int, signed: dict[PeerId, tuple[bytes, ...]] | None = None
 ) -> dict[PeerId, ReduceResult]:
     """One all-reduce of all of them; ``signed``: of what they offer, if that is something else."""
     results: dict[PeerId, ReduceResult] = {}
     hashes = signed_by(found) if signed is None else signed
-    key = hashlib.sha256(f"{number}".encode()).digest()[:16]
+    key = key_of(number)
 
     async def take_part(one: One) -> None:
         async with one.reductions.reducing(
@@ -94,8 +103,9 @@ async def reduce(
             LAYOUT,
             one.offered,
             into=memoryview(bytearray(LAYOUT.num_bytes)),
-            patience_s=2.0,
+            patience_s=PATIENCE_S,
             commitments=Commitments(hashes, one.shunned, one.on_lie, one.false.add),
+            run=RUN,
         ) as result:
             results[one.peer] = result
 
@@ -173,3 +183,60 @@ async def test_who_gives_another_part_than_it_signed_is_left_out() -> None:
         for one in honest:
             outcomes = results[one.peer].outcomes.values()
             assert all((liar.peer in each.authors) == (each.owner == liar.peer) for each in outcomes)
+
+
+async def followed(late: One, found: list[One], number: int) -> tuple[bytes, dict[int, Outcome]]:
+    into = memoryview(bytearray(LAYOUT.num_bytes))
+    peers, shunned = [one.peer for one in found], late.shunned
+    outcomes = await follow(
+        late.host.links, key_of(number), peers, LAYOUT, into, patience_s=PATIENCE_S, shunned=shunned
+    )
+    return bytes(into), outcomes
+
+
+async def test_who_comes_too_late_has_the_same_bytes_while_the_others_reduce_and_until_their_next_one() -> None:
+    async with members() as everybody:
+        late, *found = everybody
+        got: list[tuple[bytes, dict[int, Outcome]]] = []
+
+        async def come_early() -> None:
+            got.append(await followed(late, found, 0))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(come_early)
+            results = await reduce(found, 0)
+        got.append(await followed(late, found, 0))
+        for result in results.values():
+            assert got == [(bytes(result.data), result.outcomes)] * 2
+        await reduce(found, 1)
+        with pytest.raises(UnavailableError, match="3 members"):
+            await followed(late, found, 0)
+
+
+async def test_a_holder_that_gives_something_else_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with members() as everybody:
+        late, *found = everybody
+        results = await reduce(found, 0)
+        liar, asked = found[1], []
+
+        async def wrong(self: reducing._Reduction, part: int) -> ResultGiven:
+            given = await honest(self, part)
+            if self._me != liar.peer:
+                return given
+            asked.append(part)
+            return replace(given, data=bytes(len(given.data)))
+
+        honest = reducing._Reduction.given
+        monkeypatch.setattr(reducing._Reduction, "given", wrong)
+        while not asked:
+            data, _ = await followed(late, found, 0)
+            assert data == bytes(results[found[0].peer].data)
+
+
+async def test_nothing_is_taken_that_a_shunned_owner_made() -> None:
+    async with members() as everybody:
+        late, *found = everybody
+        await reduce(found, 0)
+        late.shunned.add(found[0].peer)
+        with pytest.raises(UnavailableError, match="2 members"):
+            await followed(late, found, 0)

@@ -1,0 +1,115 @@
+"""What comes of an all-reduce, for a member of its run that takes no part in it: it came too late, or had nothing.
+
+Without this it could only take over the state that the others make, and would be late again with the next epoch. Each
+part is asked of whoever has it, is held to what its owner signed, and may come from anybody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections import deque
+from collections.abc import Sequence, Set
+from typing import Final
+
+import trio
+
+from shoal.node.swarm.content import UnavailableError
+from shoal.node.wire.contracts import ExchangeService, ResultAsked
+from shoal.node.wire.links import Links
+from shoal.protocol.errors import RemoteError
+from shoal.protocol.ids import PeerId
+from shoal.protocol.services import client
+from shoal.training.exchange.allreduce import Outcome
+from shoal.training.exchange.audits import Parts
+
+log = logging.getLogger(__name__)
+
+AT_A_TIME: Final = 4
+"""Parts that are asked for."""
+AGAIN_S: Final = 0.05
+"""Until all are asked again: they may be about to begin."""
+OVER_S: Final = 1.0
+"""When for so long nobody has given anything, they have gone on."""
+
+
+async def follow(
+    links: Links,
+    key: bytes,
+    members: Sequence[PeerId],
+    parts: Parts,
+    into: memoryview,
+    *,
+    patience_s: float,
+    shunned: Set[PeerId],
+) -> dict[int, Outcome]:
+    """Get what comes of every part.
+
+    Args:
+        links: to them.
+        key: of the all-reduce.
+        members: who take part in it.
+        parts: the layout.
+        into: where it goes.
+        patience_s: for which one of them may take to have it.
+        shunned: members whose results are not taken.
+
+    Returns:
+        Whose parts are in each.
+
+    Raises:
+        UnavailableError: if nobody gives a part.
+    """
+    believed = [peer for peer in members if peer not in shunned]
+    outcomes: dict[int, Outcome] = {}
+    todo = deque(range(parts.num_parts))
+    came_at = trio.current_time()
+    lacking: int | None = None
+
+    async def ask(holder: PeerId, part: int) -> bool:
+        service = client(ExchangeService, links.at(holder), timeout_s=patience_s)
+        try:
+            given = await service.result(ResultAsked(key, part))
+        except RemoteError as error:
+            log.debug("%s does not give what came of part %d: %s", holder, part, error)
+            return False
+        said, place = given.said, parts.place(part)
+        is_it = (
+            (said.key, said.part) == (key, part)
+            and said.owner in believed
+            and set(said.authors) <= set(members)
+            and len(given.data) == place.stop - place.start
+            and hashlib.sha256(given.data).digest() == said.digest
+            and said.is_signed()
+        )
+        if is_it:
+            into[place] = given.data
+            outcomes[part] = said.outcome
+        return is_it
+
+    async def get(part: int) -> bool:
+        nonlocal came_at
+        while True:
+            for holder in random.sample(believed, len(believed)):
+                if await ask(holder, part):
+                    came_at = trio.current_time()
+                    return True
+            if trio.current_time() >= came_at + OVER_S:
+                return False
+            await trio.sleep(AGAIN_S)
+
+    async def get_some(scope: trio.CancelScope) -> None:
+        nonlocal lacking
+        while todo:
+            part = todo.popleft()
+            if not await get(part):
+                lacking = part
+                scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(AT_A_TIME):
+            nursery.start_soon(get_some, nursery.cancel_scope)
+    if lacking is not None:
+        raise UnavailableError(f"none of {len(believed)} members gives what came of part {lacking}")
+    return outcomes
