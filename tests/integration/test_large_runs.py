@@ -7,6 +7,8 @@ from shoal.node.api.client import Client
 GENEROUS_S = 90
 
 NEVER = ("--target-return", "100000", "--eval-interval", "1000", "--eval-episodes", "1")
+BATCH = "2048"
+"""So that an epoch takes longer than a newcomer needs to take their state, on a busy machine too."""
 LARGE = ("--set", "hidden_sizes=[512,512]", "--set", "update_epochs=1", "--set", "num_minibatches=2")
 """Parameters and both of Adam's moments: 1.6 M values."""
 
@@ -23,7 +25,7 @@ def num_reduced(node):
 
 def test_members_of_a_large_run_and_a_newcomer_reduce_it_together_and_hold_the_same_policy(make_node):
     nodes = [make_node() for _ in range(3)]
-    created = nodes[0].create(*LARGE, "--batch-per-learner", "256", "--min-learners", "2", *NEVER)
+    created = nodes[0].create(*LARGE, "--batch-per-learner", BATCH, "--min-learners", "2", *NEVER)
     nodes[1].ask("join", created["ticket"], "-d")
     nodes[1].wait_for(created["swarm"], "they learn", lambda shown: shown["epoch"] >= 1)
     nodes[2].ask("join", created["ticket"], "-d")  # and takes their state, which is large too
