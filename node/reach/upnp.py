@@ -130,13 +130,13 @@ async def _find_upnp(gateway: str | None) -> tuple[str, str]:
 
 
 async def _http(method: str, url: str, body: bytes = b"", headers: dict[str, str] | None = None) -> tuple[int, str]:
-    """Status and text; the text no longer than `MAX_HTTP_BYTES`."""
+    """Status and text; no more is read than `MAX_HTTP_BYTES`, whatever it is."""
     parts = urlsplit(url)
     http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEADER_BYTES)
     fields = {"Host": parts.netloc, "Content-Length": str(len(body)), "Connection": "close"} | (headers or {})
     target = url.partition(parts.netloc)[2]
     request = h11.Request(method=method, target=target, headers=list(fields.items()))
-    status, text = 0, b""
+    status, text, received = 0, b"", 0
     try:
         async with await trio.open_tcp_stream(parts.hostname or "", parts.port or 80) as stream:
             sent = [http.send(part) or b"" for part in (request, h11.Data(body), h11.EndOfMessage())]
@@ -144,13 +144,15 @@ async def _http(method: str, url: str, body: bytes = b"", headers: dict[str, str
             while True:
                 match http.next_event():
                     case h11.NEED_DATA:
-                        http.receive_data(await stream.receive_some(_READ_BYTES))
+                        data = await stream.receive_some(_READ_BYTES)
+                        received += len(data)
+                        if received > MAX_HTTP_BYTES:
+                            raise PortMapError("its answer by UPnP is too long")
+                        http.receive_data(data)
                     case h11.Response() as answer:
                         status = answer.status_code
-                    case h11.Data() as data:
-                        text += data.data
-                        if len(text) > MAX_HTTP_BYTES:
-                            raise PortMapError("its answer by UPnP is too long")
+                    case h11.Data() as part:
+                        text += part.data
                     case h11.EndOfMessage():
                         return status, text.decode("utf-8", "replace")
                     case h11.InformationalResponse():

@@ -690,7 +690,7 @@ HTTP_REPLIES = {
     "a printer": (http("200 OK", b"<root>\xff</root>"), "none that maps ports"),
     "no reason": (http("500 \x1b[31m", description(("WANIPConnection:1", "/")).encode()), "none that maps ports"),
     "another protocol": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n" * 3, "cannot be asked"),
-    "never an end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 100_000, "cannot be asked"),
+    "never an end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 100_000, "too long"),
     "broken chunks": (
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 21 + b"\r\n",
         "cannot be asked",
