@@ -9,7 +9,10 @@ The threshold is passed at the first epoch at which the mean return of the last 
 reaches it. Who has not passed after the limit counts with the limit, so the true ratio is at most as far from 1.
 
     python benchmarks/joining.py [--learners 1,2,4,8] [--tasks gym:LunarLander-v3] [--seeds 3] [--epochs 150]
-                                 [--mode local] [--set learning_rate=3e-4 ...] [--keep]
+                                 [--mode local] [--ahead 0.25] [--set learning_rate=3e-4 ...] [--keep]
+
+With ``--ahead`` each collects that part of an epoch's samples while the one before is averaged, with the parameters
+that its own steps led to, as learners do that wait for the others.
 """
 
 from __future__ import annotations
@@ -67,10 +70,13 @@ class Run:
     cpu_s: float
 
 
-def update_together(learners: Sequence[Learner], names: Sequence[PeerId]) -> None:
-    """One joint update: every exchange is merged and given to all."""
+def update_together(learners: Sequence[Learner], names: Sequence[PeerId], num_ahead: int) -> None:
+    """One joint update: every exchange is merged and given to all; some is collected before that."""
     updates = [learner.update() for learner in learners]
     exchanges = [next(update) for update in updates]
+    for learner in learners if num_ahead else ():
+        until = learner.samples + num_ahead
+        learner.collect_ahead(lambda learner=learner, until=until: learner.samples >= until)  # type: ignore[misc]
     while True:
         merged = merge(
             [
@@ -90,7 +96,14 @@ def update_together(learners: Sequence[Learner], names: Sequence[PeerId]) -> Non
 
 
 def measure(
-    task_name: str, count: int, seed: int, threshold: float, limit: int, mode: Mode, settings: dict[str, Any]
+    task_name: str,
+    count: int,
+    seed: int,
+    threshold: float,
+    limit: int,
+    mode: Mode,
+    ahead: float,
+    settings: dict[str, Any],
 ) -> Run:
     """Learn until the threshold is passed, or for ``limit`` epochs."""
     began = time.process_time()
@@ -103,10 +116,12 @@ def measure(
     while epoch < limit and not passed:
         epoch += 1
         for learner in learners:
-            collected = learner.collect(manifest.batch.largest_share)
-            env_steps += collected.samples
+            env_steps -= learner.samples  # counted when it was collected
+            collected = learner.collect(manifest.batch.largest_share - learner.samples)
+            env_steps += learner.samples
             recent.extend(collected.episode_returns)
-        update_together(learners, names)
+        update_together(learners, names, round(ahead * manifest.batch.largest_share))
+        env_steps += sum(learner.samples for learner in learners)
         passed = len(recent) == WINDOW and statistics.fmean(recent) >= threshold
     final = statistics.fmean(learners[0].evaluate(20, seed + 1_000_003))
     return Run(task_name, count, seed, epoch, env_steps, passed, round(final, 1), round(time.process_time() - began, 1))
@@ -148,6 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=150, help="limit of one run")
     parser.add_argument("--mode", type=Mode, default=Mode.LOCAL)
+    parser.add_argument("--ahead", type=float, default=0.0, help="part of an epoch collected while it is averaged")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
     parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()
@@ -157,9 +173,11 @@ def main() -> None:
     for task in options.tasks.split(","):
         for count in map(int, options.learners.split(",")):
             for seed in range(options.seeds):
-                runs.append(measure(task, count, seed, THRESHOLDS[task], options.epochs, options.mode, settings))
+                runs.append(
+                    measure(task, count, seed, THRESHOLDS[task], options.epochs, options.mode, options.ahead, settings)
+                )
                 print(runs[-1], flush=True)
-    chosen = "".join(f" --set {word}" for word in options.set) + f" --mode {options.mode}"
+    chosen = "".join(f" --set {word}" for word in options.set) + f" --mode {options.mode} --ahead {options.ahead}"
     command = (
         f"python benchmarks/joining.py --tasks {options.tasks} --learners {options.learners} "
         f"--seeds {options.seeds} --epochs {options.epochs}{chosen}"

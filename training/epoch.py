@@ -67,7 +67,8 @@ class Epoch:
         round: the one that is on, or the first of those that go on directly.
         direct: the exchanges after the first, where they do.
         is_exchanging: whether the update is under way and what it wants averaged is not there yet.
-        work_s: collecting and optimising in this epoch.
+        work_s: collecting and optimising for this epoch.
+        ahead_s: of that, while the epoch before was settled.
     """
 
     __slots__ = (
@@ -92,6 +93,7 @@ class Epoch:
         "_usual_s",
         "_waits",
         "_weights",
+        "ahead_s",
         "direct",
         "is_exchanging",
         "round",
@@ -127,7 +129,7 @@ class Epoch:
         self.round: Round | None = None
         self.direct: Direct | None = None
         self.is_exchanging = False
-        self.work_s = 0.0
+        self.work_s = self.ahead_s = 0.0
         self._batch = manifest.batch
         self._me = me
         self._progress = progress
@@ -171,7 +173,7 @@ class Epoch:
         """Another policy is held: what was done for the epoch before is over."""
         self.is_exchanging = False
         self.direct = self._first = None
-        self.work_s = self._settle_s = 0.0
+        self.work_s = self.ahead_s = self._settle_s = 0.0
         self._missed_at = None
         self._progress.step = 0
 
@@ -552,7 +554,7 @@ class Epoch:
 
     def updated(self) -> None:
         """The update is done."""
-        took_s = self.work_s + self._settle_s
+        took_s = self.work_s - self.ahead_s + self._settle_s
         self._usual_s = took_s if not self._usual_s else 0.7 * self._usual_s + 0.3 * took_s
         self._progress.rounds += 1
         self._progress.shared_rounds += self._is_shared

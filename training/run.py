@@ -321,8 +321,7 @@ class Run:
             self.epoch.work_s += seconds
         match event:
             case Collected():
-                self._collect_s += event.seconds
-                self.progress.collected(event, now)
+                self._collected(event, now)
             case Yielded(cid, weight, rejected, is_last):
                 self._reject(rejected, outputs)
                 if not self.epoch.arrive(cid, weight, job, now, outputs, is_last=is_last):
@@ -331,6 +330,9 @@ class Run:
                 self._reject(rejected, outputs)
                 self.progress.metrics = dict(event.metrics)
                 self._updated(policy, now, outputs)
+                if event.ahead is not None:
+                    self._collected(event.ahead, now)
+                    self.epoch.work_s = self.epoch.ahead_s = event.ahead.seconds
             case MergeFailed(reason):
                 self.epoch.merge_failed(reason, now, outputs)
             case Loaded(policy, num_kept):
@@ -345,6 +347,10 @@ class Run:
                     self._saving.write(self.policy, now, outputs, at_once=True)
             case _:
                 pass
+
+    def _collected(self, event: Collected, now: float) -> None:
+        self._collect_s += event.seconds
+        self.progress.collected(event, now)
 
     def _reject(self, rejected: tuple[PeerId, ...], outputs: list[Output]) -> None:
         for author in rejected:

@@ -158,11 +158,12 @@ class Yielded:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """The update is done."""
+    """The update is done; ``ahead``: what was collected for the next one while it waited for the others."""
 
     policy: Policy
     rejected: tuple[PeerId, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    ahead: Collected | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,8 @@ HEARTBEAT_PEERS: Final = 64
 """As `shoal.node.swarm.speaking.HEARTBEAT_MEMBERS`."""
 LOOK_S: Final = 2.0
 """How often it is noticed at least who is gone."""
+MERGE_S: Final = 0.02
+"""What an average takes, and loading a state."""
 MESSAGE_BYTES: Final = 120
 """What a call adds to its content."""
 HEAD_BYTES: Final = 120
@@ -184,6 +186,7 @@ class Member:
         self.contacts: dict[PeerId, int] = {}  # and in which life of theirs
         self.samples = 0
         self.samples_epoch = 0
+        self.waits_since = 0.0  # its update waits for an average
         self.in_worker: Policy | None = None
         self.update_of: Policy | None = None
         self.ballots: list[Ballot] = []  # merged in this update
@@ -437,9 +440,9 @@ class Member:
                     self.job(self.machine.update_s + self.machine.late_s, self.yielded)
                 case events.Merge(ballot):
                     self.note_decision()
-                    self.job(0.02, self.merged, ballot)
+                    self.job(MERGE_S, self.merged, ballot)
                 case events.Load(result, keep_samples):
-                    self.job(0.02, self.loaded, result, keep_samples)
+                    self.job(MERGE_S, self.loaded, result, keep_samples)
                 case events.Evaluate():
                     self.job(self.machine.eval_s, self.evaluated)
                 case events.Finish(_):
@@ -487,7 +490,7 @@ class Member:
 
     def yielded(self) -> None:
         """The update wants something averaged."""
-        policy = self.update_of
+        policy, self.waits_since = self.update_of, self.swarm.network.now
         text = f"{self.peer} {policy.cid if policy else ''} {self.samples}" + " again" * len(self.ballots)
         cid = Cid.of_block(text.encode())
         self.contents[cid] = None
@@ -504,12 +507,21 @@ class Member:
             self.yielded()
             return
         policy = self.swarm.merge(parent, self.ballots)
-        self.in_worker = policy
-        self.samples = 0
+        ahead = self.collected_ahead()
+        self.in_worker, self.samples_epoch = policy, policy.epoch
+        self.samples = 0 if ahead is None else ahead.samples
         self.contents[policy.cid] = None
         self.epoch_at.setdefault(policy.epoch, self.swarm.network.now)
         self.swarm.decided(self, policy)
-        self.step(events.Updated(policy))
+        self.step(events.Updated(policy, ahead=ahead))
+
+    def collected_ahead(self) -> events.Collected | None:
+        """While the update waited, where it is done after that."""
+        waited_s, speed = self.swarm.network.now - MERGE_S - self.waits_since, self.machine.speed
+        number = min(int(waited_s * speed), self.swarm.manifest.batch.largest_share)
+        if self.swarm.config.exchanges > 1 or number < 1:
+            return None
+        return events.Collected(number, number, number / speed)
 
     def loaded(self, result: Result, keep_samples: bool) -> None:
         """It has another policy now."""

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -81,6 +82,9 @@ MAX_IDLE_EPOCHS: Final = 2**20
 """Epochs without an environment step in them; there are hardly any."""
 
 
+_NOTHING: Final = Collected(0, 0, ())
+
+
 class Worker:
     """One swarm's learner behind the worker's methods."""
 
@@ -99,6 +103,7 @@ class Worker:
         self._learner: Learner | None = None
         self._failures = Failures("")
         self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
+        self._ahead = _NOTHING  # while it waited
         self._exchange = Exchange({}, 0, {})  # the round under way
         self._events: Events | None = None
         self._epoch = 0
@@ -164,6 +169,27 @@ class Worker:
         seconds, failed = time.monotonic() - began, self._failures
         return Collected(collected.samples, collected.total, returns, seconds, failed.count, failed.summary)
 
+    def collect_ahead(self, is_over: Callable[[], bool]) -> None:
+        """Go on collecting while an update waits for the others; what fails shows when it is collected as usual."""
+        if self._learner is None or self._update is None:
+            return
+        began = time.monotonic()
+        try:
+            more = self._learner.collect_ahead(is_over)
+        except Exception:  # an environment, an algorithm or a defect of this program: any type
+            log.exception("collecting while the others are waited for failed")
+            return
+        returns = tuple(float(value) for value in more.episode_returns)
+        before, failed = self._ahead, self._failures
+        self._ahead = Collected(
+            before.epoch_samples + more.samples,
+            before.samples + more.samples,
+            before.episode_returns + returns,
+            before.seconds + time.monotonic() - began,
+            failed.count,
+            failed.summary,
+        )
+
     def begin(self, request: Begin) -> MergeAnswer:
         """Start the update of the policy that the learner holds."""
         if _count("epoch", request.epoch) != self._epoch:
@@ -176,7 +202,7 @@ class Worker:
             Electorate.from_plain(request.electorate),
         )
         self._drop_update(keep_samples=True)
-        self._update = self.learner.update()
+        self._update, self._ahead = self.learner.update(), _NOTHING
         self._next = replace(before, epoch=before.epoch + 1, parent=request.parent)
         self._is_counted = False
         return self._go_on(None, ())
@@ -215,7 +241,8 @@ class Worker:
             state = self._state(self._next)
             values = {f"training/{name}": value for name, value in stats.metrics.items()}
             self._note(values, self._next.env_steps)
-            return MergeAnswer(state=state, stats=stats.metrics, rejected=rejected)
+            ahead = self._ahead if self._ahead.samples else None
+            return MergeAnswer(state=state, stats=stats.metrics, rejected=rejected, ahead=ahead)
         except DivergedError as error:
             self._update = None
             merged = [author for author in authors if author not in rejected]
@@ -236,7 +263,11 @@ class Worker:
             if layout is None
             else tuple(LargeArray(each.name, each.numel, each.codec, each.bound) for each in layout.segments)
         )
-        return MergeAnswer(exchange.weight, contribution, None, {}, rejected, exchange.is_last, large)
+        answer = MergeAnswer(exchange.weight, contribution, None, {}, rejected, exchange.is_last, large)
+        if layout is not None or contribution is None or len(contribution) < LARGE_STATE_BYTES:
+            return answer
+        self._arena.view(Region.OFFERED, len(contribution))[:] = contribution
+        return replace(answer, contribution=None, contribution_bytes=len(contribution))
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
         if self._update is None:
@@ -426,10 +457,18 @@ def _draw_curve(path: Path, request: Finish) -> None:
 
 
 def serve(connection_socket: socket.socket, worker: Worker) -> None:
-    """Do calls until the far side closes the socket."""
+    """Do calls until the far side closes the socket, and collect while an update waits for the next one."""
     connection = RpcConnection(max_attachment_bytes=MAX_WORKER_ATTACHMENT_BYTES)
+    calls = select.poll()
+    calls.register(connection_socket, select.POLLIN)
     try:
-        while data := connection_socket.recv(1 << 20):
+        while True:
+            watch.page[Slot.BUSY] = 1
+            worker.collect_ahead(lambda: bool(calls.poll(0)))
+            watch.page[Slot.BUSY] = 0
+            data = connection_socket.recv(1 << 20)
+            if not data:
+                return
             for event in connection.receive_data(data, time.monotonic()):
                 if isinstance(event, Called):
                     watch.page[Slot.BUSY] = 1

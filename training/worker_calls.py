@@ -181,13 +181,15 @@ class MergeAnswer:
 
     Attributes:
         weight: of what is to be averaged, in samples; 0 if this learner has nothing to give.
-        contribution: what is to be averaged; absent if this learner has nothing to give.
+        contribution: what is to be averaged; absent if this learner has nothing to give, or it lies in the arena.
+        contribution_bytes: of it, where it lies in the arena.
         state: says that the update is done.
         stats: of the update, by name.
         rejected: authors whose contributions were left out, as malformed or as none that an honest learner makes. The
             same at every member that merges the same contributions from the same state.
         is_last: whether the update is done after what is to be averaged now.
         layout: what is large of it, and lies in the arena; empty if nothing is.
+        ahead: with ``state``: what was collected for the next update while this one waited.
     """
 
     weight: float = 0.0
@@ -197,6 +199,8 @@ class MergeAnswer:
     rejected: tuple[PeerId, ...] = ()
     is_last: bool = True
     layout: tuple[LargeArray, ...] = ()
+    ahead: Collected | None = None
+    contribution_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +260,7 @@ TASK_FAILED: Final = Status.UNKNOWN
 expect. The message says why; another worker would hardly come further."""
 
 LARGE_STATE_BYTES: Final = 1024 * 1024
-"""From here on a state goes by the arena between the node and its worker."""
+"""From here on a state, or a contribution, goes by the arena between the node and its worker."""
 
 MAX_COUNT: Final = 2**53
 """More epochs or environment steps than this are refused wherever they are given."""

@@ -69,6 +69,7 @@ from shoal.training.worker_calls import (
     Abandon,
     Begin,
     Collect,
+    Collected,
     Evaluate,
     Finish,
     LargeArray,
@@ -579,8 +580,7 @@ class Runner:
             match self._job:
                 case events.Collect(samples, max_seconds):
                     done = await worker.call(COLLECT, Collect(samples, max_seconds))
-                    self._note_failures(done.failures, done.failure)
-                    self.post(events.Collected(done.epoch_samples, done.samples, done.seconds, done.episode_returns))
+                    self.post(self._collected(done))
                 case events.Update(policy):
                     begin = Begin(policy.epoch, policy.cid, policy.env_steps, policy.electorate.to_plain())
                     await self._merged(await worker.call(BEGIN, begin))
@@ -594,6 +594,10 @@ class Runner:
                     await self._finish(worker, final)
                 case events.Abandon(keep_samples):
                     await worker.call(ABANDON, Abandon(keep_samples))
+
+    def _collected(self, done: Collected) -> events.Collected:
+        self._note_failures(done.failures, done.failure)
+        return events.Collected(done.epoch_samples, done.samples, done.seconds, done.episode_returns)
 
     async def _merge(self, worker: Channel, ballot: Ballot) -> None:
         key = self.core.epoch.key
@@ -642,17 +646,25 @@ class Runner:
         if answer.state is not None:
             cid = await self._put(answer.state)
             self._num_lost = 0
-            self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats))
+            ahead = None if answer.ahead is None else self._collected(answer.ahead)
+            self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats, ahead))
             return
         offered: Cid | None = None
-        if answer.contribution is not None:
+        if answer.contribution is not None or answer.contribution_bytes:
             try:
-                offered = await self._content.put(answer.contribution, owner=self.swarm)
+                offered = await self._put_contribution(answer)
                 self._needs.offer(offered)
             except NoRoomError as error:  # it takes part in the round, with nothing to give
                 self.error = str(error)
                 log.warning("swarm %s: what was learned is not given to the others: %s", self.swarm, error)
         self.post(events.Yielded(offered, int(answer.weight), answer.rejected, answer.is_last))
+
+    async def _put_contribution(self, answer: MergeAnswer) -> Cid:
+        """Hold what the worker contributes."""
+        if answer.contribution_bytes and self._arena is not None:
+            lent = self._arena.view(Region.OFFERED, answer.contribution_bytes)
+            return await self._content.put(lent, owner=self.swarm, is_lent=True)
+        return await self._content.put(answer.contribution or b"", owner=self.swarm)
 
     async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
         try:

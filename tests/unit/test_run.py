@@ -132,6 +132,24 @@ def test_a_learner_alone_goes_through_an_epoch() -> None:
     assert of(events.Collect, outputs)
 
 
+def test_what_was_collected_while_an_update_waited_counts_in_the_next_epoch() -> None:
+    node = Node()
+    node.give(events.Opened(INITIAL))
+    node.collect(BATCH)
+    node.give(events.Yielded(Cid.of_block(b"mine"), BATCH))
+    ahead = events.Collected(40, 40, 0.5, (7.0,))
+    outputs = node.give(events.Updated(policy_after(INITIAL, ME), ahead=ahead))
+    assert of(events.Collect, outputs) == [events.Collect(BATCH - 40, CHUNK_S)]
+    assert (node.run.progress.own_env_steps, node.run.epoch.work_s) == (BATCH + 40, 0.5)
+    node.collect(BATCH - 40)
+    whole = events.Collected(BATCH, BATCH, 0.5)
+    outputs = node.give(
+        events.Yielded(Cid.of_block(b"mine again"), BATCH),
+        events.Updated(policy_after(policy_after(INITIAL, ME), ME), ahead=whole),
+    )
+    assert of(events.Update, outputs), "all that an epoch needs is here"
+
+
 def test_the_first_epoch_waits_until_enough_learners_are_there() -> None:
     node = Node(manifest=replace(MANIFEST, min_learners=2))
     assert not of(events.Collect, node.give(events.Opened(INITIAL)))

@@ -26,6 +26,7 @@ from shoal.protocol.services import Empty, Method
 from shoal.training import keeper
 from shoal.training import worker as worker_module
 from shoal.training.algorithms.ppo import PPOLearner
+from shoal.training.arena import Region
 from shoal.training.electorate import MAX_MISSED
 from shoal.training.exchange.codecs import Sender
 from shoal.training.exchange.rules import Codec
@@ -34,7 +35,10 @@ from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import MAX_OFFERS, NO_BALLOT
 from shoal.training.worker import Worker, serve
 from shoal.training.worker_calls import (
+    BEGIN,
     COLLECT,
+    LARGE_STATE_BYTES,
+    MERGE,
     MERGE_FAILED,
     OPEN,
     Abandon,
@@ -713,6 +717,148 @@ def test_kept_samples_keep_their_cut_episodes() -> None:
     rollout = learner._streams[0].rollout()
     assert rollout.truncated.sum() == len(rollout.final_observations) == 4
     assert solo(worker, 3)
+
+
+def test_a_contribution_of_a_megabyte_or_more_lies_in_the_arena() -> None:
+    small, large = a_worker(), a_worker(a_manifest(hidden_sizes=[256, 256]))  # below the size that is reduced by parts
+    for worker in (small, large):
+        worker.collect(Collect(64))
+    assert begin(small).contribution is not None
+    answer = begin(large)
+    assert answer.contribution is None
+    data = bytes(large._arena.view(Region.OFFERED, answer.contribution_bytes))
+    assert answer.contribution_bytes >= LARGE_STATE_BYTES
+    done = large.merge(merge_of({PEERS[0]: replace(answer, contribution=data)}))
+    assert done.state is not None
+
+
+# --- samples of an update that waits ---------------------------------------------------------------------------------
+
+APART = [Mode.LOCAL, Mode.DILOCO]
+
+
+def after(count: int) -> Callable[[], bool]:
+    """Over when it has been asked so often."""
+    left = iter(range(count - 1))
+    return lambda: next(left, None) is None
+
+
+def ppo(worker: Worker) -> PPOLearner:
+    assert isinstance(worker.learner, PPOLearner)
+    return worker.learner
+
+
+@pytest.mark.parametrize("mode", APART)
+@pytest.mark.parametrize("task", ["gym:CartPole-v1", "gym:Pendulum-v1"])
+def test_what_is_collected_while_an_update_waits_is_there_for_the_next_one(task: str, mode: Mode) -> None:
+    run = a_manifest(task, mode)
+    worker, idle, other = a_worker(run), a_worker(run), a_worker(run, PEERS[1])
+    for each in (worker, idle, other):
+        each.collect(Collect(64))
+    answers = [begin(each) for each in (worker, idle, other)]
+    worker.collect_ahead(after(5))
+    num_envs = ppo(worker).config.num_envs
+    expected = ppo(worker)._log_probs(ppo(worker)._streams[0], 64 // num_envs).ravel()
+    assert answers[0].weight == answers[1].weight == 64
+    ends = [each.merge(merge_of({PEERS[0]: answers[0], PEERS[1]: answers[2]})) for each in (worker, idle)]
+    assert ends[0].state is not None
+    assert ends[0].state == ends[1].state, "it changes nothing in this update"
+    ahead = ends[0].ahead
+    assert ends[1].ahead is None
+    assert ahead is not None
+    assert ahead.samples == ahead.epoch_samples == worker.learner.samples == 5 * num_envs
+    assert worker.collect(Collect(32)).epoch_samples == 5 * num_envs + 32
+    # The ratio is that of the paper: to the policy that acted, which is what this learner's own steps led to.
+    log_probs = ppo(worker)._batch()[0].log_probs
+    np.testing.assert_array_equal(log_probs[: 5 * num_envs], expected)
+    present = ppo(worker)._log_probs(ppo(worker)._streams[0]).ravel()
+    assert not np.array_equal(present[: 5 * num_envs], expected)
+    np.testing.assert_array_equal(log_probs[5 * num_envs :], present[5 * num_envs :])
+    assert solo(worker, 2)
+    assert worker.learner.samples == 0
+
+
+@pytest.mark.parametrize("mode", APART)
+def test_an_update_that_is_given_up_leaves_both_what_it_used_and_what_was_collected_meanwhile(mode: Mode) -> None:
+    worker = a_worker(a_manifest("gym:Pendulum-v1", mode))
+    worker.collect(Collect(64))
+    learner, before = ppo(worker), fingerprint(worker)
+    expected = learner._log_probs(learner._streams[0]).ravel()
+    begin(worker)
+    worker.collect_ahead(after(3))
+    meanwhile = learner._log_probs(learner._streams[0]).ravel()[64:]
+    worker.abandon(Abandon(keep_samples=True))
+    assert fingerprint(worker) == before
+    assert learner.samples == 64 + 3 * learner.config.num_envs
+    np.testing.assert_array_equal(learner._batch()[0].log_probs, np.concatenate([expected, meanwhile]))
+    fast = a_worker(a_manifest("gym:Pendulum-v1", mode), PEERS[1])
+    fast.collect(Collect(256))
+    assert worker.load(Load(solo(fast, 1), keep_samples=True)).epoch_samples == len(expected) + len(meanwhile)
+    np.testing.assert_array_equal(learner._batch()[0].log_probs, np.concatenate([expected, meanwhile]))
+    assert solo(worker, 2)
+
+
+def test_what_was_collected_while_an_update_waited_is_no_older_than_anything_else() -> None:
+    worker, fast = a_worker(), a_worker(peer=PEERS[1])
+    for each in (worker, fast):
+        each.collect(Collect(64))
+    answer = begin(worker)
+    worker.collect_ahead(after(4))
+    worker.merge(merge_of({PEERS[0]: answer}))
+    num_ahead = worker.learner.samples
+    worker.collect(Collect(16))
+    assert worker.learner.samples == num_ahead + 16
+    solo(fast, 1)
+    fast.collect(Collect(64))
+    assert worker.load(Load(solo(fast, 2), keep_samples=True)).epoch_samples == 16
+
+
+def test_no_more_is_collected_ahead_than_a_learner_may_offer() -> None:
+    run = a_manifest()
+    worker = a_worker(run)
+    largest = run.batch.largest_share
+    worker.collect(Collect(largest + 64))
+    begin(worker)
+    for _ in range(3):
+        worker.collect_ahead(lambda: False)
+    assert worker.learner.samples <= 2 * largest
+    assert worker.learner.samples > 2 * largest - ppo(worker).config.num_envs
+
+
+def test_nothing_is_collected_ahead_where_an_update_is_not_done_with_the_samples() -> None:
+    worker = a_worker(a_manifest(mode=Mode.GRADIENT))
+    worker.collect_ahead(lambda: False)
+    worker.collect(Collect(64))
+    begin(worker)
+    worker.collect_ahead(lambda: False)
+    assert worker.learner.samples == 64
+
+
+def test_a_worker_collects_while_it_waits_and_does_the_next_call_at_once() -> None:
+    worker = a_worker()
+    with served(worker) as call:
+        call(COLLECT, Collect(64))
+        answer = call(BEGIN, Begin(0, PARENT, 0, {}))
+        ends = time.monotonic() + 60
+        while worker.learner.samples == 64 and time.monotonic() < ends:
+            time.sleep(0.001)
+        merged = call(MERGE, merge_of({PEERS[0]: answer}))
+        assert merged.ahead is not None
+        assert merged.ahead.samples == worker.learner.samples
+        assert merged.ahead.seconds > 0
+
+
+def test_an_environment_that_fails_while_it_waits_does_not_end_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = a_worker()
+    worker.collect(Collect(64))
+    answer = begin(worker)
+
+    def fail(*_: object) -> Any:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(ppo(worker)._streams[0]._env, "step", fail)
+    worker.collect_ahead(lambda: False)
+    assert worker.merge(merge_of({PEERS[0]: answer})).state is not None
 
 
 # --- time ------------------------------------------------------------------------------------------------------------

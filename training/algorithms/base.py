@@ -107,12 +107,20 @@ class Learner(Protocol):
         """
         ...
 
+    def collect_ahead(self, is_over: Callable[[], bool]) -> Collected:
+        """While an update waits for an exchange: go on collecting for the next one, until ``is_over``.
+
+        No more than an honest learner may offer at once; nothing, where the update under way has yet to use what is
+        collected, or the algorithm cannot use what another policy made.
+        """
+        ...
+
     def update(self) -> Update:
         """Optimise on what was collected since the last update.
 
         Every yield is one exchange and is sent the merged arrays, ``{}`` if nobody had any. How many there are depends
         on the manifest alone, so it is the same for every peer, with samples or without. An update that is closed or
-        fails leaves the learner as it was before, samples included.
+        fails leaves the learner as it was before, samples included, and those that were collected meanwhile.
 
         Raises:
             ProtocolError: if the merged arrays do not fit.

@@ -21,10 +21,12 @@ and stand still within it. Old log-probabilities and values are computed when th
 that acted, so collecting needs the actor alone.
 
 Stale samples: a learner that the others did not wait for may keep what it collected when it takes their policy, so that
-it counts in the next epoch. These samples are then one policy version old, never more. Their old log-probabilities are
-of the policy that acted, computed with its parameters and normaliser before these are replaced, so r is the ratio that
-the paper means; there is no other correction (V-trace, a decoupled objective) at this age. Their advantages are GAE
-with the values of the new critic. An update without such samples is the same, bit for bit, as if they did not exist.
+it counts in the next epoch; and in modes ``local`` and ``diloco``, one that waits for the others goes on collecting for
+the next epoch, with the parameters that its own steps led to (`PPOLearner.collect_ahead`). These samples are then one
+policy version old, never more. Their old log-probabilities are of the policy that acted, computed with its parameters
+and normaliser before these are replaced, so r is the ratio that the paper means; there is no other correction (V-trace,
+a decoupled objective) at this age. Their advantages are GAE with the values of the new critic. An update without such
+samples is the same, bit for bit, as if they did not exist.
 
 What other peers contribute, and every state, is held to what honest ones can make (`plausible`): parameters no further
 from the epoch's than Adam's steps reach, moments of Adam that clipped gradients lead to, as many samples in the
@@ -102,7 +104,8 @@ class PPOLearner:
     def __init__(self, config: PPOConfig, manifest: Manifest, task: Task, streams: Sequence[str]) -> None:
         self.config = config
         self._mode = manifest.mode
-        self._max_samples = _MAX_BACKLOG * len(streams) * max(manifest.batch.largest_share, config.num_envs)
+        self._largest_share = len(streams) * max(manifest.batch.largest_share, config.num_envs)
+        self._max_samples = _MAX_BACKLOG * self._largest_share
         self._task = task
         self._model = ActorCritic(
             task.observation_size,
@@ -132,6 +135,7 @@ class PPOLearner:
         )
         self._losses: dict[int, ClippedLoss] = {}  # by size of the minibatch
         self._running: Update | None = None
+        self._num_ahead = 0  # samples that may be collected while the update under way waits
         self._eval_envs: dict[int, VectorEnv] = {}
 
     @property
@@ -149,6 +153,17 @@ class PPOLearner:
         before, finished = self.samples, list[float]()
         for stream in self._streams:
             finished += stream.collect(-(-num_steps // len(self._streams)), self._act, is_over)[1]
+        return Collected(self.samples - before, self.samples, tuple(finished))
+
+    def collect_ahead(self, is_over: Callable[[], bool]) -> Collected:
+        """Go on collecting while an update waits; see `Learner.collect_ahead` and the head of this module."""
+        before, finished, size = self.samples, list[float](), self.config.num_envs
+        number = self._num_ahead // len(self._streams) // size * size
+        for stream in self._streams if number else ():
+            first = stream.num_steps
+            finished += stream.collect(number, self._act, is_over)[1]
+            stream.know(self._log_probs(stream, first))
+        self._num_ahead -= min(self.samples - before, self._num_ahead)
         return Collected(self.samples - before, self.samples, tuple(finished))
 
     def update(self) -> Update:
@@ -201,12 +216,12 @@ class PPOLearner:
             judged = self._model.judge(observations, actions.T)
         return all(bool(np.isfinite(each).all()) for each in judged)
 
-    def _log_probs(self, stream: Stream) -> Floats:
-        """``[T, N]``, of the actions in a stream under the present policy."""
+    def _log_probs(self, stream: Stream, first: int = 0) -> Floats:
+        """``[S, N]``, of the actions in a stream from the ``first`` step on, under the present policy."""
         rollout = stream.rollout()
-        observations = _flat(self._normalize(rollout.observations[:-1]))
-        log_probs, _ = self._model.judge(observations, _by_column(rollout.actions))
-        return log_probs.reshape(rollout.rewards.shape)
+        observations = _flat(self._normalize(rollout.observations[first:-1]))
+        log_probs, _ = self._model.judge(observations, _by_column(rollout.actions[first:]))
+        return log_probs.reshape(rollout.rewards[first:].shape)
 
     def policy_arrays(self) -> Arrays:
         """The parameters and, where observations are normalised, their moments, copied."""
@@ -244,6 +259,8 @@ class PPOLearner:
     def _guarded_update(self) -> Update:
         """Run the update; put everything back if it is closed or fails."""
         before = {name: array.copy() for name, array in (self._state() | self._inner_state()).items()}
+        for stream in self._streams:
+            stream.use()
         try:
             stats = yield from self._update()
         except BaseException:
@@ -252,7 +269,7 @@ class PPOLearner:
         finally:
             self._running = None
         for stream in self._streams:
-            stream.drop()
+            stream.used()
         return stats
 
     def _update(self) -> Update:
@@ -303,7 +320,7 @@ class PPOLearner:
         }
         own = arrays if batch is not None else {}
         lossy = {"mean/parameters": self._max_change}
-        merged = yield Exchange(own, self.samples, arrays, check, scales, centres, lossy)
+        merged = yield from self._wait(Exchange(own, self.samples, arrays, check, scales, centres, lossy))
         if not merged:  # nobody had any samples
             self._load(before)
             return {}
@@ -321,15 +338,25 @@ class PPOLearner:
         start = self._model.flat.copy()
         self._step_alone(batch, measures)
         arrays: Arrays = {"mean/delta": start - self._model.flat} | increments
-        self._model.flat[:] = start
         check = partial(self._limits.check_contribution, start=start)
         lossy = {"mean/delta": self._max_change}
         own = arrays if batch is not None else {}
-        merged = yield Exchange(own, self.samples, arrays, check, self._moment_scales(), lossy=lossy)
+        exchange = Exchange(own, self.samples, arrays, check, self._moment_scales(), lossy=lossy)
+        merged = yield from self._wait(exchange)
+        self._model.flat[:] = start
         if merged:
             _check_merged(merged, arrays)
             self._outer.apply(self._model.flat, as_floats(merged["mean/delta"]))
         return merged
+
+    def _wait(self, exchange: Exchange) -> Generator[Exchange, Arrays, Arrays]:
+        """The one exchange of an update, while which this learner may go on collecting."""
+        most = self._largest_share
+        self._num_ahead = max(0, min(most, 2 * most - self.samples))
+        try:
+            return (yield exchange)
+        finally:
+            self._num_ahead = 0
 
     def _step_alone(self, batch: Batch | None, measures: Measures) -> None:
         """All steps of an update on own samples, if there are any."""
@@ -425,8 +452,8 @@ class PPOLearner:
             observations = _flat(self._normalize(rollout.observations[:-1]))
             actions = _by_column(rollout.actions)
             log_probs, judged = self._model.judge(observations, actions)
-            if stream.kept_log_probs is not None:
-                log_probs[: stream.kept_log_probs.size] = stream.kept_log_probs.ravel()
+            known = stream.log_probs.ravel()
+            np.copyto(log_probs, known, where=~np.isnan(known))
             values = np.empty((shape[0] + 1, shape[1]), np.float32)
             values[:-1] = judged.reshape(shape)
             values[-1] = self._model.values(self._normalize(rollout.observations[-1]))

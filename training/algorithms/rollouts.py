@@ -6,7 +6,8 @@ the two peers see. A stream that is begun again has another name: the same episo
 lead to the same failure if there was one.
 
 When the policy changes while steps wait for an update, they may be kept once (`Stream.keep`), with the
-log-probabilities that the policy that acted gave to its actions.
+log-probabilities that the policy that acted gave to its actions; and what is collected while an update waits for the
+others, by the policy that it has made so far (`Stream.know`), is there for the next one.
 
 Advantages are GAE (arXiv 1506.02438). An episode that was cut off by a time limit is worth the value of its final
 observation from there on (Pardo et al., arXiv 1712.00378), and so is one that still runs when the update comes.
@@ -75,14 +76,11 @@ class Stream:
     Attributes:
         rng: for actions and for shuffling.
         samples: environment steps since the last update.
-        kept_log_probs: ``[S, N]``, what the policy before gave to the actions of the first S steps, which it made; the
-            present one made the rest. None if there are no such steps.
     """
 
     def __init__(self, task: Task, *, num_envs: int, gamma: float, seed: int, name: str) -> None:
         self.rng = np.random.default_rng(derive_seed(seed, name, "actions"))
         self.samples = 0
-        self.kept_log_probs: Floats | None = None
         self._num_envs = num_envs
         self._gamma = np.float32(gamma)
         self._env = task.make(num_envs)
@@ -91,6 +89,8 @@ class Stream:
         self._discounted = np.zeros(num_envs, np.float32)
         self._finals: list[Floats] = []
         self._length = 0
+        self._num_old = 0  # of the first steps, that another policy made than the present one
+        self._num_used = 0  # of the first steps, by the update under way
         shown, acted = self._observations.shape, _shape_and_type(task.action_space)
         empty = (0, num_envs)
         self._columns: list[npt.NDArray[Any]] = [
@@ -99,6 +99,7 @@ class Stream:
             np.empty(empty, np.float32),
             np.empty(empty, np.bool_),
             np.empty(empty, np.bool_),
+            np.empty(empty, np.float32),
             np.empty(empty, np.float32),
         ]
 
@@ -109,7 +110,7 @@ class Stream:
             How many it took, and the returns of the episodes that ended.
         """
         vector_steps = -(-num_steps // self._num_envs)
-        observations, acts, rewards, terminated, truncated, discounted = self._room(vector_steps)
+        observations, acts, rewards, terminated, truncated, discounted, log_probs = self._room(vector_steps)
         before, finished = self.samples, list[float]()
         for index in range(self._length, self._length + vector_steps):
             actions = policy(self._observations, self.rng)
@@ -122,6 +123,7 @@ class Stream:
             observations[index], acts[index], rewards[index] = self._observations, actions, step.rewards
             terminated[index], truncated[index] = step.terminated, step.truncated
             discounted[index] = self._discounted
+            log_probs[index] = np.nan
             self._observations = step.observations
             for ended, observation in sorted(step.final_observations.items()):
                 if ended not in step.failed:
@@ -148,29 +150,62 @@ class Stream:
         observations[end] = self._observations
         size = self._observations.shape[1]
         finals = np.stack(self._finals) if self._finals else np.zeros((0, size), np.float32)
-        actions, rewards, terminated, truncated, discounted = (column[:end] for column in others)
+        actions, rewards, terminated, truncated, discounted, _ = (column[:end] for column in others)
         return Rollout(observations[: end + 1], actions, rewards, terminated, truncated, discounted, finals)
 
+    @property
+    def num_steps(self) -> int:
+        """T of what `rollout` gives."""
+        return self._length
+
+    @property
+    def log_probs(self) -> Floats:
+        """``[T, N]``, what the policy that acted gave to its actions; NaN where that is the present one."""
+        return self._columns[-1][: self._length]
+
+    def know(self, log_probs: Floats) -> None:
+        """The policy changes: where it is not known yet what the one that acted gave, it was the present one.
+
+        Args:
+            log_probs: ``[S, N]`` of the actions of the last S steps, under the present policy.
+        """
+        known = self.log_probs[self._length - len(log_probs) :]
+        np.copyto(known, log_probs, where=np.isnan(known))
+
     def keep(self, log_probs: Floats) -> None:
-        """The policy changes. Keep the steps that the present one made, and drop those of the one before it.
+        """Another policy is taken. Keep the steps that the present one made, and drop those of the one before it.
 
         Args:
             log_probs: ``[T, N]`` of all actions since the last update, under the present policy.
         """
-        old = 0 if self.kept_log_probs is None else len(self.kept_log_probs)
-        *_, truncated, _ = self._columns
-        del self._finals[: int(truncated[:old].sum())]
-        for column in self._columns:
-            column[: self._length - old] = column[old : self._length]
-        self._length -= old
-        self.samples = self._length * self._num_envs
-        self.kept_log_probs = log_probs[old:].copy() if self._length else None
+        self.know(log_probs)
+        self._cut(self._num_old)
+        self._num_old = self._length
+
+    def use(self) -> None:
+        """An update of all steps that are here begins."""
+        self._num_used = self._length
+
+    def used(self) -> None:
+        """It is done: forget what it used; what was collected meanwhile was made by another policy than the new one."""
+        self._cut(self._num_used)
+        self._num_old, self._num_used = self._length, 0
 
     def drop(self) -> None:
         """Forget the steps since the last update; running episodes go on."""
-        self._finals.clear()
-        self.kept_log_probs = None
-        self._length = self.samples = 0
+        self._cut(self._length)
+        self._num_old = self._num_used = 0
+
+    def _cut(self, first: int) -> None:
+        """Forget the first steps."""
+        if not first:
+            return
+        _, _, _, _, truncated, _, _ = self._columns
+        del self._finals[: int(truncated[:first].sum())]
+        for column in self._columns:
+            column[: self._length - first] = column[first : self._length]
+        self._length -= first
+        self.samples = self._length * self._num_envs
 
     def _room(self, more: int) -> list[npt.NDArray[Any]]:
         """The columns, with room for so many steps more and for what is shown after them."""

@@ -122,6 +122,10 @@ class LoopLearner:
         samples, self._num_told = max(total - self._num_told, 0), total
         return Collected(samples, total, ())
 
+    def collect_ahead(self, is_over: Callable[[], bool]) -> Collected:
+        """Nothing: the loop waits for the average itself."""
+        return Collected(0, self.samples, ())
+
     def update(self) -> Update:
         """Average; see the head of this module."""
         self._running = self._update()
