@@ -67,6 +67,8 @@ BATCH_BLOCKS: Final = 4
 """Written in one transaction, between which others have their turn."""
 INLINE_BYTES: Final = 256 * 1024
 """Up to this is hashed on the loop: for less than it takes to hand it to a thread, and be woken by that."""
+LARGE_BYTES: Final = 16 * 1024 * 1024
+"""From here on what is copied or fetched lies in a file, if there is room: the system may take its pages."""
 LOOK_S: Final = 1.0
 """How often a request that is open is looked at for signs of life."""
 MAX_WAITING: Final = 256
@@ -183,7 +185,7 @@ class ContentStore(ContentService):
         """
         named = await self._hash(partial(name, data), len(data))
         num_bytes = len(data) + len(named.manifest_bytes)
-        in_memory = self._take_room(num_bytes)
+        in_memory = self._take_room(num_bytes, is_better_in_file=is_lent and num_bytes >= LARGE_BYTES)
         view = memoryview(data)
         if is_lent or not in_memory:
             copy = partial(_copied, data) if in_memory else partial(_copy_to_file, self._storage, data)
@@ -197,10 +199,10 @@ class ContentStore(ContentService):
         self.holding.trim(now)
         return named.cid
 
-    def _take_room(self, num_bytes: int) -> bool:
+    def _take_room(self, num_bytes: int, *, is_better_in_file: bool = False) -> bool:
         left = self.max_disk_bytes - self._storage.disk_bytes()
         self.holding.max_file_bytes = max(0, min(self._max_file_bytes, left))
-        return self.holding.take_room(num_bytes, trio.current_time())
+        return self.holding.take_room(num_bytes, trio.current_time(), is_better_in_file=is_better_in_file)
 
     async def pin(self, data: bytes) -> Cid:
         """Keep one block on disk for ever that is not cut up, though it is MessagePack: a run's manifest.
@@ -434,7 +436,7 @@ class ContentStore(ContentService):
 
     async def _make_room(self, flight: _Flight, named: Named, size: int) -> None:
         num_bytes = size + len(named.manifest_bytes)
-        in_memory = self._take_room(num_bytes)
+        in_memory = self._take_room(num_bytes, is_better_in_file=num_bytes >= LARGE_BYTES)
         try:
             if in_memory:
                 data = open_memory(size)

@@ -153,7 +153,7 @@ class Holding:
             if held.cid in self._idle:
                 self._idle.move_to_end(held.cid)
 
-    def take_room(self, num_bytes: int, now: float) -> bool:
+    def take_room(self, num_bytes: int, now: float, *, is_better_in_file: bool = False) -> bool:
         """Set room aside: True for memory, False for a file. What is idle makes way for it.
 
         Raises:
@@ -161,6 +161,8 @@ class Holding:
         """
         self._make_way(num_bytes, now, leased=False)
         in_memory = self.memory_bytes + num_bytes <= self.max_memory_bytes
+        if is_better_in_file and self.file_bytes + num_bytes <= self.max_file_bytes:
+            in_memory = False
         if not in_memory and self.file_bytes + num_bytes > self.max_file_bytes:
             self._make_way(num_bytes, now, leased=True)
             in_memory = self.memory_bytes + num_bytes <= self.max_memory_bytes

@@ -26,8 +26,10 @@ This core has no clock: ``now`` is seconds of any monotonic clock. Bytes are mov
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, TypeAlias
 
 from shoal.protocol.errors import UsageError
@@ -36,6 +38,8 @@ from shoal.protocol.ids import PeerId
 MAX_PARTS: Final = 65_536
 MAX_PULLS: Final = 4
 """Parts that are pulled from one member at a time."""
+MAX_SCRATCH: Final = 32
+"""Parts of others that lie here until they are reduced, however large the array is; two of each, if they are many."""
 MOST: Final = 1 / 2
 OWNER_PATIENCE: Final = 1.5
 HASH_BYTES: Final = 32
@@ -240,7 +244,7 @@ class _Source:
     """What is pulled of one member."""
 
     is_ready: bool = False
-    todo: list[int] = field(default_factory=list)
+    todo: deque[int] = field(default_factory=deque)
     num_pulling: int = 0
 
 
@@ -535,12 +539,17 @@ class AllReduce:
     def _plan(self, outputs: list[Output]) -> None:
         if self.is_over:
             return
+        open_parts = set(islice(self._own, max(2, MAX_SCRATCH // max(1, len(self._sources)))))
         for author, source in self._sources.items():
             while source.is_ready and source.todo and source.num_pulling < MAX_PULLS:
-                part = source.todo.pop(0)
-                if part in self._own and not self._own[part].is_reducing:
+                part = source.todo[0]
+                own = self._own.get(part)
+                if own is not None and not own.is_reducing:
+                    if part not in open_parts:
+                        break
                     source.num_pulling += 1
                     outputs.append(Pull(author, part))
+                source.todo.popleft()
         for part, own in self._own.items():
             if not own.is_reducing and not self._lacking(own):
                 own.authors = tuple(peer for peer in self._members if peer in own.came)

@@ -128,6 +128,9 @@ class Averager:
         self._thread = threading.Thread(target=self._speak, name="shoal averager", daemon=True)
         self._thread.start()
         try:
+            if min_members is not None and min_members > 1:
+                # The ticket cannot be read off an object that is not made before the others have come.
+                log.warning("the first average waits for %d loops; the others join with %s", min_members, self.ticket)
             self._hear(self._gate.wait_for_news())
         except BaseException:
             self.close()
