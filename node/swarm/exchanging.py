@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import statistics
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
@@ -36,6 +37,8 @@ MIN_PATIENCE_S: Final = 1.0
 MAX_PATIENCE_S: Final = 30.0
 PATIENCE: Final = 3.0
 """Times the longest gap of the last ones."""
+PATIENT_PART: Final = 1 / 4
+"""Of what they took: in a long one a pause costs little, and whoever is left out was of use for nothing."""
 REMEMBERED: Final = 8
 LINGER_S: Final = 1.0
 PRESENT: Final = 1 / 2
@@ -71,13 +74,15 @@ class Exchanging:
         self._on_lie = on_lie
         self._on_false = on_false
         self._gaps: deque[float] = deque(maxlen=REMEMBERED)
+        self._took: deque[float] = deque(maxlen=REMEMBERED)
 
     @property
     def patience_s(self) -> float:
         """For which nothing may come on, as learned."""
         if not self._gaps:
             return FIRST_PATIENCE_S
-        return min(max(PATIENCE * max(self._gaps), MIN_PATIENCE_S), MAX_PATIENCE_S)
+        patience_s = max(PATIENCE * max(self._gaps), PATIENT_PART * statistics.median(self._took))
+        return min(max(patience_s, MIN_PATIENCE_S), MAX_PATIENCE_S)
 
     @asynccontextmanager
     async def reduced(
@@ -142,6 +147,7 @@ class Exchanging:
             run=self._swarm,
         ) as result:
             self._gaps.append(result.longest_gap_s)
+            self._took.append(result.seconds)
             log.info(
                 "swarm %s: %.1f MB of each of %d in %.2f s",
                 *(self._swarm, layout.num_bytes / 1e6, len(members), result.seconds),

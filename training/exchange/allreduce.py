@@ -38,7 +38,7 @@ from shoal.protocol.ids import PeerId
 MAX_PARTS: Final = 65_536
 MAX_PULLS: Final = 4
 """Parts that are pulled from one member at a time."""
-MAX_SCRATCH: Final = 32
+MAX_SCRATCH: Final = 24
 """Parts of others that lie here until they are reduced, however large the array is; two of each, if they are many."""
 MOST: Final = 1 / 2
 OWNER_PATIENCE: Final = 1.5
