@@ -702,8 +702,7 @@ async def open_host(
                 failure = error
             with trio.CancelScope(deadline=trio.current_time() + DRAIN_S + 1, shield=True):
                 await host.links.close()
-            with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
-                await libp2p.close()
+            await libp2p.close()
         except Exception as error:  # as above
             failure = error
         finally:

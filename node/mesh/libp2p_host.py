@@ -50,6 +50,10 @@ log = logging.getLogger(__name__)
 
 NEGOTIATE_S: Final = 10.0
 CUT_S: Final = 2.0
+GOODBYE_S: Final = 0.5
+"""For all connections together, when the node ends."""
+CLOSE_S: Final = 1.0
+"""For everything else."""
 STREAM_BYTES: Final = 16 * 1024
 """What a stream takes by itself, with the tasks that serve it."""
 
@@ -276,8 +280,19 @@ class Libp2pHost:
             await connection.close()
 
     async def close(self) -> None:
-        """Close everything."""
-        await self.libp2p.close()
+        """Close everything, also while this is cancelled: connections with a goodbye, where that comes to an end.
+
+        libp2p's own way says goodbye to one after the other, and leaves open what it has not come to when cancelled.
+        """
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(GOODBYE_S):
+                async with trio.open_nursery() as nursery:
+                    for connection in self._paths.values():
+                        nursery.start_soon(_say_goodbye, connection)
+            await self._cut(list(self._paths.values()))
+            self.network.connections.clear()
+            with trio.move_on_after(CLOSE_S):
+                await self.libp2p.close()
 
     def _connections(self, peer: PeerId) -> list[INetConn]:
         found: list[INetConn] = self.network.get_connections(ID.from_base58(str(peer)))
@@ -389,6 +404,11 @@ async def _serve_stream(
     serve: Callable[[PeerId, str, ByteStream], Awaitable[None]], protocol: str, stream: INetStream
 ) -> None:
     await serve(PeerId(str(stream.muxed_conn.peer_id)), protocol, Libp2pByteStream(stream))
+
+
+async def _say_goodbye(connection: INetConn) -> None:
+    with contextlib.suppress(*BROKEN):
+        await connection.close()
 
 
 async def _cut_one(connection: INetConn) -> None:

@@ -23,6 +23,7 @@ from libp2p.bitswap.cid import parse_cid
 from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from multiaddr import Multiaddr
@@ -479,6 +480,16 @@ async def test_nothing_is_left_running_or_open() -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
+
+
+async def test_a_goodbye_that_does_not_come_to_an_end_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def close(_: SwarmConn) -> None:
+        await trio.sleep_forever()
+
+    sockets = open_sockets()
+    async with two_connected():
+        monkeypatch.setattr(SwarmConn, "close", close)
+    assert open_sockets() == sockets
 
 
 async def test_a_version_of_libp2p_that_the_repairs_were_not_made_for_is_left_alone(
