@@ -1,7 +1,8 @@
 """What comes of an all-reduce, for a member of its run that takes no part in it: it came too late, or had nothing.
 
-Without this it could only take over the state that the others make, and would be late again with the next epoch. Each
-part is asked of whoever has it, is held to what its owner signed, and may come from anybody.
+Without this it could only take over the state that the others make, and would be late again with the next epoch. A part
+may come from anybody who has it, and is held to what its owner signed; as any member may own a part in the end, and one
+that lies could sign something of its own for whoever comes late, two members have to say the same of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 import trio
 
 from shoal.node.swarm.content import UnavailableError
-from shoal.node.wire.contracts import ExchangeService, ResultAsked
+from shoal.node.wire.contracts import ExchangeService, ResultAsked, ResultGiven
 from shoal.node.wire.links import Links
 from shoal.protocol.errors import RemoteError
 from shoal.protocol.ids import PeerId
@@ -30,6 +31,7 @@ AT_A_TIME: Final = 4
 """Parts that are asked for."""
 AGAIN_S: Final = 0.05
 """Until all are asked again: they may be about to begin."""
+WITNESSES: Final = 2
 OVER_S: Final = 1.0
 """When for so long nobody has given anything, they have gone on."""
 
@@ -67,34 +69,43 @@ async def follow(
     came_at = trio.current_time()
     lacking: int | None = None
 
-    async def ask(holder: PeerId, part: int) -> bool:
+    async def ask(holder: PeerId, part: int, *, is_data_wanted: bool) -> ResultGiven | None:
         service = client(ExchangeService, links.at(holder), timeout_s=patience_s)
         try:
-            given = await service.result(ResultAsked(key, part))
+            given = await service.result(ResultAsked(key, part, is_data_wanted))
         except RemoteError as error:
             log.debug("%s does not give what came of part %d: %s", holder, part, error)
+            return None
+        said = given.said
+        is_of_it = (said.key, said.part) == (key, part) and said.owner in believed
+        return given if is_of_it and set(said.authors) <= set(members) and said.is_signed() else None
+
+    async def take(holder: PeerId, part: int, outcome: Outcome) -> bool:
+        given, place = await ask(holder, part, is_data_wanted=True), parts.place(part)
+        if given is None or len(given.data) != place.stop - place.start:
             return False
-        said, place = given.said, parts.place(part)
-        is_it = (
-            (said.key, said.part) == (key, part)
-            and said.owner in believed
-            and set(said.authors) <= set(members)
-            and len(given.data) == place.stop - place.start
-            and hashlib.sha256(given.data).digest() == said.digest
-            and said.is_signed()
-        )
-        if is_it:
-            into[place] = given.data
-            outcomes[part] = said.outcome
-        return is_it
+        if hashlib.sha256(given.data).digest() != outcome.digest:
+            return False
+        into[place] = given.data
+        outcomes[part] = outcome
+        return True
 
     async def get(part: int) -> bool:
         nonlocal came_at
         while True:
+            witnesses: dict[Outcome, list[PeerId]] = {}
             for holder in random.sample(believed, len(believed)):
-                if await ask(holder, part):
-                    came_at = trio.current_time()
-                    return True
+                given = await ask(holder, part, is_data_wanted=False)
+                if given is None:
+                    continue
+                found = witnesses.setdefault(given.said.outcome, [])
+                found.append(holder)
+                if len(found) < min(WITNESSES, len(believed)):
+                    continue
+                for each in found:
+                    if await take(each, part, given.said.outcome):
+                        came_at = trio.current_time()
+                        return True
             if trio.current_time() >= came_at + OVER_S:
                 return False
             await trio.sleep(AGAIN_S)

@@ -251,7 +251,7 @@ class Reductions(ExchangeService):
             running = next((each for key, each in self._kept.values() if key == request.key), None)
         if not isinstance(running, _Reduction):
             raise RemoteError(Status.NOT_FOUND, "this node is in no such all-reduce")
-        return await running.given(request.part)
+        return await running.given(request.part, is_data_wanted=request.is_data_wanted)
 
     async def held(self, request: PartAsked) -> PartHeld:
         """A member asks who holds what came of a part."""
@@ -391,14 +391,14 @@ class _Reduction:
             return PartHeld()
         return PartHeld(self._said[request.part, outcome.owner])
 
-    async def given(self, part: int) -> ResultGiven:
+    async def given(self, part: int, *, is_data_wanted: bool) -> ResultGiven:
         """What came of a part, once it is here."""
         if not 0 <= part < self._parts.num_parts:
             raise RemoteError(Status.INVALID_ARGUMENT, f"there are {self._parts.num_parts} parts")
         while part not in self._core.outcomes:
             await self._came.wait()
         said = self._said[part, self._core.outcomes[part].owner]
-        return ResultGiven(said, bytes(self._result[self._parts.place(part)]))
+        return ResultGiven(said, bytes(self._result[self._parts.place(part)]) if is_data_wanted else b"")
 
     def _announced(self, holder: PeerId, said: SignedOutcome) -> None:
         """Take what an owner signed, from whoever holds what came of it; its first word on a part counts."""

@@ -218,18 +218,25 @@ class PartHeld:
 
 @dataclass(frozen=True, slots=True)
 class ResultAsked:
-    """Asks for what came of a part: the caller is no member of this all-reduce, and does as its members do."""
+    """Asks for what came of a part: the caller is no member of this all-reduce, and does as its members do.
+
+    Attributes:
+        key: of the all-reduce, 16 bytes.
+        part: which.
+        is_data_wanted: or only what its owner signed.
+    """
 
     key: bytes
     part: int
+    is_data_wanted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ResultGiven:
-    """What came of it, as its owner signed it, and its bytes."""
+    """What came of it, as its owner signed it, and its bytes, if they were asked for."""
 
     said: SignedOutcome
-    data: bytes
+    data: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

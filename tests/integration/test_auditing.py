@@ -22,7 +22,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.protocol.tensors import TensorCodec
 from shoal.training.exchange.allreduce import Member, Outcome
-from shoal.training.exchange.audits import SignedOutcome
+from shoal.training.exchange.audits import SignedOutcome, sign_outcome
 from shoal.training.exchange.layout import Layout, Segment, hashes_of
 from shoal.training.exchange.rules import Aggregator
 
@@ -213,18 +213,28 @@ async def test_who_comes_too_late_has_the_same_bytes_while_the_others_reduce_and
             await followed(late, found, 0)
 
 
-async def test_a_holder_that_gives_something_else_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("signs", [False, True])
+async def test_one_that_gives_latecomers_something_else_is_passed_over(
+    signs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it signs that as its own result, as whoever takes over for an owner would."""
     async with members() as everybody:
         late, *found = everybody
         results = await reduce(found, 0)
         liar, asked = found[1], []
 
-        async def wrong(self: reducing._Reduction, part: int) -> ResultGiven:
-            given = await honest(self, part)
+        async def wrong(self: reducing._Reduction, part: int, *, is_data_wanted: bool) -> ResultGiven:
+            given = await honest(self, part, is_data_wanted=is_data_wanted)
             if self._me != liar.peer:
                 return given
             asked.append(part)
-            return replace(given, data=bytes(len(given.data)))
+            data = bytes(len(given.data))
+            if not signs:
+                return replace(given, data=data)
+            place = LAYOUT.place(part)
+            digest = hashlib.sha256(bytes(place.stop - place.start)).digest()
+            outcome = Outcome(liar.peer, given.said.authors, digest)
+            return ResultGiven(sign_outcome(self._signer, key_of(0), part, outcome), data)
 
         honest = reducing._Reduction.given
         monkeypatch.setattr(reducing._Reduction, "given", wrong)
