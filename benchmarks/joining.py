@@ -70,13 +70,11 @@ class Run:
     cpu_s: float
 
 
-def update_together(learners: Sequence[Learner], names: Sequence[PeerId], num_ahead: int) -> None:
-    """One joint update: every exchange is merged and given to all; some is collected before that."""
+def update_together(learners: Sequence[Learner], names: Sequence[PeerId], num_ahead: int) -> int:
+    """One joint update: every exchange is merged and given to all; how many steps were taken before that."""
     updates = [learner.update() for learner in learners]
     exchanges = [next(update) for update in updates]
-    for learner in learners if num_ahead else ():
-        until = learner.samples + num_ahead
-        learner.collect_ahead(lambda learner=learner, until=until: learner.samples >= until)  # type: ignore[misc]
+    ahead = sum(collect_ahead(learner, num_ahead) for learner in learners) if num_ahead else 0
     while True:
         merged = merge(
             [
@@ -92,7 +90,13 @@ def update_together(learners: Sequence[Learner], names: Sequence[PeerId], num_ah
             except StopIteration:
                 over += 1
         if over:
-            return
+            return ahead
+
+
+def collect_ahead(learner: Learner, number: int) -> int:
+    """Take so many steps while an update waits; how many it took."""
+    until = learner.samples + number
+    return learner.collect_ahead(lambda: learner.samples >= until).samples
 
 
 def measure(
@@ -116,12 +120,10 @@ def measure(
     while epoch < limit and not passed:
         epoch += 1
         for learner in learners:
-            env_steps -= learner.samples  # counted when it was collected
             collected = learner.collect(manifest.batch.largest_share - learner.samples)
-            env_steps += learner.samples
+            env_steps += collected.samples
             recent.extend(collected.episode_returns)
-        update_together(learners, names, round(ahead * manifest.batch.largest_share))
-        env_steps += sum(learner.samples for learner in learners)
+        env_steps += update_together(learners, names, round(ahead * manifest.batch.largest_share))
         passed = len(recent) == WINDOW and statistics.fmean(recent) >= threshold
     final = statistics.fmean(learners[0].evaluate(20, seed + 1_000_003))
     return Run(task_name, count, seed, epoch, env_steps, passed, round(final, 1), round(time.process_time() - began, 1))

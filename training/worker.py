@@ -28,6 +28,7 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
+from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.arena import Arena, Region
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
@@ -165,6 +166,9 @@ class Worker:
         began = time.monotonic()
         ends = math.inf if request.max_seconds is None else began + request.max_seconds
         collected = self.learner.collect(request.num_steps, lambda: time.monotonic() >= ends)
+        return self._collected(collected, began)
+
+    def _collected(self, collected: LearnerCollected, began: float) -> Collected:
         returns = tuple(float(value) for value in collected.episode_returns)
         seconds, failed = time.monotonic() - began, self._failures
         return Collected(collected.samples, collected.total, returns, seconds, failed.count, failed.summary)
@@ -175,19 +179,17 @@ class Worker:
             return
         began = time.monotonic()
         try:
-            more = self._learner.collect_ahead(is_over)
+            more = self._collected(self._learner.collect_ahead(is_over), began)
         except Exception:  # an environment, an algorithm or a defect of this program: any type
             log.exception("collecting while the others are waited for failed")
             return
-        returns = tuple(float(value) for value in more.episode_returns)
-        before, failed = self._ahead, self._failures
-        self._ahead = Collected(
-            before.epoch_samples + more.samples,
-            before.samples + more.samples,
-            before.episode_returns + returns,
-            before.seconds + time.monotonic() - began,
-            failed.count,
-            failed.summary,
+        samples = self._ahead.samples + more.samples
+        self._ahead = replace(
+            more,
+            samples=samples,
+            epoch_samples=samples,
+            episode_returns=self._ahead.episode_returns + more.episode_returns,
+            seconds=self._ahead.seconds + more.seconds,
         )
 
     def begin(self, request: Begin) -> MergeAnswer:
@@ -264,10 +266,9 @@ class Worker:
             else tuple(LargeArray(each.name, each.numel, each.codec, each.bound) for each in layout.segments)
         )
         answer = MergeAnswer(exchange.weight, contribution, None, {}, rejected, exchange.is_last, large)
-        if layout is not None or contribution is None or len(contribution) < LARGE_STATE_BYTES:
-            return answer
-        self._arena.view(Region.OFFERED, len(contribution))[:] = contribution
-        return replace(answer, contribution=None, contribution_bytes=len(contribution))
+        if layout is None and contribution is not None and self._lend(Region.OFFERED, contribution):
+            return replace(answer, contribution=None, contribution_bytes=len(contribution))
+        return answer
 
     def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
         if self._update is None:
@@ -359,10 +360,16 @@ class Worker:
         learner = self.learner
         data = encode_arrays(learner.export_state(), descent.meta())
         policy = digest(learner.policy_arrays())
-        if len(data) < LARGE_STATE_BYTES:
-            return descent.answer(policy, state=data)
-        self._arena.view(Region.STATE, len(data))[:] = data
-        return replace(descent.answer(policy), state_bytes=len(data))
+        if self._lend(Region.STATE, data):
+            return replace(descent.answer(policy), state_bytes=len(data))
+        return descent.answer(policy, state=data)
+
+    def _lend(self, region: Region, data: bytes) -> bool:
+        """Put something into the arena, if it is large."""
+        is_large = len(data) >= LARGE_STATE_BYTES
+        if is_large:
+            self._arena.view(region, len(data))[:] = data
+        return is_large
 
 
 def make_installed(request: Open) -> tuple[Learner, Failures]:

@@ -32,6 +32,7 @@ AT_A_TIME: Final = 4
 AGAIN_S: Final = 0.05
 """Until all are asked again: they may be about to begin."""
 WITNESSES: Final = 2
+"""Members who have to say the same, where there are so many."""
 OVER_S: Final = 1.0
 """When for so long nobody has given anything, they have gone on."""
 

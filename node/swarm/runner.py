@@ -559,14 +559,16 @@ class Runner:
                 raise UsageError(error.message) from error
             raise
         self._state_bytes = answer.state_bytes or len(answer.state or b"")
-        return events.Opened(_policy(answer, await self._put(answer)))
+        return events.Opened(_policy(answer, await self._put_state(answer)))
 
-    async def _put(self, answer: StateAnswer) -> Cid:
-        """Hold the state that the worker gives."""
-        if answer.state_bytes and self._arena is not None:
-            lent = self._arena.view(Region.STATE, answer.state_bytes)
-            return await self._content.put(lent, owner=self.swarm, is_lent=True)
-        return await self._content.put(answer.state or b"", owner=self.swarm)
+    async def _put(self, data: bytes | memoryview | None, region: Region, num_bytes: int) -> Cid:
+        """Hold what the worker gives: as many bytes of the arena, or, if that is none, the data."""
+        if num_bytes and self._arena is not None:
+            return await self._content.put(self._arena.view(region, num_bytes), owner=self.swarm, is_lent=True)
+        return await self._content.put(data or b"", owner=self.swarm)
+
+    async def _put_state(self, answer: StateAnswer) -> Cid:
+        return await self._put(answer.state, Region.STATE, answer.state_bytes)
 
     async def _do_jobs(self, worker: Channel) -> None:
         while True:
@@ -644,7 +646,7 @@ class Runner:
         """The update wants something averaged, or is done."""
         self._large = answer.layout
         if answer.state is not None:
-            cid = await self._put(answer.state)
+            cid = await self._put_state(answer.state)
             self._num_lost = 0
             ahead = None if answer.ahead is None else self._collected(answer.ahead)
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats, ahead))
@@ -652,19 +654,12 @@ class Runner:
         offered: Cid | None = None
         if answer.contribution is not None or answer.contribution_bytes:
             try:
-                offered = await self._put_contribution(answer)
+                offered = await self._put(answer.contribution, Region.OFFERED, answer.contribution_bytes)
                 self._needs.offer(offered)
             except NoRoomError as error:  # it takes part in the round, with nothing to give
                 self.error = str(error)
                 log.warning("swarm %s: what was learned is not given to the others: %s", self.swarm, error)
         self.post(events.Yielded(offered, int(answer.weight), answer.rejected, answer.is_last))
-
-    async def _put_contribution(self, answer: MergeAnswer) -> Cid:
-        """Hold what the worker contributes."""
-        if answer.contribution_bytes and self._arena is not None:
-            lent = self._arena.view(Region.OFFERED, answer.contribution_bytes)
-            return await self._content.put(lent, owner=self.swarm, is_lent=True)
-        return await self._content.put(answer.contribution or b"", owner=self.swarm)
 
     async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
         try:

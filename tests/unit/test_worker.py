@@ -834,31 +834,47 @@ def test_nothing_is_collected_ahead_where_an_update_is_not_done_with_the_samples
     assert worker.learner.samples == 64
 
 
-def test_a_worker_collects_while_it_waits_and_does_the_next_call_at_once() -> None:
+def test_a_worker_collects_while_it_waits_and_does_the_next_call_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = a_worker()
+    env, stepped = ppo(worker)._streams[0]._env, threading.Event()
+    whole_step = env.step
+
+    def step(actions: Any) -> Any:
+        stepped.set()
+        return whole_step(actions)
+
     with served(worker) as call:
         call(COLLECT, Collect(64))
+        monkeypatch.setattr(env, "step", step)
         answer = call(BEGIN, Begin(0, PARENT, 0, {}))
-        ends = time.monotonic() + 60
-        while worker.learner.samples == 64 and time.monotonic() < ends:
-            time.sleep(0.001)
+        assert stepped.wait(60)
         merged = call(MERGE, merge_of({PEERS[0]: answer}))
         assert merged.ahead is not None
         assert merged.ahead.samples == worker.learner.samples
         assert merged.ahead.seconds > 0
 
 
-def test_an_environment_that_fails_while_it_waits_does_not_end_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_environment_that_fails_while_it_waits_does_not_end_the_worker(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it collected before that is there for the next update, and it is known who acted."""
     worker = a_worker()
     worker.collect(Collect(64))
     answer = begin(worker)
+    stream = ppo(worker)._streams[0]
+    whole_step, left = stream._env.step, iter(range(steps))
 
-    def fail(*_: object) -> Any:
-        raise KeyError("no such thing")
+    def fail(actions: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyError("no such thing")
+        return whole_step(actions)
 
-    monkeypatch.setattr(ppo(worker)._streams[0]._env, "step", fail)
+    monkeypatch.setattr(stream._env, "step", fail)
     worker.collect_ahead(lambda: False)
     assert worker.merge(merge_of({PEERS[0]: answer})).state is not None
+    assert worker.learner.samples == steps * ppo(worker).config.num_envs
+    assert np.isfinite(stream.log_probs).all()
 
 
 # --- time ------------------------------------------------------------------------------------------------------------

@@ -161,8 +161,10 @@ class PPOLearner:
         number = self._num_ahead // len(self._streams) // size * size
         for stream in self._streams if number else ():
             first = stream.num_steps
-            finished += stream.collect(number, self._act, is_over)[1]
-            stream.know(self._log_probs(stream, first))
+            try:
+                finished += stream.collect(number, self._act, is_over)[1]
+            finally:  # what came before a failure stays
+                stream.know(self._log_probs(stream, first))
         self._num_ahead -= min(self.samples - before, self._num_ahead)
         return Collected(self.samples - before, self.samples, tuple(finished))
 
@@ -350,7 +352,7 @@ class PPOLearner:
         return merged
 
     def _wait(self, exchange: Exchange) -> Generator[Exchange, Arrays, Arrays]:
-        """The one exchange of an update, while which this learner may go on collecting."""
+        """The one exchange of an update, during which this learner may go on collecting."""
         most = self._largest_share
         self._num_ahead = max(0, min(most, 2 * most - self.samples))
         try:
