@@ -3,7 +3,11 @@
 
     tests/lab/scale.py                                       the table; about an hour
     tests/lab/scale.py --cores 0.4 --cores 0.4,0.4,0.4,0.4   these swarms only
+    tests/lab/scale.py --cores 0.4/0.4/0.4/0.4               four swarms of one node each, at the same time
     tests/lab/scale.py --tasks gym:CartPole-v1 --seeds 1 --limit-s 60 --json build/scale.json
+
+What one node does is measured by four at a time that know nothing of each other: two processors of a host may share a
+core, and then each is a sixth slower while the other one is busy, which is no cost of joining.
 
 Each machine is a host of the lab with a share of a core (`machines`), 25 ms from the others, with 25 MB/s each way. The
 nodes are ordinary ones, in mode ``local`` with the settings that ``shoal swarm create`` gives, but that nothing is
@@ -19,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,8 +42,10 @@ from lab.nodes import PORT, LabNode, listen_addresses
 from lab.stage import wait_until
 from shoal.protocol.errors import ShoalError
 
-DEFAULT_CORES: Final = ("0.4", "0.4,0.4,0.4,0.4", "0.2,0.4,0.8", "0.8")
+DEFAULT_CORES: Final = ("0.4/0.4/0.4/0.4", "0.4,0.4,0.4,0.4", "0.2,0.4,0.8", "0.8")
 THRESHOLDS: Final = {"gym:LunarLander-v3": 200.0, "gym:Hopper-v5": 1000.0, "gym:CartPole-v1": 450.0}
+SEEDS_APART: Final = 1000
+"""Between the seeds of swarms that are played at the same time."""
 START_LIMIT_S: Final = 120.0
 POLL_S: Final = 1.0
 SETTLE_EPOCHS: Final = 5
@@ -68,23 +75,40 @@ class Row:
     epoch_s: float
 
 
-def measure(cores: Sequence[float], task: str, threshold: float, seed: int, limit_s: float) -> Row:
-    """Play one swarm until it has passed the threshold, or the limit is over."""
+def measure(
+    swarms: Sequence[Sequence[float]], task: str, threshold: float, seed: int, limit_s: float, settings: Sequence[str]
+) -> list[Row]:
+    """Play swarms at the same time, each until it has passed the threshold, or the limit is over."""
     with Lab() as lab, ExitStack() as stack:
-        nodes: list[LabNode] = []
-        known: list[str] = []
-        for number, share in enumerate(cores, 1):
-            site, machine = stack.enter_context(machines.machine(lab, f"m{number}", share))
-            node = LabNode(machine, lab.folder, site.name)
-            nodes.append(node.up("--relay", "off", listen=listen_addresses(site), bootstrap=known))
-            known = known or [f"/ip4/{site.address}/tcp/{PORT}/p2p/{node.peer_id}"]
-        return _play(nodes, tuple(cores), task, threshold, seed, limit_s)
+        companies: list[list[LabNode]] = []
+        for cores in swarms:
+            nodes: list[LabNode] = []
+            known: list[str] = []
+            for share in cores:
+                number = sum(map(len, companies)) + len(nodes) + 1
+                site, machine = stack.enter_context(machines.machine(lab, f"m{number}", share))
+                node = LabNode(machine, lab.folder, site.name)
+                nodes.append(node.up("--relay", "off", listen=listen_addresses(site), bootstrap=known))
+                known = known or [f"/ip4/{site.address}/tcp/{PORT}/p2p/{node.peer_id}"]
+            companies.append(nodes)
+        with ThreadPoolExecutor(len(swarms)) as pool:
+            playing = [
+                pool.submit(_play, nodes, tuple(cores), task, threshold, seed + SEEDS_APART * index, limit_s, settings)
+                for index, (nodes, cores) in enumerate(zip(companies, swarms, strict=True))
+            ]
+            return [each.result() for each in playing]
 
 
 def _play(
-    nodes: Sequence[LabNode], cores: tuple[float, ...], task: str, threshold: float, seed: int, limit_s: float
+    nodes: Sequence[LabNode],
+    cores: tuple[float, ...],
+    task: str,
+    threshold: float,
+    seed: int,
+    limit_s: float,
+    settings: Sequence[str],
 ) -> Row:
-    options = ["--min-learners", str(len(nodes)), "--target-return", "1e9", "--eval-interval", "1000000"]
+    options = ["--min-learners", str(len(nodes)), "--target-return", "1e9", "--eval-interval", "1000000", *settings]
     begin = ["swarm", "create", "--task", task, "--seed", str(seed), *options, "--json"]
     created = json.loads(nodes[0].run(*begin, timeout_s=START_LIMIT_S))
     swarm = created["swarm"]
@@ -148,12 +172,16 @@ def main() -> None:
     """Play all that was asked for, print the table, keep the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
-        "--cores", action="append", metavar="SHARE[,SHARE…]", help="of each node; repeat for more swarms"
+        *("--cores",),
+        action="append",
+        metavar="SHARE[,SHARE…]",
+        help="of each node; repeat for more swarms; / between swarms at the same time",
     )
     parser.add_argument("--tasks", default="gym:LunarLander-v3,gym:Hopper-v5")
     parser.add_argument("--threshold", type=float, help="of the mean training return, in place of the usual ones")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=300.0, help="seconds of one swarm")
+    parser.add_argument("--settings", default="", metavar="WORDS", help="for `shoal swarm create`, in one word")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows are kept")
     options = parser.parse_args()
     console = Console()
@@ -165,13 +193,15 @@ def main() -> None:
     for task in options.tasks.split(","):
         threshold = THRESHOLDS.get(task, float("inf")) if options.threshold is None else options.threshold
         for words in options.cores or DEFAULT_CORES:
-            cores = [float(word) for word in words.split(",")]
+            swarms = [[float(word) for word in swarm.split(",")] for swarm in words.split("/")]
             for seed in range(options.seeds):
                 try:
-                    rows.append(measure(cores, task, threshold, seed, options.limit_s))
+                    more = measure(swarms, task, threshold, seed, options.limit_s, options.settings.split())
                 except (LabError, ShoalError) as error:
                     _stop(str(error))
-                console.print(json.dumps(asdict(rows[-1])), highlight=False, soft_wrap=True)
+                rows += more
+                for row in more:
+                    console.print(json.dumps(asdict(row)), highlight=False, soft_wrap=True)
                 if options.json is not None:
                     options.json.parent.mkdir(parents=True, exist_ok=True)
                     options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
