@@ -214,3 +214,14 @@ def test_of_two_there_is_no_telling_which_one_lies() -> None:
     trimmed = merge(both, Aggregator(Rule.TRIMMED_MEAN))
     for name, array in merge(both).items():
         np.testing.assert_allclose(trimmed[name], array, rtol=1e-6)
+
+
+def test_what_is_not_merged_comes_from_everybody_in_the_order_of_the_authors() -> None:
+    """Ballots: each author's array, one after the other; of one author, too."""
+    offered = [
+        Contribution(author, weight, {"each/answers": np.full((2, 3), weight, np.int64)})
+        for author, weight in zip(sorted((ALICE, BOB, CAROL)), (1, 2, 3), strict=True)
+    ]
+    merged = merge(reversed(offered))["each/answers"]
+    np.testing.assert_array_equal(merged, np.stack([each.arrays["each/answers"] for each in offered]))
+    assert merge(offered[:1])["each/answers"].shape == (1, 2, 3)

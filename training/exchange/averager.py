@@ -7,6 +7,7 @@ The first segment of an array's name says how it merges:
 ``nonneg/<name>``           the same of what can't be negative, such as Adam's second moment
 ``sum/<name>``              sum
 ``first/<name>``            not merged: as the contribution has it whose author comes first
+``each/<name>``             not merged: all of them, one after the other in the order of the authors, ``[n, ...]``
 ``moments/<name>/count``    how many samples were seen (a scalar, all three float64), with
 ``moments/<name>/mean``     their mean and
 ``moments/<name>/m2``       the sum of their squared distances from it: what the joint samples would have given
@@ -57,6 +58,7 @@ _DTYPES: Final = {
     "nonneg": _FLOATS,
     "sum": (*_FLOATS, np.dtype(np.int64)),
     "first": _FLOATS,
+    "each": (*_FLOATS, np.dtype(np.int64)),
     "moments": (np.dtype(np.float64),),
 }
 _MOMENT_PARTS: Final = ("count", "mean", "m2")
@@ -172,7 +174,7 @@ def merge(
 ) -> Arrays:
     """Merge by the rules that the names say; see the head of the module.
 
-    A lone contribution comes back unchanged. Nothing at all merges to nothing: ``{}``.
+    A lone contribution comes back unchanged, but for ``each``. Nothing at all merges to nothing: ``{}``.
 
     Args:
         contributions: in any order.
@@ -211,6 +213,8 @@ def merge(
                 merged[name] = _sum(_held(columns, liars))
             case "first":
                 merged[name] = columns[0].copy()
+            case "each":
+                merged[name] = np.stack(columns)
             case "moments" if name.endswith("/count"):
                 subject = name.removeprefix("moments/").removesuffix("/count")
                 moments, *others = _held_moments([Moments.from_arrays(each.arrays, subject) for each in ordered], liars)
