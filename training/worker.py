@@ -15,7 +15,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,17 +27,14 @@ from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
-from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
+from shoal.training.algorithms import DivergedError, Learner, UpdateStats, load_algorithm
+from shoal.training.algorithms.base import AnyUpdate
 from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.arena import Arena, Region
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
-from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
-from shoal.training.exchange.codecs import Sender, decode_contribution
-from shoal.training.exchange.layout import Layout, layout_of
-from shoal.training.exchange.outliers import outliers
-from shoal.training.exchange.packing import pack, small_of, unpack
 from shoal.training.exchange.rules import Aggregator, Codec
+from shoal.training.merging import Answer, Given, Merging, NothingToMergeError
 from shoal.training.requirements import check_loaded, requirements
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
@@ -100,19 +97,16 @@ class Worker:
         """
         self._make = make_installed if make is None else make
         self._arena = Arena.make() if arena is None else arena
-        self._layout: Layout | None = None  # of what is large in the round under way
         self._learner: Learner | None = None
         self._failures = Failures("")
-        self._update: Generator[Exchange, Arrays, UpdateStats] | None = None
+        self._update: AnyUpdate | None = None
         self._ahead = _NOTHING  # while it waited
-        self._exchange = Exchange({}, 0, {})  # the round under way
         self._events: Events | None = None
         self._epoch = 0
         self._next = _Descent()
         self._is_counted = False
         self._max_env_steps = 0
-        self._aggregator = Aggregator()
-        self._sender = Sender(Codec.FP32)
+        self._merging = Merging(Aggregator(), Codec.FP32, self._arena)
         self._peer: PeerId | None = None
         self.methods: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             OPEN.name: (OPEN.request, self.open),
@@ -140,8 +134,8 @@ class Worker:
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
-        self._aggregator = Aggregator.parse(manifest.aggregator)
-        self._sender, self._peer = Sender(manifest.codec), request.peer
+        self._peer = request.peer
+        self._merging = Merging(Aggregator.parse(manifest.aggregator), manifest.codec, self._arena)
         self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
         return self._state(_Descent())
 
@@ -156,7 +150,7 @@ class Worker:
         keep_samples = request.keep_samples and epoch == self._epoch + 1
         self.learner.import_state(arrays, keep_samples=keep_samples)
         if not keep_samples:
-            self._sender.forget()
+            self._merging.forget()
         self._update = None
         self._epoch = epoch
         return descent.answer(digest(self.learner.policy_arrays()), epoch_samples=self.learner.samples)
@@ -213,7 +207,7 @@ class Worker:
         """Send the update the average that it waits for."""
         rejected: list[PeerId] = []
         average = self._average(request, rejected)
-        self._sender.settle(arrived=self._peer in request.authors and self._peer not in rejected)
+        self._merging.settle(arrived=self._peer in request.authors and self._peer not in rejected)
         if not self._is_counted:  # the first exchange of an epoch says who put in what
             self._is_counted = True
             delivered = tuple(
@@ -230,12 +224,12 @@ class Worker:
         return self._go_on(average, tuple(rejected), request.authors)
 
     def _go_on(
-        self, average: Arrays | None, rejected: tuple[PeerId, ...], authors: tuple[PeerId, ...] = ()
+        self, average: Answer | None, rejected: tuple[PeerId, ...], authors: tuple[PeerId, ...] = ()
     ) -> MergeAnswer:
         """Run the update until it wants something averaged, or is done."""
         try:
             update = self._running_update()
-            self._exchange = next(update) if average is None else update.send(average)
+            wanted = next(update) if average is None else update.send(average)
         except StopIteration as end:
             self._update = None
             self._epoch = self._next.epoch
@@ -252,67 +246,40 @@ class Worker:
         except BaseException:
             self._update = None
             raise
-        exchange, sender = self._exchange, self._sender
-        self._layout = layout = layout_of(exchange.template, exchange.lossy, sender.codec, self._aggregator)
-        contribution = None
-        if exchange.weight > 0 and layout is None:
-            contribution = sender.encode(exchange.arrays, exchange.lossy, exchange.centres)
-        elif exchange.weight > 0 and layout is not None:
-            offered = self._arena.view(Region.OFFERED, layout.num_bytes)
-            contribution = pack(layout, sender, exchange.arrays, exchange.lossy, exchange.centres, offered)
+        contribution = self._merging.offer(wanted)
+        layout = self._merging.layout
         large = (
             ()
             if layout is None
             else tuple(LargeArray(each.name, each.numel, each.codec, each.bound) for each in layout.segments)
         )
-        answer = MergeAnswer(exchange.weight, contribution, None, {}, rejected, exchange.is_last, large)
+        answer = MergeAnswer(wanted.weight, contribution, None, {}, rejected, wanted.is_last, large)
         if layout is None and contribution is not None and self._lend(Region.OFFERED, contribution):
             return replace(answer, contribution=None, contribution_bytes=len(contribution))
         return answer
 
-    def _running_update(self) -> Generator[Exchange, Arrays, UpdateStats]:
+    def _running_update(self) -> AnyUpdate:
         if self._update is None:
             raise RemoteError(Status.FAILED_PRECONDITION, "no update is under way")
         return self._update
 
-    def _average(self, request: Merge, rejected: list[PeerId]) -> Arrays:
+    def _average(self, request: Merge, rejected: list[PeerId]) -> Answer:
         """What was contributed, merged; who is left out is put into ``rejected``."""
         self._running_update()
-        exchange = self._exchange
         numbers = {len(each) for each in (request.authors, request.weights, request.seconds, request.contributions)}
         if len(numbers) > 1:
             raise ProtocolError("what is to be merged is not of one number")
-        layout, large = self._layout, Arrays()
-        template = exchange.template
-        if layout is not None:
-            result = self._arena.view(Region.RESULT, layout.num_bytes)
-            large = unpack(layout, template, exchange.centres, result)
-            template = {name: array for name, array in template.items() if name not in large}
-        let_in = []
+        given = []
         for author, weight, data in zip(request.authors, request.weights, request.contributions, strict=True):
             if author in request.absent:
                 log.warning("the large arrays of %s did not come", author)
                 rejected.append(author)
-                continue
-            try:
-                small = bytes(data) if layout is None else small_of(layout, bytes(data))
-                arrays = decode_contribution(small, self._sender.codec, exchange.lossy, exchange.centres, template)
-                contribution = Contribution(author, weight, arrays)
-                validate(contribution, template)
-                exchange.check(contribution)
-            except ProtocolError as error:
-                log.warning("%s", error)
-                rejected.append(author)
-                continue
-            let_in.append(contribution)
-        absurd = outliers(let_in, {name: scale for name, scale in exchange.scales.items() if name not in large})
-        for author, reason in absurd.items():
-            log.warning("the contribution of %s is left out: %s", author, reason)
-            rejected.append(author)
-        let_in = [each for each in let_in if each.author not in absurd]
-        if not let_in:
-            raise RemoteError(Status.FAILED_PRECONDITION, "no contribution of the round is of any use")
-        return merge(let_in, self._aggregator, centres=exchange.centres) | large
+            else:
+                given.append(Given(author, weight, bytes(data)))
+        try:
+            return self._merging.merge(given, rejected)
+        except NothingToMergeError as error:
+            raise RemoteError(Status.FAILED_PRECONDITION, str(error)) from error
 
     def abandon(self, request: Abandon) -> Empty:
         """Drop any half-done update, and what was collected unless it is to be kept."""

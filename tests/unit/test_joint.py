@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
-from shoal.training.algorithms.base import Exchange, Update, UpdateStats
-from shoal.training.algorithms.joint import Joint, Section, decode_joint, encode_joint, together
+from shoal.training.algorithms.base import Exchange, Joint, Update, UpdateStats
+from shoal.training.algorithms.joint import Section, decode_joint, encode_joint, together
 from shoal.training.exchange.averager import Arrays
 
 

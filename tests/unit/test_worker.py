@@ -23,8 +23,8 @@ from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.rpc import Answered, Failed, RpcConnection
 from shoal.protocol.services import Empty, Method
-from shoal.training import keeper
-from shoal.training import worker as worker_module
+from shoal.training import keeper, merging
+from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.ppo import PPOLearner
 from shoal.training.arena import Region
 from shoal.training.electorate import MAX_MISSED
@@ -433,10 +433,10 @@ def test_in_every_codec_all_end_with_the_same_bits_and_what_was_lost_is_no_part_
             assert {answer.rejected for answer in answers.values()} == {()}
         states = {bytes(answer.state.state or b"") for answer in answers.values() if answer.state is not None}
         assert len(states) == 1
-    assert len({digest(worker._sender.memory) for worker in workers.values()}) == len(workers)
+    assert len({digest(sender_of(worker).memory) for worker in workers.values()}) == len(workers)
     for worker in workers.values():
         worker.load(Load(a_state(worker)))
-        assert not worker._sender.memory, "a jump to another state leaves what was lost on the way to this one"
+        assert not sender_of(worker).memory, "a jump to another state leaves what was lost on the way to this one"
 
 
 @pytest.mark.parametrize("codec", LOSSY)
@@ -447,16 +447,27 @@ def test_what_is_no_contribution_in_the_codec_of_the_run_is_left_out(codec: Code
         worker.collect(Collect(64))
     answers = {peer: begin(worker) for peer, worker in workers.items()}
     packed, _ = decode_arrays(bytes(answers[PEERS[0]].contribution or b""))
-    plain = dict(workers[PEERS[0]]._exchange.arrays)
+    plain = dict(exchange_of(workers[PEERS[0]]).arrays)
     for lie in (plain, plain | packed, {name: packed[name] for name in packed if "packed" not in name}):
         sent = answers | {PEERS[0]: MergeAnswer(answers[PEERS[0]].weight, encode_arrays(lie, {}))}
         for worker in workers.values():
             rejected: list[PeerId] = []
             worker._average(merge_of(sent), rejected)
             assert rejected == [PEERS[0]]
-    held = workers[PEERS[0]]._sender
+    held = sender_of(workers[PEERS[0]])
     assert workers[PEERS[0]].merge(merge_of(sent)).rejected == (PEERS[0],)
     assert not held.memory, "what was not merged was not sent"
+
+
+def exchange_of(worker: Worker) -> Exchange:
+    """What it wants averaged now."""
+    assert isinstance(worker._merging.wanted, Exchange)
+    return worker._merging.wanted
+
+
+def sender_of(worker: Worker) -> Sender:
+    """What its contributions go through."""
+    return worker._merging._sender("")
 
 
 def turned_round(name: str, array: np.ndarray[Any, Any], worker: Worker) -> Any:
@@ -464,7 +475,7 @@ def turned_round(name: str, array: np.ndarray[Any, Any], worker: Worker) -> Any:
         return array
     if name == "mean/travel":  # the square of how far that is
         return 9 * array
-    centre = worker._exchange.centres.get(name, np.zeros_like(array))
+    centre = exchange_of(worker).centres.get(name, np.zeros_like(array))
     return (centre - 3 * (array - centre)).astype(array.dtype) if "adam" not in name else array
 
 
@@ -519,7 +530,7 @@ def test_a_merge_that_leads_nowhere_is_taken_back_and_told_with_the_names(monkey
     answer = begin(worker)
     request = merge_of({PEERS[0]: answer})
     with monkeypatch.context() as patched:
-        patched.setattr(worker_module, "merge", lambda *_, **__: decode_arrays(bytes(endless(answer)))[0])
+        patched.setattr(merging, "merge", lambda *_, **__: decode_arrays(bytes(endless(answer)))[0])
         with pytest.raises(RemoteError, match=PEERS[0]) as told:
             worker.merge(request)
     assert told.value.status is MERGE_FAILED
@@ -543,7 +554,7 @@ def test_a_step_that_no_optimiser_can_have_come_to_is_left_out_in_mode_diloco(co
         worker.collect(Collect(128))
     answers = {peer: begin(worker) for peer, worker in workers.items()}
     liar = workers[PEERS[1]]
-    exchange = liar._exchange
+    exchange = exchange_of(liar)
     most = exchange.lossy["mean/delta"]
     for size, expected in ((0.999 * most, []), (1.1 * most, [PEERS[1]])):
         arrays = exchange.arrays | {"mean/delta": np.full_like(exchange.arrays["mean/delta"], size)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,21 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
+class Joint:
+    """What several policies want averaged now; see `shoal.training.algorithms.joint`.
+
+    Attributes:
+        exchanges: by the name of the section.
+        weight: of what this member gives, in environment steps, whatever policy they are for; 0: it gives nothing.
+        is_last: whether all updates are done after this.
+    """
+
+    exchanges: Mapping[str, Exchange]
+    weight: float
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Collected:
     """What one call of `Learner.collect` brought.
 
@@ -87,6 +102,9 @@ class UpdateStats:
 
 
 Update: TypeAlias = Generator[Exchange, Arrays, UpdateStats]
+"""Of one policy."""
+AnyUpdate: TypeAlias = Generator[Exchange | Joint, Any, UpdateStats]
+"""Of one policy or of several; what answers a `Joint` are arrays by section."""
 
 
 class Learner(Protocol):
@@ -115,7 +133,7 @@ class Learner(Protocol):
         """
         ...
 
-    def update(self) -> Update:
+    def update(self) -> AnyUpdate:
         """Optimise on what was collected since the last update.
 
         Every yield is one exchange and is sent the merged arrays, ``{}`` if nobody had any. How many there are depends

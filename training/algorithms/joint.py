@@ -21,7 +21,7 @@ from typing import Final, TypeAlias
 
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import LimitError, ProtocolError
-from shoal.training.algorithms.base import Exchange, Update, UpdateStats
+from shoal.training.algorithms.base import Exchange, Joint, Update, UpdateStats
 from shoal.training.exchange.averager import Arrays
 
 MAX_SECTIONS: Final = 64
@@ -29,21 +29,6 @@ MAX_NAME_CHARS: Final = 80
 _MAX_WEIGHT: Final = 2.0**53
 _LENGTH_BYTES: Final = 4
 _MAX_LIST_BYTES: Final = 64 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Joint:
-    """What several policies want averaged now.
-
-    Attributes:
-        exchanges: by the name of the section.
-        weight: of what this member gives, in environment steps, whatever policy they are for; 0: it gives nothing.
-        is_last: whether all updates are done after this.
-    """
-
-    exchanges: Mapping[str, Exchange]
-    weight: float
-    is_last: bool
 
 
 JointUpdate: TypeAlias = Generator[Joint, Mapping[str, Arrays], dict[str, UpdateStats]]
