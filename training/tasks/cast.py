@@ -1,0 +1,245 @@
+"""Who plays a role: seats, the casts that give them out, and the actors that sit in them.
+
+A *cast* is a function of what the member knows, of the scenario and of a seeded generator; so all that it depends on
+can be had again. It gives seats by role, or in the order of the game's roles; one seat alone is everybody's. Roles that
+differ by a number alone (``agent_0``, ``agent_1``) are one kind, and may be given their seat by the kind's name.
+
+An *actor* is what sits in a seat that is here: it sees whole takes, so recurrent and text policies need nothing more.
+Seats of others (`Away`, `Person`) have none; what they do is asked of the swarm (`shoal.training.effects.Consult`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+
+import numpy as np
+
+from shoal.protocol.errors import UsageError
+from shoal.protocol.ids import Cid
+from shoal.training.plugins import suggest
+from shoal.training.tasks.base import Actions, Continuous, Discrete, Floats
+from shoal.training.tasks.play import Act, Role, Take, Text
+from shoal.training.tasks.source import News, Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A policy of the recipe, as it is now."""
+
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A policy of the recipe, as it was ``age`` epochs ago."""
+
+    policy: str
+    age: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A policy that never changes, by the CID of its state."""
+
+    cid: Cid
+
+
+@dataclass(frozen=True, slots=True)
+class Scripted:
+    """What a few lines of code decide; see `SCRIPTS`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Another framework, in a process of its own, found by its name in an entry point."""
+
+    name: str
+
+
+Here: TypeAlias = Learned | Past | Fixed | Scripted | Foreign
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """A policy that another member plays.
+
+    Attributes:
+        part: which part of the swarm that member plays.
+        policy: by which of its policies.
+        otherwise: who goes on for the rest of a play if nobody answers; none: the play is dropped.
+    """
+
+    part: str
+    policy: str
+    otherwise: Here | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Somebody who sits at a node that plays this part; ``otherwise`` as in `Away`."""
+
+    part: str
+    otherwise: Here | None = None
+
+
+Acts: TypeAlias = Sequence[Act] | Actions
+"""One act for each of some takes; an array, ``[n]`` int64 or ``[n, size]`` float32, where they are of one kind."""
+Seat: TypeAlias = Here | Away | Person
+Seats: TypeAlias = Mapping[str, Seat] | tuple[Seat, ...]
+
+OF_POLICIES: Final = Learned | Past | Fixed | Scripted
+"""Seats whose acts are proven: made here, by what has log-probabilities."""
+
+
+class Cast(Protocol):
+    """Who sits where in a play. A plain function is one."""
+
+    def __call__(self, news: News, scenario: Scenario, rng: np.random.Generator) -> Seats:
+        """Seats by role or kind of role, or in the order of the roles; one alone: everybody's."""
+        ...
+
+
+class Actor(Protocol):
+    """What acts for the seats that it is given."""
+
+    def act(self, takes: Sequence[Take], rng: np.random.Generator, greedy: bool) -> tuple[Acts, Floats]:
+        """What to do where these takes stand; `shoal.training.tasks.play.newest` gives their newest sights.
+
+        Args:
+            takes: that wait, of one or several roles; they are not to be changed.
+            rng: for sampling.
+            greedy: the likeliest act, for evaluations.
+
+        Returns:
+            An act for each take, and ``[n]`` float32 log-probabilities.
+        """
+        ...
+
+
+# --- casts -----------------------------------------------------------------------------------------------------------
+
+
+def as_seat(seat: Seat | str) -> Seat:
+    """A seat, or a policy's name for its `Learned` seat."""
+    return Learned(seat) if isinstance(seat, str) else seat
+
+
+@dataclass(frozen=True, slots=True)
+class Everyone:
+    """All roles are played by one."""
+
+    policy: str | Seat
+
+    def __call__(self, news: News, scenario: Scenario, rng: np.random.Generator) -> Seats:
+        """The one."""
+        return (as_seat(self.policy),)
+
+
+class ByRole:
+    """Each role, or kind of role, by one of its own."""
+
+    def __init__(self, **seats: str | Seat) -> None:
+        self._seats = {role: as_seat(seat) for role, seat in seats.items()}
+
+    def __call__(self, news: News, scenario: Scenario, rng: np.random.Generator) -> Seats:
+        """As it was told."""
+        return self._seats
+
+
+def pair(first: str | Seat, second: str | Seat) -> Cast:
+    """The two roles of a game by these two, in the order of its roles: one cell of an evaluation matrix."""
+    seats = (as_seat(first), as_seat(second))
+    return lambda news, scenario, rng: seats
+
+
+def seated(roles: Mapping[str, Role], seats: Seats) -> dict[str, Seat]:
+    """A seat for every role.
+
+    Raises:
+        UsageError: if a role has none, or a seat no role.
+    """
+    if isinstance(seats, tuple):
+        if len(seats) not in (1, len(roles)):
+            raise UsageError(f"a cast gives {len(seats)} seats for {len(roles)} roles; give 1, or one for each")
+        return dict(zip(roles, seats * len(roles) if len(seats) == 1 else seats, strict=True))
+    found: dict[str, Seat] = {}
+    used = set()
+    for role in roles:
+        name = role if role in seats else kind_of_role(role)
+        if name not in seats:
+            raise UsageError(f"a cast has no seat for the role {role!r:.80}; it has some for {', '.join(seats)[:300]}")
+        found[role] = seats[name]
+        used.add(name)
+    if len(used) < len(seats):
+        name = next(each for each in seats if each not in used)
+        raise UsageError(f"a cast has a seat for {name!r:.80}, which the game has no role for; {suggest(name, roles)}")
+    return found
+
+
+def kind_of_role(role: str) -> str:
+    """A role's name without its number: ``agent`` for ``agent_2``."""
+    kind, line, number = role.rpartition("_")
+    return kind if line and number.isdecimal() else role
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+class Chance:
+    """Any legal act, all as likely; of numbers -1 to 1. It cannot talk."""
+
+    def act(self, takes: Sequence[Take], rng: np.random.Generator, greedy: bool) -> tuple[Acts, Floats]:
+        """Draw, greedy or not."""
+        acts: list[Act] = []
+        log_probs = np.empty(len(takes), np.float32)
+        for index, take in enumerate(takes):
+            match take.spaces.acts:
+                case Discrete(count):
+                    legal = take.asked_legal
+                    choices = np.arange(count) if legal is None else np.flatnonzero(legal)
+                    acts.append(int(choices[rng.integers(len(choices))]))
+                    log_probs[index] = -math.log(len(choices))
+                case Continuous(size):
+                    acts.append(rng.uniform(-1, 1, size).astype(np.float32))
+                    log_probs[index] = -size * math.log(2)
+                case Text():
+                    raise UsageError(f"the script random cannot talk, as the role {take.role!r:.80} has to")
+        return acts, log_probs
+
+
+class First:
+    """The first legal act; zeros; no word. It always does the same, so log-probabilities are 0."""
+
+    def act(self, takes: Sequence[Take], rng: np.random.Generator, greedy: bool) -> tuple[Acts, Floats]:
+        """What comes first."""
+        acts: list[Act] = []
+        for take in takes:
+            match take.spaces.acts:
+                case Discrete():
+                    legal = take.asked_legal
+                    acts.append(0 if legal is None else int(legal.argmax()))
+                case Continuous(size):
+                    acts.append(np.zeros(size, np.float32))
+                case Text():
+                    acts.append("")
+        return acts, np.zeros(len(takes), np.float32)
+
+
+SCRIPTS: Final[Mapping[str, Callable[[], Actor]]] = {"first": First, "random": Chance}
+"""What `Scripted` seats may name; a recipe brings others among its actors."""
+
+
+def scripted(name: str) -> Actor:
+    """A script by its name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if name not in SCRIPTS:
+        raise UsageError(f"no script is called {name!r:.80}; {suggest(name, SCRIPTS)}")
+    return SCRIPTS[name]()
