@@ -34,6 +34,7 @@ _COMMANDS: Final = {
     "join": "swarm",
     "leave": "swarm",
     "watch": "swarm",
+    "recipe": "recipe",
     "demo": "demo",
     "sim": "sim",
     "bench": "bench",

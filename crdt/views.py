@@ -32,6 +32,9 @@ NUM_NEWEST: Final = 16
 
 MAX_ROLE_CHARS: Final = 32
 MAX_DIGEST_CHARS: Final = 128
+MAX_SCORES: Final = 64
+"""That are read of one evaluation."""
+MAX_SCORE_CHARS: Final = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation of one policy, as its author found it."""
+    """One evaluation of one policy, as its author found it; ``scores``: what else it found, by name."""
 
     epoch: int
     cid: Cid
@@ -76,6 +79,7 @@ class Evaluation:
     env_steps: int
     episodes: int
     author: PeerId
+    scores: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +299,17 @@ def _evaluation(author: PeerId, epoch_key: Any, entry: Mapping[str, Any]) -> Eva
     env_steps, episodes = _count(entry.get("env_steps")), _count(entry.get("episodes"))
     if epoch is None or cid is None or mean_return is None or env_steps is None or not episodes:
         return None
-    return Evaluation(epoch, cid, mean_return, env_steps, episodes, author)
+    return Evaluation(epoch, cid, mean_return, env_steps, episodes, author, _scores(entry.get("scores")))
+
+
+def _scores(value: Any) -> tuple[tuple[str, float], ...]:
+    """At most `MAX_SCORES` numbers with names; what is anything else is passed over."""
+    found = []
+    for name, said in sorted(_map(value).items(), key=lambda item: str(item[0]))[:MAX_SCORES]:
+        score = _number(said)
+        if isinstance(name, str) and len(name) <= MAX_SCORE_CHARS and score is not None:
+            found.append((name, score))
+    return tuple(found)
 
 
 def _map(value: Any) -> Mapping[str, Any]:

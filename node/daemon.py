@@ -37,6 +37,7 @@ from shoal.node.api.schemas import (
     NodeInfo,
     PeerInfo,
     PingResult,
+    Scores,
     StateInfo,
     SwarmDetail,
     SwarmSummary,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVENT_INTERVAL_S: Final = 0.1
+MAX_SHOWN_SCORES: Final = 1024
 PING_TIMEOUT_S: Final = 10.0
 
 
@@ -499,6 +501,11 @@ class Node:
             alone_since=run.alone_since,
             trained_alone=run.core.trained_alone,
             curve=points,
+            scores=[
+                Scores(epoch=each.epoch, author=each.author, scores=dict(each.scores))
+                for each in joined.replica.views.evaluations[-MAX_SHOWN_SCORES:]
+                if each.scores
+            ],
             results=None if run.results is None else str(run.results),
             error=joined.error,
             loop_socket=None if run.loop_socket is None else str(run.loop_socket),

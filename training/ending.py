@@ -7,7 +7,7 @@ end, load the final policy and write the results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from shoal.crdt.views import Evaluation
@@ -15,7 +15,7 @@ from shoal.protocol.ids import Cid, PeerId
 from shoal.training.claims import Claims, possible
 from shoal.training.jobs import Jobs
 from shoal.training.lineage import Lineage
-from shoal.training.manifest import Manifest
+from shoal.training.manifest import Evaluators, Manifest
 from shoal.training.others import Others
 from shoal.training.progress import Progress
 from shoal.training.run_events import Evaluate, Fetch, Finish, Load, Note, Output, Policy, WriteEvaluation
@@ -94,7 +94,15 @@ class Ending:
         """This node made a policy, with whoever else did: one of them evaluates it, if it is time to."""
         if self._manifest.is_loop:  # which does that itself, on what it likes
             return
-        self._must_evaluate = policy.epoch % self._manifest.eval_interval == 0 and self._evaluator(policy) == self._me
+        is_due = policy.epoch % self._manifest.eval_interval == 0
+        if self._by_all:
+            self._must_evaluate = is_due or policy.epoch == 1
+        else:
+            self._must_evaluate = is_due and self._evaluator(policy) == self._me
+
+    @property
+    def _by_all(self) -> bool:
+        return self._manifest.evaluators is Evaluators.ALL
 
     def _evaluator(self, policy: Policy) -> PeerId:
         there = [peer for peer in policy.electorate if peer == self._me or peer in self._others.live] or [self._me]
@@ -102,10 +110,10 @@ class Ending:
         return min(there, key=lambda peer: turn_rank("evaluate", key, 0, peer))
 
     def is_to_evaluate(self, policy: Policy) -> bool:
-        """Whether this node is to evaluate the policy that it holds, and nobody has."""
-        return self._must_evaluate and policy.cid not in self._evaluated
+        """Whether this node is to evaluate the policy that it holds, and nobody has whose word would do."""
+        return self._must_evaluate and (self._by_all or policy.cid not in self._evaluated)
 
-    def evaluated(self, mean_return: float, outputs: list[Output]) -> None:
+    def evaluated(self, mean_return: float, scores: Mapping[str, float], outputs: list[Output]) -> None:
         """The worker has evaluated what it holds."""
         policy, claim = self._jobs.in_worker, self._checking
         if policy is None:
@@ -113,7 +121,7 @@ class Ending:
         self._claims.measured(policy.cid, mean_return)
         if claim is None or claim.cid != policy.cid:
             self._must_evaluate = False
-            outputs.append(WriteEvaluation(policy, mean_return))
+            outputs.append(WriteEvaluation(policy, mean_return, scores))
             return
         self._checking = None
         if not self._claims.checked(claim):

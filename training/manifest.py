@@ -58,6 +58,16 @@ class Role(StrEnum):
     """Keeps and serves the shared state and the newest policy; needs no torch."""
 
 
+class Evaluators(StrEnum):
+    """Who evaluates, each time that it is due."""
+
+    ONE = "one"
+    """One of those who made the policy, by turns."""
+
+    ALL = "all"
+    """Each of them: where policies are the nodes' own, nobody else can."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """One training run.
@@ -78,6 +88,7 @@ class Manifest:
         target_return: the run is done when the mean evaluation return reaches it; never, if None.
         eval_episodes: episodes per evaluation.
         eval_interval: epochs between evaluations.
+        evaluators: who does it; if all, then the first epoch too, to begin from.
         max_env_steps: the run ends, unsolved, after this many steps by all learners together.
         name: for people; may be empty, and the same in any number of runs.
         created_at: Unix seconds by the owner's clock; tells apart runs that are alike.
@@ -99,6 +110,7 @@ class Manifest:
     target_return: float | None = None
     eval_episodes: int = 20
     eval_interval: int = 2
+    evaluators: Evaluators = Evaluators.ONE
     max_env_steps: int = 10_000_000
     name: str = ""
     created_at: int = 0

@@ -81,7 +81,7 @@ class Merging:
                 for name, each in wanted.exchanges.items()
                 if each.weight > 0
             }
-            return encode_joint(sections) if wanted.weight > 0 and sections else None
+            return encode_joint(sections) if wanted.weight > 0 else None
         self.layout = layout = layout_of(wanted.template, wanted.lossy, self._codec, self._aggregator)
         if not wanted.weight > 0:
             return None
@@ -107,6 +107,7 @@ class Merging:
             large = unpack(self.layout, wanted.template, wanted.centres, result)
             templates[_ALONE] = {name: array for name, array in wanted.template.items() if name not in large}
         let_in: dict[str, list[Contribution]] = {name: [] for name in exchanges}
+        honest: set[PeerId] = set()
         for each in given:
             try:
                 found = self._read(each, exchanges, templates)
@@ -114,6 +115,7 @@ class Merging:
                 log.warning("%s", error)
                 rejected.append(each.author)
                 continue
+            honest.add(each.author)
             for name, contribution in found.items():
                 let_in[name].append(contribution)
         absurd: dict[PeerId, str] = {}
@@ -128,7 +130,7 @@ class Merging:
             sound = [each for each in contributions if each.author not in absurd]
             if sound:
                 merged[name] = merge(sound, self._aggregator, centres=exchanges[name].centres)
-        if not merged:
+        if not honest - absurd.keys():
             raise NothingToMergeError("no contribution of the round is of any use")
         return merged if isinstance(wanted, Joint) else merged[_ALONE] | large
 

@@ -339,8 +339,8 @@ class Run:
                 self._loaded(policy, num_kept, now, outputs)
             case LoadRefused(reason):
                 self._load_refused(job, reason, now, outputs)
-            case Evaluated(mean_return):
-                self.ending.evaluated(mean_return, outputs)
+            case Evaluated(mean_return, scores):
+                self.ending.evaluated(mean_return, scores, outputs)
             case Finished():
                 self.progress.phase = Phase.DONE
                 if self.policy is not None:

@@ -190,9 +190,10 @@ class LoadRefused:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The mean return of a policy."""
+    """The mean return of a policy, and what else was found of it, by name."""
 
     mean_return: float
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +355,7 @@ class WriteEvaluation:
 
     policy: Policy
     mean_return: float
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -451,7 +451,7 @@ class Member:
                     self.samples = self.samples if keep_samples else 0
                 case events.Keep(policy):
                     self.stored = policy.result
-                case events.WriteEvaluation(policy, mean_return):
+                case events.WriteEvaluation(policy, mean_return, _):
                     entry = {"cid": policy.cid, "return": mean_return, "env_steps": policy.env_steps, "episodes": 20}
                     self.write(evaluations={str(policy.epoch): entry})
                 case events.Write() | events.Note():

@@ -28,7 +28,7 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Learner, UpdateStats, load_algorithm
-from shoal.training.algorithms.base import AnyUpdate
+from shoal.training.algorithms.base import AnyUpdate, Probing, Settled
 from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.arena import Arena, Region
 from shoal.training.electorate import Delivered, Electorate
@@ -131,6 +131,8 @@ class Worker:
         """Set up the run and give its initial state."""
         manifest = request.manifest
         self._learner, self._failures = self._make(request)
+        if isinstance(self._learner, Settled) and request.folder:
+            self._learner.settle_in(Path(request.folder))
         self._update, self._epoch = None, 0
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
@@ -297,7 +299,9 @@ class Worker:
         """Evaluate the present policy."""
         returns = self.learner.evaluate(request.episodes, request.seed)
         failed = self._failures
-        return Evaluated(tuple(float(value) for value in returns), failed.count, failed.summary)
+        scores = self.learner.scores if isinstance(self.learner, Probing) else {}
+        sound = {name: float(score) for name, score in scores.items() if math.isfinite(score)}
+        return Evaluated(tuple(float(value) for value in returns), failed.count, failed.summary, sound)
 
     def log(self, request: Log) -> Empty:
         """Note numbers of the node."""

@@ -218,11 +218,13 @@ class Evaluated:
     Attributes:
         failures: as in `Collected`.
         failure: likewise.
+        scores: what else was found, by name; finite.
     """
 
     returns: tuple[float, ...]
     failures: int = 0
     failure: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

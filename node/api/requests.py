@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from shoal.node.api.schemas import Model, PeerName
 from shoal.training.exchange.rules import Codec
-from shoal.training.manifest import LOOP_MAX_SAMPLES, LOOP_SCHEME, Manifest, Mode
+from shoal.training.manifest import LOOP_MAX_SAMPLES, LOOP_SCHEME, Evaluators, Manifest, Mode
 
 _MANIFEST_DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Manifest)}
 
@@ -130,6 +130,7 @@ class CreateSwarm(Asked):
     eval_interval: int = _MANIFEST_DEFAULTS["eval_interval"]
     max_env_steps: int | None = None
     """None: the manifest's default; without end, where members bring training loops of their own."""
+    evaluators: Evaluators = _MANIFEST_DEFAULTS["evaluators"]
     seed: int = _MANIFEST_DEFAULTS["seed"]
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     role: str = "auto"

@@ -391,6 +391,14 @@ class CurvePoint(Model):
     mean_return: float = _named("mean_return", "return")
 
 
+class Scores(Model):
+    """What a member found of the policies of an epoch, by name; its word."""
+
+    epoch: int
+    author: PeerName
+    scores: dict[str, float]
+
+
 class SwarmDetail(SwarmSummary):
     """Everything about one swarm."""
 
@@ -418,6 +426,8 @@ class SwarmDetail(SwarmSummary):
     trained_alone: bool = False
     """Nobody but this node has put anything into the run."""
     curve: list[CurvePoint] = []
+    scores: list[Scores] = []
+    """What recipes' probes found, by epoch and author; the newest, if they are very many."""
     results: str | None = None
     """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
     loop_socket: str | None = None

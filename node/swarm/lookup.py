@@ -14,11 +14,13 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 
 from shoal.node.swarm.workers import child_environment
+from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ShoalError, UsageError
 from shoal.training.plugins import check_plugin
 
@@ -30,11 +32,26 @@ MAX_ANSWER_BYTES: Final = 65_536
 MAX_NAME_BYTES: Final = 512
 
 
-async def look_up(task: str, algorithm: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """What a run needs.
+
+    Attributes:
+        target_return: the task's own, if it has one.
+        requires: what its members must have, as `shoal.training.requirements` says it.
+        defaults: of the manifest's fields, where the task has others than most.
+    """
+
+    target_return: float | None
+    requires: dict[str, int]
+    defaults: dict[str, Any]
+
+
+async def look_up(task: str, algorithm: str) -> LookedUp:
     """What ``python -m shoal.training.tasks`` says.
 
     Raises:
-        UsageError: if a name can be none, or nobody here offers anything by it.
+        UsageError: if a name can be none, nobody here offers anything by it, or there can be no such run.
         ShoalError: if it says nothing, or not in time.
     """
     for name in (task, algorithm):
@@ -84,7 +101,9 @@ async def look_up(task: str, algorithm: str) -> dict[str, Any]:
         log.warning("looking %s up failed (code %s): %s", task, process.returncode, printed)
         lines = printed.strip().splitlines() or ["it took too long"]
         raise ShoalError(f"the task {task!r} could not be looked up: {lines[-1][:300]}; the log has more") from error
-    return dict(found)
+    if isinstance(found, dict) and "error" in found:
+        raise UsageError(str(found["error"]))
+    return from_plain(LookedUp, found)
 
 
 async def _read(stream: trio.abc.ReceiveStream | None, into: bytearray) -> None:

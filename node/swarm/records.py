@@ -132,7 +132,7 @@ class Records:
                     own = self._replica.documents().get(self._me, {})
                     if (own.get("policy"), own.get("contributions")) != (register, contributed):
                         await self._replica.write(policy=register, contributions=contributed)
-                case events.WriteEvaluation(policy, mean_return):
+                case events.WriteEvaluation(policy, mean_return, scores):
                     target = self._manifest.target_return
                     if target is not None and mean_return >= target:
                         self._needs.claim(policy.cid)
@@ -143,6 +143,8 @@ class Records:
                         "env_steps": policy.env_steps,
                         "episodes": self._manifest.eval_episodes,
                     }
+                    if scores:
+                        entry["scores"] = dict(scores)
                     await self._replica.write(evaluations={str(policy.epoch): entry})
                 case events.WriteLie(owner, epoch, said):
                     known = dict(self._replica.documents().get(self._me, {}).get("lies") or {})

@@ -695,8 +695,9 @@ class Runner:
         mean = sum(evaluated.returns) / len(evaluated.returns)
         env_steps = 0 if self.policy is None else self.policy.env_steps
         if math.isfinite(mean):
-            await worker.call(LOG, Log(env_steps, {"evaluation/return": mean}))
-        self.post(events.Evaluated(mean))
+            found = {f"evaluation/{name}": score for name, score in evaluated.scores.items()}
+            await worker.call(LOG, Log(env_steps, {"evaluation/return": mean} | found))
+        self.post(events.Evaluated(mean, evaluated.scores))
 
     async def _finish(self, worker: Channel, final: Evaluation | None) -> None:
         policy, progress = self.policy, self.core.progress

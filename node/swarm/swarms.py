@@ -32,13 +32,14 @@ from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
 from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.journal import load_docs
-from shoal.node.swarm.lookup import look_up
+from shoal.node.swarm.lookup import LookedUp, look_up
 from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner
 from shoal.node.swarm.workers import can_train, require_training
 from shoal.node.wire.contracts import GossipPush, PresenceSummary, StepPart, SwarmService, SyncAnswer, SyncRequest
+from shoal.protocol.codec import from_plain, to_plain
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
@@ -156,17 +157,20 @@ class Swarms:
             target_return=request.target_return,
             eval_episodes=request.eval_episodes,
             eval_interval=request.eval_interval,
+            evaluators=request.evaluators,
             max_env_steps=request.most_env_steps,
             name=request.name or "",
             created_at=int(time.time()),
         )
         if is_loop:
-            target_return, requires = None, loop_requirements()
+            manifest = replace(asked, target_return=None, requires=loop_requirements())
         else:
-            target_return, requires = await self._check_task(request.task, request.algorithm)
+            found = await self._check_task(request.task, request.algorithm)
+            asked = replace(asked, target_return=found.target_return, requires=found.requires)
+            wished = {name: value for name, value in found.defaults.items() if name not in request.model_fields_set}
+            manifest = from_plain(Manifest, to_plain(asked) | wished)
         if request.target_return is not None:
-            target_return = request.target_return
-        manifest = replace(asked, target_return=target_return, requires=requires)
+            manifest = replace(manifest, target_return=request.target_return)
         held = await trio.to_thread.run_sync(self._storage.list_swarms)
         known = self.joined.keys() | {entry.swarm for entry in held}
         swarm, data = sign_manifest(manifest, self._signer)
@@ -269,13 +273,10 @@ class Swarms:
             require_training()
         return role
 
-    async def _check_task(self, task: str, algorithm: str) -> tuple[float | None, dict[str, int]]:
-        """Whether both are installed here; gives the task's own target, and what members of a run must have."""
+    async def _check_task(self, task: str, algorithm: str) -> LookedUp:
+        """Whether both are installed here, and what a run of them needs."""
         require_training()
-        answer = await look_up(task, algorithm)
-        if "error" in answer:
-            raise UsageError(answer["error"])
-        return answer["target_return"], answer["requires"]
+        return await look_up(task, algorithm)
 
     @staticmethod
     def _entry(swarm: SwarmId, data: bytes, role: Role, addresses: tuple[str, ...] = ()) -> StoredSwarm:

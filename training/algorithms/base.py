@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,8 @@ class Joint:
 
     Attributes:
         exchanges: by the name of the section.
-        weight: of what this member gives, in environment steps, whatever policy they are for; 0: it gives nothing.
+        weight: of what this member gives, in environment steps, whatever policy they are for, also where it has nothing
+            for any of them; 0: it gives nothing in this update.
         is_last: whether all updates are done after this.
     """
 
@@ -183,6 +185,25 @@ class Learner(Protocol):
         Raises:
             TaskFailedError: if all failed, or too many environments did.
         """
+        ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A learner that finds more than returns when it evaluates."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """By name, of the last `Learner.evaluate`."""
+        ...
+
+
+@runtime_checkable
+class Settled(Protocol):
+    """A learner that has something of its own, which no state carries."""
+
+    def settle_in(self, folder: Path) -> None:
+        """Keep it in this folder from now on, and go on from what is there."""
         ...
 
 

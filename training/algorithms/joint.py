@@ -54,8 +54,7 @@ def together(updates: Mapping[str, Update], weight: float) -> JointUpdate:
         for name in sorted(updates):
             _advance(name, updates[name], None, waiting, stats)
         while waiting:
-            gives = weight if any(each.weight > 0 for each in waiting.values()) else 0.0
-            answers = yield Joint(dict(waiting), gives, all(each.is_last for each in waiting.values()))
+            answers = yield Joint(dict(waiting), weight, all(each.is_last for each in waiting.values()))
             for name in sorted(waiting):
                 _advance(name, updates[name], answers.get(name, {}), waiting, stats)
     finally:

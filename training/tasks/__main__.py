@@ -18,7 +18,7 @@ from shoal.training.keeper import alone
 
 
 def main() -> None:
-    """Answer ``{"target_return": …, "requires": {…}}`` or ``{"error": …}``."""
+    """Answer what `LookedUp` says, or ``{"error": …}``."""
     descriptor, _, task_name, algorithm_name = sys.argv[1:]
     alone(lambda: _answer(int(descriptor), task_name, algorithm_name), closing=int(descriptor))
 
@@ -53,6 +53,7 @@ def _look_up(task_name: str, algorithm_name: str) -> dict[str, object]:
         return {
             "target_return": task.target_return,
             "requires": requirements(algorithm_name, algorithm.version, task_name, task.version),
+            "defaults": getattr(task, "run_defaults", {}),
         }
     except ShoalError as error:
         return {"error": str(error)}

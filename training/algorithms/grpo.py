@@ -1,0 +1,146 @@
+"""Group-relative policy optimisation (Shao et al., arXiv 2402.03300): advantages from several plays of one scenario.
+
+The plays of one scenario (one seed, tag and role) are a group; the advantage of a play is its reward less the group's
+mean, the same for every token of its acts. The loss is PPO's clipped one, token by token.
+
+Deviations, which are standard by now: the advantage is not divided by the group's deviation, which favours scenarios
+that are nearly always or never solved, and a sequence is not divided by its own length, which favours long failures
+(Dr. GRPO, arXiv 2503.20783; ``scale_by_deviation`` and ``divide_by_length`` bring both back); the ratio may rise
+further than it may fall (DAPO's clip-higher, arXiv 2503.14476). There is no penalty for leaving a reference policy,
+unless ``kl_coefficient`` asks for one; the reference is the policy that this learner began with. Log-probabilities of
+the policy that acted are those of the parameters with which the update begins.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from shoal.training.algorithms.settings import setting
+
+from shoal.training.algorithms.base import Exchange
+from shoal.training.algorithms.takes import TakeSettings
+from shoal.training.exchange.averager import Arrays
+from shoal.training.models.tokens import Ids, Sequences, TokenModel
+from shoal.training.tasks.base import Floats
+from shoal.training.tasks.play import Take
+from shoal.training.tasks.source import News
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOSettings(TakeSettings):
+    """What can be set of it."""
+
+    clip_range: float = setting(0.2, "how far the ratio of a token's probabilities may fall below 1", 1e-6, 1.0)
+    clip_range_high: float = setting(0.28, "and rise above it", 1e-6, 100.0)
+    kl_coefficient: float = setting(0.0, "weight of the divergence from the policy at the beginning", 0.0, 1e3)
+    scale_by_deviation: bool = setting(False, "divide advantages by their group's standard deviation")
+    divide_by_length: bool = setting(False, "divide a sequence's loss by its own length")
+
+
+@dataclass(frozen=True, slots=True)
+class GRPOBatch:
+    """What an update is made from.
+
+    Attributes:
+        sequences: of S takes.
+        old: ``[S, T]``, log-probabilities of the tokens that were chosen.
+        reference: the same under the policy at the beginning; empty, if it does not count.
+        advantages: ``[S]``.
+    """
+
+    sequences: Sequences
+    old: torch.Tensor
+    reference: torch.Tensor
+    advantages: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def part(self, rows: Ids) -> GRPOBatch:
+        """Some of the takes."""
+        sequences = self.sequences.part(rows)
+        length = sequences.tokens.shape[1]
+        reference = self.reference[rows][:, :length] if len(self.reference) else self.reference
+        return GRPOBatch(sequences, self.old[rows][:, :length], reference, self.advantages[rows])
+
+
+class GRPO:
+    """The objective called ``grpo``."""
+
+    name = "grpo"
+    version = 1
+    num_exchanges = 0
+    summary = "advantages from several plays of one scenario; for language models"
+    paper = "arXiv 2402.03300"
+    settings_type: type[GRPOSettings] = GRPOSettings
+
+    def __init__(self, settings: GRPOSettings) -> None:
+        self.settings = settings
+        self._first: Floats | None = None  # parameters at the beginning
+
+    def prepare(
+        self, takes: Sequence[Take], model: TokenModel, news: News
+    ) -> Generator[Exchange, Arrays, GRPOBatch | None]:
+        """Rewards are what the plays' roles earned."""
+        yield from ()
+        return self.batch(takes, np.array([take.earned for take in takes], np.float32), model)
+
+    def batch(self, takes: Sequence[Take], rewards: Floats, model: TokenModel) -> GRPOBatch | None:
+        """Takes with rewards ``[S]``; None, if there is nothing to learn from them."""
+        if self._first is None and self.settings.kl_coefficient:
+            self._first = model.flat.copy()
+        advantages = group_advantages(takes, rewards, scale=self.settings.scale_by_deviation)
+        used = [index for index, take in enumerate(takes) if len(take) and advantages[index] != 0]
+        if not used:
+            return None
+        sequences = model.encode([takes[index] for index in used])
+        with torch.no_grad():
+            old = model.log_probs(sequences)
+            reference = torch.zeros(0)
+            if self._first is not None:
+                now = model.flat.copy()
+                model.flat[:] = self._first
+                reference = model.log_probs(sequences)
+                model.flat[:] = now
+        return GRPOBatch(sequences, old, reference, torch.from_numpy(advantages[used]))
+
+    def loss(self, model: TokenModel, batch: GRPOBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """The mean over the sequences, and what is worth knowing."""
+        settings, is_act = self.settings, batch.sequences.is_act
+        log_probs = model.log_probs(batch.sequences)
+        ratio = torch.exp(log_probs - batch.old)
+        clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range_high)
+        advantages = batch.advantages[:, None]
+        terms = -torch.minimum(ratio * advantages, clipped * advantages)
+        if settings.kl_coefficient and len(batch.reference):
+            away = batch.reference - log_probs
+            terms = terms + settings.kl_coefficient * (torch.exp(away) - away - 1)  # Schulman's third estimator
+        terms = terms * is_act
+        lengths = is_act.sum(dim=1).clamp(min=1)
+        total = terms.sum(dim=1) / (lengths if settings.divide_by_length else lengths.float().mean())
+        loss = total.mean()
+        count = is_act.sum().clamp(min=1)
+        with torch.no_grad():
+            measures = {
+                "loss": float(loss.detach()),
+                "clipped": float(((ratio != clipped) & is_act).sum() / count),
+                "log_prob": float((log_probs * is_act).sum() / count),
+            }
+        return loss, measures
+
+
+def group_advantages(takes: Sequence[Take], rewards: Floats, *, scale: bool = False) -> Floats:
+    """``[S]``: of each take's reward ``[S]`` what is above the mean of its scenario's; 0 where one stands alone."""
+    groups: defaultdict[tuple[int, str, str], list[int]] = defaultdict(list)
+    for index, take in enumerate(takes):
+        groups[take.scenario.seed, take.scenario.tag, take.role].append(index)
+    advantages = np.zeros(len(takes), np.float32)
+    for members in groups.values():
+        own = rewards[members].astype(np.float64)
+        away = own - own.mean()
+        advantages[members] = away / (own.std() + 1e-4) if scale else away
+    return advantages

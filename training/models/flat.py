@@ -1,0 +1,84 @@
+"""Named parameters that are views of one flat float32 vector, which NumPy and torch share.
+
+Exchanging, clipping, stepping and comparing parameters is one operation on one array then, and so is what `backward`
+leaves: torch computes with views of one leaf tensor, whose gradient is flat as well.
+
+Initial values must be the same bits on every machine. They come from PCG64's raw integers through exactly rounded
+operations only, in a fixed order: sums of twelve uniforms, less six, in place of normals.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shoal.training.tasks.base import Floats
+
+_UNIFORMS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How a parameter begins.
+
+    Attributes:
+        shape: of it.
+        deviation: of its initial values, which have the mean 0; 0: all are ``fill``.
+        fill: what all are then.
+    """
+
+    shape: tuple[int, ...]
+    deviation: float = 0.0
+    fill: float = 0.0
+
+
+class FlatParameters:
+    """Parameters by name.
+
+    Attributes:
+        flat: float32 ``[num_parameters]``: writing to it changes all.
+        parameters: by name, views of it.
+        tensor: the same memory as torch's leaf, with a gradient.
+        tensors: by name, views of that, through which gradients flow.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], seed: int) -> None:
+        raw = np.random.PCG64(seed)
+        values = [_initial(spec, raw) for spec in specs.values()]
+        self.flat: Floats = np.concatenate([value.ravel() for value in values])
+        ends = list(itertools.accumulate(value.size for value in values))
+        places = [(end - value.size, end, value.shape) for value, end in zip(values, ends, strict=True)]
+        self.parameters: dict[str, Floats] = {
+            name: self.flat[start:end].reshape(shape) for name, (start, end, shape) in zip(specs, places, strict=True)
+        }
+        self.tensor = torch.from_numpy(self.flat).requires_grad_()
+        self._places = dict(zip(specs, places, strict=True))
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, views of `tensor` for one pass."""
+        return {name: self.tensor[start:end].view(shape) for name, (start, end, shape) in self._places.items()}
+
+    def gradient_of(self, loss: torch.Tensor) -> Floats:
+        """Of a scalar, ``[num_parameters]``; overwritten by the next."""
+        self.tensor.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        grad = self.tensor.grad
+        return np.zeros_like(self.flat) if grad is None else grad.numpy()
+
+
+def _initial(spec: Spec, raw: np.random.PCG64) -> npt.NDArray[np.float32]:
+    size = int(np.prod(spec.shape, dtype=np.int64))
+    if not spec.deviation:
+        return np.full(spec.shape, spec.fill, np.float32)
+    uniforms = (raw.random_raw(size * _UNIFORMS) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    rows = uniforms.reshape(_UNIFORMS, size)
+    total = np.zeros(size)
+    for row in rows:
+        total += row
+    return ((total - _UNIFORMS / 2) * spec.deviation).astype(np.float32).reshape(spec.shape)

@@ -1,0 +1,244 @@
+"""A small transformer over characters, with a tokenizer of its own: text from a policy of any node, in CPU-seconds.
+
+Pre-norm decoder blocks (Vaswani et al., arXiv 1706.03762; the order of Xiong et al., arXiv 2002.04745), learned
+positions, GELU, tied output weights (Press and Wolf, arXiv 1608.05859). Every printable ASCII character and the newline
+is a token, and so are the end of an act and the end of a sight. A take is one sequence, turn after turn: sight, end of
+sight, act, end of act. What does not fit into the context is forgotten from the beginning.
+
+Prompts of one length are completed side by side with their keys and values kept, so no padding changes what a model
+says. Sampling takes its numbers from the generator that it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from shoal.protocol.errors import UsageError
+from shoal.training.models.flat import FlatParameters, Spec
+from shoal.training.tasks.base import Floats
+from shoal.training.tasks.play import Take, Text
+
+Ids: TypeAlias = npt.NDArray[np.int64]
+
+END_OF_ACT: Final = 0
+END_OF_SIGHT: Final = 1
+_CHARACTERS: Final = "\n" + "".join(map(chr, range(32, 127)))
+_UNKNOWN: Final = "?"
+_ID_OF: Final = {character: number + 2 for number, character in enumerate(_CHARACTERS)}
+VOCABULARY: Final = len(_CHARACTERS) + 2
+_DEVIATION: Final = 0.02
+_NEVER: Final = -math.inf
+
+
+def encode_text(text: str) -> list[int]:
+    """The characters as tokens; what is none of them reads as a question mark."""
+    return [_ID_OF.get(character, _ID_OF[_UNKNOWN]) for character in text]
+
+
+def _of_acts(logits: torch.Tensor) -> torch.Tensor:
+    """Without what no act can say."""
+    ends = torch.zeros(VOCABULARY)
+    ends[END_OF_SIGHT] = _NEVER
+    return logits + ends
+
+
+def decode_text(tokens: Sequence[int]) -> str:
+    """The inverse of `encode_text`; ends are nothing."""
+    return "".join(_CHARACTERS[token - 2] for token in tokens if token >= 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Takes as tokens, padded at their ends.
+
+    Attributes:
+        tokens: int64 ``[S, T]``.
+        is_act: bool ``[S, T]``, of the tokens that the policy chose, ends of acts among them.
+    """
+
+    tokens: torch.Tensor
+    is_act: torch.Tensor
+
+    def part(self, rows: Ids) -> Sequences:
+        """Some of them, no longer than the longest."""
+        tokens, is_act = self.tokens[rows], self.is_act[rows]
+        used = is_act.any(dim=0).nonzero()
+        end = int(used.max()) + 1 if len(used) else 1
+        return Sequences(tokens[:, :end], is_act[:, :end])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class TokenModel:
+    """The transformer.
+
+    Attributes:
+        context: the longest sequence that it sees.
+    """
+
+    def __init__(self, *, width: int = 64, layers: int = 2, heads: int = 4, context: int = 128, seed: int = 0) -> None:
+        """Initialise it, to the same bits on every machine.
+
+        Raises:
+            UsageError: if the sizes do not go together.
+        """
+        for name, value, most in (("width", width, 4096), ("layers", layers, 64), ("context", context, 8192)):
+            if not 1 <= value <= most:
+                raise UsageError(f"a transformer's {name} is 1 to {most}, not {value}")
+        if heads < 1 or width % heads:
+            raise UsageError(f"a width of {width} is not divided among {heads} heads; choose a multiple of them")
+        self.context = context
+        self._heads, self._layers = heads, layers
+        specs = {"embedding": Spec((VOCABULARY, width), _DEVIATION), "positions": Spec((context, width), _DEVIATION)}
+        deep = _DEVIATION / math.sqrt(2 * layers)
+        for index in range(layers):
+            specs |= {
+                f"{index}/attention/scale": Spec((width,), fill=1.0),
+                f"{index}/attention/shift": Spec((width,)),
+                f"{index}/attention/in": Spec((3 * width, width), _DEVIATION),
+                f"{index}/attention/out": Spec((width, width), deep),
+                f"{index}/units/scale": Spec((width,), fill=1.0),
+                f"{index}/units/shift": Spec((width,)),
+                f"{index}/units/in": Spec((4 * width, width), _DEVIATION),
+                f"{index}/units/in_bias": Spec((4 * width,)),
+                f"{index}/units/out": Spec((width, 4 * width), deep),
+                f"{index}/units/out_bias": Spec((width,)),
+            }
+        specs |= {"scale": Spec((width,), fill=1.0), "shift": Spec((width,))}
+        self._parameters = FlatParameters(specs, seed)
+
+    @property
+    def flat(self) -> Floats:
+        """``[num_parameters]``: writing to it changes the model."""
+        return self._parameters.flat
+
+    @property
+    def parameters(self) -> dict[str, Floats]:
+        """By name, views of `flat`."""
+        return self._parameters.parameters
+
+    def gradient_of(self, loss: torch.Tensor) -> Floats:
+        """Of a scalar that came of `log_probs`, ``[num_parameters]``; overwritten by the next."""
+        return self._parameters.gradient_of(loss)
+
+    # --- judging ---
+
+    def encode(self, takes: Sequence[Take]) -> Sequences:
+        """Takes that are over, or still wait for acts, as sequences."""
+        rows: list[list[int]] = []
+        masks: list[list[bool]] = []
+        for take in takes:
+            tokens, is_act = self._history(take, len(take.acts))
+            rows.append(tokens[-self.context :])
+            masks.append(is_act[-self.context :])
+        longest = max((len(row) for row in rows), default=1)
+        shape = (len(rows), longest)
+        padded, chosen = np.full(shape, END_OF_ACT, np.int64), np.zeros(shape, np.bool_)
+        for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+            padded[index, : len(row)], chosen[index, : len(row)] = row, mask
+        return Sequences(torch.from_numpy(padded), torch.from_numpy(chosen))
+
+    def log_probs(self, sequences: Sequences) -> torch.Tensor:
+        """Of every token that the policy chose, given what came before: ``[S, T]``, 0 for all others."""
+        logits = _of_acts(self._logits(sequences.tokens[:, :-1]))
+        chosen = functional.log_softmax(logits, dim=-1).gather(2, sequences.tokens[:, 1:, None])[..., 0]
+        chosen = chosen.where(sequences.is_act[:, 1:], torch.zeros(()))
+        return functional.pad(chosen, (1, 0))
+
+    def _history(self, take: Take, num_acts: int) -> tuple[list[int], list[bool]]:
+        tokens: list[int] = []
+        is_act: list[bool] = []
+        for turn in range(num_acts):
+            sight, act = encode_text(take.sights[turn]), encode_text(take.acts[turn])
+            tokens += [*sight, END_OF_SIGHT, *act, END_OF_ACT]
+            is_act += [False] * (len(sight) + 1) + [True] * (len(act) + 1)
+        return tokens, is_act
+
+    # --- acting ---
+
+    def act(self, takes: Sequence[Take], rng: np.random.Generator, greedy: bool) -> tuple[list[str], Floats]:
+        """Complete the newest sight of each; see `shoal.training.tasks.cast.Actor`."""
+        said: list[list[int]] = [[] for _ in takes]
+        log_probs = np.zeros(len(takes), np.float32)
+        by_length: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        prompts = []
+        for index, take in enumerate(takes):
+            space = take.spaces.acts
+            most = take.max_tokens or (space.max_chars if isinstance(space, Text) else 1)
+            most = max(1, min(most, self.context - 2))
+            tokens, _ = self._history(take, len(take.acts))
+            prompt = [*tokens, *encode_text(take.sights[-1]), END_OF_SIGHT]
+            prompts.append(prompt[-(self.context - most) :])
+            by_length[len(prompts[-1]), most].append(index)
+        for (_, most), group in sorted(by_length.items()):
+            rows = np.array([prompts[index] for index in group], np.int64)
+            for index, completion, log_prob in zip(group, *self._complete(rows, most, rng, greedy), strict=True):
+                said[index], log_probs[index] = completion, log_prob
+        return [decode_text(each) for each in said], log_probs
+
+    @torch.no_grad()
+    def _complete(
+        self, prompts: Ids, most: int, rng: np.random.Generator, greedy: bool
+    ) -> tuple[list[list[int]], Floats]:
+        """Completions of prompts ``[B, T]``, without their ends, and how likely each was with its end."""
+        count = len(prompts)
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        logits = self._logits(torch.from_numpy(prompts), kept)[:, -1]
+        said: list[list[int]] = [[] for _ in range(count)]
+        total, is_over = np.zeros(count), np.zeros(count, np.bool_)
+        for turn in range(most + 1):
+            log_probs = functional.log_softmax(_of_acts(logits), dim=-1).double().numpy()
+            if turn == most:  # it has to end
+                chosen = np.full(count, END_OF_ACT)
+            elif greedy:
+                chosen = log_probs.argmax(axis=1)
+            else:
+                noise = rng.standard_exponential(log_probs.shape)
+                chosen = (log_probs - np.log(np.maximum(noise, 1e-300))).argmax(axis=1)  # Gumbel-max
+            chosen[is_over] = END_OF_ACT
+            total += np.where(is_over, 0.0, log_probs[np.arange(count), chosen])
+            for index in np.flatnonzero((chosen != END_OF_ACT) & ~is_over):
+                said[index].append(int(chosen[index]))
+            is_over |= chosen == END_OF_ACT
+            if is_over.all():
+                break
+            logits = self._logits(torch.from_numpy(chosen[:, None]), kept)[:, -1]
+        return said, total.astype(np.float32)
+
+    def _logits(
+        self, tokens: torch.Tensor, kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+    ) -> torch.Tensor:
+        """``[B, T, VOCABULARY]`` for tokens ``[B, T]`` that follow those whose keys and values are kept, if any are."""
+        own = self._parameters.tensors
+        start = kept[0][0].shape[2] if kept else 0
+        size = tokens.shape[1]
+        hidden = own["embedding"][tokens] + own["positions"][start : start + size]
+        width = hidden.shape[-1]
+        for index in range(self._layers):
+            name = f"{index}/attention"
+            normal = functional.layer_norm(hidden, (width,), own[f"{name}/scale"], own[f"{name}/shift"])
+            joined = functional.linear(normal, own[f"{name}/in"]).view(len(tokens), size, 3, self._heads, -1)
+            query, key, value = joined.permute(2, 0, 3, 1, 4)
+            if kept is not None and len(kept) > index:
+                key, value = torch.cat([kept[index][0], key], dim=2), torch.cat([kept[index][1], value], dim=2)
+                kept[index] = key, value
+            elif kept is not None:
+                kept.append((key, value))
+            seen = functional.scaled_dot_product_attention(query, key, value, is_causal=size > 1)
+            hidden = hidden + functional.linear(seen.transpose(1, 2).reshape(hidden.shape), own[f"{name}/out"])
+            name = f"{index}/units"
+            normal = functional.layer_norm(hidden, (width,), own[f"{name}/scale"], own[f"{name}/shift"])
+            units = functional.gelu(functional.linear(normal, own[f"{name}/in"], own[f"{name}/in_bias"]))
+            hidden = hidden + functional.linear(units, own[f"{name}/out"], own[f"{name}/out_bias"])
+        normal = functional.layer_norm(hidden, (width,), own["scale"], own["shift"])
+        return functional.linear(normal, own["embedding"])

@@ -1,0 +1,328 @@
+"""One node's part in a recipe: it plays, trains the recipe's policies on what was played, and probes them.
+
+To whoever drives it, it is a learner like any other (`shoal.training.algorithms.Learner`). What all nodes hold is the
+*shared* state: what is averaged of each policy, and how far the run is. A policy that is each node's own, and what is
+not averaged of one that is shared in part, lie in a file of the node's (`PRIVATE`), so that a worker that was killed
+goes on with them; they are nobody else's business, and in no digest.
+
+An epoch's turns are counted in asks of the game. A source that has no more before that ends the epoch for this node.
+
+**How it begins.** Policies are alike everywhere at epoch 0, but for those that are varied. Those that are to be taught
+first (`Warm`) are taught in the first epoch, by each node for itself, which plays nothing in it; of those that are
+averaged all take what the node made whose name comes first (``first/`` of `exchange.averager`), as torch's results
+differ in their last bits from machine to machine. A newcomer teaches what is its own before it plays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from shoal.protocol.errors import ProtocolError, UsageError
+from shoal.protocol.ids import PeerId
+from shoal.training.algorithms.base import AnyUpdate, Collected, Exchange, Update, UpdateStats
+from shoal.training.algorithms.joint import together
+from shoal.training.algorithms.rollouts import derive_seed, never
+from shoal.training.algorithms.takes import Trainee
+from shoal.training.exchange.averager import Arrays, Contribution
+from shoal.training.manifest import Manifest
+from shoal.training.recipes.makers import make_model, objective_of
+from shoal.training.recipes.playing import play_out, score_of
+from shoal.training.recipes.recipe import Policy, Probe, Recipe
+from shoal.training.recipes.warming import teach
+from shoal.training.state import check_fit, decode_arrays, encode_arrays
+from shoal.training.tasks.cast import Actor, Learned, Seat
+from shoal.training.tasks.failures import Failures, TaskFailedError
+from shoal.training.tasks.play import Take
+from shoal.training.tasks.playing import Played
+from shoal.training.tasks.source import News
+from shoal.training.tasks.stage import Stage
+
+log = logging.getLogger(__name__)
+
+PRIVATE: Final = "private.safetensors"
+"""In the run's folder: what is this node's alone."""
+NEWS: Final = "news"
+"""The section of an exchange that says how far the run is."""
+_MAX_BACKLOG: Final = 8
+_MAX_EPOCH: Final = 2**53
+
+
+class RecipeLearner:
+    """See the head of this module.
+
+    Attributes:
+        scores: by probe, what the last `evaluate` found; and, as ``policy.metric``, what the last update said of
+            itself.
+    """
+
+    def __init__(self, recipe: Recipe, manifest: Manifest, failures: Failures, *, peer: PeerId, life: str = "") -> None:
+        """Begin with nothing played.
+
+        Raises:
+            UsageError: if a policy's model or objective cannot be made so.
+        """
+        self.scores: dict[str, float] = {}
+        self._recipe, self._failures = recipe, failures
+        self._share = manifest.batch.largest_share
+        own_seed = derive_seed(manifest.seed, peer)
+        self._trainees = {
+            name: _trainee(recipe, name, policy, manifest, own_seed) for name, policy in sorted(recipe.policies.items())
+        }
+        self._taught = {name: policy.warm is None for name, policy in recipe.policies.items()}
+        self._actors: dict[Seat, Actor] = {Learned(name): trainee.actor for name, trainee in self._trainees.items()}
+        seed = derive_seed(manifest.seed, peer, life)
+        self._stage = Stage(
+            recipe.game, recipe.source, recipe.cast, self._actors, recipe.plays, seed=seed, failures=failures
+        )
+        self._seed, self._warm_seed = seed, own_seed
+        self._plays: list[Played] = []
+        self._turns = 0
+        self._is_exhausted = False
+        self._epoch = self._env_steps = 0
+        self._running: AnyUpdate | None = None
+        self._folder: Path | None = None
+
+    # --- what is this node's alone ---
+
+    def settle_in(self, folder: Path) -> None:
+        """Keep what is this node's alone in a folder, and go on from what is there."""
+        self._folder = folder
+        path = folder / PRIVATE
+        if not path.exists():
+            return
+        try:
+            arrays, meta = decode_arrays(path.read_bytes())
+            for name, trainee in self._trainees.items():
+                own = _under(name, arrays)
+                if own:
+                    check_fit(own, trainee.private())
+                    trainee.load(own)
+                    self._taught[name] = bool(meta.get("taught", {}).get(name, False))
+        except (ProtocolError, OSError) as error:
+            log.warning("what this node had of its own in %s cannot be read (%s): it begins anew", path, error)
+
+    def _keep(self) -> None:
+        private: Arrays = {}
+        for name, trainee in self._trainees.items():
+            if trainee.is_own or not trainee.is_whole:
+                private |= {f"{name}/{key}": array for key, array in trainee.private().items()}
+        if self._folder is None or not private:
+            return
+        path = self._folder / PRIVATE
+        half = path.with_name(path.name + ".part")
+        half.write_bytes(encode_arrays(private, {"taught": self._taught}))
+        half.replace(path)
+
+    # --- playing ---
+
+    @property
+    def samples(self) -> int:
+        """Turns that wait for the next update; a whole share, once the source has no more."""
+        return max(self._turns, self._share) if self._is_exhausted else self._turns
+
+    def collect(self, num_steps: int, is_over: Callable[[], bool] = never) -> Collected:
+        """Play so many turns on; see `Learner.collect`."""
+        self._require_idle()
+        if not all(self._taught.values()):
+            self._teach()
+        if self._epoch == 0 and self._is_warming:
+            self._is_exhausted = True
+            return Collected(0, self.samples, ())
+        if self._turns > _MAX_BACKLOG * self._share:
+            raise UsageError(f"{self._turns} turns wait for an update; call update() or abandon() first")
+        staged = play_out(self._stage.collect(self._news, num_steps, is_over=is_over))
+        self._turns += staged.turns
+        self._plays += staged.plays
+        self._is_exhausted = staged.is_exhausted
+        returns = tuple(score_of(played, self._recipe.probes[0].score) for played in staged.plays)
+        return Collected(staged.turns, self.samples, returns)
+
+    def collect_ahead(self, is_over: Callable[[], bool]) -> Collected:
+        """Nothing: the policies are at work."""
+        return Collected(0, self.samples, ())
+
+    @property
+    def _is_warming(self) -> bool:
+        return any(policy.warm is not None for policy in self._recipe.policies.values())
+
+    @property
+    def _news(self) -> News:
+        return News(self._epoch, self._env_steps)
+
+    def _teach(self) -> None:
+        for name, policy in sorted(self._recipe.policies.items()):
+            if policy.warm is not None and not self._taught[name]:
+                rng = np.random.default_rng(derive_seed(self._warm_seed, "warm", name))
+                teach(policy.warm, self._recipe, name, self._trainees[name], rng)
+                self._taught[name] = True
+
+    # --- learning ---
+
+    def update(self) -> AnyUpdate:
+        """Learn from what was played; see `Learner.update`."""
+        self._require_idle()
+        self._running = self._update()
+        return self._running
+
+    def _update(self) -> AnyUpdate:
+        before = {name: trainee.snapshot() for name, trainee in self._trainees.items()}
+        try:
+            updates: dict[str, Update] = {NEWS: self._count()}
+            for name, trainee in self._trainees.items():
+                if self._epoch == 0 and self._is_warming:
+                    updates[name] = self._agree(name, trainee)
+                elif not self._recipe.policies[name].is_frozen:
+                    updates[name] = trainee.update(self._takes(name), self._news)
+            stats = yield from together(updates, max(1, self._turns) if self._is_exhausted else self._turns)
+        except BaseException:
+            for name, trainee in self._trainees.items():
+                trainee.load(before[name])
+            raise
+        finally:
+            self._running = None
+        self._drop()
+        self._epoch += 1
+        self._keep()
+        metrics = {f"{name}.{key}": value for name, each in stats.items() for key, value in each.metrics.items()}
+        self.scores = {name: value for name, value in self.scores.items() if "." not in name} | metrics
+        steps = max((each.steps for each in stats.values()), default=0)
+        return UpdateStats(sum(each.samples for each in stats.values()), steps, metrics)
+
+    def _takes(self, policy: str) -> list[Take]:
+        """What this policy did, of what is known how likely it was."""
+        seat = Learned(policy)
+        return [take for played in self._plays for take in played.takes if take.seat == seat and take.proven]
+
+    def _count(self) -> Update:
+        """How many turns went into this epoch, of all."""
+        own: Arrays = {"sum/turns": np.asarray(self._turns, np.int64)}
+        merged = yield Exchange(own, 1.0, own, partial(_check_turns, 2 * _MAX_BACKLOG * self._share))
+        if merged:
+            check_fit(merged, own)
+            self._env_steps += int(merged["sum/turns"])
+        return UpdateStats(0, 0)
+
+    def _agree(self, name: str, trainee: Trainee) -> Update:
+        """Begin with what one of all has taught; with the own, if it is the node's own."""
+        if trainee.is_own or self._recipe.policies[name].warm is None:
+            return UpdateStats(0, 0)
+        own: Arrays = {f"first/{key}": array.copy() for key, array in trainee.shared().items() if _is_float(array)}
+        merged = yield Exchange(own, 1.0, own, partial(_check_first, trainee))
+        if merged:
+            check_fit(merged, own)
+            trainee.load({key.removeprefix("first/"): array for key, array in merged.items()})
+        return UpdateStats(0, 0)
+
+    def abandon(self) -> None:
+        """Drop what was played and any half-done update. Plays under way go on."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        self._drop()
+
+    def _drop(self) -> None:
+        self._plays, self._turns, self._is_exhausted = [], 0, False
+
+    # --- the state that all share ---
+
+    def export_state(self) -> Arrays:
+        """What all nodes hold, copied."""
+        self._require_idle()
+        return {name: array.copy() for name, array in self._state().items()}
+
+    def import_state(self, arrays: Arrays, *, keep_samples: bool = False) -> None:
+        """Take a state that some node exported; see `Learner.import_state`."""
+        check_fit(arrays, self._state())
+        epoch, env_steps = int(arrays["epoch"]), int(arrays["env_steps"])
+        if not 0 <= epoch <= _MAX_EPOCH or not 0 <= env_steps <= _MAX_EPOCH:
+            raise ProtocolError(f"no run is at epoch {epoch} with {env_steps} turns; take another state")
+        for name, trainee in self._trainees.items():
+            trainee.check(_under(name, arrays))
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        if not keep_samples:
+            self._drop()
+        for name, trainee in self._trainees.items():
+            trainee.load(_under(name, arrays))
+            if epoch > 0 and not trainee.is_own:
+                self._taught[name] = True
+        self._epoch, self._env_steps = epoch, env_steps
+
+    def policy_arrays(self) -> Arrays:
+        """The parameters that all nodes hold, copied."""
+        return {name: array.copy() for name, array in self._state().items() if "/parameters/" in name}
+
+    def _state(self) -> Arrays:
+        found: Arrays = {
+            "epoch": np.asarray(self._epoch, np.int64),
+            "env_steps": np.asarray(self._env_steps, np.int64),
+        }
+        for name, trainee in self._trainees.items():
+            found |= {f"{name}/{key}": array for key, array in trainee.shared().items()}
+        return found
+
+    # --- probing ---
+
+    def evaluate(self, episodes: int, seed: int) -> list[float]:
+        """Play all probes; the scores of the first one's plays. Their number is the probe's own business."""
+        first: list[float] = []
+        for number, probe in enumerate(self._recipe.probes):
+            found = self._probe(probe, seed)
+            self.scores[probe.name] = float(np.mean(found))
+            if number == 0:
+                first = found
+        return first
+
+    def _probe(self, probe: Probe, seed: int) -> list[float]:
+        recipe = self._recipe
+        cast = recipe.cast if probe.cast is None else probe.cast
+        stage = Stage(recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures)
+        staged = play_out(stage.collect(self._news, greedy=probe.greedy))
+        found = [score_of(played, probe.score) for played in staged.plays]
+        if not found:
+            raise TaskFailedError(f"no play of the probe {probe.name!r} came to an end: {self._failures.summary}")
+        return found
+
+    def _require_idle(self) -> None:
+        if self._running is not None:
+            raise UsageError("an update is under way; finish it or call abandon() first")
+
+
+def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_seed: int) -> Trainee:
+    seed = own_seed if policy.is_varied else manifest.seed
+    return Trainee(
+        make_model(policy.model, policy.sizes, derive_seed(seed, "model", name)),
+        objective_of(policy.objective, policy.settings, recipe.objectives),
+        mode=manifest.mode,
+        codec=manifest.codec,
+        seed=derive_seed(own_seed, "order", name),
+        is_own=policy.owner == "own",
+        shared=policy.shared,
+    )
+
+
+def _under(name: str, arrays: Mapping[str, Any]) -> Arrays:
+    """What is a policy's among arrays of all."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+
+
+def _is_float(array: np.ndarray[Any, Any]) -> bool:
+    return bool(array.dtype == np.float32)
+
+
+def _check_turns(most: int, contribution: Contribution) -> None:
+    if not 0 <= int(contribution.arrays["sum/turns"]) <= most:
+        raise ProtocolError(f"{contribution.author} says that it took more turns than anybody can; leave it out")
+
+
+def _check_first(trainee: Trainee, contribution: Contribution) -> None:
+    said = {key.removeprefix("first/"): array for key, array in contribution.arrays.items()}
+    trainee.check(trainee.shared() | said)

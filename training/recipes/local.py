@@ -1,0 +1,122 @@
+"""Several nodes' parts in a recipe in one process and without a network: for tests, and to try a recipe.
+
+The learners are the real ones, and so is what merges (`shoal.training.merging`): every exchange goes through the bytes
+that it would go through between nodes. What is left out is the network, and that nodes are of unlike speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.protocol.ids import PeerId
+from shoal.training.algorithms.base import DivergedError
+from shoal.training.arena import Arena
+from shoal.training.exchange.rules import Aggregator
+from shoal.training.manifest import Manifest
+from shoal.training.merging import Given, Merging
+from shoal.training.recipes.learner import RecipeLearner
+from shoal.training.recipes.recipe import Recipe, Report
+from shoal.training.tasks.failures import Failures
+
+
+def peers(count: int) -> list[PeerId]:
+    """Names for so many nodes, ascending."""
+    return sorted(PeerId.of_public_key(bytes([number + 1]) * 32) for number in range(count))
+
+
+def manifest_of(recipe: Recipe, owner: PeerId, seed: int = 0, **settings: Any) -> Manifest:
+    """A manifest as `shoal recipe run` makes it."""
+    wanted = {
+        "task": f"recipe:{recipe.name}",
+        "algorithm": "recipe",
+        "mode": recipe.mode,
+        "batch_per_learner": recipe.turns,
+        "eval_interval": recipe.eval_interval,
+        **settings,
+    }
+    return Manifest(owner=owner, seed=seed, **wanted)
+
+
+class Company:
+    """Learners of one recipe, and what merges for each.
+
+    Attributes:
+        learners: by name.
+    """
+
+    def __init__(self, recipe: Recipe, names: Sequence[PeerId], seed: int = 0, **settings: Any) -> None:
+        manifest = manifest_of(recipe, names[0], seed, **settings)
+        self.learners = {
+            name: RecipeLearner(recipe, manifest, Failures(recipe.name), peer=name, life="0") for name in names
+        }
+        self._recipe = recipe
+        self._merging = {
+            name: Merging(Aggregator.parse(manifest.aggregator), manifest.codec, Arena.make()) for name in names
+        }
+
+    def collect(self) -> int:
+        """Everybody plays its share of an epoch; how many turns that were."""
+        turns = 0
+        for learner in self.learners.values():
+            while learner.samples < self._recipe.turns:
+                turns += learner.collect(self._recipe.turns - learner.samples).samples
+        return turns
+
+    def update(self) -> None:
+        """One joint update.
+
+        Raises:
+            DivergedError: if it came to nothing.
+        """
+        updates = {name: learner.update() for name, learner in self.learners.items()}
+        wanted = {name: next(update) for name, update in updates.items()}
+        while wanted:
+            given = []
+            for name, each in wanted.items():
+                data = self._merging[name].offer(each)
+                if data is not None:
+                    given.append(Given(name, each.weight, data))
+            over = 0
+            for name in list(wanted):
+                rejected: list[PeerId] = []
+                answer = self._merging[name].merge(given, rejected)
+                if rejected:
+                    raise DivergedError(f"{name} refuses what {', '.join(rejected)} gave")
+                self._merging[name].settle(arrived=True)
+                try:
+                    wanted[name] = updates[name].send(answer)
+                except StopIteration:
+                    over += 1
+                    del wanted[name]
+            if wanted and over:
+                raise DivergedError("some are done and others are not")
+
+    def probe(self, seed: int = 1) -> dict[str, float]:
+        """The mean of what each says, by probe."""
+        found: defaultdict[str, list[float]] = defaultdict(list)
+        for learner in self.learners.values():
+            learner.evaluate(1, seed)
+            for name, score in learner.scores.items():
+                found[name].append(score)
+        return {name: sum(scores) / len(scores) for name, scores in found.items()}
+
+
+def play_locally(recipe: Recipe, count: int = 3, *, seed: int = 0, epochs: int | None = None) -> Report:
+    """A whole run of a recipe by so many nodes in this process."""
+    company = Company(recipe, peers(count), seed)
+    epochs = recipe.epochs if epochs is None else epochs
+    began, env_steps = time.monotonic(), 0
+    scores: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    for epoch in range(epochs + 1):
+        if epoch:
+            env_steps += company.collect()
+            company.update()
+        is_probed = epoch == 1 or epoch == epochs or (epoch and epoch % recipe.eval_interval == 0)
+        for name, score in company.probe().items() if is_probed else ():
+            scores[name].append((epoch, score))
+    return Report(
+        {name: tuple(points) for name, points in scores.items()}, epochs, env_steps, time.monotonic() - began, count
+    )

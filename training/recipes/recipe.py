@@ -1,0 +1,219 @@
+"""What a way of learning together is: a game, who plays it, which policies learn how, and the claim that it is held to.
+
+A recipe is data, in one short file each. A manifest names it (``recipe:NAME``) and may override some of its settings;
+everything else about the run, who is in it and what is averaged when, is as for every other run.
+
+*Policies* are named. One may be everybody's (averaged), or each node's own (averaged with nobody's), in part or frozen.
+*Probes* measure: plays of a cast at a source, whose mean score is signed into the shared state. The *verdict* is the
+claim, as a function of what probes said: of this run, and of the baseline that it is held against.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from shoal.protocol.errors import UsageError
+from shoal.training.manifest import Mode
+from shoal.training.tasks.cast import Cast
+from shoal.training.tasks.play import Game
+from shoal.training.tasks.source import Source
+
+EARNED: Final = "earned"
+"""The score that every play has: the mean of what its roles earned."""
+MAX_PROBES: Final = 16
+MAX_POLICIES: Final = 32
+
+Owner = Literal["all", "own"]
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """How a policy is taught before the run, each node's by itself.
+
+    Attributes:
+        objective: that teaches it, of takes that ``act`` makes.
+        act: what a role does well, given its take, whose last sight waits for an act.
+        until: the probe's score to stop at.
+        settings: of the objective.
+        takes: in one step.
+        max_steps: after which it stops however good it is.
+        score: that counts.
+    """
+
+    act: Callable[[Any], Any]
+    until: float
+    objective: str = "clone"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    takes: int = 64
+    max_steps: int = 1000
+    score: str = EARNED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """One policy.
+
+    Attributes:
+        model: its kind, see `shoal.training.recipes.makers.MODELS`.
+        objective: how it learns; a name of the recipe's own objectives or of
+            `shoal.training.recipes.makers.OBJECTIVES`.
+        sizes: of the model.
+        settings: of the objective.
+        owner: ``all``: everybody's, averaged; ``own``: each node its own.
+        shared: patterns of the parameters that are averaged, where it is everybody's.
+        is_frozen: whether it never learns.
+        is_varied: whether each node's begins with other parameters; only where it is each node's own.
+        warm: how it is taught first.
+    """
+
+    model: str
+    objective: str
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    owner: Owner = "all"
+    shared: tuple[str, ...] = ("*",)
+    is_frozen: bool = False
+    is_varied: bool = False
+    warm: Warm | None = None
+
+    def __post_init__(self) -> None:
+        if self.owner == "own" and self.shared != ("*",):
+            raise UsageError("a policy that is each node's own is shared with nobody; leave shared out")
+        if self.is_varied and self.owner != "own":
+            raise UsageError("a policy that is averaged begins alike everywhere; leave is_varied out")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is measured of the policies.
+
+    Attributes:
+        name: what its score is called.
+        source: of what is played; it ends by itself in an epoch (`SharedPrompts`, `Listed`).
+        cast: who plays; the recipe's, if None.
+        score: of `End.scores`, or what the roles earned.
+        greedy: whether the likeliest acts are taken.
+    """
+
+    name: str
+    source: Source
+    cast: Cast | None = None
+    score: str = EARNED
+    greedy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of a run.
+
+    Attributes:
+        scores: by probe, the mean over the nodes at each epoch that was probed: (epoch, score), ascending.
+        epochs: that were made.
+        env_steps: by all nodes together.
+        seconds: from the first epoch to the end.
+        peers: how many nodes.
+    """
+
+    scores: Mapping[str, tuple[tuple[int, float], ...]]
+    epochs: int
+    env_steps: int
+    seconds: float
+    peers: int
+
+    def first(self, probe: str) -> float:
+        """What the probe said first.
+
+        Raises:
+            UsageError: if it said nothing.
+        """
+        return self._points(probe)[0][1]
+
+    def last(self, probe: str, of: int = 1) -> float:
+        """The mean of the last ``of`` values of a probe.
+
+        Raises:
+            UsageError: if it said nothing.
+        """
+        return statistics.fmean(score for _, score in self._points(probe)[-of:])
+
+    def _points(self, probe: str) -> tuple[tuple[int, float], ...]:
+        points = self.scores.get(probe, ())
+        if not points:
+            raise UsageError(f"the probe {probe!r} said nothing in this run; let it last longer")
+        return points
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a claim holds.
+
+    Attributes:
+        holds: whether it does.
+        figure: what the run came to.
+        baseline: what it is held against.
+        text: both in words.
+    """
+
+    holds: bool
+    figure: float
+    baseline: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One way of learning together.
+
+    Attributes:
+        name: by which a manifest names it.
+        version: raised when the same run would lead to something else.
+        summary: half a sentence for people.
+        paper: its source.
+        claim: what is held to be so, in a sentence.
+        game: that is played.
+        source: of what is played.
+        cast: who plays.
+        policies: by name.
+        probes: the first is what the run's curve shows.
+        verdict: of this run and of the baseline.
+        baseline: what the baseline overrides, by paths as `shoal.training.recipes.overriding` says.
+        objectives: classes of its own, which its policies name by their ``name``.
+        epochs: of a run.
+        turns: that a node collects per epoch; a source that ends in an epoch ends it earlier.
+        plays: that go on side by side.
+        eval_interval: epochs between probes.
+        mode: what is averaged when, unless the manifest says otherwise.
+    """
+
+    name: str
+    version: int = 1
+    summary: str
+    paper: str
+    claim: str
+    game: Game
+    source: Source
+    cast: Cast
+    policies: Mapping[str, Policy]
+    probes: tuple[Probe, ...]
+    verdict: Callable[[Report, Report], Verdict]
+    baseline: Mapping[str, Any] = field(default_factory=dict)
+    objectives: tuple[type[Any], ...] = ()
+    epochs: int = 50
+    turns: int = 256
+    plays: int = 64
+    eval_interval: int = 10
+    mode: Mode = Mode.LOCAL
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.policies) <= MAX_POLICIES or not 1 <= len(self.probes) <= MAX_PROBES:
+            raise UsageError(f"a recipe has 1 to {MAX_POLICIES} policies and 1 to {MAX_PROBES} probes")
+        if len({probe.name for probe in self.probes}) < len(self.probes):
+            raise UsageError("two probes of a recipe are called alike")
+
+    @property
+    def is_by_all(self) -> bool:
+        """Whether every node has to probe, as some policy is each one's own."""
+        return any(policy.owner == "own" for policy in self.policies.values())
