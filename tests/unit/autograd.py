@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.distributions import Categorical, Independent, Normal
 
+from shoal.training.algorithms.on_policy import Batch
 from shoal.training.algorithms.ppo_config import PPOConfig
-from shoal.training.algorithms.ppo_loss import Batch
 from shoal.training.models.actor_critic import ActorCritic
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from shoal.protocol.ids import PeerId
 from shoal.training.algorithms import Exchange, UpdateStats
+from shoal.training.algorithms.engine import PolicyLearner
 from shoal.training.algorithms.extrapolation import MAX_FACTOR
-from shoal.training.algorithms.ppo import PPO, PPOLearner
+from shoal.training.algorithms.ppo import PPO
 from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
 from shoal.training.exchange.outer import Outer
 from shoal.training.manifest import Manifest, Mode
@@ -31,11 +32,11 @@ def manifest(task: str, mode: Mode, **settings: Any) -> Manifest:
     return Manifest(owner=PEERS[0], task=task, algorithm="ppo", hyperparameters=settings, seed=7, mode=mode)
 
 
-def learners(run: Manifest, num_peers: int) -> list[PPOLearner]:
+def learners(run: Manifest, num_peers: int) -> list[PolicyLearner]:
     return [PPO().learner(run, load_task(run.task), peer=peer) for peer in PEERS[:num_peers]]
 
 
-def update(peers: Sequence[PPOLearner]) -> tuple[list[UpdateStats], int]:
+def update(peers: Sequence[PolicyLearner]) -> tuple[list[UpdateStats], int]:
     """One update by all; how it went, and how many exchanges it took."""
     updates = [peer.update() for peer in peers]
     exchanges: list[Exchange] = [next(each) for each in updates]
