@@ -182,7 +182,7 @@ def _step_alone(stepper: Stepper, given: Given) -> None:
     if batch is None:
         return
     batch = objective.with_moments(batch, objective.moments(batch))
-    max_norm = objective.settings.max_grad_norm
+    max_norm, taken = objective.settings.max_grad_norm, 0
     for minibatch, is_measured in objective.minibatches(batch, stepper.streams):
         if minibatch is None:
             continue
@@ -191,9 +191,11 @@ def _step_alone(stepper: Stepper, given: Given) -> None:
         if is_measured or is_enough:
             given.measures.add(objective.measures(), len(minibatch))
         if is_enough:
+            given.measures.add({"steps_taken": taken}, 1)
             return
         norm = shorten(gradient, max_norm)
         stepper.adam.apply(objective.model.flat, gradient)
+        taken += 1
         if is_measured:
             given.measures.add({"gradient_norm": norm}, len(minibatch))
 

@@ -3,21 +3,31 @@
 An update is ``update_epochs`` passes of ``num_minibatches`` Adam steps on the clipped loss (`ppo_loss`), with A the
 normalised advantage (GAE) and R = A + V the return. All else is the engine's (`engine`).
 
-Deviations from the paper and its usual implementations: advantages are normalised over the batch, not per minibatch;
-the value loss isn't clipped; an episode that hits a time limit is worth the value of its final observation. Samples
-that are one policy version old keep the log-probabilities of the policy that acted, so r is the ratio that the paper
-means; there is no other correction (V-trace, a decoupled objective) at this age. Their advantages are GAE with the
-values of the new critic.
+Deviations from the paper and its usual implementations: advantages are normalised over the joint batch, not per
+minibatch; the value loss isn't clipped; nothing is annealed and no update stopped early. Each of these is a setting
+(`ppo_config`). An episode that hits a time limit is worth the value of its final observation. The early stop looks at
+the minibatch that is about to be stepped by, as Stable-Baselines3 does. Samples that are one policy version old keep
+the log-probabilities of the policy that acted, so r is the ratio that the paper means; there is no other correction
+(V-trace, a decoupled objective) at this age. Their advantages are GAE with the values of the new critic.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
+from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.engine import OnEngine
-from shoal.training.algorithms.on_policy import OnPolicy, actor_critic
-from shoal.training.algorithms.ppo_config import IN_GRADIENT, PPOConfig
+from shoal.training.algorithms.on_policy import Batch, OnPolicy, actor_critic
+from shoal.training.algorithms.ppo_config import IN_GRADIENT, MIN_CLIP_RANGE, Over, PPOConfig
 from shoal.training.algorithms.ppo_loss import ClippedLoss
-from shoal.training.manifest import Manifest
+from shoal.training.exchange.averager import Moments
+from shoal.training.manifest import Manifest, Mode
+from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.tasks import Task
+from shoal.training.tasks.base import Floats
+
+_KL_FACTOR: Final = 1.5  # OpenAI Baselines', Spinning Up's and Stable-Baselines3's
 
 
 class PPO(OnEngine[PPOConfig]):
@@ -32,12 +42,53 @@ class PPO(OnEngine[PPOConfig]):
 
     def objective(self, settings: PPOConfig, manifest: Manifest, task: Task) -> Clipped:
         """A learner's own."""
+        if manifest.mode is Mode.GRADIENT and settings.target_kl is not None:
+            raise UsageError(
+                "target_kl ends an update by one's own samples, and in mode gradient all take the same steps; "
+                "leave it out, or take the mode local or diloco"
+            )
+        if manifest.mode is Mode.GRADIENT and settings.normalize_advantages is Over.MINIBATCH:
+            raise UsageError(
+                "in mode gradient nobody has a whole minibatch to normalise advantages over; take "
+                "normalize_advantages=batch, or the mode local or diloco"
+            )
         return Clipped(settings, actor_critic(settings, manifest, task))
 
 
 class Clipped(OnPolicy[PPOConfig]):
     """The objective."""
 
+    def __init__(self, settings: PPOConfig, model: ActorCritic) -> None:
+        super().__init__(settings, model)
+        self._config = settings  # with the clip ranges of the update under way
+
+    def begin(self, progress: float) -> None:
+        """Narrow the clip ranges, if they are to be."""
+        if not self.settings.anneal_clip_range:
+            return
+        left, most = max(1 - progress, MIN_CLIP_RANGE), self.settings.value_clip_range
+        self._config = replace(
+            self.settings,
+            clip_range=max(left * self.settings.clip_range, MIN_CLIP_RANGE),
+            value_clip_range=None if most is None else max(left * most, MIN_CLIP_RANGE),
+        )
+        self._losses.clear()
+
     def make_loss(self, size: int) -> ClippedLoss:
         """The loss on minibatches of ``size`` samples."""
-        return ClippedLoss(self.model, self.settings, size)
+        return ClippedLoss(self.model, self._config, size)
+
+    def with_moments(self, batch: Batch, moments: Moments) -> Batch:
+        """Normalised, if over the whole batch."""
+        return batch.normalized(moments) if self.settings.normalize_advantages is Over.BATCH else batch
+
+    def gradient(self, batch: Batch) -> Floats:
+        """See `Objective.gradient`."""
+        if self.settings.normalize_advantages is Over.MINIBATCH and len(batch) > 1:
+            batch = batch.normalized(Moments.of(batch.advantages))
+        return super().gradient(batch)
+
+    def is_enough(self) -> bool:
+        """Whether the policy is too far from the one that acted."""
+        most = self.settings.target_kl
+        return most is not None and self.measures()["approx_kl"] > _KL_FACTOR * most

@@ -1,12 +1,29 @@
-"""The settings of PPO, and their defaults in mode ``gradient``."""
+"""The settings of PPO, and their defaults in mode ``gradient``.
+
+Those that are off by default are for published settings: "The 37 Implementation Details of PPO" (Huang et al., ICLR
+blog track 2022) has value clipping, annealing and normalisation per minibatch from OpenAI Baselines' PPO2, and the
+early stop from Spinning Up. "What Matters In On-Policy Reinforcement Learning?" (Andrychowicz et al., arXiv 2006.05990)
+finds that value clipping harms, and that it hardly matters where advantages are normalised.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final
 
 from shoal.training.algorithms.on_policy import OnPolicySettings
 from shoal.training.algorithms.settings import setting
+
+MIN_CLIP_RANGE: Final = 1e-6
+
+
+class Over(StrEnum):
+    """Over which samples advantages are given mean 0 and deviation 1."""
+
+    BATCH = "batch"
+    MINIBATCH = "minibatch"
+    NOTHING = "nothing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +33,27 @@ class PPOConfig(OnPolicySettings):
     clip_range: float = setting(
         0.2,
         "how far the ratio of an action's new probability to its old may leave 1 before its gradient stops",
-        1e-6,
+        MIN_CLIP_RANGE,
         100.0,
     )
+    value_clip_range: float | None = setting(
+        None, "how far a value may leave its old before its gradient stops; None: as far as it likes", 1e-6, 1e6
+    )
+    anneal_clip_range: bool = setting(False, "let both clip ranges fall as anneal_learning_rate does")
+    target_kl: float | None = setting(
+        None,
+        "end an update at 1.5 times this KL divergence from the policy that acted; None: never",
+        1e-6,
+        1e3,
+    )
+    normalize_advantages: Over = setting(
+        Over.BATCH, "over which samples advantages get mean 0 and deviation 1: batch (of all), minibatch or nothing"
+    )
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether anything depends on how far the run is."""
+        return self.anneal_learning_rate or self.anneal_clip_range
 
 
 # In mode gradient every optimiser step is a round over the network, so a tenth as many, three times as long.

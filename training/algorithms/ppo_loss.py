@@ -7,6 +7,9 @@ With S samples, r the probability ratio of an action, A its advantage and R the 
 By the log-probability of an action this is -r A / S where r A is the smaller of the two, and 0 where the clipped one
 is: there nothing depends on r. At the edges themselves, where both are the same, the derivative is that from within, as
 autograd has it. By a value it is value_coefficient (V - R) / S.
+
+Where values are clipped, the value loss is ½ mean(max((V - R)², (V' - R)²)), V' being V kept within value_clip_range
+of what it was: nothing depends on a value where V' is the further from the return.
 """
 
 from __future__ import annotations
@@ -46,8 +49,17 @@ class ClippedLoss:
             np.copyto(self._d_log_probs, 0, where=self._is_held)
             np.subtract(self._passes.values, batch.returns, out=self._errors)
             np.multiply(self._errors, config.value_coefficient / self._size, out=self._d_values)
+            if config.value_clip_range is not None:
+                self._hold_values(batch, np.float32(config.value_clip_range))
             self._passes.backward(self._d_log_probs, self._d_values, -config.entropy_coefficient / self._size)
         return self._gradient
+
+    def _hold_values(self, batch: Batch, most: np.float32) -> None:
+        """Stop the gradient of values that left their old, where that would be further from the return."""
+        near = np.clip(self._passes.values, batch.values - most, batch.values + most) - batch.returns
+        is_held = np.square(near) > np.square(self._errors)
+        np.copyto(self._errors, near, where=is_held)
+        np.copyto(self._d_values, 0, where=is_held)
 
     def measures(self) -> dict[str, float]:
         """What is worth knowing of the minibatch that `gradient` was given last, before anything is stepped by it."""

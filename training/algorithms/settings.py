@@ -7,7 +7,8 @@ A manifest overrides the defaults, and these follow the task, its action space, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
+from enum import StrEnum
 from typing import Any, Final, TypeVar
 
 from shoal.protocol.codec import from_plain
@@ -104,8 +105,7 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
     Raises:
         UsageError: if one is unknown, of the wrong type or out of range.
     """
-    values = asdict(kind())
-    values["hidden_sizes"] = list(values["hidden_sizes"])
+    values: dict[str, Any] = {each.name: plain_default(each) for each in fields(kind)}
     given: dict[str, Any] = {}
     if isinstance(task.action_space, Continuous):
         given |= _CONTINUOUS
@@ -129,7 +129,7 @@ def described(kind: type[Settings]) -> list[dict[str, Any]]:
     return [
         {
             "name": each.name,
-            "default": _plain(each),
+            "default": plain_default(each),
             "summary": each.metadata["what"],
             "low": each.metadata["low"],
             "high": each.metadata["high"],
@@ -138,5 +138,11 @@ def described(kind: type[Settings]) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(each: Field[Any]) -> Any:
-    return list(each.default) if isinstance(each.default, tuple) else each.default
+def plain_default(each: Field[Any]) -> Any:
+    """A setting's default as a manifest would have it."""
+    match each.default:
+        case tuple() as several:
+            return list(several)
+        case StrEnum() as choice:
+            return str(choice)
+    return each.default
