@@ -84,7 +84,7 @@ class Plan:
 def config_of(plan: Plan) -> tuple[Any, Any, Any]:
     """Shoal's settings for a task, its manifest and its task."""
     from shoal.protocol.ids import PeerId
-    from shoal.training.algorithms.ppo_config import ppo_config
+    from shoal.training.algorithms.ppo import PPO
     from shoal.training.manifest import Manifest
     from shoal.training.tasks import load_task
 
@@ -97,7 +97,7 @@ def config_of(plan: Plan) -> tuple[Any, Any, Any]:
         batch_size=plan.batch,
         hyperparameters=plan.settings,
     )
-    return ppo_config(manifest, task), manifest, task
+    return PPO().configured(manifest, task), manifest, task
 
 
 def shoal(plan: Plan) -> Trained:

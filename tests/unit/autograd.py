@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.distributions import Categorical, Independent, Normal
 
+from shoal.training.algorithms.on_policy import Batch
 from shoal.training.algorithms.ppo_config import PPOConfig
-from shoal.training.algorithms.ppo_loss import Batch
 from shoal.training.models.actor_critic import ActorCritic
 
 
@@ -35,13 +35,18 @@ def judge(
 def loss(parameters: Mapping[str, torch.Tensor], batch: Batch, config: PPOConfig) -> dict[str, torch.Tensor]:
     """The loss and its parts."""
     log_probs, entropies, values = judge(parameters, batch.observations, batch.actions)
-    old, advantages, returns = (
-        torch.from_numpy(each.astype(np.float64)) for each in (batch.log_probs, batch.advantages, batch.returns)
+    old, advantages, returns, old_values = (
+        torch.from_numpy(each.astype(np.float64))
+        for each in (batch.log_probs, batch.advantages, batch.returns, batch.values)
     )
     ratios = (log_probs - old).exp()
     clipped = ratios.clamp(1 - config.clip_range, 1 + config.clip_range)
     policy_loss = -torch.min(ratios * advantages, clipped * advantages).mean()
-    value_loss = 0.5 * (values - returns).square().mean()
+    errors = (values - returns).square()
+    if config.value_clip_range is not None:
+        near = old_values + (values - old_values).clamp(-config.value_clip_range, config.value_clip_range)
+        errors = torch.max(errors, (near - returns).square())
+    value_loss = 0.5 * errors.mean()
     entropy = entropies.mean()
     whole = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * entropy
     return {

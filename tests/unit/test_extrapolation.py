@@ -9,8 +9,9 @@ import pytest
 
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import PeerId
+from shoal.training.algorithms.engine import PolicyLearner
 from shoal.training.algorithms.extrapolation import MAX_FACTOR, extrapolate, travel
-from shoal.training.algorithms.ppo import PPO, PPOLearner
+from shoal.training.algorithms.ppo import PPO
 from shoal.training.exchange.averager import Contribution, merge
 from shoal.training.manifest import Manifest
 from shoal.training.state import digest
@@ -55,7 +56,7 @@ def test_where_learners_cancel_each_other_what_is_left_is_not_blown_up() -> None
     assert np.array_equal(extrapolate(start, start, 1.0), start)
 
 
-def learners(count: int) -> list[PPOLearner]:
+def learners(count: int) -> list[PolicyLearner]:
     task = load_task("gym:Pendulum-v1")
     run = Manifest(owner=PEERS[0], task="gym:Pendulum-v1", algorithm="ppo", hyperparameters={"update_epochs": 2})
     return [PPO().learner(run, task, peer=peer) for peer in PEERS[:count]]

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from tests.unit import autograd
 
 from shoal.training.algorithms.adam import Adam, clip_by_norm, shorten
+from shoal.training.algorithms.objective import Measures
+from shoal.training.algorithms.on_policy import Batch
 from shoal.training.algorithms.ppo_config import PPOConfig
-from shoal.training.algorithms.ppo_loss import Batch, ClippedLoss, Measures
+from shoal.training.algorithms.ppo_loss import ClippedLoss
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.tasks import Continuous, Discrete
 
@@ -37,8 +39,8 @@ def a_batch(model: ActorCritic, size: int, seed: int = 0) -> Batch:
     actions = np.ascontiguousarray(model.act(observations, rng).T)
     moved = rng.choice([-1.5, -0.4, -0.1, 0.0, 0.1, 0.15, 0.3, 1.5], size).astype(np.float32)
     log_probs = model.judge(observations, actions)[0] - moved
-    advantages, returns = rng.normal(size=(2, size)).astype(np.float32)
-    return Batch(observations, actions, log_probs, advantages, returns)
+    advantages, returns, values = rng.normal(size=(3, size)).astype(np.float32)
+    return Batch(observations, actions, log_probs, advantages, returns, values)
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
@@ -79,7 +81,8 @@ def test_at_an_edge_of_the_clip_the_gradient_is_that_from_within(
     assert exact.sum() > 20
     columns = (batch.observations[exact], batch.actions[..., exact], own[exact] - np.float32(edge))
     advantages = sign * np.abs(batch.advantages[exact])
-    at_edge = Batch(columns[0], np.ascontiguousarray(columns[1]), columns[2], advantages, batch.returns[exact])
+    rest = (batch.returns[exact], batch.values[exact])
+    at_edge = Batch(columns[0], np.ascontiguousarray(columns[1]), columns[2], advantages, *rest)
     size = len(at_edge)
     clip_range = abs(float(np.exp(np.float32(edge))) - 1)
     here = ClippedLoss(model, PPOConfig(clip_range=clip_range), size).gradient(at_edge).copy()

@@ -6,24 +6,20 @@ peers end each epoch with the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.learning import PEERS, SMALL, assert_close, update
 
-from shoal.protocol.ids import PeerId
-from shoal.training.algorithms import Exchange, UpdateStats
+from shoal.training.algorithms.engine import PolicyLearner
 from shoal.training.algorithms.extrapolation import MAX_FACTOR
-from shoal.training.algorithms.ppo import PPO, PPOLearner
-from shoal.training.exchange.averager import Arrays, Contribution, merge, validate
+from shoal.training.algorithms.ppo import PPO
+from shoal.training.exchange.averager import Contribution, merge
 from shoal.training.exchange.outer import Outer
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import digest, encode_arrays
 from shoal.training.tasks import load_task
-
-PEERS = [PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2, 3)]
-SMALL = {"num_envs": 4, "update_epochs": 3, "num_minibatches": 6, "hidden_sizes": [16, 16]}
 
 
 def manifest(task: str, mode: Mode, **settings: Any) -> Manifest:
@@ -31,41 +27,8 @@ def manifest(task: str, mode: Mode, **settings: Any) -> Manifest:
     return Manifest(owner=PEERS[0], task=task, algorithm="ppo", hyperparameters=settings, seed=7, mode=mode)
 
 
-def learners(run: Manifest, num_peers: int) -> list[PPOLearner]:
+def learners(run: Manifest, num_peers: int) -> list[PolicyLearner]:
     return [PPO().learner(run, load_task(run.task), peer=peer) for peer in PEERS[:num_peers]]
-
-
-def update(peers: Sequence[PPOLearner]) -> tuple[list[UpdateStats], int]:
-    """One update by all; how it went, and how many exchanges it took."""
-    updates = [peer.update() for peer in peers]
-    exchanges: list[Exchange] = [next(each) for each in updates]
-    count = 0
-    while True:
-        count += 1
-        contributions = [
-            Contribution(author, exchange.weight, exchange.arrays)
-            for author, exchange in zip(PEERS, exchanges, strict=False)
-            if exchange.weight
-        ]
-        for contribution in contributions:
-            validate(contribution, exchanges[0].template)
-        merged = merge(contributions)
-        sent, stats = [], []
-        for each in updates:
-            try:
-                sent.append(each.send(merged))
-            except StopIteration as stop:
-                stats.append(stop.value)
-        if stats:
-            assert not sent, "all peers end with the same exchange"
-            return stats, count
-        exchanges = sent
-
-
-def assert_close(first: Arrays, second: Arrays, tolerance: float) -> None:
-    assert first.keys() == second.keys()
-    for name, array in first.items():
-        np.testing.assert_allclose(array, second[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize("num_peers", [2, 3])

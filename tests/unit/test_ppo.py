@@ -15,7 +15,8 @@ from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.training.algorithms import UpdateStats, load_algorithm
 from shoal.training.algorithms.adam import Adam, clip_by_norm
-from shoal.training.algorithms.ppo import PPO, PPOLearner
+from shoal.training.algorithms.engine import PolicyLearner
+from shoal.training.algorithms.ppo import PPO
 from shoal.training.algorithms.rollouts import Rollout, Stream, advantages
 from shoal.training.exchange.averager import Contribution, merge
 from shoal.training.manifest import Manifest, Mode
@@ -28,12 +29,12 @@ ALICE, BOB = (PeerId.of_public_key(bytes([n]) * 32) for n in (1, 2))
 
 def learner(
     task: str = "gym:CartPole-v1", *, peer: PeerId = ALICE, mode: Mode = Mode.LOCAL, **settings: Any
-) -> PPOLearner:
+) -> PolicyLearner:
     run = Manifest(owner=ALICE, task=task, algorithm="ppo", hyperparameters=settings, mode=mode, batch_size=1024)
     return PPO().learner(run, load_task(task), peer=peer)
 
 
-def update_alone(alone: PPOLearner) -> UpdateStats:
+def update_alone(alone: PolicyLearner) -> UpdateStats:
     update = alone.update()
     exchange = next(update)
     while True:

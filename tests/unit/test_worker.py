@@ -25,7 +25,7 @@ from shoal.protocol.rpc import Answered, Failed, RpcConnection
 from shoal.protocol.services import Empty, Method
 from shoal.training import keeper, merging
 from shoal.training.algorithms.base import Exchange
-from shoal.training.algorithms.ppo import PPOLearner
+from shoal.training.algorithms.engine import PolicyLearner
 from shoal.training.arena import Region
 from shoal.training.electorate import MAX_MISSED
 from shoal.training.exchange.codecs import Sender
@@ -71,7 +71,7 @@ def a_worker(manifest: Manifest | None = None, peer: PeerId = PEERS[0]) -> Worke
 
 def fingerprint(worker: Worker) -> str:
     learner = worker.learner
-    assert isinstance(learner, PPOLearner)
+    assert isinstance(learner, PolicyLearner)
     return digest(learner._state())
 
 
@@ -166,7 +166,7 @@ def test_an_update_that_fails_can_be_started_again(monkeypatch: pytest.MonkeyPat
     before = fingerprint(worker)
     answer = begin(worker)
     with monkeypatch.context() as patched:
-        patched.setattr(PPOLearner, "_require_sane", lambda *_: {}["nothing"])
+        patched.setattr(PolicyLearner, "_require_sane", lambda *_: {}["nothing"])
         with pytest.raises(KeyError):
             worker.merge(merge_of({PEERS[0]: answer}))
     assert fingerprint(worker) == before
@@ -568,7 +568,7 @@ def test_a_step_that_no_optimiser_can_have_come_to_is_left_out_in_mode_diloco(co
 def test_what_topk_sends_late_is_not_given_momentum_on_top() -> None:
     for codec, expected in ((Codec.INT8, (0.7, 0.9)), (Codec.TOPK, (1.0, 0.0))):
         learner = a_worker(replace(a_manifest(mode=Mode.DILOCO), codec=codec)).learner
-        assert isinstance(learner, PPOLearner)
+        assert isinstance(learner, PolicyLearner)
         assert (learner.config.outer_learning_rate, learner.config.outer_momentum) == expected
 
 
@@ -671,13 +671,13 @@ def test_what_an_overtaken_learner_collected_counts_in_the_next_epoch(task: str,
     fast.collect(Collect(256))
     slow.collect(Collect(64))
     learner = slow.learner
-    assert isinstance(learner, PPOLearner)
+    assert isinstance(learner, PolicyLearner)
     expected = learner._log_probs(learner._streams[0])
     answer = slow.load(Load(solo(fast, 1), keep_samples=True))
     assert (answer.epoch, answer.epoch_samples) == (1, 64)
     assert slow.collect(Collect(32)).epoch_samples == 96
     # The ratio is that of the paper: to the policy that acted, with its normaliser.
-    log_probs = learner._batch()[0].log_probs
+    log_probs = learner._batch().log_probs
     np.testing.assert_array_equal(log_probs[:64], expected.ravel())
     np.testing.assert_array_equal(log_probs[64:], learner._log_probs(learner._streams[0]).ravel()[64:])
     contribution = begin(slow, 1)
@@ -722,7 +722,7 @@ def test_kept_samples_keep_their_cut_episodes() -> None:
     assert worker.load(Load(states[0], keep_samples=True)).epoch_samples == 1000
     worker.collect(Collect(4 * 160))
     learner = worker.learner
-    assert isinstance(learner, PPOLearner)
+    assert isinstance(learner, PolicyLearner)
     assert len(learner._streams[0].rollout().final_observations) == 8
     assert worker.load(Load(states[1], keep_samples=True)).epoch_samples == 640
     rollout = learner._streams[0].rollout()
@@ -754,8 +754,8 @@ def after(count: int) -> Callable[[], bool]:
     return lambda: next(left, None) is None
 
 
-def ppo(worker: Worker) -> PPOLearner:
-    assert isinstance(worker.learner, PPOLearner)
+def ppo(worker: Worker) -> PolicyLearner:
+    assert isinstance(worker.learner, PolicyLearner)
     return worker.learner
 
 
@@ -780,7 +780,7 @@ def test_what_is_collected_while_an_update_waits_is_there_for_the_next_one(task:
     assert ahead.samples == ahead.epoch_samples == worker.learner.samples == 5 * num_envs
     assert worker.collect(Collect(32)).epoch_samples == 5 * num_envs + 32
     # The ratio is that of the paper: to the policy that acted, which is what this learner's own steps led to.
-    log_probs = ppo(worker)._batch()[0].log_probs
+    log_probs = ppo(worker)._batch().log_probs
     np.testing.assert_array_equal(log_probs[: 5 * num_envs], expected)
     present = ppo(worker)._log_probs(ppo(worker)._streams[0]).ravel()
     assert not np.array_equal(present[: 5 * num_envs], expected)
@@ -801,11 +801,11 @@ def test_an_update_that_is_given_up_leaves_both_what_it_used_and_what_was_collec
     worker.abandon(Abandon(keep_samples=True))
     assert fingerprint(worker) == before
     assert learner.samples == 64 + 3 * learner.config.num_envs
-    np.testing.assert_array_equal(learner._batch()[0].log_probs, np.concatenate([expected, meanwhile]))
+    np.testing.assert_array_equal(learner._batch().log_probs, np.concatenate([expected, meanwhile]))
     fast = a_worker(a_manifest("gym:Pendulum-v1", mode), PEERS[1])
     fast.collect(Collect(256))
     assert worker.load(Load(solo(fast, 1), keep_samples=True)).epoch_samples == len(expected) + len(meanwhile)
-    np.testing.assert_array_equal(learner._batch()[0].log_probs, np.concatenate([expected, meanwhile]))
+    np.testing.assert_array_equal(learner._batch().log_probs, np.concatenate([expected, meanwhile]))
     assert solo(worker, 2)
 
 
@@ -895,7 +895,7 @@ def test_collecting_ends_early_after_the_time_that_was_given(monkeypatch: pytest
     """An environment whose vector step takes 1.4 s shows what it has after 3 s, and goes on from there."""
     worker = a_worker()
     learner = worker.learner
-    assert isinstance(learner, PPOLearner)
+    assert isinstance(learner, PolicyLearner)
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     env = learner._streams[0]._env

@@ -32,13 +32,14 @@ class Adam:
         first: running mean of gradients, float32 ``[n]``.
         second: running mean of squared gradients, float32 ``[n]``.
         step: how many steps were taken.
+        learning_rate: of the next step.
     """
 
     def __init__(self, size: int, *, learning_rate: float, epsilon: float) -> None:
         self.first: Floats = np.zeros(size, np.float32)
         self.second: Floats = np.zeros(size, np.float32)
         self.step = 0
-        self._learning_rate = learning_rate
+        self.learning_rate = learning_rate
         self._epsilon = epsilon
         self._spare, self._other = np.empty(size, np.float32), np.empty(size, np.float32)
 
@@ -55,7 +56,7 @@ class Adam:
         np.add(self.second, spare, out=self.second)
         # Bias correction, folded into the step size and epsilon.
         correction = math.sqrt(1 - _BETA2**self.step)
-        step_size = np.float32(self._learning_rate * correction / (1 - _BETA1**self.step))
+        step_size = np.float32(self.learning_rate * correction / (1 - _BETA1**self.step))
         np.sqrt(self.second, out=spare)
         np.add(spare, np.float32(self._epsilon * correction), out=spare)
         np.multiply(self.first, step_size, out=other)
@@ -64,7 +65,7 @@ class Adam:
 
     def max_change(self, steps: int) -> float:
         """How far ``steps`` steps can move a parameter; rounding at most doubles what the learning rate allows."""
-        return 2 * _MAX_RATIO * self._learning_rate * steps
+        return 2 * _MAX_RATIO * self.learning_rate * steps
 
 
 def check_adam(first: Floats, second: Floats, *, max_norm: float) -> None:

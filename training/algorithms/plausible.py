@@ -70,6 +70,8 @@ class Limits:
                 if moments.count != (weight if is_normalized else 0):
                     raise ProtocolError(f"moments/{name} count {moments.count:g} samples of {weight:g}")
                 _check_moments(name, moments)
+        if "sum/samples" in arrays and int(arrays["sum/samples"]) != weight:
+            raise ProtocolError(f"it counts {int(arrays['sum/samples'])} samples of {weight:g}")
         if "mean/delta" in arrays:
             change = float(np.abs(arrays["mean/delta"].astype(np.float64)).max(initial=0.0))
             if not change <= self.max_change:

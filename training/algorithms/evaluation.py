@@ -1,0 +1,55 @@
+"""Greedy episodes in environments of their own: what a policy is worth, repeatably."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from shoal.training.algorithms.rollouts import derive_seed
+from shoal.training.tasks import Task, VectorEnv
+from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.failures import TaskFailedError
+
+_MAX_ENVS: Final = 32
+_MAX_STEPS: Final = 100_000  # of one episode; one that goes on is counted with what it has earned by then
+
+
+class Evaluation:
+    """A task's environments, kept from one evaluation to the next."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._envs: dict[int, VectorEnv] = {}
+
+    def returns(self, act: Callable[[Floats], Actions], episodes: int, seed: int) -> list[float]:
+        """Undiscounted returns; an episode is cut after 100,000 steps, left out if it fails.
+
+        Raises:
+            TaskFailedError: if all failed, or too many environments did.
+        """
+        returns: list[float] = []
+        begun = 0
+        while begun < episodes:
+            count = min(episodes - begun, _MAX_ENVS)
+            if count not in self._envs:
+                self._envs[count] = self._task.make(count)
+            env = self._envs[count]
+            observations = env.reset([derive_seed(seed, "evaluation", begun + i) for i in range(count)])
+            totals, live = np.zeros(count), np.ones(count, np.bool_)
+            failed: set[int] = set()
+            for _ in range(_MAX_STEPS):
+                step = env.step(act(observations))
+                observations = step.observations
+                totals += step.rewards * live
+                failed |= {index for index in step.failed if live[index]}
+                live &= ~(step.terminated | step.truncated)
+                live[list(failed)] = False
+                if not live.any():
+                    break
+            begun += count
+            returns += [float(total) for index, total in enumerate(totals) if index not in failed]
+        if not returns:
+            raise TaskFailedError(f"every episode of an evaluation failed: {self._task.failures.summary}")
+        return returns

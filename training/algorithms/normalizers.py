@@ -1,0 +1,89 @@
+"""Running moments of observations and of discounted returns, over the whole run and all peers.
+
+They are merged exactly with an update's exchanges, by the increments of each peer, and stand still within it. Reward
+scaling is that of "The 37 Implementation Details of PPO" (Huang et al., ICLR blog track 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.settings import Settings
+from shoal.training.exchange.averager import Arrays, Moments
+from shoal.training.exchange.outliers import Scale, root_mean_square
+from shoal.training.tasks.base import Floats
+
+MOMENTS_FACTOR: Final = 1000.0
+_CLIP: Final = 10.0  # normalised observations and rewards beyond this are outliers
+
+
+class Normalizers:
+    """Both, as all peers hold them."""
+
+    def __init__(self, observation_size: int, settings: Settings) -> None:
+        self._size = observation_size
+        self.is_normalized = {
+            "observation": settings.normalize_observations,
+            "return": settings.normalize_returns,
+        }
+        self._set(Moments.none((observation_size,)), Moments.none())
+
+    def observations(self, shown: Floats) -> Floats:
+        """As the networks are to see what the environments show, ``[..., observation_size]``."""
+        if not self._observation.count:
+            return shown
+        mean, scale = self._scale
+        normal: Floats = ((shown - mean) * scale).clip(-_CLIP, _CLIP)
+        return normal
+
+    def rewards(self, earned: Floats) -> Floats:
+        """On the scale that values have."""
+        if not self.is_normalized["return"]:
+            return earned
+        scale = np.float32(1 / max(float(self._return.std), 1e-4))
+        scaled: Floats = np.clip(earned * scale, -_CLIP, _CLIP)
+        return scaled
+
+    def increments(self, streams: Sequence[Stream]) -> Arrays:
+        """The moments of what was collected since the last update; of nothing, where there is nothing to normalise."""
+        observations, returns = Moments.none((self._size,)), Moments.none()
+        for stream in streams:
+            if not stream.samples:
+                continue
+            rollout = stream.rollout()
+            if self.is_normalized["observation"]:
+                observations = observations.merge(Moments.of(rollout.observations[:-1].reshape(-1, self._size)))
+            if self.is_normalized["return"]:
+                returns = returns.merge(Moments.of(rollout.discounted_returns.ravel()))
+        return observations.to_arrays("observation") | returns.to_arrays("return")
+
+    def scales(self) -> dict[str, Scale]:
+        """How the moments of honest peers compare: with each other, and with all that the run has seen."""
+        return {
+            f"moments/{name}": Scale(MOMENTS_FACTOR, MOMENTS_FACTOR * root_mean_square(moments))
+            for name, moments in (("observation", self._observation), ("return", self._return))
+        }
+
+    def merge(self, merged: Arrays) -> None:
+        """Count in what all have seen."""
+        self._set(
+            self._observation.merge(Moments.from_arrays(merged, "observation")),
+            self._return.merge(Moments.from_arrays(merged, "return")),
+        )
+
+    def to_arrays(self) -> Arrays:
+        """As part of the state that all share."""
+        return self._observation.to_arrays("observation") | self._return.to_arrays("return")
+
+    def load(self, arrays: Arrays) -> None:
+        """The inverse of `to_arrays`."""
+        self._set(Moments.from_arrays(arrays, "observation"), Moments.from_arrays(arrays, "return"))
+
+    def _set(self, observation: Moments, returns: Moments) -> None:
+        self._observation, self._return = observation, returns
+        scale = 1 / np.sqrt(np.square(observation.std) + 1e-8)
+        self._scale = observation.mean.astype(np.float32), scale.astype(np.float32)

@@ -1,0 +1,169 @@
+"""What an objective is to the engine: it says what is better, and the engine does all else.
+
+An objective turns what was collected into a batch, and a minibatch of it into a gradient. Streams, minibatch steps,
+Adam, clipping, normalisers, exchanges, rollback, plausibility, evaluation and the state that peers share are the
+engine's (`engine`), the same for all.
+
+The gradient is what is asked for, rather than a loss: PPO's of a small network is written out in NumPy and takes an
+eighth of what autograd takes (`training/models/passes.py`). An objective whose model is torch's has ``loss(model,
+batch) -> (tensor, metrics)`` and gives what ``backward`` writes into its one flat vector; for the engine it is the
+same. For the model, the engine asks for little: one flat vector, and to act and to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from shoal.training.algorithms.rollouts import Rollout, Stream
+from shoal.training.algorithms.settings import Settings
+from shoal.training.exchange.averager import Moments
+from shoal.training.tasks.base import Actions, Floats
+
+
+class Model(Protocol):
+    """Networks whose parameters are one float32 vector."""
+
+    @property
+    def flat(self) -> Floats:
+        """``[num_parameters]``: writing to it changes the networks."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, Floats]:
+        """By name, views of `flat`."""
+        ...
+
+    def act(self, observations: Floats, rng: np.random.Generator) -> Actions:
+        """Sample: ``[N]`` int64 or ``[N, size]`` float32 for observations ``[N, observation_size]``."""
+        ...
+
+    def act_greedily(self, observations: Floats) -> Actions:
+        """The likeliest or best."""
+        ...
+
+    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, Floats]:
+        """Log-probabilities and values, each ``[S]``, of ``[S, observation_size]`` and ``[S]`` or ``[size, S]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What one stream brought since the last update, T steps of N environments, as the networks are to see it.
+
+    Attributes:
+        rollout: as the environments gave it.
+        observations: ``[T * N, observation_size]``, normalised.
+        last: ``[N, observation_size]``, normalised: not yet acted on.
+        finals: ``[K, observation_size]``, normalised, of the K truncated episodes.
+        actions: ``[T * N]``, or ``[size, T * N]`` of a continuous policy.
+        acted: ``[T * N]``, the log-probabilities that the policy that acted gave to its actions; NaN where it is the
+            present one.
+        rewards: ``[T, N]``, scaled.
+    """
+
+    rollout: Rollout
+    observations: Floats
+    last: Floats
+    finals: Floats
+    actions: Actions
+    acted: Floats
+    rewards: Floats
+
+
+class Samples(Protocol):
+    """A batch or a minibatch: what an objective makes of experience, and what the engine knows of it."""
+
+    @property
+    def observations(self) -> Floats:
+        """``[S, observation_size]``, normalised."""
+        ...
+
+    @property
+    def actions(self) -> Actions:
+        """``[S]``, or ``[size, S]`` of a continuous policy."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+B = TypeVar("B", bound=Samples)
+
+
+class Objective(Protocol[B]):
+    """How a policy learns. One object serves one learner, update after update."""
+
+    @property
+    def settings(self) -> Settings:
+        """The run's."""
+        ...
+
+    @property
+    def model(self) -> Model:
+        """What is trained."""
+        ...
+
+    def begin(self, progress: float) -> None:
+        """An update begins.
+
+        Args:
+            progress: from 0 to 1, how much of the run's environment steps all have taken; 0 unless
+                `Settings.is_annealed`.
+        """
+        ...
+
+    def prepare(self, experience: Sequence[Experience]) -> B:
+        """What an update is made from, stream after stream."""
+        ...
+
+    def moments(self, batch: B) -> Moments:
+        """Of the advantages, which are merged with those of the others in mode ``gradient`` before the first step."""
+        ...
+
+    def with_moments(self, batch: B, moments: Moments) -> B:
+        """The batch that the moments of all make of it."""
+        ...
+
+    def minibatches(self, batch: B | None, streams: Sequence[Stream]) -> Iterator[tuple[B | None, bool]]:
+        """The minibatch of each step, and whether the step is measured: `Settings.num_steps` of them.
+
+        The k-th of a process that owns several streams is the union of what the k-th would be of each stream alone.
+        None where there are no samples in it. Each may be overwritten by the next.
+        """
+        ...
+
+    def gradient(self, batch: B) -> Floats:
+        """Of the loss, the mean over the samples of a minibatch: ``[num_parameters]``, overwritten by the next."""
+        ...
+
+    def measures(self) -> dict[str, float]:
+        """What is worth knowing of the minibatch that `gradient` was given last, before anything is stepped by it."""
+        ...
+
+    def is_enough(self) -> bool:
+        """Whether an update on own samples ends before it is stepped by what `gradient` gave last."""
+        ...
+
+    def explained(self, batch: B) -> dict[str, float]:
+        """What is worth knowing of a batch before the first step."""
+        ...
+
+
+class Measures:
+    """Weighted means of numbers by name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, values: Mapping[str, float], weight: float) -> None:
+        """Count these."""
+        for name, value in values.items():
+            total, weights = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = total + weight * value, weights + weight
+
+    def means(self) -> dict[str, float]:
+        """Of all that were counted."""
+        return {name: total / weights for name, (total, weights) in self._sums.items()}

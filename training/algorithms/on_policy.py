@@ -1,0 +1,255 @@
+"""What objectives share that learn from what the policy itself just did: judged samples, batches, shuffled passes.
+
+Old log-probabilities and values are computed when the update starts, from the parameters that acted, so collecting
+needs the actor alone; of samples that an earlier policy made, the log-probabilities are what that one gave.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.training.algorithms.objective import Experience
+from shoal.training.algorithms.rollouts import Stream, advantages
+from shoal.training.algorithms.settings import Settings, setting
+from shoal.training.exchange.averager import Moments
+from shoal.training.manifest import Manifest
+from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.tasks import Task
+from shoal.training.tasks.base import Actions, Floats
+
+_MAX_SIZES: Final = 8  # of minibatches, whose arrays are kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnPolicySettings(Settings):
+    """Those of an actor and a critic."""
+
+    gae_lambda: float = setting(
+        0.95, "of the advantage estimate; 0 trusts the values alone, 1 the rewards alone", 0.0, 1.0
+    )
+    value_coefficient: float = setting(0.5, "weight of the value loss", 0.0, 1e6)
+    entropy_coefficient: float = setting(0.01, "weight of the entropy bonus; 0 for continuous actions", 0.0, 1e6)
+    initial_log_std: float = setting(
+        0.0, "of a continuous policy; 0 where 1 is half the range of an action", -20.0, 5.0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What an update or one step of it is made from.
+
+    Attributes:
+        observations: ``[S, observation_size]``, normalised.
+        actions: ``[S]``, or ``[size, S]`` of a continuous policy.
+        log_probs: ``[S]``, what the policy that acted gave to its actions.
+        advantages: ``[S]``.
+        returns: ``[S]``, what the values are to be.
+        values: ``[S]``, what they were when the update began.
+    """
+
+    observations: Floats
+    actions: Actions
+    log_probs: Floats
+    advantages: Floats
+    returns: Floats
+    values: Floats
+
+    def __len__(self) -> int:
+        return len(self.log_probs)
+
+    @classmethod
+    def join(cls, parts: Sequence[Batch]) -> Batch:
+        """The samples of all, one after the other."""
+        return cls(
+            np.concatenate([part.observations for part in parts]),
+            np.concatenate([part.actions for part in parts], axis=-1),
+            np.concatenate([part.log_probs for part in parts]),
+            np.concatenate([part.advantages for part in parts]),
+            np.concatenate([part.returns for part in parts]),
+            np.concatenate([part.values for part in parts]),
+        )
+
+    def normalized(self, moments: Moments) -> Batch:
+        """With advantages of mean 0 and deviation 1, by the moments of those of all learners."""
+        normal = (self.advantages - np.float32(moments.mean)) / np.float32(float(moments.std) + 1e-8)
+        return replace(self, advantages=normal)
+
+    def part(self, start: int, end: int) -> Batch:
+        """The samples from ``start`` to ``end``, as views."""
+        return Batch(
+            self.observations[start:end],
+            self.actions[..., start:end],
+            self.log_probs[start:end],
+            self.advantages[start:end],
+            self.returns[start:end],
+            self.values[start:end],
+        )
+
+    def empty(self) -> Batch:
+        """Room for as many samples."""
+        return Batch(
+            np.empty_like(self.observations),
+            np.empty_like(self.actions),
+            *(np.empty_like(each) for each in (self.log_probs, self.advantages, self.returns, self.values)),
+        )
+
+    def reorder(self, order: npt.NDArray[np.int64], out: Batch) -> None:
+        """Put the samples into ``out`` in this order."""
+        for column, place in zip(self._columns(), out._columns(), strict=True):
+            axis = 0 if column is self.observations else -1
+            np.take(column, order, axis=axis, out=place, mode="clip")  # the default, "raise", goes by way of a copy
+
+    def _columns(self) -> tuple[Floats, Actions, Floats, Floats, Floats, Floats]:
+        return self.observations, self.actions, self.log_probs, self.advantages, self.returns, self.values
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the present networks make of a stream's experience.
+
+    Attributes:
+        log_probs: ``[T * N]``, of its actions.
+        values: ``[T + 1, N]``, of its observations and of the last ones.
+        final_values: ``[K]``, of the last observations of the K truncated episodes.
+    """
+
+    log_probs: Floats
+    values: Floats
+    final_values: Floats
+
+    @classmethod
+    def by(cls, model: ActorCritic, experience: Experience) -> Self:
+        """Judge."""
+        shape = experience.rewards.shape
+        log_probs, judged = model.judge(experience.observations, experience.actions)
+        values = np.empty((shape[0] + 1, shape[1]), np.float32)
+        values[:-1] = judged.reshape(shape)
+        values[-1] = model.values(experience.last)
+        return cls(log_probs, values, model.values(experience.finals))
+
+
+class Loss(Protocol):
+    """A loss on minibatches of one size, whose gradient is written out."""
+
+    def gradient(self, batch: Batch) -> Floats:
+        """``[num_parameters]``; overwritten by the next one of the same model, of whatever size."""
+        ...
+
+    def measures(self) -> dict[str, float]:
+        """What is worth knowing of the minibatch that `gradient` was given last, before anything is stepped by it."""
+        ...
+
+
+S = TypeVar("S", bound=OnPolicySettings)
+
+
+class OnPolicy(ABC, Generic[S]):
+    """An `Objective` of an `ActorCritic`: an algorithm adds its loss, and its own estimates if they are not GAE."""
+
+    def __init__(self, settings: S, model: ActorCritic) -> None:
+        self.settings = settings
+        self.model = model
+        self._losses: dict[int, Loss] = {}  # by size of the minibatch
+        self._last: Loss | None = None
+
+    @abstractmethod
+    def make_loss(self, size: int) -> Loss:
+        """The loss on minibatches of ``size`` samples."""
+
+    def estimate(self, experience: Experience, judged: Judged) -> tuple[Floats, Floats]:
+        """Advantages and returns, each ``[T * N]``: GAE, and what it adds to the values."""
+        gamma, gae_lambda = self.settings.gamma, self.settings.gae_lambda
+        advantage = advantages(
+            experience.rollout,
+            experience.rewards,
+            judged.values,
+            judged.final_values,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+        ).ravel()
+        return advantage, advantage + judged.values[:-1].ravel()
+
+    def begin(self, progress: float) -> None:
+        """Nothing depends on how far the run is, unless an algorithm says so."""
+
+    def prepare(self, experience: Sequence[Experience]) -> Batch:
+        """Judge and estimate."""
+        return Batch.join([self._samples(each) for each in experience])
+
+    def _samples(self, experience: Experience) -> Batch:
+        judged = Judged.by(self.model, experience)
+        advantage, returns = self.estimate(experience, judged)
+        acted = np.where(np.isnan(experience.acted), judged.log_probs, experience.acted)
+        values = judged.values[:-1].ravel()
+        return Batch(experience.observations, experience.actions, acted, advantage, returns, values)
+
+    def moments(self, batch: Batch) -> Moments:
+        """Of the advantages."""
+        return Moments.of(batch.advantages)
+
+    def with_moments(self, batch: Batch, moments: Moments) -> Batch:
+        """Normalised."""
+        return batch.normalized(moments)
+
+    def minibatches(self, batch: Batch | None, streams: Sequence[Stream]) -> Iterator[tuple[Batch | None, bool]]:
+        """Shuffled passes; the last one is measured."""
+        parts, passes = self.settings.num_minibatches, self.settings.update_epochs
+        if batch is None:
+            yield from ((None, number == passes) for number in range(1, passes + 1) for _ in range(parts))
+            return
+        offsets = np.cumsum([0, *(stream.samples for stream in streams)])
+        mixed = batch.empty()
+        for number in range(1, passes + 1):
+            if number > 1:
+                self.refresh(batch)
+            shuffled = [stream.shuffled(parts) for stream in streams]
+            order = [own[part] + offsets[i] for part in range(parts) for i, own in enumerate(shuffled)]
+            batch.reorder(np.concatenate(order), mixed)
+            start = 0
+            for part in range(parts):
+                end = start + sum(len(own[part]) for own in shuffled)
+                yield mixed.part(start, end) if end > start else None, number == passes
+                start = end
+
+    def refresh(self, batch: Batch) -> None:
+        """Before each pass but the first: write into ``batch`` what has changed since. Nothing, by default."""
+
+    def gradient(self, batch: Batch) -> Floats:
+        """See `Objective.gradient`."""
+        size = len(batch)
+        if size not in self._losses:
+            if len(self._losses) >= _MAX_SIZES:
+                self._losses.clear()
+            self._losses[size] = self.make_loss(size)
+        self._last = self._losses[size]
+        return self._last.gradient(batch)
+
+    def measures(self) -> dict[str, float]:
+        """See `Objective.measures`."""
+        return {} if self._last is None else self._last.measures()
+
+    def is_enough(self) -> bool:
+        """Never, unless an algorithm says so."""
+        return False
+
+    def explained(self, batch: Batch) -> dict[str, float]:
+        """How much of the returns was foreseen."""
+        variance = float(batch.returns.var())
+        return {"explained_variance": 1 - float(batch.advantages.var()) / variance if variance > 0 else 0.0}
+
+
+def actor_critic(settings: OnPolicySettings, manifest: Manifest, task: Task) -> ActorCritic:
+    """The networks of a run, in their initial state."""
+    return ActorCritic(
+        task.observation_size,
+        task.action_space,
+        settings.hidden_sizes,
+        initial_log_std=settings.initial_log_std,
+        seed=manifest.seed,
+    )

@@ -1,0 +1,148 @@
+"""What can be set of an algorithm: one field each, with its default, its range and what it is, all in one place.
+
+A manifest overrides the defaults, and these follow the task, its action space, the exchange mode and the codec. What
+`shoal algorithm show` tells, and what is refused as out of range, are read off the same fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Final, TypeVar
+
+from shoal.protocol.codec import from_plain
+from shoal.protocol.errors import ProtocolError, UsageError
+from shoal.training.exchange import outer
+from shoal.training.exchange.rules import Codec
+from shoal.training.manifest import Manifest, Mode
+from shoal.training.plugins import suggest
+from shoal.training.tasks import Continuous, Task
+
+S = TypeVar("S", bound="Settings")
+
+
+def setting(default: Any, what: str, low: float | None = None, high: float | None = None) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: its own, before task and mode.
+        what: it is, for people.
+        low: the least that it may be, if it is a number.
+        high: likewise the most. A field that may be None is not held to a range where it is.
+    """
+    return field(default=default, metadata={"what": what, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What every algorithm on the engine has, each field with a line that says what it is."""
+
+    num_envs: int = setting(4, "environments that each peer steps side by side", 1, 1024)
+    gamma: float = setting(0.99, "discount per step", 0.0, 1.0)
+    learning_rate: float = setting(1e-3, "Adam's", 1e-9, 1.0)
+    anneal_learning_rate: bool = setting(
+        False, "let the learning rate fall in a line, to 0 when all have taken the run's max_env_steps together"
+    )
+    adam_epsilon: float = setting(1e-5, "Adam's", 1e-12, 1.0)
+    update_epochs: int = setting(10, "passes over the samples per update", 1, 1000)
+    num_minibatches: int = setting(
+        32,
+        "optimiser steps per pass, however many the samples: a peer with few takes as many",
+        1,
+        65536,
+    )
+    max_grad_norm: float = setting(0.5, "longer gradients are scaled down to this", 1e-6, 1e9)
+    hidden_sizes: tuple[int, ...] = setting((64, 64), "units per hidden layer, of each network")
+    normalize_observations: bool = setting(
+        False, "scale observations to mean 0 and deviation 1 over the whole run, of all peers"
+    )
+    normalize_returns: bool = setting(
+        True, "scale rewards so that discounted returns have deviation 1 over the whole run, of all peers"
+    )
+    outer_learning_rate: float = setting(outer.LEARNING_RATE, "of the outer step in mode diloco", 1e-6, 10.0)
+    outer_momentum: float = setting(outer.MOMENTUM, "likewise its momentum", 0.0, outer.MAX_MOMENTUM)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            low, high, value = each.metadata["low"], each.metadata["high"], getattr(self, each.name)
+            if low is not None and value is not None and not low <= value <= high:
+                raise UsageError(f"{each.name} must be between {low} and {high}, not {value}")
+        if len(self.hidden_sizes) > 8 or not all(1 <= size <= 4096 for size in self.hidden_sizes):
+            raise UsageError(f"hidden_sizes must be at most 8 sizes from 1 to 4096, not {list(self.hidden_sizes)}")
+
+    @property
+    def num_steps(self) -> int:
+        """Of the optimiser, per update."""
+        return self.update_epochs * self.num_minibatches
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether anything depends on how far the run is, so that this has to be known."""
+        return self.anneal_learning_rate
+
+
+# The bonus holds off the early end of exploration among a few actions. A Gaussian has its own deviation, and learns it.
+_CONTINUOUS: Final[dict[str, Any]] = {"entropy_coefficient": 0.0, "normalize_observations": True}
+
+# A swing is over in a second: looking further ahead learns slower (RL Baselines3 Zoo has 0.9).
+_TASKS: Final[dict[str, dict[str, Any]]] = {"gym:Pendulum-v1": {"gamma": 0.95}}
+
+# What topk leaves out comes later and all at once; with outer momentum on top of that a run diverges (2508.15706).
+_LATE: Final[dict[str, Any]] = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+
+
+def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task, in_gradient: Mapping[str, Any]) -> S:
+    """The manifest's hyperparameters over the defaults for the task, its action space and the exchange mode.
+
+    Args:
+        kind: of settings.
+        algorithm: whose they are, for people.
+        manifest: of the run.
+        task: the manifest's.
+        in_gradient: the algorithm's defaults in mode ``gradient``.
+
+    Raises:
+        UsageError: if one is unknown, of the wrong type or out of range.
+    """
+    values: dict[str, Any] = {each.name: plain_default(each) for each in fields(kind)}
+    given: dict[str, Any] = {}
+    if isinstance(task.action_space, Continuous):
+        given |= _CONTINUOUS
+    given |= _TASKS.get(manifest.task, {})
+    if manifest.mode is Mode.GRADIENT:
+        given |= in_gradient
+    if manifest.codec is Codec.TOPK:
+        given |= _LATE
+    for name in manifest.hyperparameters:
+        if name not in values:
+            raise UsageError(f"{algorithm} has no hyperparameter {name[:80]!r}; {suggest(name, values)}")
+    values |= {name: value for name, value in given.items() if name in values}
+    try:
+        return from_plain(kind, values | manifest.hyperparameters)
+    except ProtocolError as error:
+        raise UsageError(f"a hyperparameter of {algorithm} is wrong: {error}") from error
+
+
+def described(kind: type[Settings]) -> list[dict[str, Any]]:
+    """Of each setting its ``name``, ``default``, ``summary``, ``low`` and ``high``: None, if it has no range."""
+    return [
+        {
+            "name": each.name,
+            "default": plain_default(each),
+            "summary": each.metadata["what"],
+            "low": each.metadata["low"],
+            "high": each.metadata["high"],
+        }
+        for each in fields(kind)
+    ]
+
+
+def plain_default(each: Field[Any]) -> Any:
+    """A setting's default as a manifest would have it."""
+    match each.default:
+        case tuple() as several:
+            return list(several)
+        case StrEnum() as choice:
+            return str(choice)
+    return each.default
