@@ -5,8 +5,8 @@ A task is called ``scheme:name``. The entry point of the scheme is a callable th
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
-from typing import cast
 
 from shoal.protocol.errors import UsageError
 from shoal.training.plugins import load_plugin
@@ -24,5 +24,6 @@ def load_task(name: str) -> Task:
     scheme, colon, rest = name.partition(":")
     if not (scheme and colon and rest):
         raise UsageError(f"task {name[:80]!r} needs a scheme and a name, for example gym:CartPole-v1")
-    factory = cast(Callable[[str], Task], load_plugin("shoal.tasks", "task scheme", scheme))
+    # `cast` alone would be the module of that name, once something has imported it.
+    factory = typing.cast(Callable[[str], Task], load_plugin("shoal.tasks", "task scheme", scheme))
     return factory(rest)

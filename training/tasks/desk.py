@@ -24,6 +24,8 @@ class Desk:
         actor: who answers; none: others.
         spaces: of the roles that sit here, if all have the same.
         is_mixed: whether they have not.
+        is_proven: whether the acts of all are made here by policies.
+        has_legal: whether some acts may not be legal for some of those that wait.
         since: the step in which the first that waits was parked.
         plays: that wait; for each, what follows.
         positions: of the ask in its turn.
@@ -34,13 +36,28 @@ class Desk:
     """
 
     __slots__ = (
-        *("actor", "is_mixed", "plays", "positions", "recorded", "rows", "seat", "sights", "since", "spaces", "takes"),
+        *(
+            "actor",
+            "has_legal",
+            "is_mixed",
+            "is_proven",
+            "plays",
+            "positions",
+            "recorded",
+            "rows",
+            "seat",
+            "sights",
+            "since",
+            "spaces",
+            "takes",
+        ),
     )
 
     def __init__(self, seat: Seat, actor: Actor | None) -> None:
         self.seat, self.actor = seat, actor
         self.spaces: Role | None = None
-        self.is_mixed = False
+        self.is_mixed = self.has_legal = False
+        self.is_proven = True
         self.since = self.recorded = 0
         self.rows: Floats | None = None
         self.plays: list[Playing] = []
@@ -48,8 +65,10 @@ class Desk:
         self.takes: list[Take] = []
         self.sights: list[Any] = []
 
-    def admit(self, spaces: Role) -> None:
-        """A role of such spaces sits here."""
+    def admit(self, take: Take) -> None:
+        """A role sits here."""
+        spaces = take.spaces
+        self.is_proven &= take.proven
         if self.spaces is None:
             self.spaces = spaces
         elif self.spaces is not spaces and self.spaces != spaces:
@@ -62,6 +81,7 @@ class Desk:
         self.takes.append(take)
         self.sights.append(None)
         self.recorded += 1
+        self.has_legal |= take.asked_legal is not None
 
     def record(self) -> list[tuple[Playing, BadPlayError]]:
         """Have the takes hold what was shown and is not recorded yet; gives the plays that may not show that."""
@@ -117,11 +137,13 @@ def read_acts(desk: Desk, takes: Sequence[Take], acts: Acts) -> Sequence[Act]:
     if isinstance(acts, np.ndarray):
         if isinstance(spaces, Discrete) and acts.ndim == 1 and acts.dtype.kind in "iu":
             numbers: list[int] = acts.tolist()
-            are_legal = all(not take.legal or _is_legal(take, act) for take, act in zip(takes, numbers, strict=True))
+            are_legal = not desk.has_legal or all(
+                not take.legal or _is_legal(take, act) for take, act in zip(takes, numbers, strict=True)
+            )
             if are_legal and min(numbers) >= 0 and max(numbers) < spaces.count:
                 return numbers
         elif isinstance(spaces, Continuous) and acts.dtype == np.float32 and acts.shape == (len(takes), spaces.size):
-            rows: Floats = acts.copy()
+            rows: Floats = np.array(acts, np.float32)
             rows.flags.writeable = False
             if np.isfinite(rows).all():
                 return list(rows)
@@ -146,6 +168,8 @@ def read_log_probs(desk: Desk, takes: Sequence[Take], log_probs: Floats) -> list
     if given.shape != (len(takes),):
         raise BadActError(f"the seat {desk.seat} gave log-probabilities {given.shape} for {len(takes)} asks")
     numbers: list[float] = given.tolist()
+    if desk.is_proven and np.isfinite(given).all():
+        return numbers
     for index, (take, number) in enumerate(zip(takes, numbers, strict=True)):
         if not take.proven:
             numbers[index] = _NAN

@@ -44,6 +44,37 @@ _STEP: Final = int(Act.STEP)
 _RESET: Final = int(Act.RESET)
 
 
+class ToEnv:
+    """How actions as policies know them become a Gymnasium space's own: numbers from 0, or -1 to 1 over its range."""
+
+    def __init__(self, space: Any) -> None:
+        """Read a Discrete or Box space."""
+        self.start: int | None = None
+        """The first number of a Discrete space."""
+        if isinstance(space, gymnasium.spaces.Discrete):
+            self.start = int(space.start)
+        else:
+            low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+            bounded = np.isfinite(low) & np.isfinite(high)
+            self._low, self._high, self._dtype = low, high, space.dtype
+            self._middle = np.add(low, high, out=np.zeros_like(low), where=bounded) / 2
+            self._half_range = np.subtract(high, low, out=np.full_like(low, 2.0), where=bounded) / 2
+
+    def __call__(self, actions: Actions) -> list[Any]:
+        """One for each environment."""
+        if self.start is not None:
+            numbers: list[Any] = (actions + self.start).tolist()
+            return numbers
+        scaled = np.clip(self._middle + self._half_range * actions, self._low, self._high)
+        return list(scaled.astype(self._dtype))
+
+    def one(self, action: Any) -> Any:
+        """For one environment: a whole number, or ``[size]`` float32."""
+        if self.start is not None:
+            return action + self.start
+        return self(action[np.newaxis])[0]
+
+
 class GymTask:
     """One Gymnasium environment id as a `shoal.training.tasks.Task`.
 
@@ -60,11 +91,11 @@ class GymTask:
         self._env_id = env_id
         env = self._first()
         try:
-            self.observation_size = _observation_size(self.name, env.observation_space)
-            self.action_space = _action_space(self.name, env.action_space)
+            self.observation_size = observation_size(self.name, env.observation_space)
+            self.action_space = action_space(self.name, env.action_space)
             self.target_return: float | None = None if env.spec is None else env.spec.reward_threshold
         finally:
-            _close(env, 0)
+            close_env(env, 0)
 
     def _first(self) -> Any:
         """One to learn from what the task is like.
@@ -74,7 +105,7 @@ class GymTask:
             TaskFailedError: if it fails.
         """
         try:
-            return _make(self._env_id, 0)
+            return make_env(self._env_id, 0)
         except UsageError:
             raise
         except BaseException as error:  # see the head
@@ -88,7 +119,7 @@ class GymTask:
     def _make_one(self, index: int) -> Any:
         while True:
             try:
-                return _make(self._env_id, index)
+                return make_env(self._env_id, index)
             except BaseException as error:  # it worked before; anything may be raised by other people's code
                 self.failures.add(Place(index, Act.MAKE), error)
 
@@ -130,21 +161,13 @@ class GymVectorEnv:
         self._make = make
         self._failures = failures or Failures("an environment")
         observation_space, action_space = envs[0].observation_space, envs[0].action_space
-        self._shown = Shown(observation_space, is_bounded=not _is_gymnasiums_own(envs[0]))
+        self._shown = Shown(observation_space, is_bounded=not is_gymnasiums_own(envs[0]))
         self._shape = (self.num_envs, *observation_space.shape)
         self._last = np.zeros(self._shape, np.float32)
         self._seeds = [0] * self.num_envs
         self._num_steps = 0
         self._failed: set[int] = set()
-        self._discrete = isinstance(action_space, gymnasium.spaces.Discrete)
-        if self._discrete:
-            self._start = int(action_space.start)
-        else:
-            low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
-            bounded = np.isfinite(low) & np.isfinite(high)
-            self._low, self._high, self._dtype = low, high, action_space.dtype
-            self._middle = np.add(low, high, out=np.zeros_like(low), where=bounded) / 2
-            self._half_range = np.subtract(high, low, out=np.full_like(low, 2.0), where=bounded) / 2
+        self._to_env = ToEnv(action_space)
 
     def reset(self, seeds: Sequence[int]) -> Floats:
         """Start all anew, each from its own seed."""
@@ -212,7 +235,7 @@ class GymVectorEnv:
     def close(self) -> None:
         """Close every environment."""
         for index, env in enumerate(self._envs):
-            _close(env, index)
+            close_env(env, index)
 
     def _reset(self, index: int, seed: int | None = None) -> Floats:
         place = watch.page
@@ -246,20 +269,13 @@ class GymVectorEnv:
             self._failed.add(index)
             if self._make is None:
                 raise TaskFailedError(self._failures.summary) from reason
-            _close(self._envs[index], index)
+            close_env(self._envs[index], index)
             self._envs[index] = self._make(index)
             self._seeds[index] = _another(self._seeds[index])
             try:
                 return self._reset(index, self._seeds[index])
             except BaseException as again:  # see the head
                 act, reason = Act.RESET, again
-
-    def _to_env(self, actions: Actions) -> list[Any]:
-        if self._discrete:
-            numbers: list[Any] = (actions + self._start).tolist()
-            return numbers
-        scaled = np.clip(self._middle + self._half_range * actions, self._low, self._high)
-        return list(scaled.astype(self._dtype))
 
 
 def _another(seed: int) -> int:
@@ -273,12 +289,13 @@ def _any_actions(space: ActionSpace, rng: np.random.Generator) -> Actions:
     return rng.uniform(-1, 1, (1, space.size)).astype(np.float32)
 
 
-def _is_gymnasiums_own(env: Any) -> bool:
+def is_gymnasiums_own(env: Any) -> bool:
+    """Whether it comes with Gymnasium: some of these leave the bounds of their space, which is harmless."""
     spec = getattr(env, "spec", None)
     return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
 
 
-def _close(env: Any, index: int) -> None:
+def close_env(env: Any, index: int) -> None:
     """Close one that is not needed any more; what goes wrong then does not matter."""
     try:
         watch.page[Slot.CALLS] += 1
@@ -290,9 +307,15 @@ def _close(env: Any, index: int) -> None:
         watch.page[Slot.PLACE] = 0
 
 
-def _make(env_id: str, index: int) -> Any:
+def make_env(env_id: str, index: int) -> Any:
+    """One that is in Gymnasium's registry; see the head.
+
+    Raises:
+        UsageError: if there is none of this name, or what it needs is missing.
+    """
     if env_id not in gymnasium.registry:
         raise UsageError(f"no Gymnasium environment is called {env_id[:80]!r}; {suggest(env_id, gymnasium.registry)}")
+    place = watch.page[Slot.PLACE]  # it may be made in the middle of a play
     watch.page[Slot.CALLS] += 1
     watch.page[Slot.PLACE] = Act.MAKE | index
     try:
@@ -301,10 +324,15 @@ def _make(env_id: str, index: int) -> Any:
         reason = " ".join(str(error).split())
         raise UsageError(f"{env_id} cannot be made here: {reason[:300]}") from error
     finally:
-        watch.page[Slot.PLACE] = 0
+        watch.page[Slot.PLACE] = place
 
 
-def _observation_size(name: str, space: Any) -> int:
+def observation_size(name: str, space: Any) -> int:
+    """How many numbers a flat Box space shows.
+
+    Raises:
+        UsageError: if it is another space, or too large.
+    """
     if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
         size = int(space.shape[0])
         if not 1 <= size <= MAX_OBSERVATION:
@@ -313,7 +341,12 @@ def _observation_size(name: str, space: Any) -> int:
     raise UsageError(f"{name} shows {space}; only flat Box observations can be learned from, so choose another task")
 
 
-def _action_space(name: str, space: Any) -> ActionSpace:
+def action_space(name: str, space: Any) -> ActionSpace:
+    """A Discrete or flat Box space, as policies know it.
+
+    Raises:
+        UsageError: if it is another one.
+    """
     if isinstance(space, gymnasium.spaces.Discrete):
         return Discrete(int(space.n))
     if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:

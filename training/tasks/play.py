@@ -140,9 +140,9 @@ def _size(space: SightSpace | ActSpace) -> tuple[int, int]:
             return size, MAX_NUMBERS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one is made in every turn: frozen, that takes 0.9 µs and not 0.2, a tenth of CartPole's step
 class Ask:
-    """A role is asked what it does.
+    """A role is asked what it does. It does not change once it is yielded.
 
     Attributes:
         role: of the game's.
@@ -405,11 +405,6 @@ def check_end(roles: Mapping[str, Role], end: object) -> tuple[dict[str, float],
     except BadAnswerError as error:
         raise BadPlayError(f"of {place!r} in its End {error}") from error
     return rewards, cut, scores
-
-
-def fits(sight: Any, shape: tuple[int, ...]) -> bool:
-    """Whether it is an array of this shape of float32; not whether its numbers are finite."""
-    return type(sight) is np.ndarray and sight.shape == shape and sight.dtype == _FLOAT32
 
 
 def _numbers(noun: str, given: Any, size: int, error: type[ShoalError]) -> Floats:

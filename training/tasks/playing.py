@@ -34,7 +34,6 @@ from shoal.training.tasks.play import (
     Take,
     check_end,
     check_legal,
-    fits,
     is_reward,
     kind_of,
     read_act,
@@ -48,6 +47,7 @@ MAX_TURNS: Final = 10_000
 _STEP: Final = int(watch.Act.STEP)
 _MAKE: Final = int(watch.Act.MAKE)
 _NAN: Final = float("nan")
+_FLOAT32: Final = np.dtype(np.float32)
 _LIMIT: Final = 3e38
 """float32 holds it, and what is beyond is looked at closely."""
 
@@ -195,7 +195,10 @@ class Playing:
         if not self.asks:
             raise self.bad("it ended before it asked anybody")
         self._note()
-        return self._goes_on()
+        if self.turns < self._last_turn:
+            return True
+        self.cut()  # the stage plays no longer than what was replayed
+        return False
 
     def resume(self, answers: Sequence[Act]) -> bool:
         """Go on with an act for each ask; they have been checked and recorded.
@@ -209,7 +212,10 @@ class Playing:
         if not self.asks:
             return False
         self._note()
-        return self._goes_on()
+        if self.turns < self._last_turn:
+            return True
+        self.cut()
+        return False
 
     def record(self, position: int) -> Take:
         """Take down what an ask showed, now that it will be answered.
@@ -287,8 +293,10 @@ class Playing:
             page[1] = 0
             self._end(stop.value)
             return
-        finally:
+        except BaseException:
             page[1] = 0
+            raise
+        page[1] = 0
         if type(asks) is not tuple or not asks:
             raise self.bad(f"it yielded {kind_of(asks) if asks != () else 'no asks'} and not a tuple of asks")
         self.asks = asks
@@ -303,7 +311,7 @@ class Playing:
             if chair is None:
                 raise self.bad(f"it asked {ask.role!r:.80}, which is no role of it; it has {', '.join(chairs)[:200]}")
             take, sight, reward = chair.take, ask.sight, ask.reward
-            if chair.shape is None or not fits(sight, chair.shape):
+            if type(sight) is not np.ndarray or sight.shape != chair.shape or sight.dtype is not _FLOAT32:
                 self._check_sight(take, sight)
             if type(reward) is not float or not -_LIMIT < reward < _LIMIT:
                 reward = self._read_reward(ask)
@@ -363,12 +371,6 @@ class Playing:
             return read_act(self.chairs[ask.role].take.spaces.acts, act, ask.legal)
         except BadActError as error:
             raise BadScenarioError(f"{self._name}: of the scenario's acts, role {ask.role!r:.80}: {error}") from error
-
-    def _goes_on(self) -> bool:
-        if self.turns < self._last_turn:
-            return True
-        self.cut()
-        return False
 
     def _end(self, end: object) -> None:
         roles: dict[str, Role] = {role: chair.take.spaces for role, chair in self.chairs.items()}

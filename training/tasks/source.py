@@ -1,11 +1,12 @@
 """What is played next: scenarios, and the sources that draw them.
 
 A source is a function of what its member knows of the swarm (`News`) and of a seeded generator, so members that know
-the same draw from the same; it holds nothing that changes. How many scenarios a member has drawn in this epoch is part of
-what it knows (`News.drawn`).
+the same draw from the same; it holds nothing that changes. How many scenarios a member has drawn in this epoch is part
+of what it knows (`News.drawn`).
 
 Start states travel as acts: a scenario's ``acts`` are played again before anybody is asked, so that any member can
-check such a start and nobody has to trust the bytes of a foreign simulator. Replayed steps cost what steps cost, and count.
+check such a start and nobody has to trust the bytes of a foreign simulator. Replayed steps cost what steps cost, and
+count.
 
 - `FreshSeeds`: another seed every time.
 - `SharedPrompts`: the same scenarios on every member, several plays of each, as group-relative advantages (GRPO, arXiv

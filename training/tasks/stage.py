@@ -5,8 +5,8 @@ play that has all its answers goes on. A play that ends makes room for the next 
 
 Asks to others, `shoal.training.tasks.cast.Away` and ``Person``, are parked, and the play with them. Other plays go on.
 When nothing else can, or the first that is parked has waited for ``PATIENCE`` steps, all that are parked are asked for
-at once, one `shoal.training.effects.Consult` per part and policy. Where nobody answers, or with acts that cannot be, the
-seat's ``otherwise`` plays on for the rest of that play; if there is none, the play is dropped. No play hangs.
+at once, one `shoal.training.effects.Consult` per part and policy. Where nobody answers, or with acts that cannot be,
+the seat's ``otherwise`` plays on for the rest of that play; if there is none, the play is dropped. No play hangs.
 
 A play that raises, or yields what it may not, is dropped and told to the game's failures
 (`shoal.training.tasks.failures`), which give the game up when there are too many. The others go on. Every resume of a
@@ -249,7 +249,7 @@ class Stage:
     def _sit(self, play: Playing) -> None:
         for chair in play.chairs.values():
             chair.desk = desk = self._desk(chair.seat)
-            desk.admit(chair.take.spaces)
+            desk.admit(chair.take)
 
     def _desk(self, seat: Seat) -> Desk:
         """Where the asks of a seat go: one desk for each actor, whatever the seats that it has."""
@@ -336,6 +336,8 @@ class Stage:
                 desk.positions.append(position)
                 desk.takes.append(chair.take)
                 desk.sights.append(ask.sight)
+                if ask.legal is not None:
+                    desk.has_legal = True
         # All are checked before anybody is asked: a play that shows what it may not has no act to be asked for.
         bad: list[tuple[Playing, BadPlayError]] = []
         for desk in [*self._local.values(), *self._remote]:
@@ -370,7 +372,8 @@ class Stage:
         """Tell plays that can go on from those that wait for others."""
         fresh, self._fresh = self._fresh, []
         self._ready += [play for play in fresh if play.missing == 0]
-        self._waiting += [play for play in fresh if play.missing > 0]
+        if self._remote:
+            self._waiting += [play for play in fresh if play.missing > 0]
 
     def _due(self) -> list[Desk]:
         """The seats of others that are to be asked now."""
@@ -420,7 +423,7 @@ class Stage:
             return
         chair.seat = otherwise
         chair.desk = desk = self._desk(otherwise)
-        desk.admit(take.spaces)
+        desk.admit(take)
         desk.add(play, position, take)
 
     def _go_on(self, tally: _Tally) -> None:
