@@ -34,7 +34,7 @@ WINDOW_S: Final = 0.2
 WINDOW_BYTES: Final = 1024 * 1024
 """What a window has at least; less of both only if it would take longer than `LONGEST_WINDOW_S`."""
 LONGEST_WINDOW_S: Final = 2.0
-SUSTAINED_S: Final = 0.5
+SUSTAINED_S: Final = 1.0
 KEPT_S: Final = 60.0
 MAX_WINDOWS: Final = 4096
 """That are kept, should they be short."""

@@ -15,7 +15,8 @@ A rate is its member's own word, signed in its offer, and all find the same owne
   round at most a times as long as with shares alike.
 * A low one owns less. The others share its part: with k of n that own nothing, each sends 1 + (n - 2) / (n - k) arrays
   in place of 2 - 2 / n. No floor is set to what is believed, as links do differ by a hundred times.
-* An unknown rate counts for the median of those that are known.
+* An unknown rate counts for the median of those that are known, and so does one within `NEAR` of it: as much does what
+  is measured on a busy machine differ from one time to the next, and shares by chance cost what shares by rate gain.
 
 Nothing here depends on the order of a sum: each number is one rounded operation on what was signed.
 """
@@ -35,6 +36,8 @@ from shoal.training.electorate import BELIEVED_MEDIANS
 
 MAX_SHARE: Final = 1 / 2
 """Of the parts: what one of three owners or more has at most."""
+NEAR: Final = 1.5
+"""Times the median, up or down."""
 ALIKE: Final = 1.0
 """The rate of each where none is known."""
 
@@ -50,7 +53,12 @@ def rates_of(claims: Mapping[PeerId, float]) -> dict[PeerId, float]:
     """
     known = [claim for claim in claims.values() if claim > 0]
     usual = statistics.median(known) if known else ALIKE
-    return {peer: min(claim, BELIEVED_MEDIANS * usual) if claim > 0 else usual for peer, claim in claims.items()}
+
+    def believed(claim: float) -> float:
+        is_usual = claim <= 0 or usual / NEAR <= claim <= usual * NEAR
+        return usual if is_usual else min(claim, BELIEVED_MEDIANS * usual)
+
+    return {peer: believed(claim) for peer, claim in claims.items()}
 
 
 def owners(rates: Mapping[PeerId, float], num_parts: int) -> list[PeerId]:
