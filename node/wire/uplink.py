@@ -1,8 +1,9 @@
 """How much this node can send, as its bulk lanes show: from what they carry anyway, and never from a probe.
 
-While a lane that others pull by has anything to send, it is looked every `LOOK_S` how many bytes the far sides have
-acknowledged (``tcpi_bytes_acked``, RFC 4898's tcpEStatsAppHCThruOctetsAcked): what was merely written lies in the
-kernel's buffers, which hold seconds of a slow link. Only that busy time counts, cut into *windows* of a rate each. The
+While a lane that others pull by has anything to send, it is looked every `LOOK_S` how many bytes the far sides have:
+those that are acknowledged (RFC 4898's tcpEStatsAppHCThruOctetsAcked) and those beyond a gap (RFC 2018), which else
+would seem to arrive all at once when it is filled. What was merely written lies in the kernel's buffers, which hold
+seconds of a slow link. Only that busy time counts, cut into *windows* of a rate each. The
 estimate is the rate that was reached or passed for `SUSTAINED_S` of the last `KEPT_S` of busy time: the best that lasted,
 so that neither a burst counts nor what a slow receiver takes. It needs time to fall: a link that became slow is known
 once `KEPT_S` were sent by it.
@@ -39,8 +40,8 @@ KEPT_S: Final = 60.0
 MAX_WINDOWS: Final = 4096
 """That are kept, should they be short."""
 
-_TCP_INFO: Final = struct.Struct("=120xQ")
-"""``struct tcp_info`` of Linux up to ``tcpi_bytes_acked`` (from 4.2 on)."""
+_TCP_INFO: Final = struct.Struct("=16xI8xI88xQ")
+"""Of Linux's ``struct tcp_info``: ``tcpi_snd_mss``, ``tcpi_sacked`` (in segments), ``tcpi_bytes_acked`` (from 4.2 on)."""
 _QUEUED: Final = struct.Struct("=i")
 
 
@@ -95,7 +96,7 @@ class _Lane:
     """One by which others pull."""
 
     estimate: Estimate
-    num_acked: int
+    num_there: int
     is_sending: bool = False
 
 
@@ -115,9 +116,9 @@ class Uplink:
     @contextmanager
     def carrying(self, tls: ssl.SSLSocket) -> Iterator[None]:
         """In the block, what this lane is `sending` counts."""
-        acked = _acked(tls)
-        if acked is not None:
-            self._lanes[tls] = _Lane(self._far if _is_far(tls) else self._near, acked)
+        there = _there(tls)
+        if there is not None:
+            self._lanes[tls] = _Lane(self._far if _is_far(tls) else self._near, there)
         try:
             yield
         finally:
@@ -151,10 +152,10 @@ class Uplink:
         went = {self._near: 0, self._far: 0}
         busy: set[Estimate] = set()
         for tls, lane in self._lanes.items():
-            acked = _acked(tls)
-            if acked is not None:
-                went[lane.estimate] += acked - lane.num_acked
-                lane.num_acked = acked
+            there = _there(tls)
+            if there is not None:
+                went[lane.estimate] += there - lane.num_there
+                lane.num_there = there
                 if lane.is_sending or _num_queued(tls):
                     busy.add(lane.estimate)
         now = trio.current_time()
@@ -169,12 +170,13 @@ def _is_far(tls: ssl.SSLSocket) -> bool:
     return False
 
 
-def _acked(tls: ssl.SSLSocket) -> int | None:
-    """Bytes that the far side has acknowledged; None if the path is gone, or this kernel does not count them."""
+def _there(tls: ssl.SSLSocket) -> int | None:
+    """Bytes that the far side has; None if the path is gone, or this kernel does not count them."""
     with contextlib.suppress(OSError):
         info = tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) == _TCP_INFO.size:
-            return int(_TCP_INFO.unpack(info)[0])
+            segment_bytes, num_beyond, num_acked = _TCP_INFO.unpack(info)
+            return int(num_acked + num_beyond * segment_bytes)
     return None
 
 

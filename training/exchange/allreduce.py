@@ -26,6 +26,7 @@ This core has no clock: ``now`` is seconds of any monotonic clock. Bytes are mov
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections import deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ from shoal.training.exchange.owning import order_of, owners
 
 MAX_PARTS: Final = 65_536
 MAX_PULLS: Final = 4
-"""Parts that are pulled from one member at a time."""
+"""Parts that are pulled from one member at a time; fewer from one that sends less than others do, so that its first ones
+are here, and what comes of them goes back to it, while it still sends the others."""
 MAX_SCRATCH: Final = 24
 """Parts of others that lie here until they are reduced, however large the array is; two of each, if they are many."""
 MOST: Final = 1 / 2
@@ -244,6 +246,7 @@ class _Own:
 class _Source:
     """What is pulled of one member."""
 
+    max_pulls: int
     is_ready: bool = False
     todo: deque[int] = field(default_factory=deque)
     num_pulling: int = 0
@@ -312,7 +315,12 @@ class AllReduce:
         self._total = sum(member.weight for member in members)
         self._owner_of = owners({peer: member.rate for peer, member in self._members.items()}, num_parts)
         self._own: dict[int, _Own] = {}
-        self._sources = {peer: _Source() for peer in self._members if peer != me}
+        usual = statistics.median(member.rate for member in members)
+        self._sources = {
+            peer: _Source(MAX_PULLS if member.rate >= usual else max(1, int(MAX_PULLS * member.rate / usual)))
+            for peer, member in self._members.items()
+            if peer != me
+        }
         self._left_out: set[PeerId] = set()  # of what this member reduces
         self._gone: set[PeerId] = set()  # as owners
         self._left: set[PeerId] = set()  # altogether
@@ -542,7 +550,7 @@ class AllReduce:
             return
         open_parts = set(islice(self._own, max(2, MAX_SCRATCH // max(1, len(self._sources)))))
         for author, source in self._sources.items():
-            while source.is_ready and source.todo and source.num_pulling < MAX_PULLS:
+            while source.is_ready and source.todo and source.num_pulling < source.max_pulls:
                 part = source.todo[0]
                 own = self._own.get(part)
                 if own is not None and not own.is_reducing:
