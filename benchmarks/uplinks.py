@@ -135,21 +135,23 @@ def measure(mbits: Sequence[float], numel: int, rounds: int) -> tuple[dict[str, 
                 rounds_of.append(together.round(nothing if kind == ALIKE else together.uplinks))
                 last = rounds_of[-1]
                 uplinks = ", ".join(f"{uplink / MBIT:.1f}" for uplink in together.uplinks)
-                print(f"{kind}: {last.seconds:.2f} s, parts {last.owned}, {last.num_left_out} left out; uplinks {uplinks} Mbit/s", flush=True)
+                parts = f"parts {last.owned}, {last.num_left_out} left out"
+                print(f"{kind}: {last.seconds:.2f} s, {parts}; uplinks {uplinks} Mbit/s", flush=True)
         return found, together.uplinks
 
 
-def table(options: argparse.Namespace, mbits: Sequence[float], found: dict[str, list[Round]], uplinks: list[int]) -> str:
+def table(options: argparse.Namespace, found: dict[str, list[Round]], uplinks: list[int]) -> str:
     """The page of results."""
+    mbits = [float(word) for word in options.mbit.split(",")]
     count, floor_s = len(mbits), 4 * options.numel / (min(mbits) * MBIT)
     median = {kind: statistics.median(each.seconds for each in rounds) for kind, rounds in found.items()}
     lines = [
         "# One member behind a slow uplink: seconds per all-reduce",
         "",
-        f"`python benchmarks/uplinks.py --mbit {options.mbit} --numel {options.numel} --rounds {options.rounds}`, Python",
-        f"{platform.python_version()}: {count} hosts in network namespaces behind cables of {options.mbit} Mbit/s each way",
-        f"(tc-tbf), {options.numel:,} float32 in fp32. {platform.machine()} with {os.cpu_count()} cores, which all share.",
-        f"Load at the end {os.getloadavg()[0]:.1f}. Rounds of both kinds in turns.",
+        f"`python benchmarks/uplinks.py --mbit {options.mbit} --numel {options.numel} --rounds {options.rounds}`,",
+        f"Python {platform.python_version()}: {count} hosts in network namespaces, behind cables of {options.mbit}",
+        f"Mbit/s each way (tc-tbf); {options.numel:,} float32 in fp32. {platform.machine()} with {os.cpu_count()}",
+        f"cores, which all share; load at the end {os.getloadavg()[0]:.1f}. Rounds of both kinds in turns.",
         "",
         "| spans | median s | of all rounds | parts owned, the last time | left out | times the floor |",
         "|---|---|---|---|---|---|",
@@ -160,8 +162,9 @@ def table(options: argparse.Namespace, mbits: Sequence[float], found: dict[str, 
             for kind, rounds in found.items()
         ),
         "",
-        f"Spans by measured uplinks: **{median[ALIKE] / median[MEASURED]:.2f}** times as fast; {2 - 2 / count:.2f} is what",
-        f"{count} members can gain at most. The floor is {floor_s:.2f} s: the slowest cable carries one array once.",
+        f"Spans by measured uplinks: **{median[ALIKE] / median[MEASURED]:.2f}** times as fast; by the bytes sent,",
+        f"{count} members can gain {2 - 2 / count:.2f}. The floor is {floor_s:.2f} s, in which the slowest cable",
+        "carries one array once.",
         f"Measured uplinks, Mbit/s: {', '.join(f'{uplink / MBIT:.1f}' for uplink in uplinks)}.",
     ]
     return "\n".join(lines)
@@ -179,7 +182,7 @@ def main() -> None:
         sys.exit(lacking)
     mbits = [float(word) for word in options.mbit.split(",")]
     found, uplinks = measure(mbits, options.numel, options.rounds)
-    page = table(options, mbits, found, uplinks)
+    page = table(options, found, uplinks)
     print(page)
     if options.keep:
         RESULT.write_text(page + "\n", encoding="utf-8")

@@ -49,9 +49,14 @@ from shoal.training.exchange.audits import Parts, SignedOutcome, audited_by, fol
 log = logging.getLogger(__name__)
 
 CALL_S: Final = 2.0
+TELL_S: Final = 10.0
+"""For a member to hear what can be pulled: calls wait beside the bytes that fill a slow link, and whoever has not heard
+does nothing before its patience is over."""
 ASK_S: Final = 1.0
 """For a member to say whether it holds what came of a part."""
-PULL_S: Final = 30.0
+PULL_S: Final = 120.0
+"""For one part, beside all others that come from the same member. Who is given up before is for the core to say; a path
+that stands still ends sooner (`bulk.PROGRESS_S`)."""
 LINGER_S: Final = 5.0
 """How long one that has everything goes on giving to those who have not, at most."""
 KEY_BYTES: Final = 16
@@ -262,7 +267,8 @@ class Reductions(ExchangeService):
 
 
 async def _tell(links: Links, peer: PeerId, call: ArrayOffered | SignedOutcome | ReduceEnded | LieFound) -> None:
-    service = client(ExchangeService, links.at(peer), timeout_s=CALL_S)
+    timeout_s = TELL_S if isinstance(call, ArrayOffered | SignedOutcome) else CALL_S
+    service = client(ExchangeService, links.at(peer), timeout_s=timeout_s)
     try:
         match call:
             case ArrayOffered():

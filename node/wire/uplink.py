@@ -3,10 +3,10 @@
 While a lane that others pull by has anything to send, it is looked every `LOOK_S` how many bytes the far sides have:
 those that are acknowledged (RFC 4898's tcpEStatsAppHCThruOctetsAcked) and those beyond a gap (RFC 2018), which else
 would seem to arrive all at once when it is filled. What was merely written lies in the kernel's buffers, which hold
-seconds of a slow link. Only that busy time counts, cut into *windows* of a rate each. The
-estimate is the rate that was reached or passed for `SUSTAINED_S` of the last `KEPT_S` of busy time: the best that lasted,
-so that neither a burst counts nor what a slow receiver takes. It needs time to fall: a link that became slow is known
-once `KEPT_S` were sent by it.
+seconds of a slow link. Only that busy time counts, cut into *windows* of a rate each. The estimate is the rate that was
+reached or passed for `SUSTAINED_S` of the last `KEPT_S` of busy time: the best that lasted, so that neither a burst
+counts nor what a slow receiver takes. It needs time to fall: a link that became slow is known once `KEPT_S` were sent
+by it.
 
 Lanes to addresses of the internet are held apart, and count if there are any: who sends quickly to the next room may
 have a slow way out. Not counted is what goes by libp2p or with calls: a node that gives nothing by bulk lanes does not
@@ -41,7 +41,7 @@ MAX_WINDOWS: Final = 4096
 """That are kept, should they be short."""
 
 _TCP_INFO: Final = struct.Struct("=16xI8xI88xQ")
-"""Of Linux's ``struct tcp_info``: ``tcpi_snd_mss``, ``tcpi_sacked`` (in segments), ``tcpi_bytes_acked`` (from 4.2 on)."""
+"""Of Linux's ``struct tcp_info``: ``tcpi_snd_mss``, ``tcpi_sacked`` in segments, ``tcpi_bytes_acked`` (from 4.2 on)."""
 _QUEUED: Final = struct.Struct("=i")
 
 
@@ -58,7 +58,7 @@ class Estimate:
         self._busy_s = 0.0
 
     def look(self, num_bytes: int, now: float, *, is_busy: bool) -> None:
-        """So many bytes went since the last look; ``is_busy``: more are to go. Else it is not known when the last went."""
+        """So many bytes went since the last look; ``is_busy``: more are to go, else nobody knows when the last went."""
         if self._began_at is not None:
             if is_busy:
                 self._num_bytes += num_bytes
@@ -144,7 +144,7 @@ class Uplink:
             await self._begun.wait()
             self._begun = trio.Event()
             self._look()  # from here on it counts
-            while self._look():
+            while self._look():  # noqa: ASYNC110  the kernel says nothing of what is acknowledged until it is asked
                 await trio.sleep(LOOK_S)
 
     def _look(self) -> bool:

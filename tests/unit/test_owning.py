@@ -145,7 +145,9 @@ def test_members_that_claim_next_to_nothing_leave_the_others_little_more(count: 
     assert longest_s([1.0] * count, counts(rates_of(of(1, *[1e9] * (count - 1))), num_parts)) <= 1.25 * alike
     few = (count - 1) // 2  # liars
     if count > 3:
-        assert longest_s([1.0] * count, counts(rates_of(of(*[1] * few, *[1e9] * (count - few))), num_parts)) <= 2 * alike
+        assert (
+            longest_s([1.0] * count, counts(rates_of(of(*[1] * few, *[1e9] * (count - few))), num_parts)) <= 2 * alike
+        )
 
 
 def test_liars_without_a_majority_move_the_median_no_further_than_honest_members_reach() -> None:
@@ -164,7 +166,9 @@ def signed(peer: PeerId, uplink: int) -> SignedOffer:
 
 
 def test_all_who_hold_the_offers_find_the_same_owners() -> None:
-    offers = [signed(peer, uplink) for peer, uplink in zip(PEERS, (125_000_000, 12_500_000, 0, 1_250_000), strict=False)]
+    offers = [
+        signed(peer, uplink) for peer, uplink in zip(PEERS, (125_000_000, 12_500_000, 0, 1_250_000), strict=False)
+    ]
     members = members_of(offers)
     assert [member.rate for member in members] == [5e7, 12_500_000, 12_500_000, 1_250_000]
     assert {member.weight for member in members} == {100.0}

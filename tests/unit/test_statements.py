@@ -104,7 +104,9 @@ def test_an_offer_weighs_something_and_not_everything(weight: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "uplink", [-1, MAX_UPLINK + 1, 2**70, float("nan"), float("inf"), float("-inf"), 1.5, 1e300, "fast", None, True], ids=str
+    "uplink",
+    [-1, MAX_UPLINK + 1, 2**70, float("nan"), float("inf"), float("-inf"), 1.5, 1e300, "fast", None, True],
+    ids=str,
 )
 def test_an_uplink_that_no_member_can_have_is_not_heard(uplink: object) -> None:
     assert read_statement("offer", {**to_plain(STATEMENTS[2]), "uplink": uplink}) is None

@@ -1,4 +1,4 @@
-"""What a node can send: the best rate that lasted while there was something to send, and nothing where that was little."""
+"""What a node can send: the best rate that lasted while there was something to send; nothing where that was little."""
 
 from __future__ import annotations
 

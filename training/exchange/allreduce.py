@@ -39,8 +39,8 @@ from shoal.training.exchange.owning import order_of, owners
 
 MAX_PARTS: Final = 65_536
 MAX_PULLS: Final = 4
-"""Parts that are pulled from one member at a time; fewer from one that sends less than others do, so that its first ones
-are here, and what comes of them goes back to it, while it still sends the others."""
+"""Parts that are pulled from one member at a time; fewer from one that sends less than others do, so that its first
+ones are here, and what comes of them goes back to it, while it still sends the others."""
 MAX_SCRATCH: Final = 24
 """Parts of others that lie here until they are reduced, however large the array is; two of each, if they are many."""
 MOST: Final = 1 / 2

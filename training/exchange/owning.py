@@ -1,4 +1,4 @@
-"""Who owns which parts of an all-reduce: by what each member can send, so that none waits longer for another than it must.
+"""Who owns which parts of an all-reduce: by what each can send, so that nobody waits longer than it must.
 
 Of n members one that owns the share f sends (1 - f) of its array to other owners and f of the result to each of n - 1
 others, 1 + (n - 2) f arrays in all, and receives as much. So a slow member is best off with nothing to own: it sends
