@@ -27,7 +27,7 @@ from shoal.training.exchange.owning import rates_of
 from shoal.training.exchange.spans import Spans
 
 PATIENCE_S = 60.0
-"""Longer than any round takes: nobody is left out because it is slow."""
+"""Longer than any round takes: nobody is left out because it is slow, or left before it has the whole result."""
 MEET_S = 20.0
 
 
@@ -39,7 +39,8 @@ async def reduce(
     members = [Member(peer, 100.0 + 10 * rank, rates[peer]) for rank, peer in enumerate(peers)]
     key = hashlib.sha256(name.encode()).digest()[:KEY_BYTES]
     into = memoryview(bytearray(spans.num_bytes))
-    async with reductions.reducing(key, members, spans, offered, into=into, patience_s=PATIENCE_S) as result:
+    limits = {"patience_s": PATIENCE_S, "linger_s": PATIENCE_S}
+    async with reductions.reducing(key, members, spans, offered, into=into, **limits) as result:
         pass
     outcomes = result.outcomes.values()
     return {

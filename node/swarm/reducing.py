@@ -49,9 +49,6 @@ from shoal.training.exchange.audits import Parts, SignedOutcome, audited_by, fol
 log = logging.getLogger(__name__)
 
 CALL_S: Final = 2.0
-TELL_S: Final = 10.0
-"""For a member to hear what can be pulled: calls wait beside the bytes that fill a slow link, and whoever has not heard
-does nothing before its patience is over."""
 ASK_S: Final = 1.0
 """For a member to say whether it holds what came of a part."""
 PULL_S: Final = 120.0
@@ -267,8 +264,7 @@ class Reductions(ExchangeService):
 
 
 async def _tell(links: Links, peer: PeerId, call: ArrayOffered | SignedOutcome | ReduceEnded | LieFound) -> None:
-    timeout_s = TELL_S if isinstance(call, ArrayOffered | SignedOutcome) else CALL_S
-    service = client(ExchangeService, links.at(peer), timeout_s=timeout_s)
+    service = client(ExchangeService, links.at(peer), timeout_s=CALL_S)
     try:
         match call:
             case ArrayOffered():
