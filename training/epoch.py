@@ -46,6 +46,7 @@ from shoal.training.progress import BUSY, Progress
 from shoal.training.run_events import Abandon, Fetch, Give, Heard, Job, Merge, Note, Output, Policy, Say
 from shoal.training.statements import (
     MAX_SECONDS,
+    MAX_UPLINK,
     Facts,
     Offer,
     Phase,
@@ -69,6 +70,7 @@ class Epoch:
         is_exchanging: whether the update is under way and what it wants averaged is not there yet.
         work_s: collecting and optimising for this epoch.
         ahead_s: of that, while the epoch before was settled.
+        uplink: bytes per second that this node can send, as the shell found last; 0 if it does not know.
     """
 
     __slots__ = (
@@ -97,6 +99,7 @@ class Epoch:
         "direct",
         "is_exchanging",
         "round",
+        "uplink",
         "work_s",
     )
 
@@ -130,6 +133,7 @@ class Epoch:
         self.direct: Direct | None = None
         self.is_exchanging = False
         self.work_s = self.ahead_s = 0.0
+        self.uplink = 0
         self._batch = manifest.batch
         self._me = me
         self._progress = progress
@@ -376,7 +380,7 @@ class Epoch:
         if cid is None or weight <= 0:
             return self._begin(now, outputs)
         seconds = round(min(self.work_s, MAX_SECONDS), 4)
-        offer = Offer(key=current.key, cid=cid, weight=weight, seconds=seconds)
+        offer = Offer(key=current.key, cid=cid, weight=weight, seconds=seconds, uplink=min(self.uplink, MAX_UPLINK))
         if self._is_solo:
             return self.own_said(offer, first_after(cid), now, outputs)
         outputs.append(Say(offer))

@@ -324,6 +324,7 @@ class Run:
                 self._collected(event, now)
             case Yielded(cid, weight, rejected, is_last):
                 self._reject(rejected, outputs)
+                self.epoch.uplink = event.uplink
                 if not self.epoch.arrive(cid, weight, job, now, outputs, is_last=is_last):
                     self.taking.look(now, outputs)  # who went on may have said what they hold already
             case Updated(policy, rejected):

@@ -147,13 +147,14 @@ class Collected:
 class Yielded:
     """The update wants this averaged; no CID and weight 0 where this learner has nothing to give.
 
-    ``is_last``: after this it is done.
+    ``is_last``: after this it is done. ``uplink``: bytes per second that this node can send; 0 if it does not know.
     """
 
     cid: Cid | None
     weight: int
     rejected: tuple[PeerId, ...] = ()
     is_last: bool = True
+    uplink: int = 0
 
 
 @dataclass(frozen=True, slots=True)

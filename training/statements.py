@@ -38,6 +38,8 @@ MAX_SAMPLES: Final = 2**31
 MAX_RATE: Final = 1e7
 """Environment steps per second of one member."""
 MAX_SECONDS: Final = 1e6
+MAX_UPLINK: Final = 2**40
+"""Bytes per second that one member can send."""
 MAX_ADDRESSES: Final = 16
 MAX_ADDRESS_CHARS: Final = 512
 MAX_OFFERS: Final = 128
@@ -132,17 +134,21 @@ class Offer:
         cid: names the bytes.
         weight: in samples.
         seconds: of work that it took, collecting and optimising; paces the shares of the epochs to come.
+        uplink: bytes per second that the learner can send, as it measured; 0 if it does not know. By it owners have
+            parts, where these bytes name an array that is reduced together.
     """
 
     key: RoundKey
     cid: Cid
     weight: int
     seconds: float = 0.0
+    uplink: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.weight <= MAX_SAMPLES:
             raise ProtocolError(f"an offer cannot weigh {self.weight}")
         _check(self.seconds, MAX_SECONDS, "seconds")
+        _check(self.uplink, MAX_UPLINK, "uplink")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import statistics
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +22,8 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.training.arena import Arena, Region
 from shoal.training.exchange.allreduce import Member, Outcome
 from shoal.training.exchange.audits import SignedOutcome
-from shoal.training.exchange.ballots import Ballot
+from shoal.training.exchange.ballots import Ballot, SignedOffer
+from shoal.training.exchange.owning import rates_of
 from shoal.training.exchange.rules import Aggregator
 from shoal.training.worker_calls import LargeArray
 
@@ -84,6 +85,11 @@ class Exchanging:
         patience_s = max(PATIENCE * max(self._gaps), PATIENT_PART * statistics.median(self._took))
         return min(max(patience_s, MIN_PATIENCE_S), MAX_PATIENCE_S)
 
+    @property
+    def uplink(self) -> int:
+        """Bytes per second that this node can send; 0 if it does not know."""
+        return round(self._reductions.links.bulk.uplink.per_s)
+
     @asynccontextmanager
     async def reduced(
         self,
@@ -119,9 +125,7 @@ class Exchanging:
             named = hashes_of(layout.num_parts, content)
             if named is not None:
                 hashes[signed.author] = named
-        members = [
-            Member(signed.author, float(signed.offer.weight)) for signed in ballot.offers if signed.author in hashes
-        ]
+        members = members_of(each for each in ballot.offers if each.author in hashes)
         key = hashlib.sha256(f"{self._swarm}".encode() + ballot.name).digest()[:KEY_BYTES]
         async with trio.open_nursery() as nursery:
             for member in members:
@@ -164,6 +168,13 @@ class Exchanging:
 
         segments = tuple(Segment(each.name, each.numel, TensorCodec(each.codec), each.bound) for each in arrays)
         return Layout(segments, self._aggregator)
+
+
+def members_of(offers: Iterable[SignedOffer]) -> list[Member]:
+    """Who reduces, and what each is taken to send: the same for all who hold these offers."""
+    found = {signed.author: signed.offer for signed in offers}
+    rates = rates_of({author: offer.uplink for author, offer in found.items()})
+    return [Member(author, float(offer.weight), rates[author]) for author, offer in found.items()]
 
 
 def _absent(ballot: Ballot, layout: Layout, outcomes: Mapping[int, Outcome]) -> tuple[PeerId, ...]:

@@ -51,7 +51,9 @@ log = logging.getLogger(__name__)
 CALL_S: Final = 2.0
 ASK_S: Final = 1.0
 """For a member to say whether it holds what came of a part."""
-PULL_S: Final = 30.0
+PULL_S: Final = 120.0
+"""For one part, beside all others that come from the same member. Who is given up before is for the core to say; a path
+that stands still ends sooner (`bulk.PROGRESS_S`)."""
 LINGER_S: Final = 5.0
 """How long one that has everything goes on giving to those who have not, at most."""
 KEY_BYTES: Final = 16

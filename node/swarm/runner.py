@@ -659,7 +659,8 @@ class Runner:
             except NoRoomError as error:  # it takes part in the round, with nothing to give
                 self.error = str(error)
                 log.warning("swarm %s: what was learned is not given to the others: %s", self.swarm, error)
-        self.post(events.Yielded(offered, int(answer.weight), answer.rejected, answer.is_last))
+        uplink = self._exchanging.uplink
+        self.post(events.Yielded(offered, int(answer.weight), answer.rejected, answer.is_last, uplink))
 
     async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
         try:

@@ -39,6 +39,7 @@ import trio
 from shoal.node.signals import Signal
 from shoal.node.wire.channel import ByteStream, StreamClosedError
 from shoal.node.wire.lanes import TlsByteStream
+from shoal.node.wire.uplink import Uplink
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId
 
@@ -169,9 +170,14 @@ class _Peer:
 
 
 class Bulk:
-    """All bulk transfers of a node. Used in one trio loop; `aclose` ends it."""
+    """All bulk transfers of a node. Used in one trio loop; `aclose` ends it.
+
+    Attributes:
+        uplink: how much this node can send, as its lanes show.
+    """
 
     def __init__(self, links: BulkLinks) -> None:
+        self.uplink = Uplink()
         self._links = links
         self._offers: dict[bytes, _Offer] = {}
         self._peers: dict[PeerId, _Peer] = {}
@@ -210,14 +216,16 @@ class Bulk:
                 with trio.fail_after(PROGRESS_S):
                     await stream.write(_OK + piece)
             else:
-                await _in_thread(tls, functools.partial(_send, tls, piece))
+                with self.uplink.sending(tls):
+                    await _in_thread(tls, functools.partial(_send, tls, piece))
 
         lanes = self._peer(peer).served_lanes
         try:
             if len(lanes) < MAX_LANES and self._num_served < MAX_SERVED and not self._is_closed:
                 self._num_served += 1
                 try:
-                    await self._serve(peer, stream, send, functools.partial(_shut_down, tls), lanes)
+                    with self.uplink.carrying(tls):
+                        await self._serve(peer, stream, send, functools.partial(_shut_down, tls), lanes)
                 finally:
                     self._num_served -= 1
         finally:

@@ -129,6 +129,7 @@ class Links:
         self._links: dict[PeerId, _Link] = {}
         router.add(_LaneCalls(self))
         domain.start_soon("closing idle lanes", self.bulk.reap, policy=Policy.RESTART)
+        domain.start_soon("measuring the uplink", self.bulk.uplink.watch, policy=Policy.RESTART)
 
     def at(self, peer: PeerId) -> Caller:
         """What carries calls to a peer."""

@@ -28,6 +28,10 @@ from .netns import LabError, ip
 SLOWED_TO: Final = 0.1
 """Of its share."""
 END_S: Final = 10.0
+BURST_KB: Final = 64
+"""What a shaped cable carries at once: the largest piece that the kernel hands it."""
+QUEUE_MS: Final = 100
+"""What waits before a shaped cable; what comes beyond that is dropped."""
 WHOLE: Final = 64.0
 """Cores: as many as there are."""
 
@@ -121,6 +125,12 @@ class Ground:
         """Each machine has its share of a core from now on."""
         for machine in self.machines:
             machines.limit(machine.cgroup, self._cores)
+
+    def shape(self, number: int, mbit: float) -> None:
+        """A machine's cable carries so many Mbit/s from now on, each way."""
+        bucket = ("root", "tbf", "rate", f"{mbit:g}mbit", "burst", f"{BURST_KB}kb", "latency", f"{QUEUE_MS}ms")
+        for namespace, device in ((self.machines[number].namespace, "eth0"), (self._switch, f"port{number + 1}")):
+            netns.command("tc", "-n", namespace, "qdisc", "replace", "dev", device, *bucket)
 
     def unlimit(self) -> None:
         """Each machine has what it can get."""

@@ -26,6 +26,7 @@ from shoal.training.statements import (
     HASH_BYTES,
     MAX_RATE,
     MAX_SAMPLES,
+    MAX_UPLINK,
     NO_BALLOT,
     Facts,
     Offer,
@@ -130,6 +131,15 @@ def test_a_learner_alone_goes_through_an_epoch() -> None:
     assert node.run.policy == after
     assert after.result in [each.statement for each in of(events.Say, outputs)]
     assert of(events.Collect, outputs)
+
+
+@pytest.mark.parametrize(("measured", "said"), [(0, 0), (1_250_000, 1_250_000), (2**60, MAX_UPLINK)])
+def test_an_offer_says_what_the_node_can_send_as_it_was_measured_last(measured: int, said: int) -> None:
+    node = Node()
+    node.give(events.Opened(INITIAL))
+    node.collect(BATCH)
+    merged = of(events.Merge, node.give(events.Yielded(Cid.of_block(b"mine"), BATCH, uplink=measured)))
+    assert [each.offer.uplink for each in merged[0].ballot.offers] == [said]
 
 
 def test_what_was_collected_while_an_update_waited_counts_in_the_next_epoch() -> None:

@@ -19,6 +19,7 @@ from shoal.training.statements import (
     MAX_RATE,
     MAX_SAMPLES,
     MAX_STEPS,
+    MAX_UPLINK,
     NO_BALLOT,
     TOPIC_OF,
     TOPIC_RULES,
@@ -102,6 +103,26 @@ def test_an_offer_weighs_something_and_not_everything(weight: int) -> None:
         Offer(key=KEY, cid=CID, weight=weight)
 
 
+@pytest.mark.parametrize(
+    "uplink",
+    [-1, MAX_UPLINK + 1, 2**70, float("nan"), float("inf"), float("-inf"), 1.5, 1e300, "fast", None, True],
+    ids=str,
+)
+def test_an_uplink_that_no_member_can_have_is_not_heard(uplink: object) -> None:
+    assert read_statement("offer", {**to_plain(STATEMENTS[2]), "uplink": uplink}) is None
+
+
+def test_an_offer_that_names_no_uplink_does_not_know_it() -> None:
+    plain = {**to_plain(STATEMENTS[2]), "uplink": 1_250_000}
+    heard_offer = read_statement("offer", plain)
+    assert isinstance(heard_offer, Offer)
+    assert heard_offer.uplink == 1_250_000
+    del plain["uplink"]
+    heard_offer = read_statement("offer", plain)
+    assert isinstance(heard_offer, Offer)
+    assert heard_offer.uplink == 0
+
+
 def test_a_vote_is_not_cast_in_an_attempt_that_is_still_to_come() -> None:
     with pytest.raises(ProtocolError):
         Vote(key=KEY, ballot=HASHES[0], attempt=1, cast=2)
@@ -131,6 +152,9 @@ def test_the_largest_of_each_kind_fits_into_its_record(statement: Statement) -> 
         case Proposal():
             every = tuple(sorted(n.to_bytes(HASH_BYTES, "big") for n in range(1, MAX_OFFERS + 1)))
             largest = replace(statement, offers=every)
+        case Offer():
+            key = RoundKey(MAX_EPOCH, MAX_EPOCH, KEY.after)
+            largest = replace(statement, key=key, weight=MAX_SAMPLES, uplink=MAX_UPLINK)
         case Result():
             largest = replace(statement, epoch=MAX_EPOCH, env_steps=MAX_STEPS, parent=CID)
         case _:

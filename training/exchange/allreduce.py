@@ -3,7 +3,7 @@
 Butterfly all-reduce (reduce-scatter, then all-gather: Thakur, Rabenseifner and Gropp, 2005) among the members of a
 round, who were voted on before. The array is cut into *parts*. Each part has an *owner*, which pulls it from every
 member, reduces it, and tells the others, who pull the result. So a member sends and receives about twice its array,
-however many members there are; owners have parts by their measured rate.
+however many members there are. Who can send more owns more (`shoal.training.exchange.owning`).
 
 Nobody waits for one that does not come on:
 
@@ -26,6 +26,7 @@ This core has no clock: ``now`` is seconds of any monotonic clock. Bytes are mov
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections import deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
@@ -34,10 +35,12 @@ from typing import Final, TypeAlias
 
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
+from shoal.training.exchange.owning import order_of, owners
 
 MAX_PARTS: Final = 65_536
 MAX_PULLS: Final = 4
-"""Parts that are pulled from one member at a time."""
+"""Parts that are pulled from one member at a time; fewer from one that sends less than others do, so that its first
+ones are here, and what comes of them goes back to it, while it still sends the others."""
 MAX_SCRATCH: Final = 24
 """Parts of others that lie here until they are reduced, however large the array is; two of each, if they are many."""
 MOST: Final = 1 / 2
@@ -51,7 +54,7 @@ class Member:
 
     Attributes:
         weight: of its array in a mean, in samples.
-        rate: what it can send, in bytes per second: owners have parts by it; 0: it owns none.
+        rate: what it is taken to send, in bytes per second: owners have parts by it; 0: it owns none.
     """
 
     peer: PeerId
@@ -243,6 +246,7 @@ class _Own:
 class _Source:
     """What is pulled of one member."""
 
+    max_pulls: int
     is_ready: bool = False
     todo: deque[int] = field(default_factory=deque)
     num_pulling: int = 0
@@ -309,9 +313,14 @@ class AllReduce:
         self._num_parts = num_parts
         self._patience_s = patience_s
         self._total = sum(member.weight for member in members)
-        self._owner_of = owners(list(self._members.values()), num_parts)
+        self._owner_of = owners({peer: member.rate for peer, member in self._members.items()}, num_parts)
         self._own: dict[int, _Own] = {}
-        self._sources = {peer: _Source() for peer in self._members if peer != me}
+        usual = statistics.median(member.rate for member in members)
+        self._sources = {
+            peer: _Source(MAX_PULLS if member.rate >= usual else max(1, int(MAX_PULLS * member.rate / usual)))
+            for peer, member in self._members.items()
+            if peer != me
+        }
         self._left_out: set[PeerId] = set()  # of what this member reduces
         self._gone: set[PeerId] = set()  # as owners
         self._left: set[PeerId] = set()  # altogether
@@ -541,7 +550,7 @@ class AllReduce:
             return
         open_parts = set(islice(self._own, max(2, MAX_SCRATCH // max(1, len(self._sources)))))
         for author, source in self._sources.items():
-            while source.is_ready and source.todo and source.num_pulling < MAX_PULLS:
+            while source.is_ready and source.todo and source.num_pulling < source.max_pulls:
                 part = source.todo[0]
                 own = self._own.get(part)
                 if own is not None and not own.is_reducing:
@@ -557,25 +566,3 @@ class AllReduce:
         if len(self.outcomes) == self._num_parts:
             self.is_over = True
             outputs.append(Done(self.digest))
-
-
-def owners(members: Sequence[Member], num_parts: int) -> list[PeerId]:
-    """Who owns each part: contiguous spans, in the order of the peers, by rate (largest remainders).
-
-    Raises:
-        UsageError: if nobody has a rate.
-    """
-    total = sum(member.rate for member in members)
-    if total <= 0:
-        raise UsageError("nobody could own a part: all rates are zero")
-    exact = [num_parts * member.rate / total for member in members]
-    counts = [int(each) for each in exact]
-    by_rest = sorted(range(len(members)), key=lambda index: (counts[index] - exact[index], members[index].peer))
-    for index in by_rest[: num_parts - sum(counts)]:
-        counts[index] += 1
-    return [member.peer for member, count in zip(members, counts, strict=True) for _ in range(count)]
-
-
-def order_of(part: int, peers: Sequence[PeerId]) -> list[PeerId]:
-    """In which order members take over a part (rendezvous hashing, Thaler and Ravishankar 1998)."""
-    return sorted(peers, key=lambda peer: hashlib.sha256(f"{part}/{peer}".encode()).digest())
