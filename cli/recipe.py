@@ -131,11 +131,12 @@ def _report(nodes: School, recipe: Recipe, settings: Mapping[str, Any], seed: in
 
     def is_over(detail: SwarmDetail) -> bool:
         nonlocal shown
-        heard = {each.author for each in detail.scores if each.epoch == last}
+        heard = {each.author for each in detail.scores if each.epoch >= last}  # who was late probes the next time
         probed = max((each.epoch for each in detail.scores), default=0)
         if probed > shown:
             shown = probed
-            words = ", ".join(f"{name} {points[-1][1]:.3f}" for name, points in sorted(_points(detail).items()))
+            points = {name: of for name, of in sorted(_points(detail).items()) if "." not in name}
+            words = ", ".join(f"{name} {of[-1][1]:.3f}" for name, of in points.items())
             out.print(f"epoch {probed}: {words}", soft_wrap=True)
         wanted = len(nodes.pupils) if recipe.is_by_all else 1
         return len(heard) >= wanted

@@ -44,7 +44,7 @@ def test_updates_go_in_step_and_those_with_fewer_exchanges_are_done_earlier() ->
 
 
 def test_what_nobody_gave_anything_to_is_told_so() -> None:
-    """An answer that lacks a section is an empty one; who has turns gives, also where no policy has any use for them."""
+    """An answer that lacks a section is an empty one; who has turns gives, also where no policy has use for them."""
     heard: list[Arrays] = []
     joint = together({"a": update(heard, 1, weight=0.0)}, 5.0)
     assert next(joint).weight == 5

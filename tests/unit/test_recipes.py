@@ -13,6 +13,7 @@ import pytest
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.training.algorithms.clone import Clone, CloneSettings
 from shoal.training.algorithms.grpo import GRPO, GRPOSettings, group_advantages
+from shoal.training.manifest import Mode
 from shoal.training.models.tokens import TokenModel
 from shoal.training.recipes.installed import RecipeTask, load_recipe, recipe_names
 from shoal.training.recipes.learner import PRIVATE, RecipeLearner
@@ -89,8 +90,8 @@ def test_policies_that_are_the_nodes_own_stay_apart_and_only_answers_cross() -> 
     update.close()
 
 
-@pytest.mark.parametrize("mode", ["local", "diloco", "gradient"])
-def test_a_policy_of_all_is_the_same_bits_everywhere(mode: str) -> None:
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_policy_of_all_is_the_same_bits_everywhere(mode: Mode) -> None:
     """Taught by each, begun with one's, then averaged."""
     learners = list(run(tiny(owner="all"), 3, mode=mode).learners.values())
     assert len({parameters(each).tobytes() for each in learners}) == 1
@@ -310,7 +311,7 @@ def test_a_policy_says_what_cannot_be() -> None:
         Policy(model="tokens", objective="grpo", is_varied=True)
     with pytest.raises(UsageError, match="shared with nobody"):
         Policy(model="tokens", objective="grpo", owner="own", shared=("a",))
-    with pytest.raises(UsageError, match="mlpp|tokens"):
+    with pytest.raises(UsageError, match="tokens"):
         Company(tiny(model="token"), peers(1))
     with pytest.raises(UsageError, match="no parameter"):
         Company(tiny(shared=("nothing/*",)), peers(1))

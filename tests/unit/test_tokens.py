@@ -61,7 +61,8 @@ def test_what_is_sampled_is_as_likely_as_the_model_says() -> None:
     ]
     said, log_probs = model.act(takes, np.random.default_rng(0), greedy=False)
     for each, act, log_prob in zip(takes, said, log_probs, strict=True):
-        assert each.max_tokens is not None and len(act) <= each.max_tokens
+        assert each.max_tokens is not None
+        assert len(act) <= each.max_tokens
         before = len(each.acts)
         each.acts.append(act)
         each.rewards.append(0.0)

@@ -11,9 +11,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
-from shoal.training.algorithms.settings import setting
 
 from shoal.training.algorithms.base import Exchange
+from shoal.training.algorithms.settings import setting
 from shoal.training.algorithms.takes import TakeSettings
 from shoal.training.exchange.averager import Arrays
 from shoal.training.models.tokens import Ids, Sequences, TokenModel

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from shoal.training.algorithms.settings import setting
 
 from shoal.training.algorithms.base import Exchange
+from shoal.training.algorithms.settings import setting
 from shoal.training.algorithms.takes import TakeSettings
 from shoal.training.exchange.averager import Arrays
 from shoal.training.models.tokens import Ids, Sequences, TokenModel

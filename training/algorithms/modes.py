@@ -29,7 +29,7 @@ from shoal.training.algorithms.adam import Adam, clip_by_norm, fit_first, shorte
 from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.extrapolation import extrapolate, travel
 from shoal.training.algorithms.normalizers import MOMENTS_FACTOR
-from shoal.training.algorithms.objective import Measures, Objective
+from shoal.training.algorithms.objective import Measures, Steps
 from shoal.training.algorithms.plausible import Limits, as_floats
 from shoal.training.algorithms.rollouts import Stream
 from shoal.training.exchange.averager import Arrays, Moments
@@ -59,7 +59,7 @@ class Stepper:
         streams: whose samples the batch is made of.
     """
 
-    objective: Objective[Any]
+    objective: Steps[Any]
     adam: Adam
     outer: Outer
     limits: Limits
@@ -90,7 +90,7 @@ def _locally(stepper: Stepper, given: Given) -> Choreography:
     """Optimise on own samples, then average the outcome."""
     flat, adam = stepper.objective.model.flat, stepper.adam
     start, first, second, step = flat.copy(), adam.first.copy(), adam.second.copy(), adam.step
-    _step_alone(stepper, given)
+    step_alone(stepper, given)
     template = {
         "mean/parameters": flat,
         "mean/adam/first": adam.first,
@@ -118,7 +118,7 @@ def _apart(stepper: Stepper, given: Given) -> Choreography:
     """Optimise on own samples, then step by the average of how far everybody came."""
     flat = stepper.objective.model.flat
     start = flat.copy()
-    _step_alone(stepper, given)
+    step_alone(stepper, given)
     arrays: Arrays = {"mean/delta": start - flat} | given.increments
     check = partial(stepper.limits.check_contribution, start=start)
     lossy = {"mean/delta": stepper.max_change}
@@ -176,7 +176,7 @@ MODES: Final[Mapping[Mode, Callable[[Stepper, Given], Choreography]]] = {
 }
 
 
-def _step_alone(stepper: Stepper, given: Given) -> None:
+def step_alone(stepper: Stepper, given: Given) -> None:
     """All steps of an update on own samples, if there are any."""
     objective, batch = stepper.objective, given.batch
     if batch is None:

@@ -90,11 +90,76 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
 
-B = TypeVar("B", bound=Samples)
+B = TypeVar("B")
 
 
-class Objective(Protocol[B]):
-    """How a policy learns. One object serves one learner, update after update."""
+class StepSettings(Protocol):
+    """What the steps of an update follow."""
+
+    @property
+    def num_steps(self) -> int:
+        """Of the optimiser, per update."""
+        ...
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Longer gradients are scaled down to this."""
+        ...
+
+
+class Flat(Protocol):
+    """Parameters in one vector."""
+
+    @property
+    def flat(self) -> Floats:
+        """``[num_parameters]``: writing to it changes them."""
+        ...
+
+
+class Steps(Protocol[B]):
+    """What the modes of exchange (`shoal.training.algorithms.modes`) step by, whatever batches are made of."""
+
+    @property
+    def settings(self) -> StepSettings:
+        """The run's."""
+        ...
+
+    @property
+    def model(self) -> Flat:
+        """What is trained."""
+        ...
+
+    def moments(self, batch: B) -> Moments:
+        """Of the advantages, which are merged with those of the others in mode ``gradient`` before the first step."""
+        ...
+
+    def with_moments(self, batch: B, moments: Moments) -> B:
+        """The batch that the moments of all make of it."""
+        ...
+
+    def minibatches(self, batch: B | None, streams: Sequence[Stream]) -> Iterator[tuple[B | None, bool]]:
+        """The minibatch of each step, and whether the step is measured: `StepSettings.num_steps` of them.
+
+        The k-th of a process that owns several streams is the union of what the k-th would be of each stream alone.
+        None where there are no samples in it. Each may be overwritten by the next.
+        """
+        ...
+
+    def gradient(self, batch: B) -> Floats:
+        """Of the loss, the mean over the samples of a minibatch: ``[num_parameters]``, overwritten by the next."""
+        ...
+
+    def measures(self) -> dict[str, float]:
+        """What is worth knowing of the minibatch that `gradient` was given last, before anything is stepped by it."""
+        ...
+
+    def is_enough(self) -> bool:
+        """Whether an update on own samples ends before it is stepped by what `gradient` gave last."""
+        ...
+
+
+class Objective(Steps[B], Protocol[B]):
+    """How a policy learns from streams. One object serves one learner, update after update."""
 
     @property
     def settings(self) -> Settings:
@@ -117,34 +182,6 @@ class Objective(Protocol[B]):
 
     def prepare(self, experience: Sequence[Experience]) -> B:
         """What an update is made from, stream after stream."""
-        ...
-
-    def moments(self, batch: B) -> Moments:
-        """Of the advantages, which are merged with those of the others in mode ``gradient`` before the first step."""
-        ...
-
-    def with_moments(self, batch: B, moments: Moments) -> B:
-        """The batch that the moments of all make of it."""
-        ...
-
-    def minibatches(self, batch: B | None, streams: Sequence[Stream]) -> Iterator[tuple[B | None, bool]]:
-        """The minibatch of each step, and whether the step is measured: `Settings.num_steps` of them.
-
-        The k-th of a process that owns several streams is the union of what the k-th would be of each stream alone.
-        None where there are no samples in it. Each may be overwritten by the next.
-        """
-        ...
-
-    def gradient(self, batch: B) -> Floats:
-        """Of the loss, the mean over the samples of a minibatch: ``[num_parameters]``, overwritten by the next."""
-        ...
-
-    def measures(self) -> dict[str, float]:
-        """What is worth knowing of the minibatch that `gradient` was given last, before anything is stepped by it."""
-        ...
-
-    def is_enough(self) -> bool:
-        """Whether an update on own samples ends before it is stepped by what `gradient` gave last."""
         ...
 
     def explained(self, batch: B) -> dict[str, float]:

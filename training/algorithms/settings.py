@@ -64,10 +64,7 @@ class Settings:
     outer_momentum: float = setting(outer.MOMENTUM, "likewise its momentum", 0.0, outer.MAX_MOMENTUM)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            low, high, value = each.metadata["low"], each.metadata["high"], getattr(self, each.name)
-            if low is not None and value is not None and not low <= value <= high:
-                raise UsageError(f"{each.name} must be between {low} and {high}, not {value}")
+        check_ranges(self)
         if len(self.hidden_sizes) > 8 or not all(1 <= size <= 4096 for size in self.hidden_sizes):
             raise UsageError(f"hidden_sizes must be at most 8 sizes from 1 to 4096, not {list(self.hidden_sizes)}")
 
@@ -80,6 +77,18 @@ class Settings:
     def is_annealed(self) -> bool:
         """Whether anything depends on how far the run is, so that this has to be known."""
         return self.anneal_learning_rate
+
+
+def check_ranges(settings: Any) -> None:
+    """Check each field of a dataclass of settings against its range.
+
+    Raises:
+        UsageError: if one is out of it.
+    """
+    for each in fields(settings):
+        low, high, value = each.metadata["low"], each.metadata["high"], getattr(settings, each.name)
+        if low is not None and value is not None and not low <= value <= high:
+            raise UsageError(f"{each.name} must be between {low} and {high}, not {value}")
 
 
 # The bonus holds off the early end of exploration among a few actions. A Gaussian has its own deviation, and learns it.

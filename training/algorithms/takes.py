@@ -18,14 +18,14 @@ from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import torch
-from shoal.training.algorithms.modes import MODES, Given, Stepper, step_alone
-from shoal.training.algorithms.settings import check_ranges, setting
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.training.algorithms.adam import Adam
 from shoal.training.algorithms.base import DivergedError, Exchange, Update, UpdateStats
+from shoal.training.algorithms.modes import MODES, Given, Stepper, step_alone
 from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits, as_floats
 from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.settings import check_ranges, setting
 from shoal.training.exchange import outer
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outer import Outer

@@ -113,7 +113,7 @@ class Report:
         scores: by probe, the mean over the nodes at each epoch that was probed: (epoch, score), ascending.
         epochs: that were made.
         env_steps: by all nodes together.
-        seconds: from the first epoch to the end.
+        seconds: from the first epoch to the end; 0, if nobody looked at a clock.
         peers: how many nodes.
     """
 

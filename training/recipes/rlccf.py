@@ -1,9 +1,9 @@
 """RLCCF, collective feedback (arXiv 2508.12338): models that differ improve each other by voting, without labels.
 
 Every node has a policy of its own, and answers the same prompts several times. What crosses the wire are the answers,
-as hashes of 52 bits. Every node then computes, from the same ballots, the answer of the crowd: each policy votes for what
-it said, by how much its own answers agree (its self-consistency). GRPO on that answer as the label follows, each by
-itself. Averaging the policies would end the diversity that the method lives of.
+as hashes of 52 bits. Every node then computes, from the same ballots, the answer of the crowd: each policy votes for
+what it said, by how much its own answers agree (its self-consistency). GRPO on that answer as the label follows, each
+by itself. Averaging the policies would end the diversity that the method lives of.
 
 Deviations: a small transformer from scratch in place of pretrained models, which is taught to sort digits until it is
 right now and then; answers of no form count for nobody. Ballots carry the samples and no weights, so nobody can claim
@@ -20,15 +20,15 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from shoal.training.algorithms.settings import setting
-from shoal.training.tasks.games.text import TextTask, sort_digits
 
 from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.grpo import GRPO, GRPOBatch, GRPOSettings
+from shoal.training.algorithms.settings import setting
 from shoal.training.exchange.averager import Arrays
 from shoal.training.models.tokens import TokenModel
 from shoal.training.recipes.recipe import Policy, Probe, Recipe, Report, Verdict, Warm
 from shoal.training.tasks.cast import Everyone
+from shoal.training.tasks.games.text import TextTask, sort_digits
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import News, SharedPrompts
 
