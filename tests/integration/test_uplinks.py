@@ -60,12 +60,15 @@ async def reduce(found: list[tuple[Host, Reductions]], uplinks: Sequence[int], n
     signed = offers([host.peer_id for host, _ in found], uplinks)
     key = hashlib.sha256(name.encode()).digest()[:16]
     results: list[ReduceResult] = []
+    # Before anybody begins: all share one loop, and calls that it keeps waiting for seconds are given up.
+    arrays = [
+        SPANS.encode(np.random.default_rng(n).standard_normal(SPANS.numel, np.float32)) for n in range(len(found))
+    ]
 
     async def take_part(number: int, reductions: Reductions) -> None:
-        offered = SPANS.encode(np.random.default_rng(number).standard_normal(SPANS.numel, np.float32))
         members = members_of(signed[number:] + signed[:number])
         into = memoryview(bytearray(SPANS.num_bytes))
-        async with reductions.reducing(key, members, SPANS, offered, into=into, patience_s=PATIENCE_S) as result:
+        async with reductions.reducing(key, members, SPANS, arrays[number], into=into, patience_s=PATIENCE_S) as result:
             results.append(result)
 
     async with trio.open_nursery() as nursery:
