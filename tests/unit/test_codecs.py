@@ -76,7 +76,7 @@ def test_what_two_bits_and_the_largest_lose_of_normal_values() -> None:
 def test_how_much_smaller_each_codec_is() -> None:
     size = 1 << 20
     times = {codec: 4 * size / packed_bytes(size, codec) for codec in Codec}
-    at_least = {"fp32": 1, "bf16": 2, "int8": 3.9, "int4": 7.7, "int2": 14.2, "topk": 146}
+    at_least = {"fp32": 1, "bf16": 2, "int8": 3.9, "int4": 7.7, "int2": 15.0, "topk": 195}
     assert {codec: times[codec] >= at_least[codec] for codec in Codec} == dict.fromkeys(Codec, True), times
 
 

@@ -7,13 +7,14 @@ codec       what travels                                                        
 ``bf16``    the upper half of each float32                                                                           2
 ``int8``    codes of 8 bits, a scale per 256 values                                                                3.9
 ``int4``    codes of 4 bits, likewise                                                                              7.8
-``int2``    of each value its sign and whether it is a small or a large one; both sizes per 256 values            14.2
+``int2``    of each value its sign and whether it is a small or a large one; both sizes per 256 values            15.1
 ``topk``    of every 4,096 values the 64 largest: where, and as ``int2``                                           195
 ==========  ==========================================================================================  ==============
 
 bf16, int8 and int4 are those of `shoal.protocol.tensors`. The two sizes of int2 are the mean magnitudes of what is
-below and above the threshold that is best for normal values (Lloyd and Max: 0.98 deviations), so a decoded value is
-never larger than the largest of its block, and what is lost never more than what was there. topk is SparseLoCo's form
+below and above the threshold that is best for normal values (Lloyd and Max: 0.98 deviations), without their lower half
+of a float32's bits, so a decoded value is never larger than the largest of its block, and what is lost never more than
+what was there. topk is SparseLoCo's form
 (arXiv 2508.15706: 1.56 % of chunks of 4,096, 2 bits, error feedback that decays by 0.95); positions are written as
 Elias and Fano do, 8 bits each instead of 12.
 
@@ -222,15 +223,17 @@ def _to_two_levels(rows: _Floats, size: int) -> _Parts:
         np.square(magnitudes).sum(axis=1, keepdims=True) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     )
     is_large = magnitudes > np.float32(_THRESHOLD) * spread
-    levels = np.zeros((len(rows), 2), np.float32)
+    levels = np.zeros((len(rows), 2), "<f4")
     for level, group in enumerate((counts & ~is_large, is_large)):
         sums = np.where(group, magnitudes, 0).sum(axis=1, dtype=np.float64)
         levels[:, level] = sums / np.maximum(group.sum(axis=1), 1)
-    return levels, np.packbits(rows < 0, axis=1), np.packbits(is_large, axis=1)
+    upper = levels.view(np.uint8).reshape(len(rows), 2, 4)[..., 2:].reshape(len(rows), 4)
+    return upper, np.packbits(rows < 0, axis=1), np.packbits(is_large, axis=1)
 
 
 def _from_two_levels(parts: _Parts, rows: int, width: int) -> _Floats:
-    levels, *bits = _check_parts(parts, ((np.float32, (rows, 2)), *([(np.uint8, (rows, width // 8))] * 2)))
+    upper, *bits = _check_parts(parts, ((np.uint8, (rows, 4)), *([(np.uint8, (rows, width // 8))] * 2)))
+    levels = np.pad(upper.reshape(rows, 2, 2), ((0, 0), (0, 0), (2, 0))).reshape(rows, 8).view("<f4")
     if not np.isfinite(levels).all() or (levels < 0).any():
         raise ProtocolError("a size of values in a contribution is negative, NaN or infinite")
     is_negative, is_large = (np.unpackbits(each, axis=1).view(np.bool_) for each in bits)
