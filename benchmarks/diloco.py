@@ -11,12 +11,14 @@ own, each by AdamW with one schedule of the learning rate, and their loss is tha
   the same bits, or this stops.
 
 Both see the same minibatches in the same order and have the same settings of AdamW, those that are best for *gradient*.
-Bytes are those of the contributions as a worker hands them to its node to be signed and offered; every other member
-fetches each once, in either way. The round in which all take one member's parameters for the beginning is left out.
+The networks of all members are computed side by side, as stacks of matrices, which is faster; nothing of one goes into
+another but by exchanges. Bytes are those of the contributions as a worker hands them to its node to be signed and
+offered; every other member fetches each once, in either way. The round in which all take one member's parameters for
+the beginning is left out.
 
-    python benchmarks/diloco.py [--rows topk/50,int8/50/0.7/0.9] [--seeds 3] [--steps 4000] [--keep]
+    python benchmarks/diloco.py [--rows int8/50/1/0.5] [--seeds 3] [--steps 2000] [--rate 4e-3] [--keep]
 
-A row is ``codec/H``, and ``/outer learning rate/outer momentum`` where these are not the defaults of a training loop.
+A row is ``codec/H/outer learning rate/outer momentum``.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ import statistics
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -45,8 +47,8 @@ from shoal.training.exchange.codecs import Sender
 from shoal.training.exchange.rules import Codec
 from shoal.training.loop.gate import Gate
 from shoal.training.loop.learner import Averaged, LoopLearner
-from shoal.training.loop.tensors import Floats, Tensors, split
-from shoal.training.manifest import Manifest, Mode
+from shoal.training.loop.tensors import Floats, Tensors
+from shoal.training.manifest import LOOP_MAX_SAMPLES, Manifest, Mode
 from shoal.training.statements import NO_BALLOT
 from shoal.training.tasks.failures import Failures
 from shoal.training.worker import Worker
@@ -54,9 +56,9 @@ from shoal.training.worker_calls import Begin, Collect, Merge, MergeAnswer, Open
 
 RESULT: Final = Path(__file__).parent / "results" / "diloco.md"
 PEERS: Final = sorted(PeerId.of_public_key(bytes([number]) * 32) for number in range(1, 5))
-WINDOW, LETTERS, EMBEDDING, WIDTH, DEPTH = 16, 97, 16, 128, 2
-BATCH: Final = 32
-RATE: Final = 3e-3
+WINDOW, LETTERS, EMBEDDING, WIDTH, DEPTH = 16, 97, 16, 96, 2
+BATCH: Final = 64
+RATE: Final = 4e-3
 WARM_STEPS: Final = 100
 LAST_RATE: Final = 0.1
 HELD_OUT: Final = 16384
@@ -64,25 +66,39 @@ END_S: Final = 600.0
 ROWS: Final = ("int8/50", "topk/30")
 
 
-class Network(nn.Module):
-    """A residual network on the embeddings of a window."""
+class Networks:
+    """Residual networks on the embeddings of a window, one for each member, that are computed side by side.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(LETTERS, EMBEDDING)
-        self.first = nn.Linear(WINDOW * EMBEDDING, WIDTH)
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(DEPTH))
-        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
-        self.outer = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
-        self.last = nn.Linear(WIDTH, LETTERS)
+    Attributes:
+        parameters: by name, ``[members, ...]``.
+    """
 
-    def forward(self, windows: torch.Tensor) -> torch.Tensor:
-        """Scores ``[n, LETTERS]`` of what follows windows ``[n, WINDOW]``."""
-        values = self.first(self.embedding(windows).flatten(1))
-        for norm, inner, outer in zip(self.norms, self.inner, self.outer, strict=True):
-            values = values + outer(nn.functional.gelu(inner(norm(values))))
-        scores: torch.Tensor = self.last(nn.functional.gelu(values))
-        return scores
+    def __init__(self, seeds: Sequence[int]) -> None:
+        shapes = {"embedding": (LETTERS, EMBEDDING), "first": (WINDOW * EMBEDDING, WIDTH), "last": (WIDTH, LETTERS)}
+        for number in range(DEPTH):
+            shapes |= {f"inner{number}": (WIDTH, WIDTH), f"outer{number}": (WIDTH, WIDTH)}
+        made: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for name, shape in shapes.items():
+                made[name].append(torch.randn(shape) * (0.5 if name == "embedding" else shape[0] ** -0.5))
+        self.parameters = {name: torch.stack(each).requires_grad_() for name, each in made.items()}
+
+    def of(self, member: int) -> dict[str, torch.Tensor]:
+        """Those of one member, which are views."""
+        return {name: each.detach()[member] for name, each in self.parameters.items()}
+
+    def losses(self, windows: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood ``[members]`` of what follows windows ``[members, n, WINDOW]``."""
+        held = self.parameters
+        members = torch.arange(len(windows))[:, None, None]
+        values = held["embedding"][members, windows].flatten(2) @ held["first"]
+        for number in range(DEPTH):
+            normed = nn.functional.layer_norm(values, (WIDTH,))
+            values = values + nn.functional.relu(normed @ held[f"inner{number}"]) @ held[f"outer{number}"]
+        scores = nn.functional.layer_norm(values, (WIDTH,)) @ held["last"]
+        each = nn.functional.cross_entropy(scores.flatten(0, 1), following.flatten(), reduction="none")
+        return each.view(following.shape).mean(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +108,17 @@ class Row:
     Attributes:
         codec: of the run.
         every: optimiser steps between two exchanges, H.
-        outer: learning rate and momentum of the outer step; a loop's defaults, if None.
+        outer: learning rate and momentum of the outer step.
     """
 
     codec: Codec
     every: int
-    outer: tuple[float, float] | None = None
+    outer: tuple[float, float]
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        codec, every, *rest = text.split("/")
-        return cls(Codec(codec), int(every), (float(rest[0]), float(rest[1])) if rest else None)
+        codec, every, rate, momentum = text.split("/")
+        return cls(Codec(codec), int(every), (float(rate), float(momentum)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +126,12 @@ class Found:
     """What came of one training.
 
     Attributes:
-        loss: mean negative log-likelihood of a held-out character, nats.
+        losses: mean negative log-likelihood of a held-out character, nats, by seed.
         num_bytes: of contributions, per member and step.
         cpu_s: seconds of one core.
     """
 
-    loss: float
+    losses: tuple[float, ...]
     num_bytes: float
     cpu_s: float
 
@@ -140,104 +156,100 @@ def windows_at(text: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, 
     return found[:, :-1], found[:, -1]
 
 
-def minibatch(member: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples of a member's step, however it is exchanged."""
-    text = texts()[member]
-    starts = np.random.default_rng([seed, member, step]).integers(0, len(text) - WINDOW, BATCH)
-    return windows_at(text, torch.from_numpy(starts))
+def minibatches(seeds: Sequence[int], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples of a step of all members of these seeds, however they are exchanged."""
+    found = []
+    for seed in seeds:
+        for member in range(len(PEERS)):
+            text = texts()[member]
+            starts = np.random.default_rng([seed, member, step]).integers(0, len(text) - WINDOW, BATCH)
+            found.append(windows_at(text, torch.from_numpy(starts)))
+    return torch.stack([each for each, _ in found]), torch.stack([each for _, each in found])
 
 
-def held_out_loss(network: Network) -> float:
+def held_out_losses(networks: Networks) -> list[float]:
+    """Of the first member of each seed."""
     text = texts()[-1]
     starts = np.random.default_rng(0).integers(0, len(text) - WINDOW, HELD_OUT)
     windows, following = windows_at(text, torch.from_numpy(starts))
     with torch.no_grad():
-        return float(nn.functional.cross_entropy(network(windows), following))
+        total = len(networks.parameters["first"])
+        losses = networks.losses(windows.expand(total, -1, -1), following.expand(total, -1))
+    return losses[:: len(PEERS)].tolist()
 
 
-def new_network(seed: int) -> Network:
-    torch.manual_seed(seed)
-    return Network()
+def optimiser_of(networks: Networks) -> torch.optim.AdamW:
+    """Every number's own, so each member's own."""
+    return torch.optim.AdamW(list(networks.parameters.values()), weight_decay=0.01, fused=True)
 
 
-def optimiser_of(network: Network) -> torch.optim.AdamW:
-    return torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.01, fused=True)
+def train(networks: Networks, optimiser: torch.optim.AdamW, seeds: Sequence[int], step: int) -> None:
+    """Gradients of a step of all."""
+    optimiser.zero_grad()
+    networks.losses(*minibatches(seeds, step)).sum().backward()
 
 
-def set_rate(optimiser: torch.optim.AdamW, step: int, steps: int) -> None:
-    """From 0 to the rate, and by half a cosine to a tenth of it."""
+def go(optimiser: torch.optim.AdamW, rate: float, step: int, steps: int) -> None:
+    """Step at the rate's place in its schedule: from 0 up to it, and down half a cosine to a tenth of it."""
     fallen = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
-    optimiser.param_groups[0]["lr"] = RATE * min((step + 1) / WARM_STEPS, 1.0) * fallen
+    optimiser.param_groups[0]["lr"] = rate * min((step + 1) / WARM_STEPS, 1.0) * fallen
+    optimiser.step()
 
 
 # --- how it is exchanged ---------------------------------------------------------------------------------------------
 
 
-def by_gradients(seed: int, steps: int) -> Found:
+def by_gradients(seeds: Sequence[int], steps: int, rate: float) -> Found:
     """Every step the average of all gradients, as float32."""
-    began, num_bytes = time.process_time(), 0
-    network = new_network(seed)
-    parameters = dict(network.named_parameters())
-    optimiser, sender = optimiser_of(network), Sender(Codec.FP32)
+    began, num_bytes, count = time.process_time(), 0, len(PEERS)
+    networks = Networks([seed for seed in seeds for _ in PEERS])
+    optimiser, sender = optimiser_of(networks), Sender(Codec.FP32)
     for step in range(steps):
-        said = []
-        for member, author in enumerate(PEERS):
-            windows, following = minibatch(member, seed, step)
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(network(windows), following).backward()
-            gradient: Floats = np.concatenate([each.grad.numpy().ravel() for each in parameters.values()])
-            num_bytes += len(sender.encode({"mean/gradient": gradient}, {}, {}))
-            said.append(Contribution(author, float(BATCH), {"mean/gradient": gradient}))
-        average = merge(said)["mean/gradient"].astype(np.float32)
-        for name, part in split(average, parameters).items():
-            parameters[name].grad = torch.from_numpy(part.copy())
-        set_rate(optimiser, step, steps)
-        optimiser.step()
-    return Found(held_out_loss(network), num_bytes / steps / len(PEERS), time.process_time() - began)
+        train(networks, optimiser, seeds, step)
+        gradients: list[Floats] = [each.grad.numpy() for each in networks.parameters.values()]
+        for first in range(0, count * len(seeds), count):
+            said = []
+            for member, author in enumerate(PEERS, first):
+                gradient = np.concatenate([each[member].ravel() for each in gradients])
+                num_bytes += len(sender.encode({"mean/gradient": gradient}, {}, {}))
+                said.append(Contribution(author, float(BATCH), {"mean/gradient": gradient}))
+            average, at = merge(said)["mean/gradient"], 0
+            for each in gradients:
+                size = each[0].size
+                each[first : first + count] = average[at : at + size].reshape(each.shape[1:])
+                at += size
+        go(optimiser, rate, step, steps)
+    losses = held_out_losses(networks)
+    return Found(tuple(losses), num_bytes / steps / count / len(seeds), time.process_time() - began)
 
 
 class Member:
     """A training loop in a thread of its own, and the worker that a node would drive."""
 
-    def __init__(self, number: int, manifest: Manifest, seed: int, steps: int) -> None:
-        self.number, self.seed, self.steps = number, seed, steps
-        self.network = new_network(seed + 1000 * number)
-        self.optimiser = optimiser_of(self.network)
-        self.num_done = self.epoch = 0
-        tensors = Tensors(self.network)
+    def __init__(self, peer: PeerId, manifest: Manifest, given: Mapping[str, torch.Tensor]) -> None:
+        self.epoch = 0
+        tensors = Tensors(given)
         self.gate: Gate[Averaged] = Gate()
         self.worker = Worker(None, lambda request: (LoopLearner(request.manifest, tensors, self.gate), Failures("")))
-        self.worker.open(Open(manifest, PEERS[number]))
-        self._todo: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self.worker.open(Open(manifest, peer))
+        self._todo: queue.Queue[Callable[[], Averaged | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self._todo.put(self.gate.wait_for_news)
+        self._todo.put(lambda: None)
 
     def _run(self) -> None:
         while (todo := self._todo.get()) is not None:
             try:
-                todo()
+                if todo() is None:
+                    self.gate.wait_for_news()
             except Exception as error:
                 self.gate.fail(error)
                 raise
 
-    def train(self, number: int) -> None:
-        """Have the loop do so many steps, and wait until it has."""
-        self._todo.put(lambda: self._train(number))
-        self.worker.collect(Collect(number * BATCH, END_S))
-
-    def _train(self, number: int) -> None:
-        news = None
-        for step in range(self.num_done, self.num_done + number):
-            windows, following = minibatch(self.number, self.seed, step)
-            self.optimiser.zero_grad()
-            nn.functional.cross_entropy(self.network(windows), following).backward()
-            set_rate(self.optimiser, step, self.steps)
-            self.optimiser.step()
-            news = self.gate.step(BATCH)
-        self.num_done += number
-        if news is None:
-            self.gate.wait_for_news()
+    def has_trained(self, samples: int) -> None:
+        """The loop comes to its step, after so many."""
+        self._todo.put(lambda: self.gate.step(samples))
+        self.worker.collect(Collect(samples, END_S))
 
     def begin(self) -> MergeAnswer:
         """What it contributes."""
@@ -253,9 +265,8 @@ def exchange(members: Sequence[Member]) -> float:
     """A round; bytes per member."""
     given = [member.begin() for member in members]
     contributions = [bytes(answer.contribution or b"") for answer in given]
-    request = Merge(
-        NO_BALLOT, tuple(PEERS), tuple(int(each.weight) for each in given), (1.0,) * len(PEERS), tuple(contributions)
-    )
+    weights = tuple(int(each.weight) for each in given)
+    request = Merge(NO_BALLOT, tuple(PEERS), weights, (1.0,) * len(PEERS), tuple(contributions))
     answers = [member.worker.merge(request) for member in members]
     digests = set()
     for member, answer in zip(members, answers, strict=True):
@@ -268,12 +279,9 @@ def exchange(members: Sequence[Member]) -> float:
     return sum(map(len, contributions)) / len(members)
 
 
-def apart(row: Row, seed: int, steps: int) -> Found:
+def apart(row: Row, seeds: Sequence[int], steps: int, rate: float) -> Found:
     """``every`` steps by each on its own, then one exchange."""
-    began, num_bytes, done = time.process_time(), 0.0, 0
-    outer: dict[str, Any] = {}
-    if row.outer is not None:
-        outer = {"outer_learning_rate": row.outer[0], "outer_momentum": row.outer[1]}
+    began, num_bytes, count = time.process_time(), 0.0, len(PEERS)
     manifest = Manifest(
         owner=PEERS[0],
         task="loop:characters",
@@ -281,23 +289,59 @@ def apart(row: Row, seed: int, steps: int) -> Found:
         mode=Mode.DILOCO,
         codec=row.codec,
         batch_per_learner=row.every * BATCH,
-        max_env_steps=2**50,
-        hyperparameters=outer,
+        max_env_steps=LOOP_MAX_SAMPLES,
+        hyperparameters=dict(zip(("outer_learning_rate", "outer_momentum"), row.outer, strict=True)),
     )
-    members = [Member(number, manifest, seed, steps) for number in range(len(PEERS))]
+    networks = Networks([seed for seed in seeds for _ in PEERS])
+    optimiser = optimiser_of(networks)
+    swarms = [
+        [Member(peer, manifest, networks.of(first + number)) for number, peer in enumerate(PEERS)]
+        for first in range(0, count * len(seeds), count)
+    ]
     try:
-        exchange(members)
-        while done < steps:
-            number = min(row.every, steps - done)
-            for member in members:
-                member.train(number)
-            num_bytes += exchange(members)
-            done += number
-        loss = held_out_loss(members[0].network)
+        for members in swarms:
+            exchange(members)
+        for first in range(0, steps, row.every):
+            number = min(row.every, steps - first)
+            for step in range(first, first + number):
+                train(networks, optimiser, seeds, step)
+                go(optimiser, rate, step, steps)
+            for members in swarms:
+                for member in members:
+                    member.has_trained(number * BATCH)
+                num_bytes += exchange(members)
+        losses = held_out_losses(networks)
     finally:
-        for member in members:
-            member.end()
-    return Found(loss, num_bytes / steps, time.process_time() - began)
+        for members in swarms:
+            for member in members:
+                member.end()
+    return Found(tuple(losses), num_bytes / steps / len(seeds), time.process_time() - began)
+
+
+def report(base: Found, rows: Sequence[tuple[Row, Found]], numel: int, steps: int, command: str) -> list[str]:
+    """The table, in Markdown."""
+    shown = ", ".join(f"{loss:.3f}" for loss in base.losses)
+    lines = [
+        "# DiLoCo: the loss of exchanging every gradient, and its bytes",
+        "",
+        f"`{command}`, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}.",
+        f"{len(PEERS)} members, {steps:,} steps of {BATCH} samples by each, {numel:,} parameters; losses of held-out",
+        "characters in nats, by seed; bytes of contributions per member and step, as they were encoded. *Momentum* and",
+        "*rate* are those of the outer step.",
+        "",
+        "| codec | H | rate | momentum | losses | beside gradient | bytes per step | times fewer |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| fp32, gradients | 1 | | | {shown} | | {base.num_bytes:,.0f} | 1 |",
+    ]
+    for row, found in rows:
+        far = statistics.fmean(a / b - 1 for a, b in zip(found.losses, base.losses, strict=True))
+        rate, momentum = row.outer
+        shown = ", ".join(f"{loss:.3f}" for loss in found.losses)
+        lines.append(
+            f"| {row.codec} | {row.every} | {rate:g} | {momentum:g} | {shown} | {far:+.1%} | {found.num_bytes:,.1f} "
+            f"| **{base.num_bytes / found.num_bytes:,.0f}** |"
+        )
+    return lines
 
 
 def main() -> None:
@@ -305,23 +349,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    bases = [by_gradients(seed, options.steps) for seed in range(options.seeds)]
-    print("gradient", [round(b.loss, 4) for b in bases], round(bases[0].num_bytes), bases[0].cpu_s, flush=True)
+    seeds = range(options.seeds)
+    base = by_gradients(seeds, options.steps, options.rate)
+    print("gradient", base, flush=True)
+    rows: list[tuple[Row, Found]] = []
     for row in map(Row.parse, options.rows.split(",")):
-        found = [apart(row, seed, options.steps) for seed in range(options.seeds)]
-        print(
-            row,
-            [round(b.loss, 4) for b in found],
-            "%+.2f%%" % (100 * statistics.fmean(f.loss / b.loss - 1 for f, b in zip(found, bases))),
-            round(found[0].num_bytes, 1),
-            "x%d" % (bases[0].num_bytes / found[0].num_bytes),
-            round(found[0].cpu_s, 1),
-            flush=True,
-        )
+        rows.append((row, apart(row, seeds, options.steps, options.rate)))
+        print(*rows[-1], flush=True)
+    command = (
+        f"python benchmarks/diloco.py --rows {options.rows} --seeds {options.seeds} --steps {options.steps} "
+        f"--rate {options.rate:g}"
+    )
+    numel = sum(each[0].numel() for each in Networks([0]).parameters.values())
+    lines = report(base, rows, numel, options.steps, command)
+    print("\n".join(lines))
+    if options.keep:
+        RESULT.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
