@@ -357,19 +357,22 @@ def main() -> None:
     seeds = range(options.seeds)
     base = by_gradients(seeds, options.steps, options.rate)
     print("gradient", base, flush=True)
+    numel = sum(each[0].numel() for each in Networks([0]).parameters.values())
+    words = options.rows.split(",")
     rows: list[tuple[Row, Found]] = []
-    for row in map(Row.parse, options.rows.split(",")):
+    lines: list[str] = []
+    for word in words:
+        row = Row.parse(word)
         rows.append((row, apart(row, seeds, options.steps, options.rate)))
         print(*rows[-1], flush=True)
-    command = (
-        f"python benchmarks/diloco.py --rows {options.rows} --seeds {options.seeds} --steps {options.steps} "
-        f"--rate {options.rate:g}"
-    )
-    numel = sum(each[0].numel() for each in Networks([0]).parameters.values())
-    lines = report(base, rows, numel, options.steps, command)
+        command = (
+            f"python benchmarks/diloco.py --rows {','.join(words[: len(rows)])} --seeds {options.seeds} "
+            f"--steps {options.steps} --rate {options.rate:g}"
+        )
+        lines = report(base, rows, numel, options.steps, command)
+        if options.keep:  # after each row, as it takes its time
+            RESULT.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    if options.keep:
-        RESULT.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

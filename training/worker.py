@@ -112,7 +112,8 @@ class Worker:
         self._is_counted = False
         self._max_env_steps = 0
         self._aggregator = Aggregator()
-        self._sender = Sender(Codec.FP32)
+        self._codec = Codec.FP32
+        self._sender = Sender(self._codec)
         self._peer: PeerId | None = None
         self.methods: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             OPEN.name: (OPEN.request, self.open),
@@ -141,7 +142,7 @@ class Worker:
         self.close()
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
         self._aggregator = Aggregator.parse(manifest.aggregator)
-        self._sender, self._peer = Sender(manifest.codec), request.peer
+        self._codec, self._sender, self._peer = manifest.codec, Sender(manifest.codec), request.peer
         self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
         return self._state(_Descent())
 
@@ -253,6 +254,7 @@ class Worker:
             self._update = None
             raise
         exchange, sender = self._exchange, self._sender
+        sender.codec = self._codec if exchange.codec is None else exchange.codec
         self._layout = layout = layout_of(exchange.template, exchange.lossy, sender.codec, self._aggregator)
         contribution = None
         if exchange.weight > 0 and layout is None:

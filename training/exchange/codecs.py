@@ -40,7 +40,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from shoal.protocol.errors import ProtocolError
+from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.tensors import DEFAULT_BLOCK_SIZE, Tensor, TensorCodec, decode_tensor, encode_tensor
 from shoal.training.exchange.averager import Arrays
 from shoal.training.exchange.rules import Codec
@@ -64,13 +64,13 @@ class Sender:
     """One peer's side of a codec: what it has lost so far.
 
     Attributes:
-        codec: of the run.
+        codec: of the next contribution. What one of another codec lost is made up for all the same.
         memory: by name, what was lost and not made up for. May be kept, and given to the next life of this peer.
     """
 
     codec: Codec
     memory: dict[str, _Array] = field(default_factory=dict)
-    _after: dict[str, _Array] = field(default_factory=dict)
+    _after: dict[str, _Array | None] = field(default_factory=dict)
 
     def encode(self, arrays: Mapping[str, _Array], lossy: Mapping[str, float], centres: Mapping[str, _Array]) -> bytes:
         """A contribution as bytes. Its loss counts once `settle` says that it arrived.
@@ -83,7 +83,7 @@ class Sender:
         """
         self._after = {}
         if self.codec is Codec.FP32:
-            return encode_arrays(arrays, {})
+            return encode_arrays({**arrays, **self._repaid(arrays, lossy, centres)}, {})
         sent: Arrays = {}
         for name, array in arrays.items():
             if name not in lossy or not np.isfinite(array).all():  # the latter all others will refuse
@@ -106,10 +106,27 @@ class Sender:
         """So much of it will not arrive; it counts once `settle` says that the rest did."""
         self._after[name] = (lost * _DECAY.get(self.codec, 1.0)).astype(lost.dtype)
 
+    def repay(self, name: str) -> None:
+        """What was lost of it arrives."""
+        self._after[name] = None
+
+    def _repaid(
+        self, arrays: Mapping[str, _Array], lossy: Mapping[str, float], centres: Mapping[str, _Array]
+    ) -> dict[str, _Array]:
+        """Arrays that go as they are, with what a codec lost before."""
+        repaid = {}
+        for name in arrays.keys() & lossy.keys() & self.memory.keys():
+            if np.isfinite(arrays[name]).all():
+                wanted = self.wanted(name, arrays[name], lossy, centres)
+                repaid[name] = wanted + centres[name] if name in centres else wanted
+                self.repay(name)
+        return repaid
+
     def settle(self, *, arrived: bool) -> None:
         """Say whether what was encoded last was merged."""
         if arrived:
-            self.memory |= self._after
+            after = self.memory | self._after
+            self.memory = {name: lost for name, lost in after.items() if lost is not None}
         self._after = {}
 
     def forget(self) -> None:
@@ -180,6 +197,8 @@ def _encode(array: _Array, codec: Codec) -> _Parts:
             positions = np.sort(largest, axis=1)
             values = np.take_along_axis(chunks, positions, axis=1)
             return (*_to_elias_fano(positions), *_to_two_levels(values, values.size))
+        case Codec.AUTO:
+            raise UsageError("auto is no codec; the exchange says which one")
 
 
 def _decode(parts: _Parts, codec: Codec, template: _Array) -> _Array:
@@ -205,6 +224,8 @@ def _decode(parts: _Parts, codec: Codec, template: _Array) -> _Array:
             chunks = np.zeros((rows, _CHUNK), np.float32)
             np.put_along_axis(chunks, positions, _from_two_levels(parts[2:], rows, _KEPT), axis=1)
             flat = chunks.ravel()[:size]
+        case Codec.AUTO:
+            raise UsageError("auto is no codec; the exchange says which one")
     return flat.astype(dtype).reshape(shape)
 
 

@@ -92,7 +92,8 @@ class Averager:
                 that time. Default: 2048.
             min_members: the constructor waits until so many loops are there, if nobody has begun.
             mode: ``local`` takes the average, ``diloco`` steps by it.
-            codec: what contributions travel as.
+            codec: what contributions travel as; ``auto``: all bits, and fewer while an exchange takes too much of the
+                members' time.
             aggregator: by which rule many contributions become one.
             profile: of the node.
 
