@@ -63,7 +63,7 @@ WARM_STEPS: Final = 100
 LAST_RATE: Final = 0.1
 HELD_OUT: Final = 16384
 END_S: Final = 600.0
-ROWS: Final = ("int8/50", "topk/30")
+ROWS: Final = ("int2/105/1/0.7", "int8/50/1/0.7", "topk/11/4/0")
 
 
 class Networks:
@@ -230,7 +230,8 @@ class Member:
         self.epoch = 0
         tensors = Tensors(given)
         self.gate: Gate[Averaged] = Gate()
-        self.worker = Worker(None, lambda request: (LoopLearner(request.manifest, tensors, self.gate), Failures("")))
+        learner = LoopLearner(manifest, tensors, self.gate, clock=time.monotonic)
+        self.worker = Worker(None, lambda _: (learner, Failures("")))
         self.worker.open(Open(manifest, peer))
         self._todo: queue.Queue[Callable[[], Averaged | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)

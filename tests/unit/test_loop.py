@@ -397,9 +397,14 @@ def test_an_update_that_is_given_up_leaves_the_loop_as_it_was_and_going_on() -> 
 def test_a_loop_of_another_model_hears_what_differs() -> None:
     shapes = {"tensors": {"0.weight": [10, 64], "0.bias": [10]}}
     with pytest.raises(UsageError, match=r"'0.weight' is \[10, 32\] here and \[10, 64\] there"):
-        LoopLearner(a_manifest(hyperparameters=shapes), Tensors(nn.Sequential(nn.Linear(32, 10))), Gate())
+        LoopLearner(a_manifest(hyperparameters=shapes), Tensors(nn.Sequential(nn.Linear(32, 10))), Gate(), clock=float)
     with pytest.raises(UsageError, match=r"'0.bias' \[10\] is there and not here"):
-        LoopLearner(a_manifest(hyperparameters=shapes), Tensors(nn.Sequential(nn.Linear(64, 10, bias=False))), Gate())
+        LoopLearner(
+            a_manifest(hyperparameters=shapes),
+            Tensors(nn.Sequential(nn.Linear(64, 10, bias=False))),
+            Gate(),
+            clock=float,
+        )
     assert differences({"a": [1]}, {"b": [2]}) == "'a' [1] is here and not there, 'b' [2] is there and not here"
 
 
@@ -469,9 +474,9 @@ def test_a_run_of_loops_says_what_it_is() -> None:
     with pytest.raises(UsageError, match="target return"):
         a_manifest(target_return=1.0)
     with pytest.raises(UsageError, match="mode diloco only"):
-        LoopLearner(a_manifest(hyperparameters={"outer_momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate())
+        LoopLearner(a_manifest(hyperparameters={"outer_momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate(), clock=float)
     with pytest.raises(UsageError, match="no setting 'momentum'"):
-        LoopLearner(a_manifest(hyperparameters={"momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate())
+        LoopLearner(a_manifest(hyperparameters={"momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate(), clock=float)
 
 
 # --- the gate, and the way to the node -------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ class Averager:
     def _make(self, request: Open) -> tuple[Learner, Failures]:
         try:
             check_loaded(request.manifest, loop_requirements())
-            return LoopLearner(request.manifest, self._tensors, self._gate), Failures("")
+            return LoopLearner(request.manifest, self._tensors, self._gate, clock=time.monotonic), Failures("")
         except UsageError as error:
             self._gate.fail(error)
             raise

@@ -24,7 +24,6 @@ than that is dropped.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +81,7 @@ class LoopLearner:
         tensors: Tensors,
         gate: Gate[Averaged],
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float],
     ) -> None:
         """Begin with nothing averaged.
 
