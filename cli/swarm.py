@@ -55,7 +55,9 @@ def create(  # the options of one command; Typer wants them as arguments
     aggregator: Annotated[
         str | None, typer.Option(help="What makes one of many contributions: mean, nnm+trimmed_mean, … Default: mean.")
     ] = None,
-    codec: Annotated[Codec | None, typer.Option(help="What contributions travel as. Default: fp32.")] = None,
+    codec: Annotated[
+        Codec | None, typer.Option(help="What contributions travel as; auto is for loops. Default: fp32.")
+    ] = None,
     batch_per_learner: Annotated[
         int | None, typer.Option(help="Environment steps of the fastest learner per epoch. Default: 2048.")
     ] = None,

@@ -20,7 +20,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.batch import Batch
-from shoal.training.exchange.rules import Aggregator, Codec
+from shoal.training.exchange.rules import WRITTEN, Aggregator, Codec
 
 KIND: Final = "manifest/1"
 MAX_NAME_CHARS: Final = 80
@@ -131,6 +131,8 @@ class Manifest:
             raise UsageError("training loops average parameters, not gradients; take the mode local or diloco")
         if self.is_loop and self.target_return is not None:
             raise UsageError("a training loop has no return that Shoal could measure; leave the target return out")
+        if not self.is_loop and self.codec is Codec.AUTO:
+            raise UsageError(f"the codec auto is for training loops of one's own; choose one of {', '.join(WRITTEN)}")
         Aggregator.parse(self.aggregator)
         if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
             raise UsageError(f"batch size must be between 1 and {MAX_BATCH}, not {self.batch_size}")

@@ -82,13 +82,14 @@ class Merging:
                 if each.weight > 0
             }
             return encode_joint(sections) if wanted.weight > 0 else None
-        self.layout = layout = layout_of(wanted.template, wanted.lossy, self._codec, self._aggregator)
+        codec = self._codec if wanted.codec is None else wanted.codec
+        self.layout = layout = layout_of(wanted.template, wanted.lossy, codec, self._aggregator)
         if not wanted.weight > 0:
             return None
         if layout is None:
             return self._encode(_ALONE, wanted)
         offered = self._arena.view(Region.OFFERED, layout.num_bytes)
-        return pack(layout, self._sender(_ALONE), wanted.arrays, wanted.lossy, wanted.centres, offered)
+        return pack(layout, self._sender(_ALONE, wanted), wanted.arrays, wanted.lossy, wanted.centres, offered)
 
     def merge(self, given: Sequence[Given], rejected: list[PeerId]) -> Answer:
         """What was given, merged; who is left out is put into ``rejected``.
@@ -154,7 +155,8 @@ class Merging:
         for name, section in sections.items():
             exchange, template = exchanges[name], templates[name]
             small = section.data if self.layout is None else small_of(self.layout, section.data)
-            arrays = decode_contribution(small, self._codec, exchange.lossy, exchange.centres, template)
+            codec = self._codec if exchange.codec is None else exchange.codec
+            arrays = decode_contribution(small, codec, exchange.lossy, exchange.centres, template)
             contribution = Contribution(given.author, section.weight, arrays)
             validate(contribution, template)
             exchange.check(contribution)
@@ -162,7 +164,9 @@ class Merging:
         return found
 
     def _encode(self, name: str, exchange: Exchange) -> bytes:
-        return self._sender(name).encode(exchange.arrays, exchange.lossy, exchange.centres)
+        return self._sender(name, exchange).encode(exchange.arrays, exchange.lossy, exchange.centres)
 
-    def _sender(self, name: str) -> Sender:
-        return self._senders.setdefault(name, Sender(self._codec))
+    def _sender(self, name: str, exchange: Exchange) -> Sender:
+        sender = self._senders.setdefault(name, Sender(self._codec))
+        sender.codec = self._codec if exchange.codec is None else exchange.codec
+        return sender

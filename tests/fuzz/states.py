@@ -17,7 +17,7 @@ from shoal.training.batch import Batch
 from shoal.training.electorate import Delivered, Electorate, says_of
 from shoal.training.exchange.averager import Arrays, Contribution, Moments, merge, validate
 from shoal.training.exchange.codecs import Sender, decode_contribution
-from shoal.training.exchange.rules import Aggregator, Codec
+from shoal.training.exchange.rules import WRITTEN, Aggregator, Codec
 from shoal.training.state import check_fit, decode_arrays, digest, encode_arrays
 
 from .harness import BASE_BYTES, BYTES_PER_BYTE, FindingError, MutateBytes, Target, refusing, require, unless_refused
@@ -36,7 +36,7 @@ _TEMPLATE: Final[Arrays] = {
 """What this node has itself."""
 
 _PACKED: Final = "mean/weights"
-_LOSSY: Final = tuple(codec for codec in Codec if codec is not Codec.FP32)
+_LOSSY: Final = tuple(codec for codec in WRITTEN if codec is not Codec.FP32)
 _RULES: Final = ("trimmed_mean", "nnm+multi_krum", "arc+nnm+centered_clipping", "median")
 _OTHERS: Final = tuple(PeerId.of_public_key(bytes([number]) * 32) for number in (1, 2))
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from shoal.protocol.errors import ProtocolError
 from shoal.training.exchange import codecs
 from shoal.training.exchange.codecs import Sender, decode_contribution, packed_bytes
-from shoal.training.exchange.rules import ROUNDING, Codec
+from shoal.training.exchange.rules import ROUNDING, WRITTEN, Codec
 from shoal.training.state import decode_arrays, encode_arrays
 
-LOSSY = [codec for codec in Codec if codec is not Codec.FP32]
+LOSSY = [codec for codec in WRITTEN if codec is not Codec.FP32]
 NAME = "mean/delta"
 BOUND = {NAME: 1e6}
 
@@ -40,7 +40,7 @@ def blocks(array: np.ndarray, width: int) -> np.ndarray:
 
 
 @settings(deadline=None)
-@given(seed=seeds, size=sizes, codec=st.sampled_from(list(Codec)))
+@given(seed=seeds, size=sizes, codec=st.sampled_from(WRITTEN))
 def test_each_codec_keeps_to_its_bound(seed: int, size: int, codec: Codec) -> None:
     array = values(seed, size)
     result = sent(codec, array)
@@ -75,9 +75,9 @@ def test_what_two_bits_and_the_largest_lose_of_normal_values() -> None:
 
 def test_how_much_smaller_each_codec_is() -> None:
     size = 1 << 20
-    times = {codec: 4 * size / packed_bytes(size, codec) for codec in Codec}
-    at_least = {"fp32": 1, "bf16": 2, "int8": 3.9, "int4": 7.7, "int2": 14.2, "topk": 146}
-    assert {codec: times[codec] >= at_least[codec] for codec in Codec} == dict.fromkeys(Codec, True), times
+    times = {codec: 4 * size / packed_bytes(size, codec) for codec in WRITTEN}
+    at_least = {"fp32": 1, "bf16": 2, "int8": 3.9, "int4": 7.7, "int2": 15.0, "topk": 195}
+    assert {codec: times[codec] >= at_least[codec] for codec in WRITTEN} == dict.fromkeys(WRITTEN, True), times
 
 
 @settings(deadline=None)
@@ -131,6 +131,22 @@ def test_what_was_not_merged_was_not_sent() -> None:
     assert again.encode({NAME: array}, BOUND, {}) == sender.encode({NAME: array}, BOUND, {})
     sender.forget()
     assert sender.encode({NAME: array}, BOUND, {}) == first
+
+
+@pytest.mark.parametrize("codec", [Codec.INT4, Codec.FP32])
+def test_what_one_codec_lost_the_next_one_brings(codec: Codec) -> None:
+    sender, array, centre = Sender(Codec.INT8), values(5, 600), values(6, 600)
+    sent(Codec.INT8, array, sender)
+    sender.settle(arrived=True)
+    lost = sender.memory[NAME].copy()
+    sender.codec = codec
+    for arrived in (False, True):
+        data = sender.encode({NAME: array}, BOUND, {NAME: centre})
+        sender.settle(arrived=arrived)
+    result = decode_contribution(data, codec, BOUND, {NAME: centre}, {NAME: array})[NAME]
+    left = sender.memory.get(NAME, np.zeros_like(array))
+    np.testing.assert_allclose(result + left, array + lost, atol=1e-5 * np.abs(array).max())
+    assert (NAME in sender.memory) == (codec is not Codec.FP32)
 
 
 def test_nothing_that_a_memory_adds_goes_beyond_what_an_honest_peer_may_say() -> None:

@@ -24,7 +24,7 @@ from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.rules import Codec
 from shoal.training.loop.averager import Averager
 from shoal.training.loop.gate import Gate, GateClosedError
-from shoal.training.loop.learner import Averaged, LoopLearner
+from shoal.training.loop.learner import VOTES, Averaged, LoopLearner
 from shoal.training.loop.tensors import Given, Tensors, differences
 from shoal.training.manifest import LOOP_MAX_SAMPLES, Manifest, Mode
 from shoal.training.state import decode_arrays, encode_arrays
@@ -54,15 +54,15 @@ class Loop:
         self._todo: queue.Queue[Callable[[], Averaged | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        self.worker = Worker(
-            None, lambda request: (LoopLearner(request.manifest, self.tensors, self.gate), Failures(""))
-        )
+        self.now = 0.0
+        self.worker = Worker(None, self._make)
         self.opened = self.worker.open(Open(manifest, peer))
         self.held: StateAnswer | None = None
         self.later(self.gate.wait_for_news)
 
     def _make(self, request: Open) -> tuple[LoopLearner, Failures]:
-        return LoopLearner(request.manifest, self.tensors, self.gate), Failures("")
+        learner = LoopLearner(request.manifest, self.tensors, self.gate, clock=lambda: self.now)
+        return learner, Failures("")
 
     def _run(self) -> None:
         while (todo := self._todo.get()) is not None:
@@ -218,6 +218,68 @@ def test_in_mode_diloco_an_outer_step_is_taken_by_the_average() -> None:
         np.testing.assert_allclose(loops[0].values(), expected, rtol=1e-5)
 
 
+def an_epoch(loops: list[Loop], seconds: list[float]) -> list[MergeAnswer]:
+    """Each works for a second, and takes so long to exchange."""
+    for loop in loops:
+        loop.now += 1.0
+        loop.train(0.01, 10)
+        loop.collect(10)
+    given = [loop.begin() for loop in loops]
+    for loop, exchange_s in zip(loops, seconds, strict=True):
+        loop.now += exchange_s
+    answers = merged(loops, given)
+    for loop in loops:
+        loop.heard()
+    assert len(digests(answers)) == 1
+    return given
+
+
+def test_with_codec_auto_what_takes_too_long_travels_smaller_and_everybody_knows() -> None:
+    manifest, size = a_manifest(codec=Codec.AUTO, mode=Mode.DILOCO), 20_000
+    with loops_of(manifest, *vectors(1.0, 1.0, 1.0, size=size)) as loops:
+
+        def times_smaller(seconds: list[float]) -> set[int]:
+            given = an_epoch(loops, seconds)
+            return {round(4 * size / len(each.contribution or b"")) for each in given}
+
+        assert times_smaller([0.5, 0.5, 0.01]) == {1}
+        assert times_smaller([0.5, 0.5, 0.01]) == {1}, "one exchange teaches, and the next one votes"
+        assert times_smaller([0.5, 0.01, 0.1]) == {4}
+        newest = loops[0].held
+        assert newest is not None
+        with loops_of(manifest, *vectors(9.0, size=size), begun=False) as (late,):
+            late.load(newest)
+            late.heard()
+            late.train(0.01, 10)
+            late.collect(10)
+            assert round(4 * size / len(late.begin().contribution or b"")) == 4, "who comes later is told"
+        assert times_smaller([0.005, 0.005, 0.005]) == {4}, "one of three moves nobody"
+        assert times_smaller([0.005, 0.005, 0.005]) == {4}, "all are fast, and say so"
+        assert times_smaller([0.005, 0.005, 0.005]) == {1}
+
+
+def test_a_state_with_a_codec_that_there_is_not_is_refused() -> None:
+    with loops_of(a_manifest(codec=Codec.AUTO), *vectors(1.0)) as (loop,):
+        assert loop.held is not None
+        arrays, meta = decode_arrays(bytes(loop.held.state or b""))
+        for step in (-1, 3):
+            forged = encode_arrays(arrays | {"codec": np.asarray(step, np.int64)}, meta)
+            with pytest.raises(ProtocolError, match="a codec that there is not"):
+                loop.worker.load(Load(forged))
+
+
+def test_who_votes_for_more_than_itself_is_left_out() -> None:
+    with loops_of(a_manifest(codec=Codec.AUTO), *vectors(1.0, 1.0)) as loops:
+        for loop in loops:
+            loop.train(0.01, 10)
+            loop.collect(10)
+        given = [loop.begin() for loop in loops]
+        arrays, meta = decode_arrays(bytes(given[1].contribution or b""))
+        forged = encode_arrays(arrays | {VOTES: np.array([100, 0, 0])}, meta)
+        answers = merged(loops, [given[0], replace(given[1], contribution=forged)])
+        assert [answer.rejected for answer in answers] == [(PEERS[1],)] * 2
+
+
 def test_the_statistics_of_batch_normalisation_are_averaged_too() -> None:
     models = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)]
     with loops_of(a_manifest(), *models) as loops:
@@ -335,9 +397,14 @@ def test_an_update_that_is_given_up_leaves_the_loop_as_it_was_and_going_on() -> 
 def test_a_loop_of_another_model_hears_what_differs() -> None:
     shapes = {"tensors": {"0.weight": [10, 64], "0.bias": [10]}}
     with pytest.raises(UsageError, match=r"'0.weight' is \[10, 32\] here and \[10, 64\] there"):
-        LoopLearner(a_manifest(hyperparameters=shapes), Tensors(nn.Sequential(nn.Linear(32, 10))), Gate())
+        LoopLearner(a_manifest(hyperparameters=shapes), Tensors(nn.Sequential(nn.Linear(32, 10))), Gate(), clock=float)
     with pytest.raises(UsageError, match=r"'0.bias' \[10\] is there and not here"):
-        LoopLearner(a_manifest(hyperparameters=shapes), Tensors(nn.Sequential(nn.Linear(64, 10, bias=False))), Gate())
+        LoopLearner(
+            a_manifest(hyperparameters=shapes),
+            Tensors(nn.Sequential(nn.Linear(64, 10, bias=False))),
+            Gate(),
+            clock=float,
+        )
     assert differences({"a": [1]}, {"b": [2]}) == "'a' [1] is here and not there, 'b' [2] is there and not here"
 
 
@@ -407,9 +474,9 @@ def test_a_run_of_loops_says_what_it_is() -> None:
     with pytest.raises(UsageError, match="target return"):
         a_manifest(target_return=1.0)
     with pytest.raises(UsageError, match="mode diloco only"):
-        LoopLearner(a_manifest(hyperparameters={"outer_momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate())
+        LoopLearner(a_manifest(hyperparameters={"outer_momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate(), clock=float)
     with pytest.raises(UsageError, match="no setting 'momentum'"):
-        LoopLearner(a_manifest(hyperparameters={"momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate())
+        LoopLearner(a_manifest(hyperparameters={"momentum": 0.5}), Tensors(nn.Linear(2, 2)), Gate(), clock=float)
 
 
 # --- the gate, and the way to the node -------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ def test_other_bytes_are_refused() -> None:
         {"owner": "somebody"},
         {"aggregator": "mode"},
         {"codec": "int3"},
+        {"codec": "auto"},
     ],
 )
 def test_a_manifest_with_a_senseless_field_is_refused(changes: dict[str, Any]) -> None:

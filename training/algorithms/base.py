@@ -18,6 +18,7 @@ from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.exchange.outliers import Scale
+from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest
 from shoal.training.tasks import Task
 
@@ -44,6 +45,7 @@ class Exchange:
         centres: by name, what of that state an array of ``arrays`` is another version of; zeros, where there is none.
         lossy: by name, what may travel smaller and a little wrong (`shoal.training.exchange.codecs`), and the largest
             magnitude that its difference from the centre may have.
+        codec: what that travels as, the same for all; the run's, if None.
         is_last: whether the update is done after this; an update whose last exchange does not say so stands by none.
     """
 
@@ -54,6 +56,7 @@ class Exchange:
     scales: Mapping[str, Scale] = field(default_factory=dict)
     centres: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     lossy: Mapping[str, float] = field(default_factory=dict)
+    codec: Codec | None = None
     is_last: bool = True
 
 

@@ -7,13 +7,14 @@ codec       what travels                                                        
 ``bf16``    the upper half of each float32                                                                           2
 ``int8``    codes of 8 bits, a scale per 256 values                                                                3.9
 ``int4``    codes of 4 bits, likewise                                                                              7.8
-``int2``    of each value its sign and whether it is a small or a large one; both sizes per 256 values            14.2
+``int2``    of each value its sign and whether it is a small or a large one; both sizes per 256 values            15.1
 ``topk``    of every 4,096 values the 64 largest: where, and as ``int2``                                           195
 ==========  ==========================================================================================  ==============
 
 bf16, int8 and int4 are those of `shoal.protocol.tensors`. The two sizes of int2 are the mean magnitudes of what is
-below and above the threshold that is best for normal values (Lloyd and Max: 0.98 deviations), so a decoded value is
-never larger than the largest of its block, and what is lost never more than what was there. topk is SparseLoCo's form
+below and above the threshold that is best for normal values (Lloyd and Max: 0.98 deviations), without their lower half
+of a float32's bits, so a decoded value is never larger than the largest of its block, and what is lost never more than
+what was there. topk is SparseLoCo's form
 (arXiv 2508.15706: 1.56 % of chunks of 4,096, 2 bits, error feedback that decays by 0.95); positions are written as
 Elias and Fano do, 8 bits each instead of 12.
 
@@ -39,7 +40,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from shoal.protocol.errors import ProtocolError
+from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.tensors import DEFAULT_BLOCK_SIZE, Tensor, TensorCodec, decode_tensor, encode_tensor
 from shoal.training.exchange.averager import Arrays
 from shoal.training.exchange.rules import Codec
@@ -63,13 +64,13 @@ class Sender:
     """One peer's side of a codec: what it has lost so far.
 
     Attributes:
-        codec: of the run.
+        codec: of the next contribution. What one of another codec lost is made up for all the same.
         memory: by name, what was lost and not made up for. May be kept, and given to the next life of this peer.
     """
 
     codec: Codec
     memory: dict[str, _Array] = field(default_factory=dict)
-    _after: dict[str, _Array] = field(default_factory=dict)
+    _after: dict[str, _Array | None] = field(default_factory=dict)
 
     def encode(self, arrays: Mapping[str, _Array], lossy: Mapping[str, float], centres: Mapping[str, _Array]) -> bytes:
         """A contribution as bytes. Its loss counts once `settle` says that it arrived.
@@ -82,7 +83,7 @@ class Sender:
         """
         self._after = {}
         if self.codec is Codec.FP32:
-            return encode_arrays(arrays, {})
+            return encode_arrays({**arrays, **self._repaid(arrays, lossy, centres)}, {})
         sent: Arrays = {}
         for name, array in arrays.items():
             if name not in lossy or not np.isfinite(array).all():  # the latter all others will refuse
@@ -105,10 +106,27 @@ class Sender:
         """So much of it will not arrive; it counts once `settle` says that the rest did."""
         self._after[name] = (lost * _DECAY.get(self.codec, 1.0)).astype(lost.dtype)
 
+    def repay(self, name: str) -> None:
+        """What was lost of it arrives."""
+        self._after[name] = None
+
+    def _repaid(
+        self, arrays: Mapping[str, _Array], lossy: Mapping[str, float], centres: Mapping[str, _Array]
+    ) -> dict[str, _Array]:
+        """Arrays that go as they are, with what a codec lost before."""
+        repaid = {}
+        for name in arrays.keys() & lossy.keys() & self.memory.keys():
+            if np.isfinite(arrays[name]).all():
+                wanted = self.wanted(name, arrays[name], lossy, centres)
+                repaid[name] = wanted + centres[name] if name in centres else wanted
+                self.repay(name)
+        return repaid
+
     def settle(self, *, arrived: bool) -> None:
         """Say whether what was encoded last was merged."""
         if arrived:
-            self.memory |= self._after
+            after = self.memory | self._after
+            self.memory = {name: lost for name, lost in after.items() if lost is not None}
         self._after = {}
 
     def forget(self) -> None:
@@ -179,6 +197,8 @@ def _encode(array: _Array, codec: Codec) -> _Parts:
             positions = np.sort(largest, axis=1)
             values = np.take_along_axis(chunks, positions, axis=1)
             return (*_to_elias_fano(positions), *_to_two_levels(values, values.size))
+        case Codec.AUTO:
+            raise UsageError("auto is no codec; the exchange says which one")
 
 
 def _decode(parts: _Parts, codec: Codec, template: _Array) -> _Array:
@@ -204,6 +224,8 @@ def _decode(parts: _Parts, codec: Codec, template: _Array) -> _Array:
             chunks = np.zeros((rows, _CHUNK), np.float32)
             np.put_along_axis(chunks, positions, _from_two_levels(parts[2:], rows, _KEPT), axis=1)
             flat = chunks.ravel()[:size]
+        case Codec.AUTO:
+            raise UsageError("auto is no codec; the exchange says which one")
     return flat.astype(dtype).reshape(shape)
 
 
@@ -222,15 +244,17 @@ def _to_two_levels(rows: _Floats, size: int) -> _Parts:
         np.square(magnitudes).sum(axis=1, keepdims=True) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     )
     is_large = magnitudes > np.float32(_THRESHOLD) * spread
-    levels = np.zeros((len(rows), 2), np.float32)
+    levels = np.zeros((len(rows), 2), "<f4")
     for level, group in enumerate((counts & ~is_large, is_large)):
         sums = np.where(group, magnitudes, 0).sum(axis=1, dtype=np.float64)
         levels[:, level] = sums / np.maximum(group.sum(axis=1), 1)
-    return levels, np.packbits(rows < 0, axis=1), np.packbits(is_large, axis=1)
+    upper = levels.view(np.uint8).reshape(len(rows), 2, 4)[..., 2:].reshape(len(rows), 4)
+    return upper, np.packbits(rows < 0, axis=1), np.packbits(is_large, axis=1)
 
 
 def _from_two_levels(parts: _Parts, rows: int, width: int) -> _Floats:
-    levels, *bits = _check_parts(parts, ((np.float32, (rows, 2)), *([(np.uint8, (rows, width // 8))] * 2)))
+    upper, *bits = _check_parts(parts, ((np.uint8, (rows, 4)), *([(np.uint8, (rows, width // 8))] * 2)))
+    levels = np.pad(upper.reshape(rows, 2, 2), ((0, 0), (0, 0), (2, 0))).reshape(rows, 8).view("<f4")
     if not np.isfinite(levels).all() or (levels < 0).any():
         raise ProtocolError("a size of values in a contribution is negative, NaN or infinite")
     is_negative, is_large = (np.unpackbits(each, axis=1).view(np.bool_) for each in bits)

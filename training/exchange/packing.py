@@ -44,11 +44,13 @@ def pack(
     wanted: dict[str, _Array] = {}
     for segment in layout.segments:
         name, array = segment.name, arrays[segment.name]
-        if name in lossy and segment.codec is not TensorCodec.FP32:
+        if name in lossy and (segment.codec is not TensorCodec.FP32 or name in sender.memory):
             wanted[name] = sender.wanted(name, array, lossy, centres)
         else:
             wanted[name] = array - centres[name] if name in centres else array
     layout.encode(wanted, offered)
+    for name in wanted.keys() & sender.memory.keys():
+        sender.repay(name)
     inexact = {segment.name for segment in layout.segments if segment.codec is not TensorCodec.FP32}
     if inexact:
         came = layout.decode(offered)

@@ -39,6 +39,12 @@ class Codec(StrEnum):
     INT4 = "int4"
     INT2 = "int2"
     TOPK = "topk"
+    AUTO = "auto"
+    """Not one of them, but the run's choice among them from round to round; see `shoal.training.exchange.adapting`."""
+
+
+WRITTEN: Final = tuple(each for each in Codec if each is not Codec.AUTO)
+"""Those that bytes are in."""
 
 
 class Rule(StrEnum):

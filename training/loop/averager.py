@@ -92,7 +92,8 @@ class Averager:
                 that time. Default: 2048.
             min_members: the constructor waits until so many loops are there, if nobody has begun.
             mode: ``local`` takes the average, ``diloco`` steps by it.
-            codec: what contributions travel as.
+            codec: what contributions travel as; ``auto``: all bits, and fewer while an exchange takes too much of the
+                members' time.
             aggregator: by which rule many contributions become one.
             profile: of the node.
 
@@ -238,7 +239,7 @@ class Averager:
     def _make(self, request: Open) -> tuple[Learner, Failures]:
         try:
             check_loaded(request.manifest, loop_requirements())
-            return LoopLearner(request.manifest, self._tensors, self._gate), Failures("")
+            return LoopLearner(request.manifest, self._tensors, self._gate, clock=time.monotonic), Failures("")
         except UsageError as error:
             self._gate.fail(error)
             raise

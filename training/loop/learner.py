@@ -33,7 +33,7 @@ import numpy as np
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.training.algorithms.base import Collected, DivergedError, Exchange, Update, UpdateStats
-from shoal.training.exchange import outer
+from shoal.training.exchange import adapting, outer
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.outliers import Scale
@@ -46,6 +46,8 @@ from shoal.training.state import check_fit
 
 SHAPES: Final = "tensors"
 """The hyperparameter that says which tensors every member's loop must have, with their shapes."""
+VOTES: Final = "sum/codec"
+"""Of what the next exchange travels as, where the run leaves it open (`shoal.training.exchange.adapting`)."""
 SETTINGS: Final = (SHAPES, "outer_learning_rate", "outer_momentum")
 CHUNKS_TO_HEAR: Final = 4
 """Times that a loop which has nothing yet is asked to collect, until it takes itself for one of the first: members that
@@ -73,8 +75,21 @@ class Averaged:
 class LoopLearner:
     """One loop's part in a run; see `shoal.training.algorithms.Learner` and the head of this module."""
 
-    def __init__(self, manifest: Manifest, tensors: Tensors, gate: Gate[Averaged]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        tensors: Tensors,
+        gate: Gate[Averaged],
+        *,
+        clock: Callable[[], float],
+    ) -> None:
         """Begin with nothing averaged.
+
+        Args:
+            manifest: of the run.
+            tensors: of the loop.
+            gate: to its thread.
+            clock: seconds; what exchanges take decides what the next one travels as, where the run says so.
 
         Raises:
             UsageError: if the run's settings are none, or are not for tensors such as these.
@@ -100,6 +115,10 @@ class LoopLearner:
         self._num_told = 0
         self._num_asked = 0
         self._outer = _outer(manifest, parameters)
+        self._step = 0 if manifest.codec is Codec.AUTO else None  # in `adapting.STEPS`
+        self._clock = clock
+        self._ended_at: float | None = None  # of the last exchange, with what it took
+        self._exchanged_s = 0.0
         self._running: Update | None = None
 
     @property
@@ -141,7 +160,10 @@ class LoopLearner:
         finally:
             self._running = None
             self._gate.let_go(self._share)
-        return UpdateStats(0, 1, {"members": float(members)})
+        metrics = {"members": float(members)}
+        if self._step is not None:
+            metrics["codec_step"] = float(self._step)
+        return UpdateStats(0, 1, metrics)
 
     def _agree(self) -> Generator[Exchange, Arrays, int]:
         """Take one member's parameters for the beginning of all."""
@@ -165,6 +187,9 @@ class LoopLearner:
         if buffers.size:
             template["mean/buffers"] = buffers
         self._require_sound(parameters, buffers, "lower the learning rate, and start anew from the swarm's state")
+        began = self._clock()
+        if self._step is not None:
+            template[VOTES] = self._vote(began, parameters.nbytes)
         most = MAX_WAY * (1.0 + float(np.abs(self._start).max(initial=0.0)))
         merged = yield Exchange(
             template if samples else {},
@@ -174,6 +199,7 @@ class LoopLearner:
             {"mean/delta": Scale(DELTA_FACTOR)},
             {"mean/buffers": self._buffers},
             {"mean/delta": most},
+            None if self._step is None else adapting.STEPS[self._step],
         )
         if not merged:
             raise DivergedError("no member has anything to average")
@@ -185,7 +211,19 @@ class LoopLearner:
             self._outer.momentum[:] = momentum
             raise DivergedError("what was merged leads to parameters that are not finite")
         self._settle(moved, merged.get("mean/buffers", self._buffers), self._epoch + 1)
-        return self._made(merged)
+        step = self._step
+        if step is not None:
+            self._step = adapting.next_step(step, merged[VOTES])
+        members = self._made(merged)
+        if step == self._step:  # else what it took says nothing of the next one
+            self._ended_at = self._clock()
+            self._exchanged_s = self._ended_at - began
+        return members
+
+    def _vote(self, now: float, num_bytes: int) -> np.ndarray[Any, Any]:
+        if self._ended_at is None:
+            return adapting.vote(None, 0.0, num_bytes)
+        return adapting.vote(self._exchanged_s, now - self._ended_at, num_bytes)
 
     def _made(self, merged: Arrays) -> int:
         """An average was made with so many others."""
@@ -199,6 +237,7 @@ class LoopLearner:
         """All members have this now, and nothing of what comes after it."""
         self._start, self._buffers, self._epoch = _floats(parameters), _floats(buffers), epoch
         self._begun, self._num_carried, self._num_told = None, 0, 0
+        self._ended_at = None
 
     def abandon(self) -> None:
         """Give up a half-done update. What the loop has trained is in its own tensors, and stays there."""
@@ -226,6 +265,8 @@ class LoopLearner:
         buffers = _joined(arrays, "buffers", before_buffers)
         if "outer/momentum" in arrays:
             self._outer.momentum[:] = arrays["outer/momentum"]
+        if self._step is not None:
+            self._step = int(arrays["codec"])
         if epoch == 0:  # nobody's parameters yet
             self._settle(parameters, buffers, 0)
             self._num_asked = 0
@@ -262,12 +303,16 @@ class LoopLearner:
         state: Arrays = {f"parameters/{name}": each for name, each in split(self._start, parameters).items()}
         state |= {f"buffers/{name}": each for name, each in split(self._buffers, buffers).items()}
         state["epoch"] = np.asarray(self._epoch, np.int64)
+        if self._step is not None:
+            state["codec"] = np.asarray(self._step, np.int64)
         return state | ({"outer/momentum": self._outer.momentum} if self._mode is Mode.DILOCO else {})
 
     def _check(self, arrays: Arrays) -> None:
         check_fit(arrays, self._state())
         if int(arrays["epoch"]) < 0:
             raise ProtocolError("the state is of an epoch below 0; take another state")
+        if self._step is not None and not 0 <= int(arrays["codec"]) < len(adapting.STEPS):
+            raise ProtocolError("the state names a codec that there is not; take another state")
 
     def _require_sound(self, parameters: Floats, buffers: Floats, remedy: str) -> None:
         """Stop a loop that has diverged: its optimiser has, too, and would spoil what it took from others at once."""
@@ -292,6 +337,9 @@ def misfit(difference: str) -> UsageError:
 
 def _check_way(most: float, contribution: Contribution) -> None:
     _check_members(contribution)
+    votes = contribution.arrays.get(VOTES)
+    if votes is not None and not adapting.is_vote(votes):
+        raise ProtocolError(f"the contribution of {contribution.author} has more than one vote; leave it out")
     way = contribution.arrays.get("mean/delta")  # which, if it is large, is held to this part by part
     if way is not None and not float(np.abs(way).max(initial=0.0)) <= most:
         raise ProtocolError(f"the contribution of {contribution.author} came further than any loop does; leave it out")
