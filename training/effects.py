@@ -6,9 +6,72 @@ answers by itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
+from shoal.protocol.errors import UsageError
+from shoal.training.exchange.averager import Arrays
+from shoal.training.statements import MAX_TOPIC_CHARS
 from shoal.training.tasks.play import Take
+from shoal.training.tasks.source import Plain
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Let all members have something. The answer: its CID, or None if this node has no room for it.
+
+    Of what a member posts the newest `shoal.training.statements.MAX_POSTED` can be had, as long as it or somebody who
+    read it is there.
+
+    Attributes:
+        topic: under which others ask for it.
+        arrays: by name.
+        meta: what describes them.
+
+    Raises:
+        UsageError: if the topic is none.
+    """
+
+    topic: str
+    arrays: Arrays
+    meta: dict[str, Plain] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_topic(self.topic)
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """Ask for what members have posted. The answer: `shoal.training.tasks.source.Posted`, newest first; maybe nothing.
+
+    What others posted is what they like: whoever reads it checks it.
+
+    Attributes:
+        topic: under which it was posted.
+        count: at most so many.
+        max_age: in epochs; none: however old.
+    """
+
+    topic: str
+    count: int = 16
+    max_age: int | None = None
+
+    def __post_init__(self) -> None:
+        check_topic(self.topic)
+
+
+Effect: TypeAlias = Post | Latest
+"""What an update asks for beside averages; nobody else is in step with it."""
+
+
+def check_topic(topic: str) -> None:
+    """Check what something is posted under.
+
+    Raises:
+        UsageError: if it can be no topic.
+    """
+    if not 1 <= len(topic) <= MAX_TOPIC_CHARS or not topic.isprintable():
+        raise UsageError(f"a topic has 1 to {MAX_TOPIC_CHARS} printable characters, not {topic[:80]!r}")
 
 
 @dataclass(frozen=True, slots=True)

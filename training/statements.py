@@ -7,6 +7,7 @@
 ``proposal``      "these offers should be averaged", by hash
 ``vote``          "I hold all that this ballot lists, and would average it"
 ``result``        "this is the policy I hold, from this parent by this ballot"
+``posts``         "these contents of mine can be had", by topic; what is in them is for recipes to read
 ================  ====================================================================================
 
 A statement names the round that it is for: the epoch, the exchange within it, and what both follow from, so that nobody
@@ -46,6 +47,11 @@ MAX_OFFERS: Final = 128
 """Offers of one ballot."""
 MAX_ATTEMPTS: Final = 2**20
 MAX_DIGEST_CHARS: Final = 128
+MAX_TOPIC_CHARS: Final = 40
+MAX_POSTED: Final = 32
+"""Newest things that one member has posted, under all topics, that others can ask for."""
+MAX_POST_BYTES: Final = 4 * 1024 * 1024
+"""Of one."""
 
 
 class Phase(StrEnum):
@@ -228,9 +234,43 @@ class Result:
         _check_hash(self.ballot)
 
 
+@dataclass(frozen=True, slots=True)
+class Posting:
+    """One thing that a member has posted.
+
+    Attributes:
+        topic: under which others ask for it.
+        cid: of its content.
+        epoch: in which it was posted.
+        num_bytes: of its content.
+    """
+
+    topic: str
+    cid: Cid
+    epoch: int
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        _check(self.epoch, MAX_EPOCH, "epoch")
+        _check(self.num_bytes, MAX_POST_BYTES, "post")
+        if not 1 <= len(self.topic) <= MAX_TOPIC_CHARS:
+            raise ProtocolError(f"a topic has 1 to {MAX_TOPIC_CHARS} characters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Postings:
+    """The newest things that a member has posted, newest first."""
+
+    posted: tuple[Posting, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.posted) > MAX_POSTED:
+            raise ProtocolError(f"a member has at most {MAX_POSTED} posts, not {len(self.posted)}")
+
+
 NO_BALLOT: Final = bytes(HASH_BYTES)
 
-Statement: TypeAlias = Facts | Addresses | Offer | Proposal | Vote | Result
+Statement: TypeAlias = Facts | Addresses | Offer | Proposal | Vote | Result | Postings
 
 TOPICS: Final[Mapping[str, type[Any]]] = {
     "facts": Facts,
@@ -239,6 +279,7 @@ TOPICS: Final[Mapping[str, type[Any]]] = {
     "proposal": Proposal,
     "vote": Vote,
     "result": Result,
+    "posts": Postings,
 }
 TOPIC_OF: Final = {kind: topic for topic, kind in TOPICS.items()}
 
@@ -258,6 +299,7 @@ TOPIC_RULES: Final = {
     "proposal": TopicRule(max_bytes=6144, keep=4, per_s=200, burst=400, worth=_learns),
     "vote": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400, worth=_learns),
     "result": TopicRule(max_bytes=768, keep=4, per_s=20, burst=40),
+    "posts": TopicRule(max_bytes=8192, per_s=2, burst=16),
 }
 """How much of each one member may say: in mode ``gradient`` a round takes some milliseconds, an epoch never does.
 

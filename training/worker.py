@@ -27,10 +27,11 @@ from shoal.protocol.limits import MAX_WORKER_ATTACHMENT_BYTES
 from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
-from shoal.training.algorithms import DivergedError, Learner, UpdateStats, load_algorithm
-from shoal.training.algorithms.base import AnyUpdate, Probing, Settled
+from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
+from shoal.training.algorithms.base import AnyUpdate, Joint, Probing, Settled
 from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.arena import Arena, Region
+from shoal.training.effects import Effect, Latest, Post
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.rules import Aggregator, Codec
@@ -40,6 +41,7 @@ from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
 from shoal.training.tasks import load_task
 from shoal.training.tasks.failures import FILE, Failures, TaskFailedError, append
+from shoal.training.tasks.source import Posted
 from shoal.training.watch import Slot
 from shoal.training.worker_calls import (
     ABANDON,
@@ -47,6 +49,7 @@ from shoal.training.worker_calls import (
     COLLECT,
     EVALUATE,
     FINISH,
+    GO_ON,
     LARGE_STATE_BYTES,
     LOAD,
     LOG,
@@ -62,12 +65,15 @@ from shoal.training.worker_calls import (
     Evaluate,
     Evaluated,
     Finish,
+    GoOn,
     LargeArray,
+    LatestAsked,
     Load,
     Log,
     Merge,
     MergeAnswer,
     Open,
+    PostAsked,
     StateAnswer,
 )
 
@@ -105,6 +111,8 @@ class Worker:
         self._epoch = 0
         self._next = _Descent()
         self._is_counted = False
+        self._asked: Effect | None = None
+        self._rejected: tuple[PeerId, ...] = ()  # by the merge before
         self._max_env_steps = 0
         self._merging = Merging(Aggregator(), Codec.FP32, self._arena)
         self._peer: PeerId | None = None
@@ -114,6 +122,7 @@ class Worker:
             COLLECT.name: (COLLECT.request, self.collect),
             BEGIN.name: (BEGIN.request, self.begin),
             MERGE.name: (MERGE.request, self.merge),
+            GO_ON.name: (GO_ON.request, self.go_on),
             ABANDON.name: (ABANDON.request, self.abandon),
             EVALUATE.name: (EVALUATE.request, self.evaluate),
             LOG.name: (LOG.request, self.log),
@@ -225,13 +234,24 @@ class Worker:
             )
         return self._go_on(average, tuple(rejected), request.authors)
 
-    def _go_on(
-        self, average: Answer | None, rejected: tuple[PeerId, ...], authors: tuple[PeerId, ...] = ()
-    ) -> MergeAnswer:
-        """Run the update until it wants something averaged, or is done."""
+    def go_on(self, request: GoOn) -> MergeAnswer:
+        """Give the update what it asked for beside averages."""
+        if isinstance(self._asked, Post):
+            return self._go_on(request.cid, self._rejected)
+        found = []
+        for each in request.posts:
+            try:
+                arrays, meta = decode_arrays(each.data)
+            except ProtocolError as error:
+                log.info("what %s posted is of no use: %s", each.author, error)
+                continue
+            found.append(Posted(each.author, each.cid, each.epoch, arrays, meta))
+        return self._go_on(tuple(found), self._rejected)
+
+    def _go_on(self, reply: object, rejected: tuple[PeerId, ...], authors: tuple[PeerId, ...] = ()) -> MergeAnswer:
+        """Run the update until it wants something, or is done. What it is sent first is None."""
         try:
-            update = self._running_update()
-            wanted = next(update) if average is None else update.send(average)
+            wanted = self._running_update().send(reply)
         except StopIteration as end:
             self._update = None
             self._epoch = self._next.epoch
@@ -248,6 +268,20 @@ class Worker:
         except BaseException:
             self._update = None
             raise
+        self._rejected = rejected
+        match wanted:
+            case Post(topic, arrays, meta):
+                self._asked = wanted
+                data = encode_arrays(arrays, meta)
+                return MergeAnswer(rejected=rejected, is_last=False, post=PostAsked(topic, data))
+            case Latest(topic, count, max_age):
+                self._asked = wanted
+                return MergeAnswer(rejected=rejected, is_last=False, latest=LatestAsked(topic, count, max_age))
+            case _:
+                return self._offer(wanted, rejected)
+
+    def _offer(self, wanted: Exchange | Joint, rejected: tuple[PeerId, ...]) -> MergeAnswer:
+        """Something is to be averaged."""
         contribution = self._merging.offer(wanted)
         layout = self._merging.layout
         large = (

@@ -165,6 +165,51 @@ class LargeArray:
 
 
 @dataclass(frozen=True, slots=True)
+class PostAsked:
+    """Let all members have this; see `shoal.training.effects.Post`.
+
+    Attributes:
+        topic: under which they ask for it.
+        data: arrays and what describes them, in the form of `training.state`.
+    """
+
+    topic: str
+    data: Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class LatestAsked:
+    """Find what members have posted; see `shoal.training.effects.Latest`."""
+
+    topic: str
+    count: int
+    max_age: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPost:
+    """What a member posted, as it came."""
+
+    author: PeerId
+    cid: Cid
+    epoch: int
+    data: Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """Go on with the update, which asked for something.
+
+    Attributes:
+        cid: of what was posted; None if there was no room for it.
+        posts: that were found, newest first.
+    """
+
+    cid: Cid | None = None
+    posts: tuple[FoundPost, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Abandon:
     """Give up the update under way, if one is.
 
@@ -190,6 +235,8 @@ class MergeAnswer:
         is_last: whether the update is done after what is to be averaged now.
         layout: what is large of it, and lies in the arena; empty if nothing is.
         ahead: with ``state``: what was collected for the next update while this one waited.
+        post: nothing is to be averaged now, but this is to be posted; `GO_ON` answers.
+        latest: likewise, what was posted is to be found.
     """
 
     weight: float = 0.0
@@ -201,6 +248,8 @@ class MergeAnswer:
     layout: tuple[LargeArray, ...] = ()
     ahead: Collected | None = None
     contribution_bytes: int = 0
+    post: PostAsked | None = None
+    latest: LatestAsked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +322,7 @@ LOAD: Final = Method("worker.load", Load, StateAnswer, timeout_s=None)
 COLLECT: Final = Method("worker.collect", Collect, Collected, timeout_s=None)
 BEGIN: Final = Method("worker.begin", Begin, MergeAnswer, timeout_s=None)
 MERGE: Final = Method("worker.merge", Merge, MergeAnswer, timeout_s=None)
+GO_ON: Final = Method("worker.go_on", GoOn, MergeAnswer, timeout_s=None)
 ABANDON: Final = Method("worker.abandon", Abandon, Empty, timeout_s=None)
 EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated, timeout_s=None)
 LOG: Final = Method("worker.log", Log, Empty, timeout_s=None)

@@ -33,6 +33,7 @@ from shoal.node.swarm.giving import Giving
 from shoal.node.swarm.holding import NoRoomError
 from shoal.node.swarm.loops import open_door
 from shoal.node.swarm.needs import Needs
+from shoal.node.swarm.posting import Posts
 from shoal.node.swarm.records import Records, read_stored
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
@@ -51,7 +52,7 @@ from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import TOPIC_OF, Addresses, read_statement
+from shoal.training.statements import TOPIC_OF, Addresses, Postings, read_statement
 from shoal.training.taking import LOOK_S
 from shoal.training.worker_calls import (
     ABANDON,
@@ -59,6 +60,7 @@ from shoal.training.worker_calls import (
     COLLECT,
     EVALUATE,
     FINISH,
+    GO_ON,
     LARGE_STATE_BYTES,
     LOAD,
     LOG,
@@ -72,6 +74,7 @@ from shoal.training.worker_calls import (
     Collected,
     Evaluate,
     Finish,
+    GoOn,
     LargeArray,
     Load,
     Log,
@@ -176,6 +179,7 @@ class Runner:
         self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
         self.giving = Giving(swarm, host, self.post, lambda peer: role is Role.LEARNER and peer in self.core.live)
+        self._posts = Posts(swarm, me, replica, content, self._reachable)
         self._arena: Arena | None = None
         self._large: tuple[LargeArray, ...] = ()  # of what is exchanged now
         aggregator = Aggregator.parse(manifest.aggregator)
@@ -262,6 +266,7 @@ class Runner:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await self._records.write_last()
             self._content.hold(self.swarm, ())
+            self._posts.close()
 
     def _new_records(self) -> Records:
         def say(error: str) -> None:
@@ -288,7 +293,7 @@ class Runner:
         statement = read_statement(topic, dict(facts))
         if statement is None:
             log.info("swarm %s: %s says something on %s that makes no sense", self.swarm, author, topic)
-        elif not isinstance(statement, Addresses):
+        elif not isinstance(statement, Addresses | Postings):
             self.post(events.Heard(author, statement, name))
 
     def _on_documents(self) -> None:
@@ -585,7 +590,7 @@ class Runner:
                     self.post(self._collected(done))
                 case events.Update(policy):
                     begin = Begin(policy.epoch, policy.cid, policy.env_steps, policy.electorate.to_plain())
-                    await self._merged(await worker.call(BEGIN, begin))
+                    await self._merged(worker, await worker.call(BEGIN, begin))
                 case events.Merge(ballot):
                     await self._merge(worker, ballot)
                 case events.Load(result, keep_samples):
@@ -616,7 +621,7 @@ class Runner:
                 raise
             self.post(events.MergeFailed(error.message))
         else:
-            await self._merged(answer)
+            await self._merged(worker, answer)
 
     async def _merged_by(self, worker: Channel, ballot: Ballot, contributions: list[bytes | memoryview]) -> MergeAnswer:
         request = Merge(
@@ -642,8 +647,16 @@ class Runner:
         given = self.giving.find(offer.author, offer.offer.cid)
         return await self._content.get(offer.offer.cid, (), owner=self.swarm) if given is None else given
 
-    async def _merged(self, answer: MergeAnswer) -> None:
-        """The update wants something averaged, or is done."""
+    async def _merged(self, worker: Channel, answer: MergeAnswer) -> None:
+        """The update wants something averaged, or is done; what else it wants it is given at once."""
+        epoch = 0 if self.policy is None else self.policy.epoch
+        while answer.post is not None or answer.latest is not None:
+            reply = GoOn()
+            if answer.post is not None:
+                reply = GoOn(cid=await self._posts.post(answer.post, epoch))
+            elif answer.latest is not None:
+                reply = GoOn(posts=await self._posts.latest(answer.latest, epoch))
+            answer = await worker.call(GO_ON, reply)
         self._large = answer.layout
         if answer.state is not None:
             cid = await self._put_state(answer.state)

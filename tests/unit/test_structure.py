@@ -413,6 +413,7 @@ NURSERIES = {
     "shoal.node.swarm.loops.next_loop": "one loop of the user, and the run goes on with the next",
     "shoal.node.swarm.loops.open_door": "where loops attach to a run, which is a task as a whole",
     "shoal.node.swarm.lookup.look_up": "one question of a person",
+    "shoal.node.swarm.posting.latest": "one question: what fails in a part of it is left out of the answer",
     "shoal.node.swarm.reduce_bench._raw": "one measurement that somebody asked for",
     "shoal.node.swarm.reducing._do": "one all-reduce: what fails in a part of it fails it",
     "shoal.node.swarm.reducing._ask": "one question of an all-reduce to its members",

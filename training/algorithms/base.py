@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
+from shoal.training.effects import Effect
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.exchange.outliers import Scale
 from shoal.training.exchange.rules import Codec
@@ -107,8 +108,10 @@ class UpdateStats:
 
 
 Update: TypeAlias = Generator[Exchange, Arrays, UpdateStats]
-"""Of one policy."""
-AnyUpdate: TypeAlias = Generator[Exchange | Joint, Any, UpdateStats]
+"""Of one policy that wants nothing but averages."""
+AskingUpdate: TypeAlias = Generator[Exchange | Effect, Any, UpdateStats]
+"""Of one policy, with effects between its exchanges."""
+AnyUpdate: TypeAlias = Generator[Exchange | Joint | Effect, Any, UpdateStats]
 """Of one policy or of several; what answers a `Joint` are arrays by section."""
 
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import LimitError, ProtocolError
-from shoal.training.algorithms.base import Exchange, Joint, Update, UpdateStats
+from shoal.training.algorithms.base import AskingUpdate, Exchange, Joint, UpdateStats
+from shoal.training.effects import Effect
 from shoal.training.exchange.averager import Arrays
 
 MAX_SECTIONS: Final = 64
@@ -31,11 +32,13 @@ _LENGTH_BYTES: Final = 4
 _MAX_LIST_BYTES: Final = 64 * 1024
 
 
-JointUpdate: TypeAlias = Generator[Joint, Mapping[str, Arrays], dict[str, UpdateStats]]
+JointUpdate: TypeAlias = Generator[Joint | Effect, Any, dict[str, UpdateStats]]
 
 
-def together(updates: Mapping[str, Update], weight: float) -> JointUpdate:
+def together(updates: Mapping[str, AskingUpdate], weight: float) -> JointUpdate:
     """Run updates in step, each by what came of its own section; ``{}`` is what came of one that nobody gave anything.
+
+    Effects other than averages are asked for at once, one after the other, and are in step with nobody.
 
     Args:
         updates: by the name of the section; not begun.
@@ -52,11 +55,11 @@ def together(updates: Mapping[str, Update], weight: float) -> JointUpdate:
     waiting: dict[str, Exchange] = {}
     try:
         for name in sorted(updates):
-            _advance(name, updates[name], None, waiting, stats)
+            yield from _advance(name, updates[name], None, waiting, stats)
         while waiting:
             answers = yield Joint(dict(waiting), weight, all(each.is_last for each in waiting.values()))
             for name in sorted(waiting):
-                _advance(name, updates[name], answers.get(name, {}), waiting, stats)
+                yield from _advance(name, updates[name], answers.get(name, {}), waiting, stats)
     finally:
         for update in updates.values():
             update.close()
@@ -65,13 +68,17 @@ def together(updates: Mapping[str, Update], weight: float) -> JointUpdate:
 
 def _advance(
     name: str,
-    update: Update,
+    update: AskingUpdate,
     answer: Arrays | None,
     waiting: dict[str, Exchange],
     stats: dict[str, UpdateStats],
-) -> None:
+) -> Generator[Effect, Any, None]:
+    """Run one update until it wants something averaged, or is done."""
     try:
-        waiting[name] = next(update) if answer is None else update.send(answer)
+        wanted = next(update) if answer is None else update.send(answer)
+        while not isinstance(wanted, Exchange):
+            wanted = update.send((yield wanted))
+        waiting[name] = wanted
     except StopIteration as end:
         stats[name] = end.value
         waiting.pop(name, None)

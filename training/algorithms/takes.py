@@ -21,11 +21,12 @@ import torch
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.training.algorithms.adam import Adam
-from shoal.training.algorithms.base import DivergedError, Exchange, Update, UpdateStats
+from shoal.training.algorithms.base import AskingUpdate, DivergedError, Exchange, UpdateStats
 from shoal.training.algorithms.modes import MODES, Given, Stepper, step_alone
 from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits, as_floats
 from shoal.training.algorithms.rollouts import Stream
 from shoal.training.algorithms.settings import check_ranges, setting
+from shoal.training.effects import Effect
 from shoal.training.exchange import outer
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outer import Outer
@@ -107,7 +108,7 @@ class TakeObjective(Protocol[M, B]):
         """The run's."""
         ...
 
-    def prepare(self, takes: Sequence[Take], model: M, news: News) -> Generator[Exchange, Arrays, B | None]:
+    def prepare(self, takes: Sequence[Take], model: M, news: News) -> Generator[Exchange | Effect, Any, B | None]:
         """What an update is made from; None, if there is nothing to learn from these takes."""
         ...
 
@@ -177,7 +178,7 @@ class Trainee:
 
     # --- an update ---
 
-    def update(self, takes: Sequence[Take], news: News) -> Update:
+    def update(self, takes: Sequence[Take], news: News) -> AskingUpdate:
         """Learn from takes; whoever drives it puts the trainee back if it fails (`snapshot`, `restore`).
 
         Raises:
@@ -217,13 +218,13 @@ class Trainee:
 
         return teach
 
-    def _prepare(self, takes: Sequence[Take], news: News) -> Generator[Exchange, Arrays, Any]:
+    def _prepare(self, takes: Sequence[Take], news: News) -> Generator[Exchange | Effect, Any, Any]:
         """The objective's, with the last of its exchanges marked if nothing comes after it."""
         preparing = self._objective.prepare(takes, self.model, news)
         number, answer = 0, None
         while True:
             try:
-                wanted = next(preparing) if answer is None else preparing.send(answer)
+                wanted = preparing.send(answer)  # None, at first
             except StopIteration as end:
                 if number != self._objective.num_exchanges:
                     raise UsageError(
@@ -231,6 +232,9 @@ class Trainee:
                         "says how often, whatever the takes"
                     ) from end
                 return end.value
+            if not isinstance(wanted, Exchange):
+                answer = yield wanted
+                continue
             number += 1
             is_last = self.is_own and number == self._objective.num_exchanges
             answer = yield Exchange(

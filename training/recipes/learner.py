@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -25,12 +26,14 @@ import numpy as np
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
-from shoal.training.algorithms.base import AnyUpdate, Collected, Exchange, Update, UpdateStats
+from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, Exchange, Update, UpdateStats
 from shoal.training.algorithms.joint import together
 from shoal.training.algorithms.rollouts import derive_seed, never
 from shoal.training.algorithms.takes import Trainee
+from shoal.training.effects import Latest
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
+from shoal.training.plugins import suggest
 from shoal.training.recipes.makers import make_model, objective_of
 from shoal.training.recipes.playing import play_out, score_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
@@ -40,7 +43,7 @@ from shoal.training.tasks.cast import Actor, Learned, Seat
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.playing import Played
-from shoal.training.tasks.source import News
+from shoal.training.tasks.source import News, Posted
 from shoal.training.tasks.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -61,12 +64,19 @@ class RecipeLearner:
             itself.
     """
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, failures: Failures, *, peer: PeerId, life: str = "") -> None:
+    def __init__(
+        self, recipe: Recipe, manifest: Manifest, failures: Failures, *, peer: PeerId, life: str = "", part: str = ""
+    ) -> None:
         """Begin with nothing played.
 
         Raises:
-            UsageError: if a policy's model or objective cannot be made so.
+            UsageError: if a policy's model or objective cannot be made so, or the recipe has no such part.
         """
+        name = part or next(iter(recipe.parts))
+        if name not in recipe.parts:
+            raise UsageError(f"the recipe {recipe.name} has no part {name[:40]!r}; {suggest(name, recipe.parts)}")
+        self._part = recipe.parts[name]
+        self._posts: dict[str, tuple[Posted, ...]] = {}
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
         self._share = manifest.batch.largest_share
@@ -131,7 +141,7 @@ class RecipeLearner:
         self._require_idle()
         if not all(self._taught.values()):
             self._teach()
-        if self._epoch == 0 and self._is_warming:
+        if (self._epoch == 0 and self._is_warming) or not self._part.acts:
             self._is_exhausted = True
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:
@@ -153,7 +163,7 @@ class RecipeLearner:
 
     @property
     def _news(self) -> News:
-        return News(self._epoch, self._env_steps)
+        return News(self._epoch, self._env_steps, posts=self._posts)
 
     def _teach(self) -> None:
         for name, policy in sorted(self._recipe.policies.items()):
@@ -173,13 +183,16 @@ class RecipeLearner:
     def _update(self) -> AnyUpdate:
         before = {name: trainee.snapshot() for name, trainee in self._trainees.items()}
         try:
-            updates: dict[str, Update] = {NEWS: self._count()}
+            updates: dict[str, AskingUpdate] = {NEWS: self._count()}
             for name, trainee in self._trainees.items():
                 if self._epoch == 0 and self._is_warming:
                     updates[name] = self._agree(name, trainee)
                 elif not self._recipe.policies[name].is_frozen:
-                    updates[name] = trainee.update(self._takes(name), self._news)
+                    takes = self._takes(name) if self._trains(name) else []
+                    updates[name] = trainee.update(takes, self._news)
             stats = yield from together(updates, max(1, self._turns) if self._is_exhausted else self._turns)
+            for topic in self._recipe.topics:
+                self._posts[topic] = tuple((yield Latest(topic)))
         except BaseException:
             for name, trainee in self._trainees.items():
                 trainee.load(before[name])
@@ -193,6 +206,9 @@ class RecipeLearner:
         self.scores = {name: value for name, value in self.scores.items() if "." not in name} | metrics
         steps = max((each.steps for each in stats.values()), default=0)
         return UpdateStats(sum(each.samples for each in stats.values()), steps, metrics)
+
+    def _trains(self, policy: str) -> bool:
+        return any(fnmatchcase(policy, pattern) for pattern in self._part.trains)
 
     def _takes(self, policy: str) -> list[Take]:
         """What this policy did, of what is known how likely it was."""

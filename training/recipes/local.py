@@ -10,15 +10,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from shoal.protocol.ids import PeerId
-from shoal.training.algorithms.base import DivergedError
+from shoal.protocol.ids import Cid, PeerId
+from shoal.training.algorithms.base import AnyUpdate, DivergedError, Exchange, Joint
 from shoal.training.arena import Arena
+from shoal.training.effects import Effect, Latest, Post
 from shoal.training.exchange.rules import Aggregator
 from shoal.training.manifest import Manifest
 from shoal.training.merging import Given, Merging
 from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.recipe import Recipe, Report
+from shoal.training.state import encode_arrays
 from shoal.training.tasks.failures import Failures
+from shoal.training.tasks.source import Posted
 
 
 def peers(count: int) -> list[PeerId]:
@@ -39,11 +42,30 @@ def manifest_of(recipe: Recipe, owner: PeerId, seed: int = 0, **settings: Any) -
     return Manifest(owner=owner, seed=seed, **wanted)
 
 
+class Board:
+    """What everybody has posted."""
+
+    def __init__(self) -> None:
+        self._posted: list[tuple[str, Posted]] = []
+
+    def answer(self, author: PeerId, epoch: int, effect: Effect) -> Cid | tuple[Posted, ...]:
+        """As a node would."""
+        match effect:
+            case Post(topic, arrays, meta):
+                cid = Cid.of_block(encode_arrays(arrays, meta))
+                self._posted.insert(0, (topic, Posted(author, cid, epoch, arrays, meta)))
+                return cid
+            case Latest(topic, count, max_age):
+                found = [each for name, each in self._posted if name == topic]
+                return tuple(each for each in found if max_age is None or epoch - each.epoch <= max_age)[:count]
+
+
 class Company:
     """Learners of one recipe, and what merges for each.
 
     Attributes:
         learners: by name.
+        board: of what they post.
     """
 
     def __init__(self, recipe: Recipe, names: Sequence[PeerId], seed: int = 0, **settings: Any) -> None:
@@ -51,6 +73,8 @@ class Company:
         self.learners = {
             name: RecipeLearner(recipe, manifest, Failures(recipe.name), peer=name, life="0") for name in names
         }
+        self.board = Board()
+        self._epoch = 0
         self._recipe = recipe
         self._merging = {
             name: Merging(Aggregator.parse(manifest.aggregator), manifest.codec, Arena.make()) for name in names
@@ -71,7 +95,9 @@ class Company:
             DivergedError: if it came to nothing.
         """
         updates = {name: learner.update() for name, learner in self.learners.items()}
-        wanted = {name: next(update) for name, update in updates.items()}
+        wanted: dict[PeerId, Exchange | Joint] = {}
+        for name in updates:
+            self._advance(name, updates[name], None, wanted)
         while wanted:
             given = []
             for name, each in wanted.items():
@@ -85,13 +111,22 @@ class Company:
                 if rejected:
                     raise DivergedError(f"{name} refuses what {', '.join(rejected)} gave")
                 self._merging[name].settle(arrived=True)
-                try:
-                    wanted[name] = updates[name].send(answer)
-                except StopIteration:
-                    over += 1
-                    del wanted[name]
+                over += not self._advance(name, updates[name], answer, wanted)
             if wanted and over:
                 raise DivergedError("some are done and others are not")
+        self._epoch += 1
+
+    def _advance(self, name: PeerId, update: AnyUpdate, answer: Any, wanted: dict[PeerId, Exchange | Joint]) -> bool:
+        """Run one's update until it wants something averaged; whether it does."""
+        try:
+            asked = update.send(answer)
+            while isinstance(asked, Post | Latest):
+                asked = update.send(self.board.answer(name, self._epoch, asked))
+        except StopIteration:
+            wanted.pop(name, None)
+            return False
+        wanted[name] = asked
+        return True
 
     def probe(self, seed: int = 1) -> dict[str, float]:
         """The mean of what each says, by probe."""

@@ -163,6 +163,21 @@ class Verdict:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What some of the nodes do in a run.
+
+    Attributes:
+        trains: patterns of the policies that they train; of the others they only hold what is everybody's.
+        acts: whether they play.
+        answers: the policies by which they answer the others' asks (`shoal.training.tasks.cast.Away`).
+    """
+
+    trains: tuple[str, ...] = ("*",)
+    acts: bool = True
+    answers: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One way of learning together.
@@ -177,6 +192,8 @@ class Recipe:
         source: of what is played.
         cast: who plays.
         policies: by name.
+        parts: by name, what nodes may be; a node that says nothing is the first.
+        topics: of posts that sources and objectives read from `News.posts`.
         probes: the first is what the run's curve shows.
         verdict: of this run and of the baseline.
         baseline: what the baseline overrides, by paths as `shoal.training.recipes.overriding` says.
@@ -201,6 +218,8 @@ class Recipe:
     verdict: Callable[[Report, Report], Verdict]
     baseline: Mapping[str, Any] = field(default_factory=dict)
     objectives: tuple[type[Any], ...] = ()
+    parts: Mapping[str, Part] = field(default_factory=lambda: {"peer": Part()})
+    topics: tuple[str, ...] = ()
     epochs: int = 50
     turns: int = 256
     plays: int = 64
@@ -210,6 +229,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 1 <= len(self.policies) <= MAX_POLICIES or not 1 <= len(self.probes) <= MAX_PROBES:
             raise UsageError(f"a recipe has 1 to {MAX_POLICIES} policies and 1 to {MAX_PROBES} probes")
+        if not self.parts:
+            raise UsageError("a recipe has at least one part; leave parts out for one that does everything")
         if len({probe.name for probe in self.probes}) < len(self.probes):
             raise UsageError("two probes of a recipe are called alike")
 
