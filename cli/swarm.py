@@ -27,7 +27,7 @@ from shoal.node.api.schemas import SwarmDetail
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoDaemonError, NoPeersError, ShoalError, UsageError
 from shoal.training.exchange.rules import Codec
-from shoal.training.manifest import LOOP_ALGORITHM, LOOP_SCHEME, Mode
+from shoal.training.manifest import LOOP_ALGORITHM, LOOP_SCHEME, RECIPE_SCHEME, Mode
 from shoal.training.ticket import Ticket
 
 swarm_app = typer.Typer(help="Training runs.", no_args_is_help=True)
@@ -47,9 +47,15 @@ RoleOption = Annotated[RoleChoice, typer.Option(help="What this node does in it.
 @swarm_app.command("create")
 def create(  # the options of one command; Typer wants them as arguments
     task: Annotated[
-        str, typer.Option(help="For a Gymnasium environment: gym:NAME. For training loops of your own: loop:NAME.")
+        str,
+        typer.Option(
+            help="For a Gymnasium environment: gym:NAME. For a way of learning together: recipe:NAME. For training "
+            "loops of your own: loop:NAME."
+        ),
     ],
-    algorithm: Annotated[str | None, typer.Option(help="How to learn it. Default: ppo; of loops: average.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="How to learn it. Default: ppo; of recipes: recipe; of loops: average.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="For people; the run's real name is a CID.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="What peers exchange.")] = None,
     aggregator: Annotated[
@@ -95,9 +101,10 @@ def create(  # the options of one command; Typer wants them as arguments
         "seed": seed,
     }
     given = {key: value for key, value in chosen.items() if value is not None}
-    is_loop = task.startswith(f"{LOOP_SCHEME}:")
+    scheme = task.partition(":")[0]
+    is_loop = scheme == LOOP_SCHEME
     if algorithm is None:
-        algorithm = LOOP_ALGORITHM if is_loop else "ppo"
+        algorithm = {LOOP_SCHEME: LOOP_ALGORITHM, RECIPE_SCHEME: RECIPE_SCHEME}.get(scheme, "ppo")
     try:
         request = CreateSwarm(
             task=task, algorithm=algorithm, hyperparameters=hyperparameters(setting or ()), role=role.value, **given

@@ -31,6 +31,8 @@ LOOP_SCHEME: Final = "loop"
 """Of the task of a run whose members bring training loops of their own (`training.loop`): ``loop:digits``."""
 LOOP_ALGORITHM: Final = "average"
 """Theirs: what each made of the parameters is averaged, and how it did that is its own business."""
+RECIPE_SCHEME: Final = "recipe"
+"""Of the task, and the algorithm, of a run of a recipe (`training.recipes`): ``recipe:rlccf``."""
 LOOP_MAX_SAMPLES: Final = 2**50
 """How long such a run goes on unless its manifest says otherwise: without end, as far as anybody can see."""
 

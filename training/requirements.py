@@ -25,7 +25,7 @@ from typing import Final
 from shoal.protocol.errors import UsageError
 from shoal.training.manifest import Manifest, Role
 
-EXCHANGE_VERSION: Final = 1
+EXCHANGE_VERSION: Final = 2
 """Raised with every change after which members of both versions could end a round with different bytes."""
 
 LOOP_VERSION: Final = 1

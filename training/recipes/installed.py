@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
-from shoal.training.manifest import Evaluators, Manifest
+from shoal.training.manifest import RECIPE_SCHEME, Evaluators, Manifest
 from shoal.training.plugins import load_plugin
 from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.overriding import overridden
@@ -19,7 +19,6 @@ from shoal.training.tasks import ActionSpace, Discrete, Task, VectorEnv
 from shoal.training.tasks.failures import Failures
 
 GROUP: Final = "shoal.recipes"
-SCHEME: Final = "recipe"
 _ENGINE_VERSION: Final = 1
 """Raised when the same recipe would lead to something else because of what all recipes share."""
 
@@ -50,7 +49,7 @@ class RecipeTask:
 
     def __init__(self, name: str) -> None:
         self.recipe = load_recipe(name)
-        self.name = f"{SCHEME}:{name}"
+        self.name = f"{RECIPE_SCHEME}:{name}"
         self.version = 1000 * _ENGINE_VERSION + self.recipe.version
         self.failures = Failures(self.name)
 
@@ -60,7 +59,7 @@ class RecipeTask:
         Raises:
             UsageError: always.
         """
-        raise UsageError(f"{self.name} is played, not stepped: learn it by --algorithm {SCHEME}")
+        raise UsageError(f"{self.name} is played, not stepped: learn it by --algorithm {RECIPE_SCHEME}")
 
     @property
     def run_defaults(self) -> dict[str, Any]:
@@ -77,7 +76,7 @@ class RecipeTask:
 class RecipeAlgorithm:
     """How recipes are learned: ``recipe``."""
 
-    name = SCHEME
+    name = RECIPE_SCHEME
     version = 1
 
     def learner(self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "") -> RecipeLearner:
