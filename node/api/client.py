@@ -219,7 +219,7 @@ class Client:
     @contextmanager
     def _request(self, method: str, path: str, body: BaseModel | None, timeout_s: float) -> Iterator[Answer]:
         """A good answer, to be read in the block; a bad one is raised."""
-        content = None if body is None else body.model_dump_json().encode()
+        content = None if body is None else body.model_dump_json(exclude_unset=True).encode()
         try:
             connection = connect(self._path, timeout_s)
         except OSError as error:

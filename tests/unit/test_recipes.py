@@ -140,6 +140,19 @@ def test_a_newcomer_takes_the_shared_state_and_goes_on_with_the_others() -> None
     assert len({parameters(each).tobytes() for each in company.learners.values()}) == 1
 
 
+def test_who_was_late_plays_in_the_next_epoch_beside_what_it_keeps() -> None:
+    """It is not at the end of the source because it was in the epoch before."""
+    recipe = tiny(owner="all")
+    company = run(recipe, 1, count=2)
+    company.collect()
+    late = list(company.learners.values())[1]
+    turns = late._turns
+    state = run(recipe, 2, count=1).learners[peers(1)[0]].export_state()
+    late.import_state(state, keep_samples=True)
+    assert late.samples == turns
+    assert late.collect(12).samples > 0
+
+
 def test_a_worker_that_is_started_anew_goes_on_with_the_policy_that_is_its_own(tmp_path: Path) -> None:
     """From its file; a file of nonsense begins anew, and says so."""
     recipe = tiny()

@@ -270,6 +270,7 @@ class RecipeLearner:
             if epoch > 0 and not trainee.is_own:
                 self._taught[name] = True
         self._epoch, self._env_steps = epoch, env_steps
+        self._is_exhausted = False  # in this epoch there is more to play
 
     def policy_arrays(self) -> Arrays:
         """The parameters that all nodes hold, copied."""
