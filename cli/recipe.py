@@ -125,7 +125,7 @@ def _report(nodes: School, recipe: Recipe, settings: Mapping[str, Any], seed: in
         batch_per_learner=recipe.turns,
         eval_interval=min(recipe.eval_interval, epochs),
     )
-    created = nodes.begin(request)
+    created = nodes.begin(request, list(recipe.parts))
     last = epochs - epochs % request.eval_interval
     began, shown = time.monotonic(), 0
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,13 +84,13 @@ class School:
             pupil.peer_id = ready["peer_id"]
             self.say(f"{pupil.name}  {pupil.peer_id}  pid {ready['pid']}")
 
-    def begin(self, request: CreateSwarm) -> CreatedSwarm:
-        """The first creates a swarm, the others join it."""
+    def begin(self, request: CreateSwarm, parts: Sequence[str] = ("",)) -> CreatedSwarm:
+        """The first creates a swarm, the others join it; each is the next of the parts, and then they begin again."""
         with self.pupils[0].connect() as client:
-            created = client.create_swarm(request)
-        for pupil in self.pupils[1:]:
+            created = client.create_swarm(request.model_copy(update={"part": parts[0]}) if parts[0] else request)
+        for number, pupil in enumerate(self.pupils[1:], 1):
             with pupil.connect() as client:
-                client.join_swarm(JoinSwarm(ticket=created.ticket))
+                client.join_swarm(JoinSwarm(ticket=created.ticket, part=parts[number % len(parts)]))
         self.say(f"{self.pupils[0].name} began swarm {created.swarm}; the others joined by its ticket\n")
         return created
 

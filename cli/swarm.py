@@ -41,6 +41,9 @@ class RoleChoice(StrEnum):
     STORAGE = "storage"
 
 
+PartOption = Annotated[
+    str, typer.Option(metavar="PART", help="What this node is in a recipe; `shoal recipe show` lists the parts.")
+]
 RoleOption = Annotated[RoleChoice, typer.Option(help="What this node does in it.")]
 
 
@@ -82,6 +85,7 @@ def create(  # the options of one command; Typer wants them as arguments
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter; repeat for more.")
     ] = None,
     role: RoleOption = RoleChoice.AUTO,
+    part: PartOption = "",
     profile: Profile = "default",
     as_json: AsJson = False,
 ) -> None:
@@ -99,6 +103,7 @@ def create(  # the options of one command; Typer wants them as arguments
         "eval_interval": eval_interval,
         "max_env_steps": max_env_steps,
         "seed": seed,
+        "part": part or None,
     }
     given = {key: value for key, value in chosen.items() if value is not None}
     scheme = task.partition(":")[0]
@@ -161,13 +166,14 @@ def ticket(swarm: OptionalSwarm = None, profile: Profile = "default", as_json: A
 def join(
     ticket: Annotated[str, typer.Argument(help="What `shoal swarm create` printed.")],
     role: RoleOption = RoleChoice.AUTO,
+    part: PartOption = "",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as the node has joined.")] = False,
     profile: Profile = "default",
     as_json: AsJson = False,
 ) -> None:
     """Take part in a training run. Starts the node in the background if none runs, then watches."""
     Ticket.parse(ticket)  # before a node is started for it
-    request = JoinSwarm(ticket=ticket.strip(), role=role.value)
+    request = JoinSwarm(ticket=ticket.strip(), role=role.value, part=part)
     with _connect_or_start(profile, as_json=as_json) as client:
         joined = client.join_swarm(request)
         if detach or as_json:

@@ -424,7 +424,7 @@ class Node:
 
     async def join_swarm(self, request: JoinSwarm) -> JoinedSwarm:
         """Take part in a run."""
-        swarm, role = await self._swarms.join(Ticket.parse(request.ticket), request.role)
+        swarm, role = await self._swarms.join(Ticket.parse(request.ticket), request.role, request.part)
         return JoinedSwarm(swarm=swarm, role=str(role))
 
     async def leave_swarm(self, swarm: SwarmId) -> None:

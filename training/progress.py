@@ -57,6 +57,7 @@ class Progress:
     lost_env_steps: int = 0
     rejected: dict[PeerId, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    part: str = ""
     recent_returns: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
     _still_s: float = 0.0
     _rate_since: float = 0.0
@@ -112,6 +113,7 @@ class Progress:
             env_steps=self.own_env_steps,
             steps_per_s=0.0 if self.phase is Phase.DONE else round(min(self.steps_per_s, MAX_RATE), 1),
             speed=round(min(self.speed, MAX_RATE), 1),
+            part=self.part,
         )
 
     def to_tell(self, role: Role, epoch: int, num_live: int, now: float) -> Facts | None:

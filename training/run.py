@@ -109,6 +109,7 @@ class Run:
         shunned: Iterable[PeerId] = (),
         own_env_steps: int = 0,
         rounds: int = 0,
+        part: str = "",
     ) -> None:
         """Begin.
 
@@ -123,8 +124,9 @@ class Run:
             shunned: likewise, in what they reduced.
             own_env_steps: that an earlier life put in.
             rounds: that an earlier life was part of.
+            part: what this node is in a recipe.
         """
-        self.progress = Progress(own_env_steps=own_env_steps, rounds=rounds, rounds_before=rounds)
+        self.progress = Progress(own_env_steps=own_env_steps, rounds=rounds, rounds_before=rounds, part=part)
         self.claims = Claims(me, manifest.target_return, liars)
         self.lineage = Lineage(me)
         self.jobs = Jobs(self.progress, now)

@@ -48,6 +48,7 @@ MAX_OFFERS: Final = 128
 MAX_ATTEMPTS: Final = 2**20
 MAX_DIGEST_CHARS: Final = 128
 MAX_TOPIC_CHARS: Final = 40
+MAX_PART_CHARS: Final = 40
 MAX_POSTED: Final = 32
 """Newest things that one member has posted, under all topics, that others can ask for."""
 MAX_POST_BYTES: Final = 4 * 1024 * 1024
@@ -80,6 +81,7 @@ class Facts:
         env_steps: by itself, in this run, in all.
         steps_per_s: its recent rate of environment steps, pauses included.
         speed: environment steps per second while it collects.
+        part: what it is in a recipe; empty: the first part there is.
     """
 
     role: Role
@@ -90,8 +92,11 @@ class Facts:
     env_steps: int = 0
     steps_per_s: float = 0.0
     speed: float = 0.0
+    part: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.part) > MAX_PART_CHARS:
+            raise ProtocolError(f"the name of a part has at most {MAX_PART_CHARS} characters")
         _check(self.epoch, MAX_EPOCH, "epoch")
         _check(self.step, MAX_EPOCH, "step")
         _check(self.samples, MAX_SAMPLES, "samples")

@@ -15,10 +15,10 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
@@ -28,10 +28,10 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
-from shoal.training.algorithms.base import AnyUpdate, Joint, Probing, Settled
+from shoal.training.algorithms.base import AnyUpdate, Consulting, Joint, Probing, Settled
 from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.arena import Arena, Region
-from shoal.training.effects import Effect, Latest, Post
+from shoal.training.effects import Consult, Effect, Latest, Post
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.rules import Aggregator, Codec
@@ -42,12 +42,16 @@ from shoal.training.statements import HASH_BYTES, NO_BALLOT
 from shoal.training.tasks import load_task
 from shoal.training.tasks.failures import FILE, Failures, TaskFailedError, append
 from shoal.training.tasks.source import Posted
+from shoal.training.tasks.wire import encode_takes
 from shoal.training.watch import Slot
 from shoal.training.worker_calls import (
     ABANDON,
+    ACT,
     BEGIN,
     COLLECT,
+    COLLECT_ON,
     EVALUATE,
+    EVALUATE_ON,
     FINISH,
     GO_ON,
     LARGE_STATE_BYTES,
@@ -59,9 +63,13 @@ from shoal.training.worker_calls import (
     OPEN,
     TASK_FAILED,
     Abandon,
+    Act,
+    Acted,
     Begin,
     Collect,
     Collected,
+    ConsultAsked,
+    Consulted,
     Evaluate,
     Evaluated,
     Finish,
@@ -88,6 +96,8 @@ MAX_IDLE_EPOCHS: Final = 2**20
 
 _NOTHING: Final = Collected(0, 0, ())
 
+P = TypeVar("P", Collected, Evaluated)
+
 
 class Worker:
     """One swarm's learner behind the worker's methods."""
@@ -112,6 +122,7 @@ class Worker:
         self._next = _Descent()
         self._is_counted = False
         self._asked: Effect | None = None
+        self._playing: tuple[Generator[Consult, Any, Any], float] | None = None  # and when it was begun
         self._rejected: tuple[PeerId, ...] = ()  # by the merge before
         self._max_env_steps = 0
         self._merging = Merging(Aggregator(), Codec.FP32, self._arena)
@@ -120,11 +131,14 @@ class Worker:
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
             COLLECT.name: (COLLECT.request, self.collect),
+            COLLECT_ON.name: (COLLECT_ON.request, self.collect_on),
+            ACT.name: (ACT.request, self.act),
             BEGIN.name: (BEGIN.request, self.begin),
             MERGE.name: (MERGE.request, self.merge),
             GO_ON.name: (GO_ON.request, self.go_on),
             ABANDON.name: (ABANDON.request, self.abandon),
             EVALUATE.name: (EVALUATE.request, self.evaluate),
+            EVALUATE_ON.name: (EVALUATE_ON.request, self.evaluate_on),
             LOG.name: (LOG.request, self.log),
             FINISH.name: (FINISH.request, self.finish),
         }
@@ -170,8 +184,37 @@ class Worker:
         """Collect experience."""
         began = time.monotonic()
         ends = math.inf if request.max_seconds is None else began + request.max_seconds
-        collected = self.learner.collect(request.num_steps, lambda: time.monotonic() >= ends)
-        return self._collected(collected, began)
+        learner = self.learner
+        if isinstance(learner, Consulting):
+            self._playing = learner.collecting(request.num_steps, lambda: time.monotonic() >= ends), began
+            return self._play(None, lambda: Collected(0, learner.samples, ()))
+        return self._collected(learner.collect(request.num_steps, lambda: time.monotonic() >= ends), began)
+
+    def collect_on(self, request: Consulted) -> Collected:
+        """Go on collecting, with what another member answered."""
+        return self._play(request.acts, lambda: Collected(0, self.learner.samples, ()))
+
+    def act(self, request: Act) -> Acted:
+        """Answer another member."""
+        learner = self.learner
+        if not isinstance(learner, Consulting):
+            raise RemoteError(Status.FAILED_PRECONDITION, "what is learned here answers nobody")
+        return Acted(learner.answer(request.policy, request.takes))
+
+    def _play(self, acts: bytes | memoryview | None, waiting: Callable[[], P]) -> P:
+        """Go on with what is played until it waits for another member, or is done."""
+        if self._playing is None:
+            raise RemoteError(Status.FAILED_PRECONDITION, "nothing is played that waits for anybody")
+        playing, began = self._playing
+        try:
+            asked = playing.send(None if acts is None else bytes(acts))
+        except StopIteration as end:
+            self._playing = None
+            return cast(P, end.value if isinstance(end.value, Evaluated) else self._collected(end.value, began))
+        except BaseException:
+            self._playing = None
+            raise
+        return replace(waiting(), consult=ConsultAsked(asked.part, asked.policy, encode_takes(asked.takes)))
 
     def _collected(self, collected: LearnerCollected, began: float) -> Collected:
         returns = tuple(float(value) for value in collected.episode_returns)
@@ -331,7 +374,21 @@ class Worker:
 
     def evaluate(self, request: Evaluate) -> Evaluated:
         """Evaluate the present policy."""
-        returns = self.learner.evaluate(request.episodes, request.seed)
+        learner = self.learner
+        if isinstance(learner, Consulting):
+
+            def evaluating() -> Generator[Consult, Any, Evaluated]:
+                return self._evaluated((yield from learner.evaluating(request.episodes, request.seed)))
+
+            self._playing = evaluating(), time.monotonic()
+            return self._play(None, lambda: Evaluated(()))
+        return self._evaluated(learner.evaluate(request.episodes, request.seed))
+
+    def evaluate_on(self, request: Consulted) -> Evaluated:
+        """Go on evaluating, with what another member answered."""
+        return self._play(request.acts, lambda: Evaluated(()))
+
+    def _evaluated(self, returns: Sequence[float]) -> Evaluated:
         failed = self._failures
         scores = self.learner.scores if isinstance(self.learner, Probing) else {}
         sound = {name: float(score) for name, score in scores.items() if math.isfinite(score)}
@@ -388,7 +445,8 @@ def make_installed(request: Open) -> tuple[Learner, Failures]:
     check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
     if request.folder:
         task.failures.keep_in(Path(request.folder))
-    return algorithm.learner(manifest, task, peer=request.peer, life=request.life), task.failures
+    made = algorithm.learner(manifest, task, peer=request.peer, life=request.life, part=request.part)
+    return made, task.failures
 
 
 @dataclass(frozen=True, slots=True)

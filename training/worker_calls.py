@@ -24,12 +24,14 @@ class Open:
         folder: of the run on this machine; training metrics go into its ``tensorboard``, and what fails in environments
             into `shoal.training.tasks.failures.FILE`. Empty: nowhere.
         life: another text for every worker, so that none meets the episodes of the one before it.
+        part: what this node is in a recipe; empty: the first part there is.
     """
 
     manifest: Manifest
     peer: PeerId
     folder: str = ""
     life: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,48 @@ class Collect:
 
 
 @dataclass(frozen=True, slots=True)
+class ConsultAsked:
+    """Plays wait for another member; see `shoal.training.effects.Consult`.
+
+    Attributes:
+        part: that the member plays.
+        policy: by which it is to answer; None: a person.
+        takes: as `shoal.training.tasks.wire` writes them.
+    """
+
+    part: str
+    policy: str | None
+    takes: Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class Consulted:
+    """The answer, as `shoal.training.tasks.wire` writes acts; None if nobody gave any."""
+
+    acts: Attachment | None
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """Another member's plays wait for this one: say what a policy does.
+
+    Attributes:
+        policy: by which, of those that this node's part answers by.
+        takes: as in `ConsultAsked`.
+    """
+
+    policy: str
+    takes: Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """What it does, as in `Consulted`."""
+
+    acts: Attachment
+
+
+@dataclass(frozen=True, slots=True)
 class Collected:
     """What came of it.
 
@@ -100,6 +144,7 @@ class Collected:
         seconds: that it took.
         failures: environments that have failed since the worker was opened.
         failure: the last of them, in one line.
+        consult: nothing is collected yet: plays wait for another member; `COLLECT_ON` answers.
     """
 
     samples: int
@@ -108,6 +153,7 @@ class Collected:
     seconds: float = 0.0
     failures: int = 0
     failure: str = ""
+    consult: ConsultAsked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,12 +314,14 @@ class Evaluated:
         failures: as in `Collected`.
         failure: likewise.
         scores: what else was found, by name; finite.
+        consult: as in `Collected`; `EVALUATE_ON` answers.
     """
 
     returns: tuple[float, ...]
     failures: int = 0
     failure: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+    consult: ConsultAsked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +368,13 @@ MAX_COUNT: Final = 2**53
 OPEN: Final = Method("worker.open", Open, StateAnswer, timeout_s=None)
 LOAD: Final = Method("worker.load", Load, StateAnswer, timeout_s=None)
 COLLECT: Final = Method("worker.collect", Collect, Collected, timeout_s=None)
+COLLECT_ON: Final = Method("worker.collect_on", Consulted, Collected, timeout_s=None)
+ACT: Final = Method("worker.act", Act, Acted, timeout_s=None)
 BEGIN: Final = Method("worker.begin", Begin, MergeAnswer, timeout_s=None)
 MERGE: Final = Method("worker.merge", Merge, MergeAnswer, timeout_s=None)
 GO_ON: Final = Method("worker.go_on", GoOn, MergeAnswer, timeout_s=None)
 ABANDON: Final = Method("worker.abandon", Abandon, Empty, timeout_s=None)
 EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated, timeout_s=None)
+EVALUATE_ON: Final = Method("worker.evaluate_on", Consulted, Evaluated, timeout_s=None)
 LOG: Final = Method("worker.log", Log, Empty, timeout_s=None)
 FINISH: Final = Method("worker.finish", Finish, Empty, timeout_s=None)

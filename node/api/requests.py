@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from shoal.node.api.schemas import Model, PeerName
 from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import LOOP_MAX_SAMPLES, LOOP_SCHEME, Evaluators, Manifest, Mode
+from shoal.training.statements import MAX_PART_CHARS
 
 _MANIFEST_DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Manifest)}
 
@@ -134,6 +135,8 @@ class CreateSwarm(Asked):
     seed: int = _MANIFEST_DEFAULTS["seed"]
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     role: str = "auto"
+    part: str = Field(default="", max_length=MAX_PART_CHARS)
+    """What this node is in a recipe; empty: the first part there is."""
 
     @property
     def most_env_steps(self) -> int:
@@ -157,3 +160,5 @@ class JoinSwarm(Asked):
 
     ticket: str
     role: str = "auto"
+    part: str = Field(default="", max_length=MAX_PART_CHARS)
+    """What this node is in a recipe; empty: the first part there is."""

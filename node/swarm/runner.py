@@ -27,6 +27,7 @@ from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StorageError
 from shoal.node.supervise import Backoff, Domain
 from shoal.node.supervise import Policy as Task
+from shoal.node.swarm.consulting import Consulting
 from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.exchanging import Exchanging
 from shoal.node.swarm.giving import Giving
@@ -58,7 +59,9 @@ from shoal.training.worker_calls import (
     ABANDON,
     BEGIN,
     COLLECT,
+    COLLECT_ON,
     EVALUATE,
+    EVALUATE_ON,
     FINISH,
     GO_ON,
     LARGE_STATE_BYTES,
@@ -72,6 +75,7 @@ from shoal.training.worker_calls import (
     Begin,
     Collect,
     Collected,
+    Consulted,
     Evaluate,
     Finish,
     GoOn,
@@ -179,6 +183,8 @@ class Runner:
         self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
         self.giving = Giving(swarm, host, self.post, lambda peer: role is Role.LEARNER and peer in self.core.live)
+        self.consulting = Consulting(swarm, host, replica, self._connect, lambda peer: peer in self.core.live)
+        self._part = ""
         self._posts = Posts(swarm, me, replica, content, self._reachable)
         self._arena: Arena | None = None
         self._large: tuple[LargeArray, ...] = ()  # of what is exchanged now
@@ -224,6 +230,8 @@ class Runner:
             ShoalError: likewise, if there can be no worker.
         """
         stored = await trio.to_thread.run_sync(read_stored, self._storage, self.swarm)
+        part = await trio.to_thread.run_sync(self._storage.get_fact, part_fact(self.swarm))
+        self._part = "" if part is None else part.decode(errors="replace")
         self.core = Run(
             self.manifest,
             self.swarm,
@@ -235,6 +243,7 @@ class Runner:
             shunned=stored.shunned,
             own_env_steps=stored.env_steps,
             rounds=stored.rounds,
+            part=self._part,
         )
         self._told = (None, None)
         self._queue.clear()
@@ -522,6 +531,7 @@ class Runner:
             async with open_worker(nursery, self._me, self._folder, self._arena) as worker:
                 yield worker
         finally:
+            self.consulting.worker = None
             self._exchanging.forget()
             self._arena.close()
 
@@ -556,7 +566,7 @@ class Runner:
 
     async def _open(self, worker: Channel) -> events.Opened:
         self._job, self._num_failures = None, 0
-        request = Open(self.manifest, self._me, str(self._folder), secrets.token_hex(8))
+        request = Open(self.manifest, self._me, str(self._folder), secrets.token_hex(8), self._part)
         try:
             answer = await worker.call(OPEN, request)
         except RemoteError as error:
@@ -576,6 +586,7 @@ class Runner:
         return await self._put(answer.state, Region.STATE, answer.state_bytes)
 
     async def _do_jobs(self, worker: Channel) -> None:
+        self.consulting.worker = worker
         while True:
             if not self._jobs:
                 if not worker.is_open:
@@ -587,6 +598,8 @@ class Runner:
             match self._job:
                 case events.Collect(samples, max_seconds):
                     done = await worker.call(COLLECT, Collect(samples, max_seconds))
+                    while done.consult is not None:
+                        done = await worker.call(COLLECT_ON, Consulted(await self.consulting.ask(done.consult)))
                     self.post(self._collected(done))
                 case events.Update(policy):
                     begin = Begin(policy.epoch, policy.cid, policy.env_steps, policy.electorate.to_plain())
@@ -705,6 +718,8 @@ class Runner:
     async def _evaluate(self, worker: Channel) -> None:
         request = Evaluate(self.manifest.eval_episodes, (self.manifest.seed + 1_000_003) % 2**32)
         evaluated = await worker.call(EVALUATE, request)
+        while evaluated.consult is not None:
+            evaluated = await worker.call(EVALUATE_ON, Consulted(await self.consulting.ask(evaluated.consult)))
         self._note_failures(evaluated.failures, evaluated.failure)
         mean = sum(evaluated.returns) / len(evaluated.returns)
         env_steps = 0 if self.policy is None else self.policy.env_steps
@@ -737,6 +752,11 @@ class Runner:
         self.results = self._folder
         log.info("swarm %s: done, solved: %s (epoch %d)", self.swarm, progress.solved, result["epoch"])
         self.post(events.Finished())
+
+
+def part_fact(swarm: SwarmId) -> str:
+    """Under which it is kept what this node is in a recipe."""
+    return f"part/{swarm}"
 
 
 def _policy(answer: StateAnswer, cid: Cid) -> Policy:

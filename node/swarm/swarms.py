@@ -36,9 +36,18 @@ from shoal.node.swarm.lookup import LookedUp, look_up
 from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
-from shoal.node.swarm.runner import Runner
+from shoal.node.swarm.runner import Runner, part_fact
 from shoal.node.swarm.workers import can_train, require_training
-from shoal.node.wire.contracts import GossipPush, PresenceSummary, StepPart, SwarmService, SyncAnswer, SyncRequest
+from shoal.node.wire.contracts import (
+    ConsultAnswer,
+    ConsultRequest,
+    GossipPush,
+    PresenceSummary,
+    StepPart,
+    SwarmService,
+    SyncAnswer,
+    SyncRequest,
+)
 from shoal.protocol.codec import from_plain, to_plain
 from shoal.protocol.errors import Fault, NoPeersError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import PeerId, SwarmId
@@ -179,10 +188,11 @@ class Swarms:
             swarm, data = sign_manifest(manifest, self._signer)
         self._created.add(swarm)
         async with self._alone_in(swarm):
+            await trio.to_thread.run_sync(self._storage.put_fact, part_fact(swarm), request.part.encode())
             await self._enter(self._entry(swarm, data, role), is_new=True)
         return swarm
 
-    async def join(self, ticket: Ticket, role_name: str) -> tuple[SwarmId, Role]:
+    async def join(self, ticket: Ticket, role_name: str, part: str = "") -> tuple[SwarmId, Role]:
         """Take part in a run; in one that has failed on this node, again.
 
         Raises:
@@ -191,9 +201,9 @@ class Swarms:
         """
         self._role(role_name, is_loop=True)  # whatever it is a run of, there must be such a role
         async with self._alone_in(ticket.swarm):
-            return await self._join(ticket, role_name)
+            return await self._join(ticket, role_name, part)
 
-    async def _join(self, ticket: Ticket, role_name: str) -> tuple[SwarmId, Role]:
+    async def _join(self, ticket: Ticket, role_name: str, part: str) -> tuple[SwarmId, Role]:
         known = self.joined.get(ticket.swarm)
         if known is not None and known.failure is None:
             known.replica.look_for(ticket.addresses)
@@ -209,6 +219,7 @@ class Swarms:
         before = () if stored is None else stored.addresses
         addresses = tuple(dict.fromkeys((*ticket.addresses, *before)))
         entry = self._entry(ticket.swarm, data, role, addresses)
+        await trio.to_thread.run_sync(self._storage.put_fact, part_fact(ticket.swarm), part.encode())
         await self._enter(entry, is_new=stored is None or stored.has_left)
         return ticket.swarm, role
 
@@ -504,3 +515,7 @@ class _SwarmCalls(SwarmService):
     async def give(self, request: StepPart) -> Empty:
         self._swarms.running(request.swarm).run.giving.take(current_call().peer, request)
         return Empty()
+
+    async def consult(self, request: ConsultRequest) -> ConsultAnswer:
+        consulting = self._swarms.running(request.swarm).run.consulting
+        return ConsultAnswer(await consulting.answer(current_call().peer, request.policy, bytes(request.takes)))

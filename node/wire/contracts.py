@@ -18,6 +18,11 @@ from shoal.protocol.services import Empty, Service, unary
 from shoal.protocol.signing import Signed
 from shoal.training.exchange.audits import SignedOutcome
 
+CONSULT_S: Final = 10.0
+"""How long a play waits for another member."""
+MAX_CONSULT_BYTES: Final = 4 * 1024 * 1024 + 4096
+"""Of one question or answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockRequest:
@@ -98,6 +103,28 @@ class GossipPush:
 
 
 @dataclass(frozen=True, slots=True)
+class ConsultRequest:
+    """The caller's plays wait for one of the callee's policies (`shoal.training.effects.Consult`).
+
+    Attributes:
+        swarm: of which.
+        policy: by which.
+        takes: as `shoal.training.tasks.wire` writes them.
+    """
+
+    swarm: SwarmId
+    policy: str
+    takes: Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class ConsultAnswer:
+    """What the policy does, as `shoal.training.tasks.wire` writes acts."""
+
+    acts: Attachment
+
+
+@dataclass(frozen=True, slots=True)
 class StepPart:
     """What the caller gives at one step of an update that is exchanged directly (`shoal.training.exchange.direct`).
 
@@ -175,6 +202,11 @@ class SwarmService(Service, name="swarm"):
     @unary(idempotent=True, max_answer_bytes=64, answer_lag_s=GIVE_LAG_S)
     async def give(self, request: StepPart) -> Empty:
         """Take the caller's part of a step; FAILED_PRECONDITION if this node learns nothing with the caller."""
+        raise NotImplementedError
+
+    @unary(idempotent=True, timeout_s=CONSULT_S, max_answer_bytes=MAX_CONSULT_BYTES, max_calls_per_s=50)
+    async def consult(self, request: ConsultRequest) -> ConsultAnswer:
+        """Say what a policy of this node does; FAILED_PRECONDITION if it does not answer the caller, or not by it."""
         raise NotImplementedError
 
 

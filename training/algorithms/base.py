@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
-from shoal.training.effects import Effect
+from shoal.training.effects import Consult, Effect
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.exchange.outliers import Scale
 from shoal.training.exchange.rules import Codec
@@ -213,6 +213,28 @@ class Settled(Protocol):
         ...
 
 
+@runtime_checkable
+class Consulting(Protocol):
+    """A learner whose plays may wait for other members, and which answers theirs."""
+
+    def collecting(self, num_steps: int, is_over: Callable[[], bool]) -> Generator[Consult, Any, Collected]:
+        """As `Learner.collect`; what it asks is answered by acts, or None."""
+        ...
+
+    def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
+        """As `Learner.evaluate`; likewise."""
+        ...
+
+    def answer(self, policy: str, takes: bytes | memoryview) -> bytes:
+        """What a policy does where another member's takes stand, both as `shoal.training.tasks.wire` writes them.
+
+        Raises:
+            UsageError: if this node does not answer by this policy.
+            ProtocolError: if these are no takes of this game.
+        """
+        ...
+
+
 class Algorithm(Protocol):
     """A way to learn."""
 
@@ -220,10 +242,11 @@ class Algorithm(Protocol):
     version: int
     """Raised when the same samples and merges would lead to other parameters, or its state has another form."""
 
-    def learner(self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "") -> Learner:
+    def learner(self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "", part: str = "") -> Learner:
         """A learner in its initial state, which is the same on every peer.
 
         What it meets in its environments depends on the peer and on ``life``, which is another one after each restart.
+        A ``part`` is for recipes; where there are none, it is an error.
 
         Raises:
             UsageError: if the manifest's hyperparameters are unknown or out of range.

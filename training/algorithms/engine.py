@@ -85,7 +85,14 @@ class OnEngine(ABC, Generic[S]):
         return read_settings(self.settings, self.name, manifest, task, self.in_gradient)
 
     def learner(
-        self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "", streams: Sequence[str] | None = None
+        self,
+        manifest: Manifest,
+        task: Task,
+        *,
+        peer: PeerId,
+        life: str = "",
+        part: str = "",
+        streams: Sequence[str] | None = None,
     ) -> PolicyLearner:
         """A learner in its initial state.
 
@@ -94,12 +101,15 @@ class OnEngine(ABC, Generic[S]):
             task: the manifest's.
             peer: whose learner it is.
             life: tells this learner's stream from those of its earlier lives.
+            part: none: everybody learns alike.
             streams: the names of the rollout streams that it owns; one, named after the peer, by default. A process
                 that owns the streams of several peers makes, in mode ``gradient``, the update they make together.
 
         Raises:
-            UsageError: if the manifest's hyperparameters are unknown or out of range.
+            UsageError: if the manifest's hyperparameters are unknown or out of range, or a part is asked for.
         """
+        if part:
+            raise UsageError(f"{manifest.task} learned by {self.name} has no part {part[:40]!r}; leave it out")
         objective = self.objective(self.configured(manifest, task), manifest, task)
         return PolicyLearner(objective, manifest, task, streams or [f"{peer}/{life}" if life else peer])
 

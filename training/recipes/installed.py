@@ -79,7 +79,7 @@ class RecipeAlgorithm:
     name = RECIPE_SCHEME
     version = 1
 
-    def learner(self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "") -> RecipeLearner:
+    def learner(self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "", part: str = "") -> RecipeLearner:
         """This node's part; see `RecipeLearner`.
 
         Raises:
@@ -88,4 +88,4 @@ class RecipeAlgorithm:
         if not isinstance(task, RecipeTask):
             raise UsageError(f"{task.name} is no recipe; learn it by another algorithm, such as ppo")
         recipe = overridden(task.recipe, manifest.hyperparameters)
-        return RecipeLearner(recipe, manifest, task.failures, peer=peer, life=life)
+        return RecipeLearner(recipe, manifest, task.failures, peer=peer, life=life, part=part)

@@ -16,7 +16,7 @@ differ in their last bits from machine to machine. A newcomer teaches what is it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -30,21 +30,22 @@ from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, E
 from shoal.training.algorithms.joint import together
 from shoal.training.algorithms.rollouts import derive_seed, never
 from shoal.training.algorithms.takes import Trainee
-from shoal.training.effects import Latest
+from shoal.training.effects import Consult, Latest
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
 from shoal.training.recipes.makers import make_model, objective_of
-from shoal.training.recipes.playing import play_out, score_of
+from shoal.training.recipes.playing import run_out, score_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.warming import teach
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
 from shoal.training.tasks.cast import Actor, Learned, Seat
 from shoal.training.tasks.failures import Failures, TaskFailedError
-from shoal.training.tasks.play import Take
+from shoal.training.tasks.play import Act, Table, Take
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Posted
-from shoal.training.tasks.stage import Stage
+from shoal.training.tasks.stage import Collecting, Stage, Staged
+from shoal.training.tasks.wire import decode_acts, decode_takes, encode_acts
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ class RecipeLearner:
         self._stage = Stage(
             recipe.game, recipe.source, recipe.cast, self._actors, recipe.plays, seed=seed, failures=failures
         )
-        self._seed, self._warm_seed = seed, own_seed
+        self._warm_seed = own_seed
+        self._answers = np.random.default_rng(derive_seed(seed, "answers"))
         self._plays: list[Played] = []
         self._turns = 0
         self._is_exhausted = False
@@ -137,7 +139,11 @@ class RecipeLearner:
         return max(self._turns, self._share) if self._is_exhausted else self._turns
 
     def collect(self, num_steps: int, is_over: Callable[[], bool] = never) -> Collected:
-        """Play so many turns on; see `Learner.collect`."""
+        """Play so many turns on; see `Learner.collect`. Who sits at another node does not answer."""
+        return run_out(self.collecting(num_steps, is_over))
+
+    def collecting(self, num_steps: int, is_over: Callable[[], bool] = never) -> Generator[Consult, Any, Collected]:
+        """The same; see `shoal.training.algorithms.base.Consulting`."""
         self._require_idle()
         if not all(self._taught.values()):
             self._teach()
@@ -146,7 +152,7 @@ class RecipeLearner:
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:
             raise UsageError(f"{self._turns} turns wait for an update; call update() or abandon() first")
-        staged = play_out(self._stage.collect(self._news, num_steps, is_over=is_over))
+        staged = yield from _told(self._stage.collect(self._news, num_steps, is_over=is_over))
         self._turns += staged.turns
         self._plays += staged.plays
         self._is_exhausted = staged.is_exhausted
@@ -289,19 +295,33 @@ class RecipeLearner:
 
     def evaluate(self, episodes: int, seed: int) -> list[float]:
         """Play all probes; the scores of the first one's plays. Their number is the probe's own business."""
+        return run_out(self.evaluating(episodes, seed))
+
+    def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
+        """The same; see `shoal.training.algorithms.base.Consulting`."""
         first: list[float] = []
         for number, probe in enumerate(self._recipe.probes):
-            found = self._probe(probe, seed)
+            found = yield from self._probe(probe, seed)
             self.scores[probe.name] = float(np.mean(found))
             if number == 0:
                 first = found
         return first
 
-    def _probe(self, probe: Probe, seed: int) -> list[float]:
+    def answer(self, policy: str, takes: bytes | memoryview) -> bytes:
+        """What a policy does where another node's takes stand; see `shoal.training.algorithms.base.Consulting`."""
+        if policy not in self._part.answers or policy not in self._trainees:
+            raise UsageError(f"this node does not answer by the policy {policy[:40]!r}")
+        waiting = decode_takes(takes, self._recipe.game.roles, Learned(policy))
+        if not waiting:
+            return encode_acts(())
+        acts, _ = self._trainees[policy].actor.act(Table(waiting), self._answers, greedy=False)
+        return encode_acts(list(acts))
+
+    def _probe(self, probe: Probe, seed: int) -> Generator[Consult, Any, list[float]]:
         recipe = self._recipe
         cast = recipe.cast if probe.cast is None else probe.cast
         stage = Stage(recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures)
-        staged = play_out(stage.collect(self._news, greedy=probe.greedy))
+        staged = yield from _told(stage.collect(self._news, greedy=probe.greedy))
         found = [score_of(played, probe.score) for played in staged.plays]
         if not found:
             raise TaskFailedError(f"no play of the probe {probe.name!r} came to an end: {self._failures.summary}")
@@ -323,6 +343,24 @@ def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_
         is_own=policy.owner == "own",
         shared=policy.shared,
     )
+
+
+def _told(collecting: Collecting) -> Generator[Consult, Any, Staged]:
+    """Play on; answers come as bytes, and what is none is no answer."""
+    answer: tuple[Act, ...] | None = None
+    while True:
+        try:
+            asked = collecting.send(answer)
+        except StopIteration as end:
+            staged: Staged = end.value
+            return staged
+        data = yield asked
+        answer = None
+        if data is not None:
+            try:
+                answer = decode_acts(data, [take.spaces.acts for take in asked.takes])
+            except ProtocolError as error:
+                log.warning("who plays %s answers with what is no act: %s", asked.part, error)
 
 
 def _under(name: str, arrays: Mapping[str, Any]) -> Arrays:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any, TypeVar
+
 import numpy as np
 
 from shoal.training.recipes.recipe import EARNED
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.stage import Collecting, Staged
 
+T = TypeVar("T")
+
+
+def run_out(asking: Generator[Any, Any, T]) -> T:
+    """Run something to its end; whatever it asks, nobody answers."""
+    try:
+        while True:
+            asking.send(None)
+    except StopIteration as end:
+        found: T = end.value
+        return found
+
 
 def play_out(collecting: Collecting) -> Staged:
     """Play on to the end; whoever sits at another node does not answer."""
-    try:
-        next(collecting)
-        while True:
-            collecting.send(None)
-    except StopIteration as end:
-        staged: Staged = end.value
-        return staged
+    return run_out(collecting)
 
 
 def score_of(played: Played, score: str) -> float:
