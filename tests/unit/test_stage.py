@@ -313,6 +313,13 @@ def test_a_source_of_scenarios_that_nobody_can_play_ends_the_collect() -> None:
     assert (staged.turns, dict(staged.dropped), stage.failures.count) == (0, {"scenario": TRIES}, 0)
 
 
+def test_a_start_that_leaves_no_turn_to_play_is_none() -> None:
+    scenarios = [Scenario(0, acts=(1,) * turns) for turns in (2, 3, 4)]
+    staged = alone(stage_of(Count(9), Listed(scenarios), 1, max_turns=4).collect(News()))
+    assert [(each.replayed, len(each.takes[0])) for each in staged.plays] == [(2, 2), (3, 1), (0, 4)]
+    assert dict(staged.dropped) == {"scenario": 1}
+
+
 def test_replayed_steps_count_as_steps() -> None:
     staged = alone(stage_of(Count(5), Listed([Scenario(0, acts=(1, 2, 0))]), 1).collect(News()))
     assert (staged.turns, staged.replayed, len(staged.takes[0])) == (5, 3, 2)

@@ -4,7 +4,8 @@
 `gym.GymGame`            a Gymnasium id: one role, ``agent``
 `pettingzoo.PettingZooGame`  what its table names, all roles at once (parallel) or one after the other (AEC)
 `openspiel.OpenSpielGame`    what its table names: turns, simultaneous moves, chance, legal acts
-`text.TextTask`          one question, one answer, and whatever scores it: exact tasks, reasoning-gym
+`text.TextTask`          one question, one answer, and whatever scores it: exact tasks, and
+`reasoning.ReasoningGym`      reasoning-gym's
 `messenger.Messenger`    one more role, that tells the others something, before any parallel game
 `takeover.TakeOver`      one more role, that may act in another's place, beside any game
 `oneof.OneOf`            several games as one
