@@ -416,6 +416,17 @@ def test_an_expert_that_does_not_want_to_leaves_the_role_to_itself(
     assert all(map(np.array_equal, game.done, [own, instead, own]))
 
 
+@needs("pyspiel")
+def test_an_expert_may_do_what_the_role_may_and_leave_it_be() -> None:
+    game = TakeOver(OpenSpielGame("tic_tac_toe"), role="player_1")
+    staged = played(game, 4)
+    for one in staged.plays:
+        own, expert = (next(take for take in one.takes if take.role == role) for role in ("player_1", EXPERT))
+        assert [legal.tolist() for legal in own.legal] == [legal[:-1].tolist() for legal in expert.legal]  # type: ignore[union-attr, index]
+        assert all(legal[-1] for legal in expert.legal)  # type: ignore[index]
+        assert one.scores["taken_over"] == sum(act < 9 for act in expert.acts)
+
+
 def test_one_of_several_games_is_chosen_by_the_scenario() -> None:
     game = OneOf(short=Count(2), long=Count(5))
     assert list(game.roles) == ["short/agent", "long/agent"]

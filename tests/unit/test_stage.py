@@ -229,6 +229,21 @@ def test_what_games_hold_is_let_go_of() -> None:
     assert held == []
 
 
+def test_a_take_of_large_sights_keeps_its_own_alone() -> None:
+    class Large(Count):
+        def __post_init__(self) -> None:
+            self.roles = {"agent": Role(Box(1000), Discrete(3))}
+
+        def play(self, scenario: Scenario, rng: np.random.Generator) -> Play:
+            for turn in range(3):
+                yield (Ask("agent", np.full(1000, turn, np.float32)),)
+            return End()
+
+    staged = alone(stage_of(Large(), SharedPrompts(8), 8).collect(News()))
+    assert {sight.nbytes if sight.base is None else 0 for take in staged.takes for sight in take.sights} == {4000}
+    assert not any(sight.flags.writeable for take in staged.takes for sight in take.sights)
+
+
 # --- failures --------------------------------------------------------------------------------------------------------
 
 

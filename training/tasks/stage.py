@@ -80,7 +80,7 @@ class Staged:
         dropped: how many plays were lost, by reason: ``failed`` (the game's fault), ``scenario`` (its acts do not fit),
             ``unanswered`` (nobody played a part, and its seat names nobody else).
         unanswered: how many asks others did not answer, or not as the role can act.
-        is_exhausted: whether the source had no more, and no play is under way.
+        is_exhausted: whether the source had no more, or nothing that can be played, and no play is under way.
     """
 
     plays: tuple[Played, ...]
