@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -12,16 +13,16 @@ import pytest
 from shoal.protocol.errors import UsageError
 from shoal.training.tasks import load_task
 from shoal.training.tasks.cast import ByRole, Everyone, Learned, Scripted
-from shoal.training.tasks.games import openspiel, pettingzoo
+from shoal.training.tasks.games import openspiel, pettingzoo, reasoning
 from shoal.training.tasks.games.gym import GymGame
 from shoal.training.tasks.games.messenger import MESSENGER, Messenger
 from shoal.training.tasks.games.oneof import OneOf
 from shoal.training.tasks.games.openspiel import OpenSpielGame
 from shoal.training.tasks.games.pettingzoo import PettingZooGame
+from shoal.training.tasks.games.reasoning import ReasoningGym
 from shoal.training.tasks.games.takeover import EXPERT, TakeOver, go_on
 from shoal.training.tasks.games.text import (
     Products,
-    ReasoningGym,
     SortDigits,
     Sums,
     TextTask,
@@ -311,6 +312,26 @@ def test_reasoning_gyms_tasks_are_scored_by_their_own_scorers() -> None:
         ReasoningGym("leg_counting", colour=3)
 
 
+@needs("reasoning_gym")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of NumPy, over answers that are no matrices
+def test_no_scorer_of_the_table_runs_what_an_answer_says(tmp_path: Path) -> None:
+    code = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
+    for name in sorted(reasoning.TABLE):
+        puzzle = ReasoningGym(name)
+        entry = puzzle.entry(5)
+        assert entry == puzzle.entry(5), name
+        assert puzzle.score(entry["answer"], entry) == 1, name
+        for answer in (code, f"[{code}]", f"({code})", f"{{{code}}}", "", "9" * 5000, "[[1]]", "1/0"):
+            assert 0 <= puzzle.score(answer, entry) < 1, name
+            assert not (tmp_path / "ran").exists(), f"{name} runs code"
+
+
+@pytest.mark.parametrize("name", ["countdown", "puzzle24", "n_queens", "simple_integration", "codeio", "composite"])
+def test_tasks_whose_scorers_evaluate_answers_are_not_made(name: str) -> None:
+    with pytest.raises(UsageError, match="no task of reasoning-gym is called"):
+        ReasoningGym(name)
+
+
 # --- wrappers of wrappers --------------------------------------------------------------------------------------------
 
 
@@ -393,6 +414,17 @@ def test_an_expert_that_does_not_want_to_leaves_the_role_to_itself(
     (one,) = alone(stage.collect(News())).plays
     assert one.scores["taken_over"] == 1
     assert all(map(np.array_equal, game.done, [own, instead, own]))
+
+
+@needs("pyspiel")
+def test_an_expert_may_do_what_the_role_may_and_leave_it_be() -> None:
+    game = TakeOver(OpenSpielGame("tic_tac_toe"), role="player_1")
+    staged = played(game, 4)
+    for one in staged.plays:
+        own, expert = (next(take for take in one.takes if take.role == role) for role in ("player_1", EXPERT))
+        assert [legal.tolist() for legal in own.legal] == [legal[:-1].tolist() for legal in expert.legal]  # type: ignore[union-attr, index]
+        assert all(legal[-1] for legal in expert.legal)  # type: ignore[index]
+        assert one.scores["taken_over"] == sum(act < 9 for act in expert.acts)
 
 
 def test_one_of_several_games_is_chosen_by_the_scenario() -> None:

@@ -214,7 +214,8 @@ def test_what_follows_replayed_acts_is_the_end_of_the_same_play(kinds: list[int]
     game, scenario = Tangle(tuple(kinds)), Scenario(seed)
     one = played(game, scenario)
     probe = Playing(game, scenario, dict.fromkeys(game.roles, Learned("all")))
-    goes_on, starts = probe.begin(), [0]
+    probe.begin()
+    goes_on, starts = True, [0]
     while goes_on:
         ahead = one.acts[starts[-1] : starts[-1] + len(probe.asks)]
         starts.append(starts[-1] + len(ahead))

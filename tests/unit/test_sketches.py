@@ -34,7 +34,7 @@ class Model:
         for take in takes:
             question = take.sights[-1].split("|")[0]
             right = multi_step_sums.solve(question) or sort_digits.solve(question) or "8"
-            acts.append(right[::-1] + "?" if rng.random() < self.errs else right)
+            acts.append(f"{right}{rng.integers(9)}" if rng.random() < self.errs else right)
         return acts, np.zeros(len(takes), np.float32)
 
 

@@ -229,6 +229,21 @@ def test_what_games_hold_is_let_go_of() -> None:
     assert held == []
 
 
+def test_a_take_of_large_sights_keeps_its_own_alone() -> None:
+    class Large(Count):
+        def __post_init__(self) -> None:
+            self.roles = {"agent": Role(Box(1000), Discrete(3))}
+
+        def play(self, scenario: Scenario, rng: np.random.Generator) -> Play:
+            for turn in range(3):
+                yield (Ask("agent", np.full(1000, turn, np.float32)),)
+            return End()
+
+    staged = alone(stage_of(Large(), SharedPrompts(8), 8).collect(News()))
+    assert {sight.nbytes if sight.base is None else 0 for take in staged.takes for sight in take.sights} == {4000}
+    assert not any(sight.flags.writeable for take in staged.takes for sight in take.sights)
+
+
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +326,13 @@ def test_a_source_of_scenarios_that_nobody_can_play_ends_the_collect() -> None:
     stage = stage_of(Picky(), FreshSeeds(), 4)
     staged = alone(stage.collect(News(), 100))
     assert (staged.turns, dict(staged.dropped), stage.failures.count) == (0, {"scenario": TRIES}, 0)
+
+
+def test_a_start_that_leaves_no_turn_to_play_is_none() -> None:
+    scenarios = [Scenario(0, acts=(1,) * turns) for turns in (2, 3, 4)]
+    staged = alone(stage_of(Count(9), Listed(scenarios), 1, max_turns=4).collect(News()))
+    assert [(each.replayed, len(each.takes[0])) for each in staged.plays] == [(2, 2), (3, 1), (0, 4)]
+    assert dict(staged.dropped) == {"scenario": 1}
 
 
 def test_replayed_steps_count_as_steps() -> None:

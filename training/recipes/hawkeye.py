@@ -4,7 +4,7 @@ What crosses the wire are the questions with the thoughts, and the answers; the 
 part, and never learns. The large one is paid for right answers, less what its words cost, so it says what the small one
 needs and no more.
 
-Deviations: both are small transformers from scratch in place of pretrained models, taught to add four numbers step by
+Deviations: both are small transformers from scratch in place of pretrained models, taught to add three numbers step by
 step, the running sums being the thought; GRPO on the price of words in place of the paper's reward on length and its
 distilled data. All nodes hold the small model, so a play goes on by the own copy where nobody answers.
 """
@@ -21,17 +21,17 @@ import numpy as np
 from shoal.training.recipes.recipe import Part, Policy, Probe, Recipe, Report, Verdict, Warm
 from shoal.training.tasks.cast import Away, ByRole, Learned
 from shoal.training.tasks.play import Ask, End, Play, Role, Take, Text
-from shoal.training.tasks.source import FreshSeeds, Scenario, SharedPrompts
+from shoal.training.tasks.source import Scenario, SharedPrompts
 
-TERMS: Final = 4
-CHAIN: Final = 12
+TERMS: Final = 3
+CHAIN: Final = 8
 """Characters of a thought at most."""
 TALK: Final = Role(Text(64), Text(64))
 
 
 @dataclass(frozen=True)
 class Guided:
-    """Four digits to be added: one thinks, the other answers.
+    """Three digits to be added: one thinks, the other answers.
 
     Attributes:
         price: of each character of a thought.
@@ -61,13 +61,13 @@ class Guided:
 
 
 def chain(question: str) -> str:
-    """The running sums: ``8,10,19`` of ``3+5+2+9``."""
+    """The running sums: ``8,17`` of ``3+5+9``."""
     return ",".join(map(str, list(accumulate(map(int, question.split("+"))))[1:]))
 
 
 def think(take: Take) -> str:
-    """What the large one is taught: the whole chain; and to answer by it."""
-    return chain(take.sights[-1]) if take.role == "large" else _last(take.sights[-1])
+    """What the large one is taught: whole chains, and now and then a shorter one, so that it can come upon these."""
+    return think_less(take) if take.role == "small" or take.scenario.seed % 4 == 0 else chain(take.sights[-1])
 
 
 def think_less(take: Take) -> str:
@@ -75,12 +75,12 @@ def think_less(take: Take) -> str:
     if take.role == "small":
         return _last(take.sights[-1])
     parts = chain(take.sights[-1]).split(",")
-    return ",".join(parts[take.scenario.seed % len(parts) :])
+    return ",".join(parts[take.scenario.seed // 4 % len(parts) :])
 
 
 def _last(sight: str) -> str:
     """The last number of the thought, or of the question."""
-    return re.findall(r"\d+", sight)[-1]
+    return str(re.findall(r"\d+", sight)[-1])
 
 
 def judge(run: Report, baseline: Report) -> Verdict:
@@ -89,8 +89,8 @@ def judge(run: Report, baseline: Report) -> Verdict:
     words = run.last("tokens", of=2) / max(run.first("tokens"), 1e-9)
     unpaid = baseline.last("tokens", of=2) / max(baseline.first("tokens"), 1e-9)
     text = (
-        f"{right:.0%} of the accuracy that whole chains give, at {words:.0%} of their length (the bars are 95 % and 50 %); "
-        f"with words that cost nothing, at {unpaid:.0%}"
+        f"{right:.0%} of the accuracy that whole chains give, at {words:.0%} of their length (the bars are 95 % and "
+        f"50 %); with words that cost nothing, at {unpaid:.0%}"
     )
     return Verdict(right >= 0.95 and words <= 0.5, words, unpaid, text)
 
@@ -102,7 +102,7 @@ RECIPE: Final = Recipe(
     paper="arXiv 2504.00424",
     claim="a thought of half the length serves a small model on another node as well as the whole one",
     game=Guided(),
-    source=FreshSeeds(),
+    source=SharedPrompts(64, 8),
     cast=ByRole(large="large", small=Away("small", "small", otherwise=Learned("small"))),
     policies={
         "large": Policy(
@@ -110,14 +110,16 @@ RECIPE: Final = Recipe(
             sizes={"width": 96, "layers": 2, "context": 32},
             objective="grpo",
             settings={"learning_rate": 3e-4},
-            warm=Warm(think, until=0.85, settings={"learning_rate": 2e-3}, takes=128, score="right"),
+            warm=Warm(think, roles=("large",), until=0.8, settings={"learning_rate": 2e-3}, takes=128, score="right"),
         ),
         "small": Policy(
             model="tokens",
             sizes={"width": 32, "layers": 2, "context": 48},
             objective="clone",
             is_frozen=True,
-            warm=Warm(think_less, until=0.9, settings={"learning_rate": 4e-3}, takes=128, score="right"),
+            warm=Warm(
+                think_less, roles=("small",), until=0.9, settings={"learning_rate": 4e-3}, takes=128, score="right"
+            ),
         ),
     },
     parts={"large": Part(trains=("large",)), "small": Part(trains=(), acts=False, answers=("small",))},

@@ -36,7 +36,8 @@ class Warm:
     Attributes:
         objective: that teaches it, of takes that ``act`` makes.
         act: what a role does well, given its take, whose last sight waits for an act.
-        until: the probe's score to stop at.
+        until: the score to stop at.
+        roles: that it is taught; all, if none is named. The others are played by what shows it.
         settings: of the objective.
         takes: in one step.
         max_steps: after which it stops however good it is.
@@ -45,6 +46,7 @@ class Warm:
 
     act: Callable[[Any], Any]
     until: float
+    roles: tuple[str, ...] = ()
     objective: str = "clone"
     settings: Mapping[str, Any] = field(default_factory=dict)
     takes: int = 64

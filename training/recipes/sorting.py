@@ -1,6 +1,6 @@
 """GRPO (arXiv 2402.03300) on one policy of everybody's: the plainest way to train a language model together.
 
-Every node plays prompts of its own, several times each, and learns from how its answers compare; then the parameters
+Every node plays each prompt several times, and learns from how its answers compare; then the parameters
 are averaged. A small transformer from scratch, which is taught to sort digits until it is right now and then.
 """
 
@@ -21,7 +21,9 @@ PLAYS: Final = 8
 def judge(run: Report, baseline: Report) -> Verdict:
     """It learns, and what is only taught does not."""
     gain, still = (each.last("sampled", of=2) - each.first("sampled") for each in (run, baseline))
-    text = f"sampled accuracy on held-out prompts rose by {gain:+.3f} (the bar is +0.1), and by {still:+.3f} without learning"
+    text = (
+        f"sampled accuracy on held-out prompts rose by {gain:+.3f} (the bar is +0.1), without learning by {still:+.3f}"
+    )
     return Verdict(gain >= 0.1 and gain > still, gain, still, text)
 
 

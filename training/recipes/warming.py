@@ -12,7 +12,7 @@ from shoal.training.recipes.makers import objective_of
 from shoal.training.recipes.playing import play_out, score_of
 from shoal.training.recipes.recipe import Recipe, Warm
 from shoal.training.tasks.base import Floats
-from shoal.training.tasks.cast import Acts, Everyone, Learned
+from shoal.training.tasks.cast import Actor, Acts, ByRole, Learned, Scripted, Seat
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import FreshSeeds, News
 from shoal.training.tasks.stage import Stage
@@ -23,6 +23,7 @@ CHECK_EVERY = 25
 """Steps between two looks at how good the policy is."""
 CHECKED = 128
 """Turns of each look."""
+_SHOWN = Scripted("what shows it")
 
 
 class Demonstrator:
@@ -38,11 +39,13 @@ class Demonstrator:
 
 def teach(warm: Warm, recipe: Recipe, policy: str, trainee: Trainee, rng: np.random.Generator) -> float:
     """Teach until what the policy samples scores ``warm.until``, or for ``warm.max_steps``; how much it scored last."""
-    seat = Learned(policy)
+    seats = {
+        role: Learned(policy) if role in (warm.roles or recipe.game.roles) else _SHOWN for role in recipe.game.roles
+    }
 
-    def stage(actor: object) -> Stage:
-        seed = int(rng.integers(2**32))
-        return Stage(recipe.game, FreshSeeds(), Everyone(seat), {seat: actor}, warm.takes, seed=seed)  # type: ignore[dict-item]  # either is an actor
+    def stage(actor: Actor) -> Stage:
+        actors: dict[Seat, Actor] = {Learned(policy): actor, _SHOWN: Demonstrator(warm)}
+        return Stage(recipe.game, FreshSeeds(), ByRole(**seats), actors, warm.takes, seed=int(rng.integers(2**32)))
 
     shown, tried = stage(Demonstrator(warm)), stage(trainee.actor)
     pupil = trainee.taught_by(objective_of(warm.objective, warm.settings), int(rng.integers(2**32)))
@@ -54,7 +57,8 @@ def teach(warm: Warm, recipe: Recipe, policy: str, trainee: Trainee, rng: np.ran
             if score >= warm.until:
                 log.info("the policy %s was taught in %d steps, and scores %.2f", policy, step, score)
                 return score
-        pupil(play_out(shown.collect(News(step), warm.takes)).takes, News(step))
+        takes = play_out(shown.collect(News(step), warm.takes)).takes
+        pupil([take for take in takes if take.seat == Learned(policy)], News(step))
     log.warning(
         "the policy %s was taught %d steps and scores %.2f, not %.2f", policy, warm.max_steps, score, warm.until
     )

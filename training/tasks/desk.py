@@ -12,6 +12,8 @@ from shoal.training.tasks.cast import Actor, Acts, Seat
 from shoal.training.tasks.play import Act, BadActError, BadPlayError, Box, Role, Take, read_act
 from shoal.training.tasks.playing import Playing
 
+MAX_SHARED: Final = 256
+"""Numbers of a sight up to which takes share the array of a whole batch: what a long play keeps alive of short ones."""
 _LIMIT: Final = 1e30
 _NAN: Final = float("nan")
 
@@ -92,8 +94,9 @@ class Desk:
             if np.isfinite(rows).all():
                 rows.flags.writeable = False
                 self.rows = rows
+                is_small = sights.size <= MAX_SHARED
                 for take, row in zip(self.takes, rows, strict=True):
-                    take.sights.append(row)
+                    take.sights.append(row if is_small else _apart(row))
                 return []
         bad = []
         for play, position in zip(self.plays[first:], self.positions[first:], strict=True):
@@ -123,6 +126,12 @@ class Desk:
         for index in reversed(gone):
             del self.plays[index], self.positions[index], self.takes[index], self.sights[index]
             self.rows, self.recorded = None, self.recorded - (index < self.recorded)
+
+
+def _apart(row: Floats) -> Floats:
+    kept: Floats = row.copy()
+    kept.flags.writeable = False
+    return kept
 
 
 def read_acts(desk: Desk, takes: Sequence[Take], acts: Acts) -> Sequence[Act]:

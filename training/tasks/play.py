@@ -384,7 +384,7 @@ def check_end(roles: Mapping[str, Role], end: object) -> tuple[dict[str, float],
     if type(end) is not End:
         raise BadPlayError(f"it returned {kind_of(end)} and not an End")
     for noun, part in (("rewards", end.rewards), ("cut", end.cut), ("scores", end.scores)):
-        if not isinstance(part, Mapping):
+        if type(part) is not dict and not isinstance(part, Mapping):
             raise BadPlayError(f"{noun} of its End are {kind_of(part)} and not a mapping")
         for name in part if noun != "scores" else ():
             if name not in roles:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import Any, Final
 
 import numpy as np
@@ -48,6 +49,7 @@ _STEP: Final = int(watch.Act.STEP)
 _MAKE: Final = int(watch.Act.MAKE)
 _NAN: Final = float("nan")
 _FLOAT32: Final = np.dtype(np.float32)
+_ARRAY: Final = np.ndarray
 _LIMIT: Final = 3e38
 """float32 holds it, and what is beyond is looked at closely."""
 
@@ -158,20 +160,18 @@ class Playing:
         self._game = game
         self._generator: Generator[Any, Any, Any] | None = None
 
-    def begin(self) -> bool:
+    def begin(self) -> None:
         """Go to the first ask that is not replayed.
-
-        Returns:
-            Whether there is one; the play is over if not.
 
         Raises:
             BadScenarioError: if the scenario's acts do not lead to one.
         """
         acts = self.scenario.acts
         generator = self._game.play(self.scenario, np.random.default_rng(self.scenario.seed))
-        if not isinstance(generator, Generator):
+        if type(generator) is not GeneratorType and not isinstance(generator, Generator):
             raise self.bad(f"its play() gave {kind_of(generator)} and not a generator; say yield in it")
         self._generator = generator
+        watch.page[2] += 1
         self._resume(None, _MAKE)
         used = 0
         while used < len(acts) and self.asks:
@@ -180,13 +180,14 @@ class Playing:
                 raise BadScenarioError(
                     f"{self._name}: the scenario's acts end in the middle of a turn; give whole turns"
                 )
-            if self.turns >= self._max_turns:
-                raise BadScenarioError(f"{self._name}: more than {self._max_turns} turns are to be replayed")
+            if self.turns + 1 >= self._max_turns:
+                raise BadScenarioError(f"{self._name}: {self._max_turns} turns or more are to be replayed")
             answers = tuple(
                 self._read_act(ask, act) for ask, act in zip(asks, acts[used : used + len(asks)], strict=True)
             )
             used += len(asks)
             self.turns += 1
+            watch.page[2] += 1
             self._resume(answers, _STEP)
         if acts and not self.asks:
             raise BadScenarioError(f"{self._name}: the play ends within the scenario's {len(acts)} acts; give fewer")
@@ -194,14 +195,14 @@ class Playing:
         self._last_turn = min(self._max_turns, self.turns + (self.scenario.max_turns or self._max_turns))
         if not self.asks:
             raise self.bad("it ended before it asked anybody")
-        self._note()
-        if self.turns < self._last_turn:
-            return True
-        self.cut()  # the stage plays no longer than what was replayed
-        return False
+        self._note(self.asks)
+        watch.page[1] = 0
 
     def resume(self, answers: Sequence[Act]) -> bool:
         """Go on with an act for each ask; they have been checked and recorded.
+
+        The driver counts what it does on the watchdog's page, once for a step of all plays, and says there when it is
+        over: both cost as much as all else that is done here.
 
         Returns:
             Whether there are new asks; the play is over if not.
@@ -209,9 +210,10 @@ class Playing:
         self._acts += answers
         self.turns += 1
         self._resume(tuple(answers), _STEP)
-        if not self.asks:
+        asks = self.asks
+        if not asks:
             return False
-        self._note()
+        self._note(asks)
         if self.turns < self._last_turn:
             return True
         self.cut()
@@ -280,9 +282,7 @@ class Playing:
         return BadPlayError(f"the game {where}: {what}")
 
     def _resume(self, answers: tuple[Act, ...] | None, doing: int) -> None:
-        page = watch.page
-        page[2] += 1
-        page[1] = doing | self.index
+        watch.page[1] = doing | self.index
         generator = self._generator
         if generator is None:
             raise UsageError("this play has not begun; call begin() first")
@@ -290,20 +290,15 @@ class Playing:
             asks = generator.send(answers)
         except StopIteration as stop:
             self.asks = ()
-            page[1] = 0
             self._end(stop.value)
             return
-        except BaseException:
-            page[1] = 0
-            raise
-        page[1] = 0
         if type(asks) is not tuple or not asks:
             raise self.bad(f"it yielded {kind_of(asks) if asks != () else 'no asks'} and not a tuple of asks")
         self.asks = asks
 
-    def _note(self) -> None:
+    def _note(self, asks: tuple[Ask, ...]) -> None:
         """Check the asks, but for whether their sights are finite, and give out what acts earned."""
-        asks, chairs = self.asks, self.chairs
+        chairs = self.chairs
         for ask in asks:
             if type(ask) is not Ask:
                 raise self.bad(f"it yielded {kind_of(ask)} among its asks")
@@ -311,7 +306,7 @@ class Playing:
             if chair is None:
                 raise self.bad(f"it asked {ask.role!r:.80}, which is no role of it; it has {', '.join(chairs)[:200]}")
             take, sight, reward = chair.take, ask.sight, ask.reward
-            if type(sight) is not np.ndarray or sight.shape != chair.shape or sight.dtype is not _FLOAT32:
+            if type(sight) is not _ARRAY or sight.shape != chair.shape or sight.dtype is not _FLOAT32:
                 self._check_sight(take, sight)
             if type(reward) is not float or not -_LIMIT < reward < _LIMIT:
                 reward = self._read_reward(ask)
@@ -421,12 +416,13 @@ def replay(game: Game, scenario: Scenario, acts: Sequence[Act], *, number: int =
         BadScenarioError: if these acts do not fit this scenario of this game.
         BadPlayError: if the game yields what it may not; what else it raises comes through.
     """
-    most = len(scenario.acts) + len(acts) + 1
+    most = len(scenario.acts) + len(acts) + 2
     seats = dict.fromkeys(game.roles, _REPLAYED)
     playing = Playing(game, scenario, seats, number=number, max_turns=most)
     used = 0
     try:
-        goes_on = playing.begin()
+        playing.begin()
+        goes_on = True
         while goes_on and used < len(acts):
             given = acts[used : used + len(playing.asks)]
             if len(given) < len(playing.asks):
@@ -436,6 +432,7 @@ def replay(game: Game, scenario: Scenario, acts: Sequence[Act], *, number: int =
             except BadActError as error:
                 raise BadScenarioError(f"{name_of(game)}, turn {playing.turns}: {error}") from error
             used += len(answers)
+            watch.page[2] += 1
             goes_on = playing.resume(answers)
         if goes_on:
             playing.cut()

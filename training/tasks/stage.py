@@ -27,6 +27,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from shoal.protocol.errors import UsageError
+from shoal.training import watch
 from shoal.training.effects import Consult
 from shoal.training.tasks.cast import Actor, Away, Cast, Person, Scripted, Seat, scripted, seated
 from shoal.training.tasks.desk import Desk, read_acts, read_log_probs
@@ -45,6 +46,7 @@ from shoal.training.tasks.play import (
 from shoal.training.tasks.playing import MAX_TURNS, Played, Playing, name_of
 from shoal.training.tasks.source import News, Scenario, Source, seed_of
 from shoal.training.watch import Act as Doing
+from shoal.training.watch import Slot
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Staged:
         dropped: how many plays were lost, by reason: ``failed`` (the game's fault), ``scenario`` (its acts do not fit),
             ``unanswered`` (nobody played a part, and its seat names nobody else).
         unanswered: how many asks others did not answer, or not as the role can act.
-        is_exhausted: whether the source had no more, and no play is under way.
+        is_exhausted: whether the source had no more, or nothing that can be played, and no play is under way.
     """
 
     plays: tuple[Played, ...]
@@ -281,7 +283,7 @@ class Stage:
             return
         tries = 0
         while self._free and tries < TRIES:
-            scenario = self._source.draw(replace(news, drawn=self._drawn), self._draws)
+            scenario = self._source.draw(_with_drawn(news, self._drawn), self._draws)
             if scenario is None:
                 tally.is_over = True
                 break
@@ -306,9 +308,9 @@ class Stage:
             self._game, scenario, seats, number=number, index=index, version=epoch, max_turns=self._max_turns
         )
         self._sit(play)
-        goes_on, reason = False, None
+        reason = None
         try:
-            goes_on = play.begin()
+            play.begin()
         except BaseException as error:  # other people's code
             reason = error
         tally.turns += play.turns
@@ -317,10 +319,7 @@ class Stage:
             self._fail(play, reason, tally, Doing.RESET)
             is_acts_fault = bool(scenario.acts) and isinstance(reason, BadScenarioError)
             return is_acts_fault and self._begin(replace(scenario, acts=()), seats, epoch, tally)
-        if goes_on:
-            self._fresh.append(play)
-        else:  # what was replayed is all that the stage lets it play
-            self._end(play, tally)
+        self._fresh.append(play)
         return True
 
     def _hand_out(self, tally: _Tally) -> None:
@@ -432,6 +431,7 @@ class Stage:
         if self._remote:
             ready.sort(key=_by_index)
         failed = 0
+        watch.page[Slot.CALLS] += 1
         for play in ready:
             try:
                 if play.resume(play.answers):
@@ -442,6 +442,7 @@ class Stage:
                 self._fail(play, error, tally, Doing.STEP)
                 continue
             self._end(play, tally)
+        watch.page[Slot.PLACE] = 0
         self._ready = []
         tally.turns += len(ready)
         self.failures.stepped(len(ready) - failed)
@@ -486,6 +487,11 @@ def alone(collecting: Collecting) -> Staged:
     except StopIteration as stop:
         staged: Staged = stop.value
         return staged
+
+
+def _with_drawn(news: News, drawn: int) -> News:
+    """By hand, since `replace` costs as much as a step and a short play has few."""
+    return News(news.epoch, news.env_steps, news.outcomes, news.evaluations, news.posts, drawn)
 
 
 def _by_index(play: Playing) -> int:

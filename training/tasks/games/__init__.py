@@ -1,14 +1,12 @@
 """Games: what is played, each kind of them in a short file.
 
-=======================  =============================================================================================
-`gym.GymGame`            a Gymnasium id: one role, ``agent``
-`pettingzoo.PettingZooGame`  what its table names, all roles at once (parallel) or one after the other (AEC)
-`openspiel.OpenSpielGame`    what its table names: turns, simultaneous moves, chance, legal acts
-`text.TextTask`          one question, one answer, and whatever scores it: exact tasks, reasoning-gym
-`messenger.Messenger`    one more role, that tells the others something, before any parallel game
-`takeover.TakeOver`      one more role, that may act in another's place, beside any game
-`oneof.OneOf`            several games as one
-=======================  =============================================================================================
+- `gym.GymGame`: a Gymnasium id, with one role, ``agent``.
+- `pettingzoo.PettingZooGame`: all roles at once (parallel), or one after the other (AEC).
+- `openspiel.OpenSpielGame`: turns, simultaneous moves, chance, legal acts.
+- `text.TextTask`: one question, one answer, and what scores it: exact tasks, and `reasoning.ReasoningGym`'s.
+- `messenger.Messenger`: one more role, which tells the others something, before any parallel game.
+- `takeover.TakeOver`: one more role, which may act in another's place, beside any game.
+- `oneof.OneOf`: several games as one.
 
-Each makes what a closed table or registry names; no text leads to an import.
+Each makes what a closed table names, or Gymnasium's registry; no text leads to an import.
 """

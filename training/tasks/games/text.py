@@ -1,24 +1,21 @@
-"""One question, one answer, and what scores it: ``TextTask(sort_digits)``, ``TextTask(ReasoningGym("leg_counting"))``.
+"""One question, one answer, and what scores it: ``TextTask(sort_digits)``.
 
 A *puzzle* makes an entry from a seed, the same everywhere, and scores an answer to it; that is the form of
-reasoning-gym (arXiv 2505.24760), whose tasks fit as they are. The exact ones here are made for models of characters:
-short, on a small alphabet, with one right answer. A scenario may bring a question of its own as ``params["prompt"]``,
-where the puzzle can read it: one that another member wrote, say.
+reasoning-gym, whose tasks fit as they are (`shoal.training.tasks.games.reasoning`). The exact ones here are made for
+models of characters: short, on a small alphabet, with one right answer. A scenario may bring a question of its own as
+``params["prompt"]``, where the puzzle can read it: one that another member wrote, say.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 
-from shoal.protocol.errors import UsageError
-from shoal.training.plugins import suggest
-from shoal.training.tasks.games.needs import needed
 from shoal.training.tasks.play import Ask, BadScenarioError, End, Play, Role, Text
 from shoal.training.tasks.source import Scenario
 
@@ -123,35 +120,6 @@ sort_digits: Final = SortDigits()
 sums: Final = Sums()
 multi_step_sums: Final = Sums(terms=4)
 products: Final = Products()
-
-
-class ReasoningGym:
-    """One of reasoning-gym's tasks, by its name in its registry.
-
-    Raises:
-        UsageError: if there is none, it does not take these settings, or reasoning-gym is not installed.
-    """
-
-    def __init__(self, name: str, **settings: Any) -> None:
-        package = needed("reasoning_gym", f"reasoning-gym:{name:.80}")
-        known = needed("reasoning_gym.factory", name).DATASETS
-        if name not in known:
-            raise UsageError(f"no task of reasoning-gym is called {name!r:.80}; {suggest(name, known)}")
-        self.name = f"reasoning-gym:{name}"
-        self._make: Callable[[int], Any] = lambda seed: package.create_dataset(name, seed=seed, size=1, **settings)
-        try:
-            self._scorer = self._make(0)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise UsageError(f"{self.name} does not take {settings}: {' '.join(str(error).split())[:200]}") from error
-
-    def entry(self, seed: int) -> Entry:
-        """The first of a data set of this seed."""
-        found: Entry = self._make(seed)[0]
-        return found
-
-    def score(self, answer: str, entry: Entry) -> float:
-        """By the task's own scorer."""
-        return float(self._scorer.score_answer(answer, entry))
 
 
 class TextTask:
