@@ -38,7 +38,7 @@ class Guided:
         budget: characters that it may have.
     """
 
-    price: float = 0.02
+    price: float = 0.1
     budget: int = CHAIN
     name = "guided sums"
 
@@ -109,8 +109,8 @@ RECIPE: Final = Recipe(
             model="tokens",
             sizes={"width": 96, "layers": 2, "context": 32},
             objective="grpo",
-            settings={"learning_rate": 3e-4},
-            warm=Warm(think, roles=("large",), until=0.8, settings={"learning_rate": 2e-3}, takes=128, score="right"),
+            settings={"learning_rate": 5e-4},
+            warm=Warm(think, roles=("large",), until=0.5, settings={"learning_rate": 2e-3}, takes=128, score="right"),
         ),
         "small": Policy(
             model="tokens",
