@@ -34,6 +34,7 @@ _COMMANDS: Final = {
     "join": "swarm",
     "leave": "swarm",
     "watch": "swarm",
+    "algorithm": "algorithm",
     "demo": "demo",
     "sim": "sim",
     "bench": "bench",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import signal
 import time
@@ -498,6 +499,7 @@ class Node:
             policy_cid=policy.cid if policy else None,
             alone_since=run.alone_since,
             trained_alone=run.core.trained_alone,
+            metrics={name: value for name, value in progress.metrics.items() if math.isfinite(value)},
             curve=points,
             results=None if run.results is None else str(run.results),
             error=joined.error,

@@ -417,6 +417,8 @@ class SwarmDetail(SwarmSummary):
     """Unix seconds."""
     trained_alone: bool = False
     """Nobody but this node has put anything into the run."""
+    metrics: dict[str, float] = {}
+    """Of this node's last update, by the names that the algorithm gives them: losses, entropy, lengths of gradients."""
     curve: list[CurvePoint] = []
     results: str | None = None
     """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
