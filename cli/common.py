@@ -46,7 +46,7 @@ def connect(profile: str) -> Client:
     return Client(profile_paths(profile), profile)
 
 
-def print_json(value: BaseModel | Sequence[BaseModel] | Sequence[dict[str, Any]] | dict[str, Any]) -> None:
+def print_json(value: BaseModel | Sequence[BaseModel | dict[str, Any]] | dict[str, Any]) -> None:
     """One line of JSON on stdout."""
     if isinstance(value, BaseModel):
         plain: Any = value.model_dump(mode="json")

@@ -35,6 +35,7 @@ _COMMANDS: Final = {
     "leave": "swarm",
     "watch": "swarm",
     "recipe": "recipe",
+    "algorithm": "algorithm",
     "demo": "demo",
     "sim": "sim",
     "bench": "bench",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -24,6 +25,9 @@ from shoal.node.api.schemas import (
     SwarmDetail,
     SwarmSummary,
 )
+
+if TYPE_CHECKING:  # the command that shows them has loaded NumPy; the others have not
+    from shoal.training.algorithms.catalogue import Details, Entry
 
 ENDED: Final = ("done", "failed", "left")
 """The phases after which nothing changes any more."""
@@ -63,6 +67,30 @@ def explained(rows: Sequence[tuple[str, float, str]]) -> RenderableType:
     for name, value, meaning in rows:
         table.add_row(f"[bold]{name.replace('_', ' ')}[/]", f"{value:,}", f"[dim]{escape(meaning)}[/]")
     return table
+
+
+def algorithms(found: Sequence[Entry]) -> Table:
+    """Ways to learn, one a line."""
+    table = Table.grid(padding=(0, 2))
+    for each in found:
+        table.add_row(f"[bold]{escape(each.name)}[/]", escape(each.summary), f"[dim]{escape(each.paper)}[/]")
+    return table
+
+
+def algorithm(found: Details) -> RenderableType:
+    """One way to learn, and all that can be set of it."""
+    table = Table("setting", "default", "else", "range", "what it is", box=None, header_style="dim")
+    for each in found.settings:
+        other = ", ".join(f"{_as_json(value)} ({where})" for where, value in each.defaults.items())
+        limits = "" if each.low is None or each.high is None else f"{each.low:g} to {each.high:g}"
+        row = (f"[bold]{escape(each.name)}[/]", _as_json(each.default), other, limits, each.summary)
+        table.add_row(row[0], *map(escape, row[1:]))
+    title = f"[bold]{escape(found.name)}[/], version {found.version}: {escape(found.summary)}  [dim]{found.paper}[/]"
+    return Group(title, "", escape(found.about), "", table)
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def bench_reduce(figures: dict[str, Any]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import signal
 import time
@@ -500,6 +501,7 @@ class Node:
             policy_cid=policy.cid if policy else None,
             alone_since=run.alone_since,
             trained_alone=run.core.trained_alone,
+            metrics={name: value for name, value in progress.metrics.items() if math.isfinite(value)},
             curve=points,
             scores=[
                 Scores(epoch=each.epoch, author=each.author, scores=dict(each.scores))

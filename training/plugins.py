@@ -33,6 +33,11 @@ def check_plugin(group: str, noun: str, name: str) -> None:
         raise UsageError(f"no {noun} is called {name[:80]!r}; {suggest(name, found.names)}")
 
 
+def installed(group: str) -> list[str]:
+    """The names that installed packages offer in an entry point group, in their order."""
+    return sorted(entry_points(group=group).names)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """What the user may have meant: the nearest known names, or all of a few, as half a sentence."""
     names = sorted(known)

@@ -425,6 +425,8 @@ class SwarmDetail(SwarmSummary):
     """Unix seconds."""
     trained_alone: bool = False
     """Nobody but this node has put anything into the run."""
+    metrics: dict[str, float] = {}
+    """Of this node's last update, by the names that the algorithm gives them: losses, entropy, lengths of gradients."""
     curve: list[CurvePoint] = []
     scores: list[Scores] = []
     """What recipes' probes found, by epoch and author; the newest, if they are very many."""

@@ -146,8 +146,20 @@ def test_a_run_that_nobody_joined_ends_with_4(shoal: Shoal) -> None:
     assert detail["phase"] == "done"
     assert detail["trained_alone"] is True
     assert {"epoch", "return", "env_steps", "members", "digest", "alone"} <= set(detail)
+    assert {"policy_loss", "value_loss", "entropy", "clip_fraction"} <= set(detail["metrics"])
     assert shoal("watch").returncode == 4
     assert shoal.json("leave", swarm) == {"swarm": swarm, "left": True}
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "reinforce", "vtrace"])
+def test_every_algorithm_learns_on_a_node_and_tells_its_losses(shoal: Shoal, algorithm: str) -> None:
+    shoal.json("up", "-d", *LOCAL)
+    create = ["swarm", "create", "--task", "gym:CartPole-v1", "--target-return", "30", "--batch-size", "512"]
+    swarm = shoal.json(*create, "--algorithm", algorithm)["swarm"]
+    assert "ALONE" in shoal.fails(4, "watch", swarm)
+    detail = shoal.json("swarm", "show", swarm)
+    assert (detail["phase"], detail["solved"], detail["algorithm"]) == ("done", True, algorithm)
+    assert {"policy_loss", "value_loss", "entropy", "gradient_norm"} <= set(detail["metrics"])
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(shoal: Shoal) -> None:

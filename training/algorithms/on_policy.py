@@ -162,8 +162,14 @@ class OnPolicy(ABC, Generic[S]):
     def make_loss(self, size: int) -> Loss:
         """The loss on minibatches of ``size`` samples."""
 
-    def estimate(self, experience: Experience, judged: Judged) -> tuple[Floats, Floats]:
-        """Advantages and returns, each ``[T * N]``: GAE, and what it adds to the values."""
+    def estimate(self, experience: Experience, judged: Judged, acted: Floats) -> tuple[Floats, Floats]:
+        """Advantages and returns, each ``[T * N]``: GAE, and what it adds to the values.
+
+        Args:
+            experience: of one stream.
+            judged: what the present networks make of it.
+            acted: ``[T * N]``, the log-probabilities that the policy that acted gave to its actions.
+        """
         gamma, gae_lambda = self.settings.gamma, self.settings.gae_lambda
         advantage = advantages(
             experience.rollout,
@@ -184,8 +190,8 @@ class OnPolicy(ABC, Generic[S]):
 
     def _samples(self, experience: Experience) -> Batch:
         judged = Judged.by(self.model, experience)
-        advantage, returns = self.estimate(experience, judged)
         acted = np.where(np.isnan(experience.acted), judged.log_probs, experience.acted)
+        advantage, returns = self.estimate(experience, judged, acted)
         values = judged.values[:-1].ravel()
         return Batch(experience.observations, experience.actions, acted, advantage, returns, values)
 

@@ -238,19 +238,40 @@ def advantages(
     Returns:
         ``[T, N]`` float32.
     """
-    runs_on = ~(rollout.terminated | rollout.truncated)
-    next_values = values[1:] * runs_on
-    next_values[rollout.truncated] = final_values
-    result: Floats = rewards + np.float32(gamma) * next_values - values[:-1]
-    decay: Floats = np.float32(gamma * gae_lambda) * runs_on
+    after = following(rollout, values, final_values)
+    result: Floats = rewards + np.float32(gamma) * after - values[:-1]
+    decay: Floats = np.float32(gamma * gae_lambda) * runs_on(rollout)
+    accumulate(result, decay)
+    return result
+
+
+def runs_on(rollout: Rollout) -> npt.NDArray[np.bool_]:
+    """``[T, N]``, whether the episode goes on after the step."""
+    return ~(rollout.terminated | rollout.truncated)
+
+
+def following(rollout: Rollout, values: Floats, final_values: Floats) -> Floats:
+    """``[T, N]``, what the state after each step is worth: nothing where an episode ended by itself.
+
+    Args:
+        rollout: whose episodes' ends count.
+        values: ``[T + 1, N]`` of ``rollout.observations``.
+        final_values: ``[K]`` of ``rollout.final_observations``.
+    """
+    after: Floats = values[1:] * runs_on(rollout)
+    after[rollout.truncated] = final_values
+    return after
+
+
+def accumulate(deltas: Floats, decay: Floats) -> None:
+    """Add to each of ``deltas`` ``[T, N]`` the next sum times its ``decay`` ``[T, N]``. In place; both are changed."""
     # Each is its own delta and the decayed next one, which is the same of the next: after k rounds each holds the sum
     # of the next 2^k deltas. So a few passes over all, and none by step.
     span = 1
-    while span < len(result):
-        result[:-span] += decay[:-span] * result[span:]
+    while span < len(deltas):
+        deltas[:-span] += decay[:-span] * deltas[span:]
         decay[:-span] *= decay[span:]
         span *= 2
-    return result
 
 
 def _shape_and_type(space: ActionSpace) -> tuple[tuple[int, ...], type[np.generic]]:

@@ -133,16 +133,39 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
         raise UsageError(f"a hyperparameter of {algorithm} is wrong: {error}") from error
 
 
-def described(kind: type[Settings]) -> list[dict[str, Any]]:
-    """Of each setting its ``name``, ``default``, ``summary``, ``low`` and ``high``: None, if it has no range."""
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One setting, for people and programs.
+
+    Attributes:
+        name: as a manifest has it.
+        summary: what it is.
+        default: in general.
+        defaults: where it is another: by the mode, the codec, the kind of actions or the task.
+        low: the least that it may be; None, if it has no range.
+        high: likewise the most.
+    """
+
+    name: str
+    summary: str
+    default: Any
+    defaults: dict[str, Any]
+    low: float | None
+    high: float | None
+
+
+def described(kind: type[Settings], in_gradient: Mapping[str, Any]) -> list[Described]:
+    """All settings of an algorithm, `in_gradient` being its defaults in mode ``gradient``."""
+    special = {"mode gradient": in_gradient, "codec topk": _LATE, "continuous actions": _CONTINUOUS} | _TASKS
     return [
-        {
-            "name": each.name,
-            "default": plain_default(each),
-            "summary": each.metadata["what"],
-            "low": each.metadata["low"],
-            "high": each.metadata["high"],
-        }
+        Described(
+            each.name,
+            each.metadata["what"],
+            plain_default(each),
+            {where: values[each.name] for where, values in special.items() if each.name in values},
+            each.metadata["low"],
+            each.metadata["high"],
+        )
         for each in fields(kind)
     ]
 
