@@ -38,7 +38,7 @@ class Guided:
         budget: characters that it may have.
     """
 
-    price: float = 0.1
+    price: float = 0.05
     budget: int = CHAIN
     name = "guided sums"
 
@@ -110,7 +110,7 @@ RECIPE: Final = Recipe(
             sizes={"width": 96, "layers": 2, "context": 32},
             objective="grpo",
             settings={"learning_rate": 5e-4},
-            warm=Warm(think, roles=("large",), until=0.5, settings={"learning_rate": 2e-3}, takes=128, score="right"),
+            warm=Warm(think, roles=("large",), until=0.6, settings={"learning_rate": 2e-3}, takes=128, score="right"),
         ),
         "small": Policy(
             model="tokens",
@@ -126,7 +126,7 @@ RECIPE: Final = Recipe(
     probes=(Probe("right", PROBED, score="right"), Probe("tokens", PROBED, score="tokens")),
     verdict=judge,
     baseline={"game.price": 0.0},
-    epochs=60,
+    epochs=120,
     turns=512,
     plays=128,
 )

@@ -78,6 +78,8 @@ class RecipeAlgorithm:
 
     name = RECIPE_SCHEME
     version = 1
+    summary = "what a recipe says: games of many roles, text, several policies; see `shoal recipe ls`"
+    paper = ""
 
     def learner(self, manifest: Manifest, task: Task, *, peer: PeerId, life: str = "", part: str = "") -> RecipeLearner:
         """This node's part; see `RecipeLearner`.
