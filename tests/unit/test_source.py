@@ -32,6 +32,7 @@ from shoal.training.tasks.source import (
     FreshSeeds,
     Listed,
     News,
+    OwnPrompts,
     Posted,
     Scenario,
     SharedPrompts,
@@ -210,3 +211,17 @@ def test_the_first_script_does_the_first_legal_thing() -> None:
     acts, log_probs = scripted("first").act(takes, RNG(0), greedy=False)
     assert (list(acts), log_probs.tolist()) == ([2, ""], [0, 0])
     assert set(SCRIPTS) == {"first", "random"}
+
+
+def test_own_prompts_are_others_on_every_member_and_the_same_again() -> None:
+    """In groups of plays of one scenario."""
+    rng = np.random.default_rng(0)
+
+    def seeds(own: int) -> list[int]:
+        drawn = (OwnPrompts(3, 2).draw(News(epoch=1, drawn=number, own=own), rng) for number in range(7))
+        return [each.seed for each in drawn if each is not None]
+
+    assert len(seeds(1)) == 6
+    assert len(set(seeds(1))) == 3
+    assert seeds(1) == seeds(1)
+    assert not set(seeds(1)) & set(seeds(2))

@@ -21,7 +21,7 @@ import numpy as np
 from shoal.training.recipes.recipe import Part, Policy, Probe, Recipe, Report, Verdict, Warm
 from shoal.training.tasks.cast import Away, ByRole, Learned
 from shoal.training.tasks.play import Ask, End, Play, Role, Take, Text
-from shoal.training.tasks.source import Scenario, SharedPrompts
+from shoal.training.tasks.source import OwnPrompts, Scenario, SharedPrompts
 
 TERMS: Final = 3
 CHAIN: Final = 8
@@ -102,7 +102,7 @@ RECIPE: Final = Recipe(
     paper="arXiv 2504.00424",
     claim="a thought of half the length serves a small model on another node as well as the whole one",
     game=Guided(),
-    source=SharedPrompts(64, 8),
+    source=OwnPrompts(64, 8),
     cast=ByRole(large="large", small=Away("small", "small", otherwise=Learned("small"))),
     policies={
         "large": Policy(

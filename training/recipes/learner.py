@@ -91,7 +91,7 @@ class RecipeLearner:
         self._stage = Stage(
             recipe.game, recipe.source, recipe.cast, self._actors, recipe.plays, seed=seed, failures=failures
         )
-        self._warm_seed = own_seed
+        self._own_seed = own_seed
         self._answers = np.random.default_rng(derive_seed(seed, "answers"))
         self._plays: list[Played] = []
         self._turns = 0
@@ -169,12 +169,12 @@ class RecipeLearner:
 
     @property
     def _news(self) -> News:
-        return News(self._epoch, self._env_steps, posts=self._posts)
+        return News(self._epoch, self._env_steps, posts=self._posts, own=self._own_seed)
 
     def _teach(self) -> None:
         for name, policy in sorted(self._recipe.policies.items()):
             if policy.warm is not None and not self._taught[name]:
-                rng = np.random.default_rng(derive_seed(self._warm_seed, "warm", name))
+                rng = np.random.default_rng(derive_seed(self._own_seed, "warm", name))
                 teach(policy.warm, self._recipe, name, self._trainees[name], rng)
                 self._taught[name] = True
 

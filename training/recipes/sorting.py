@@ -1,6 +1,6 @@
 """GRPO (arXiv 2402.03300) on one policy of everybody's: the plainest way to train a language model together.
 
-Every node plays each prompt several times, and learns from how its answers compare; then the parameters
+Every node plays prompts of its own, each several times, and learns from how its answers compare; then the parameters
 are averaged. A small transformer from scratch, which is taught to sort digits until it is right now and then.
 """
 
@@ -12,7 +12,7 @@ from shoal.training.recipes.recipe import Policy, Probe, Recipe, Report, Verdict
 from shoal.training.recipes.rlccf import demonstrate
 from shoal.training.tasks.cast import Everyone
 from shoal.training.tasks.games.text import TextTask, sort_digits
-from shoal.training.tasks.source import SharedPrompts
+from shoal.training.tasks.source import OwnPrompts, SharedPrompts
 
 PROMPTS: Final = 32
 PLAYS: Final = 8
@@ -33,7 +33,7 @@ RECIPE: Final = Recipe(
     paper="arXiv 2402.03300",
     claim="a transformer that was taught a little improves by its own answers, averaged over the nodes",
     game=TextTask(sort_digits, max_tokens=8),
-    source=SharedPrompts(PROMPTS, PLAYS),
+    source=OwnPrompts(PROMPTS, PLAYS),
     cast=Everyone("solver"),
     policies={
         "solver": Policy(

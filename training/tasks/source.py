@@ -11,6 +11,7 @@ count.
 - `FreshSeeds`: another seed every time.
 - `SharedPrompts`: the same scenarios on every member, several plays of each, as group-relative advantages (GRPO, arXiv
   2402.03300) and votes over answers (RLCCF, arXiv 2508.12338) need them.
+- `OwnPrompts`: likewise, and other ones on every member.
 - `Listed`: these, one after the other, once an epoch.
 - `ByOutcome`: a curriculum. Levels are drawn by how much their outcomes still vary, p (1 - p) for a share p of success,
   which is what Rutherford et al. call learnability (arXiv 2408.15099). Deviation: whole levels, no single scenarios.
@@ -98,7 +99,7 @@ class Posted:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What a member knows at this epoch; equal, but for ``drawn``, where documents are equal.
+    """What a member knows at this epoch; equal, but for ``drawn`` and ``own``, where documents are equal.
 
     Attributes:
         epoch: of the policies.
@@ -107,6 +108,7 @@ class News:
         evaluations: by probe, the newest that are signed.
         posts: by topic, newest first.
         drawn: how many scenarios this member has drawn in this epoch.
+        own: a number that is another for each member.
     """
 
     epoch: int = 0
@@ -115,6 +117,7 @@ class News:
     evaluations: Mapping[str, float] = field(default_factory=dict)
     posts: Mapping[str, tuple[Posted, ...]] = field(default_factory=dict)
     drawn: int = 0
+    own: int = 0
 
 
 class Source(Protocol):
@@ -169,8 +172,19 @@ class SharedPrompts:
         number = news.drawn // self.plays
         if number >= self.per_epoch:
             return None
-        seed = seed_of("shared prompts", self.seed, 0 if self.is_fixed else news.epoch, number)
-        return Scenario(seed, self.params, tag=self.tag)
+        return Scenario(self._seed(news, number), self.params, tag=self.tag)
+
+    def _seed(self, news: News, number: int) -> int:
+        return seed_of("shared prompts", self.seed, 0 if self.is_fixed else news.epoch, number)
+
+
+class OwnPrompts(SharedPrompts):
+    """Other ones on every member: in each epoch so many new scenarios, and so many plays of each, as above."""
+
+    __slots__ = ()
+
+    def _seed(self, news: News, number: int) -> int:
+        return seed_of("own prompts", self.seed, news.own, 0 if self.is_fixed else news.epoch, number)
 
 
 @dataclass(frozen=True, slots=True)
