@@ -228,6 +228,7 @@ def test_the_crowd_says_what_those_say_who_agree_with_themselves() -> None:
     assert crowd(np.array([[sure], [torn]])).tolist() == [7]
     assert crowd(np.array([[torn], [sure], [[9, 9, 9, 9]], [[9, 9, 9, 1]]])).tolist() == [9]
     assert crowd(np.array([[[NOBODY] * 4], [[NOBODY] * 4]])).tolist() == [NOBODY]
+    assert crowd(np.array([[[5, NOBODY, NOBODY, NOBODY]], [[6, 6, 1, 2]]])).tolist() == [6], "silence is no agreement"
     assert hash_of(" ") == NOBODY != hash_of("123")
     assert 0 < hash_of("123") < 2**53
 

@@ -16,7 +16,7 @@ from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.settings import setting
 from shoal.training.algorithms.takes import TakeSettings
 from shoal.training.exchange.averager import Arrays
-from shoal.training.models.tokens import Ids, Sequences, TokenModel
+from shoal.training.models.text import Ids, Sequences, TextModel
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import News
 
@@ -57,7 +57,7 @@ class Clone:
         self.settings = settings
 
     def prepare(
-        self, takes: Sequence[Take], model: TokenModel, news: News
+        self, takes: Sequence[Take], model: TextModel, news: News
     ) -> Generator[Exchange, Arrays, CloneBatch | None]:
         """All takes with acts and a weight."""
         yield from ()
@@ -68,7 +68,7 @@ class Clone:
         chosen = torch.tensor([weights[index] for index in used], dtype=torch.float32)
         return CloneBatch(model.encode([takes[index] for index in used]), chosen)
 
-    def loss(self, model: TokenModel, batch: CloneBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, model: TextModel, batch: CloneBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross-entropy, the weighted mean over the tokens of acts."""
         weights = batch.weights[:, None] * batch.sequences.is_act
         loss = -(model.log_probs(batch.sequences) * weights).sum() / weights.sum().clamp(min=1e-6)

@@ -24,7 +24,7 @@ from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.settings import setting
 from shoal.training.algorithms.takes import TakeSettings
 from shoal.training.exchange.averager import Arrays
-from shoal.training.models.tokens import Ids, Sequences, TokenModel
+from shoal.training.models.text import Ids, Sequences, TextModel
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import News
@@ -83,13 +83,13 @@ class GRPO:
         self._first: Floats | None = None  # parameters at the beginning
 
     def prepare(
-        self, takes: Sequence[Take], model: TokenModel, news: News
+        self, takes: Sequence[Take], model: TextModel, news: News
     ) -> Generator[Exchange, Arrays, GRPOBatch | None]:
         """Rewards are what the plays' roles earned."""
         yield from ()
         return self.batch(takes, np.array([take.earned for take in takes], np.float32), model)
 
-    def batch(self, takes: Sequence[Take], rewards: Floats, model: TokenModel) -> GRPOBatch | None:
+    def batch(self, takes: Sequence[Take], rewards: Floats, model: TextModel) -> GRPOBatch | None:
         """Takes with rewards ``[S]``; None, if there is nothing to learn from them."""
         if self._first is None and self.settings.kl_coefficient:
             self._first = model.flat.copy()
@@ -108,7 +108,7 @@ class GRPO:
                 model.flat[:] = now
         return GRPOBatch(sequences, old, reference, torch.from_numpy(advantages[used]))
 
-    def loss(self, model: TokenModel, batch: GRPOBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, model: TextModel, batch: GRPOBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """The mean over the sequences, and what is worth knowing."""
         settings, is_act = self.settings, batch.sequences.is_act
         log_probs = model.log_probs(batch.sequences)

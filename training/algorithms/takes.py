@@ -32,7 +32,7 @@ from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.rules import ROUNDING, Codec
 from shoal.training.manifest import Mode
-from shoal.training.models.tokens import Ids
+from shoal.training.models.text import Ids
 from shoal.training.state import check_fit
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take

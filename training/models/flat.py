@@ -52,17 +52,23 @@ class FlatParameters:
         values = [_initial(spec, raw) for spec in specs.values()]
         self.flat: Floats = np.concatenate([value.ravel() for value in values])
         ends = list(itertools.accumulate(value.size for value in values))
-        places = [(end - value.size, end, value.shape) for value, end in zip(values, ends, strict=True)]
         self.parameters: dict[str, Floats] = {
-            name: self.flat[start:end].reshape(shape) for name, (start, end, shape) in zip(specs, places, strict=True)
+            name: self.flat[end - value.size : end].reshape(value.shape)
+            for name, value, end in zip(specs, values, ends, strict=True)
         }
         self.tensor = torch.from_numpy(self.flat).requires_grad_()
-        self._places = dict(zip(specs, places, strict=True))
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, views of `tensor` for one pass."""
-        return {name: self.tensor[start:end].view(shape) for name, (start, end, shape) in self._places.items()}
+        return self.tensors_on(None)
+
+    def tensors_on(self, device: torch.device | None) -> dict[str, torch.Tensor]:
+        """By name, as `tensors`, of a copy on another device; gradients come back from there."""
+        whole = self.tensor if device is None else self.tensor.to(device)
+        # One cut into all: the gradient of a slice is as long as the whole, and there may be hundreds.
+        parts = whole.split_with_sizes([each.size for each in self.parameters.values()])
+        return {name: part.view(each.shape) for (name, each), part in zip(self.parameters.items(), parts, strict=True)}
 
     def gradient_of(self, loss: torch.Tensor) -> Floats:
         """Of a scalar, ``[num_parameters]``; overwritten by the next."""

@@ -14,20 +14,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from shoal.protocol.errors import UsageError
 from shoal.training.models.flat import FlatParameters, Spec
+from shoal.training.models.text import Ids, Sequences, padded
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take, Text
-
-Ids: TypeAlias = npt.NDArray[np.int64]
 
 END_OF_ACT: Final = 0
 END_OF_SIGHT: Final = 1
@@ -54,29 +51,6 @@ def _of_acts(logits: torch.Tensor) -> torch.Tensor:
 def decode_text(tokens: Sequence[int]) -> str:
     """The inverse of `encode_text`; ends are nothing."""
     return "".join(_CHARACTERS[token - 2] for token in tokens if token >= 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """Takes as tokens, padded at their ends.
-
-    Attributes:
-        tokens: int64 ``[S, T]``.
-        is_act: bool ``[S, T]``, of the tokens that the policy chose, ends of acts among them.
-    """
-
-    tokens: torch.Tensor
-    is_act: torch.Tensor
-
-    def part(self, rows: Ids) -> Sequences:
-        """Some of them, no longer than the longest."""
-        tokens, is_act = self.tokens[rows], self.is_act[rows]
-        used = is_act.any(dim=0).nonzero()
-        end = int(used.max()) + 1 if len(used) else 1
-        return Sequences(tokens[:, :end], is_act[:, :end])
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class TokenModel:
@@ -141,12 +115,7 @@ class TokenModel:
             tokens, is_act = self._history(take, len(take.acts))
             rows.append(tokens[-self.context :])
             masks.append(is_act[-self.context :])
-        longest = max((len(row) for row in rows), default=1)
-        shape = (len(rows), longest)
-        padded, chosen = np.full(shape, END_OF_ACT, np.int64), np.zeros(shape, np.bool_)
-        for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-            padded[index, : len(row)], chosen[index, : len(row)] = row, mask
-        return Sequences(torch.from_numpy(padded), torch.from_numpy(chosen))
+        return padded(rows, masks, END_OF_ACT)
 
     def log_probs(self, sequences: Sequences) -> torch.Tensor:
         """Of every token that the policy chose, given what came before: ``[S, T]``, 0 for all others."""

@@ -10,10 +10,11 @@ from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.clone import Clone
 from shoal.training.algorithms.grpo import GRPO
 from shoal.training.algorithms.takes import TakeObjective
+from shoal.training.models.hf_lora import HfLora
 from shoal.training.models.tokens import TokenModel
 from shoal.training.plugins import suggest
 
-MODELS: Final[Mapping[str, Callable[..., Any]]] = {"tokens": TokenModel}
+MODELS: Final[Mapping[str, Callable[..., Any]]] = {"hf_lora": HfLora, "tokens": TokenModel}
 OBJECTIVES: Final[dict[str, Any]] = {each.name: each for each in (Clone, GRPO)}
 """Those that ship with Shoal."""
 

@@ -25,7 +25,7 @@ from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.grpo import GRPO, GRPOBatch, GRPOSettings
 from shoal.training.algorithms.settings import setting
 from shoal.training.exchange.averager import Arrays
-from shoal.training.models.tokens import TokenModel
+from shoal.training.models.text import TextModel
 from shoal.training.recipes.recipe import Policy, Probe, Recipe, Report, Verdict, Warm
 from shoal.training.tasks.cast import Everyone
 from shoal.training.tasks.games.text import TextTask, sort_digits
@@ -58,7 +58,7 @@ class CrowdGRPO(GRPO):
     settings: CrowdSettings
 
     def prepare(
-        self, takes: Sequence[Take], model: TokenModel, news: News
+        self, takes: Sequence[Take], model: TextModel, news: News
     ) -> Generator[Exchange, Arrays, GRPOBatch | None]:
         """Ask the crowd, and reward who agrees with it."""
         settings = self.settings
@@ -96,7 +96,7 @@ class OwnVote(CrowdGRPO):
     num_exchanges = 0
 
     def prepare(
-        self, takes: Sequence[Take], model: TokenModel, news: News
+        self, takes: Sequence[Take], model: TextModel, news: News
     ) -> Generator[Exchange, Arrays, GRPOBatch | None]:
         """Ask nobody."""
         asking = super().prepare(takes, model, news)
@@ -121,10 +121,10 @@ def crowd(answers: Ballots) -> npt.NDArray[np.int64]:
         votes: Counter[int] = Counter()
         for author in range(answers.shape[0]):
             counts = Counter(answers[author, prompt].tolist())
-            confidence = max(counts.values()) / answers.shape[2]
+            del counts[NOBODY]
+            confidence = max(counts.values(), default=0) / answers.shape[2]
             for answer, count in counts.items():
-                if answer != NOBODY:
-                    votes[answer] += round(1e6 * confidence * count)
+                votes[answer] += round(1e6 * confidence * count)
         if votes:
             labels[prompt] = max(votes, key=lambda answer: (votes[answer], answer))
     return labels

@@ -197,7 +197,7 @@ class Game(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)  # so that an actor can keep what it knows of a take with it
 class Take:
     """One role's part in one play, in the order of its acts.
 
