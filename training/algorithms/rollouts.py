@@ -238,9 +238,35 @@ def advantages(
     Returns:
         ``[T, N]`` float32.
     """
-    runs_on = ~(rollout.terminated | rollout.truncated)
+    return gae(
+        rollout.terminated, rollout.truncated, rewards, values, final_values, gamma=gamma, gae_lambda=gae_lambda
+    )
+
+
+def gae(
+    terminated: npt.NDArray[np.bool_],
+    truncated: npt.NDArray[np.bool_],
+    rewards: Floats,
+    values: Floats,
+    final_values: Floats,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> Floats:
+    """`advantages` of whatever has ends: ``[T, N]`` float32.
+
+    Args:
+        terminated: ``[T, N]``, where nothing comes after.
+        truncated: ``[T, N]``, where K times what comes after was cut off.
+        rewards: ``[T, N]``.
+        values: ``[T + 1, N]``; what follows an end in a column may be anything.
+        final_values: ``[K]``, what comes after is worth, in the order of ``truncated``.
+        gamma: discount per step.
+        gae_lambda: 0 trusts the values alone, 1 the rewards alone.
+    """
+    runs_on = ~(terminated | truncated)
     next_values = values[1:] * runs_on
-    next_values[rollout.truncated] = final_values
+    next_values[truncated] = final_values
     result: Floats = rewards + np.float32(gamma) * next_values - values[:-1]
     decay: Floats = np.float32(gamma * gae_lambda) * runs_on
     # Each is its own delta and the decayed next one, which is the same of the next: after k rounds each holds the sum

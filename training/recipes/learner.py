@@ -32,7 +32,7 @@ from shoal.training.algorithms.takes import Trainee
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.recipes.makers import make_model, objective_of
-from shoal.training.recipes.playing import play_out, score_of
+from shoal.training.recipes.playing import play_out, roles_of, score_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.warming import teach
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
@@ -298,7 +298,7 @@ class RecipeLearner:
 def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_seed: int) -> Trainee:
     seed = own_seed if policy.is_varied else manifest.seed
     return Trainee(
-        make_model(policy.model, policy.sizes, derive_seed(seed, "model", name)),
+        make_model(policy.model, policy.sizes, derive_seed(seed, "model", name), partial(roles_of, recipe, name)),
         objective_of(policy.objective, policy.settings, recipe.objectives),
         mode=manifest.mode,
         codec=manifest.codec,

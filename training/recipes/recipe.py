@@ -67,6 +67,8 @@ class Policy:
         is_frozen: whether it never learns.
         is_varied: whether each node's begins with other parameters; only where it is each node's own.
         warm: how it is taught first.
+        roles: patterns of those that it plays, from which a model of a body has its sizes; none: those that the cast
+            gives it.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Policy:
     is_frozen: bool = False
     is_varied: bool = False
     warm: Warm | None = None
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.owner == "own" and self.shared != ("*",):
@@ -215,5 +218,5 @@ class Recipe:
 
     @property
     def is_by_all(self) -> bool:
-        """Whether every node has to probe, as some policy is each one's own."""
-        return any(policy.owner == "own" for policy in self.policies.values())
+        """Whether every node has to probe, as some policy is each one's own, if only in part."""
+        return any(policy.owner == "own" or policy.shared != ("*",) for policy in self.policies.values())
