@@ -238,9 +238,7 @@ def advantages(
     Returns:
         ``[T, N]`` float32.
     """
-    return gae(
-        rollout.terminated, rollout.truncated, rewards, values, final_values, gamma=gamma, gae_lambda=gae_lambda
-    )
+    return gae(rollout.terminated, rollout.truncated, rewards, values, final_values, gamma=gamma, gae_lambda=gae_lambda)
 
 
 def gae(

@@ -9,8 +9,8 @@ Discrete acts have a categorical head, of the acts that are legal; continuous on
 does not depend on the sight. Sampling takes its numbers from the generator that it is given (the Gumbel-max trick, as
 in `shoal.training.models.actor_critic`). All parameters are one flat vector (`shoal.training.models.flat`).
 
-Where a game shows critics more than actors (`Ask.central`), a model whose ``central`` says how many numbers that are has
-them in its values, beside the sight; nothing that acts sees them.
+Where a game shows critics more than actors (`Ask.central`), a model whose ``central`` says how many numbers that are
+has them in its values, beside the features; nothing that acts sees them.
 """
 
 from __future__ import annotations
@@ -237,7 +237,8 @@ class BodyModel(ABC):
             log_std = self.parameters["decide/log_std"]
             noise = np.zeros_like(outputs) if greedy else rng.standard_normal(outputs.shape, np.float32)
             likely: Floats = (-0.5 * noise * noise - log_std - np.float32(_HALF_LOG_TAU)).sum(axis=1)
-            return outputs + np.exp(log_std) * noise, likely
+            given: Floats = outputs + np.exp(log_std) * noise
+            return given, likely
         legal = _legal([take.asked_legal for take in takes], self._outputs)
         if legal is not None:
             outputs = np.where(legal, outputs, np.float32(_NEVER))
@@ -248,7 +249,8 @@ class BodyModel(ABC):
         acts: Ids = scores.argmax(axis=1)
         highest = outputs.max(axis=1)
         total = highest + np.log(np.exp(outputs - highest[:, None]).sum(axis=1))
-        return acts, outputs[np.arange(len(acts)), acts] - total
+        log_probs: Floats = outputs[np.arange(len(acts)), acts] - total
+        return acts, log_probs
 
     def _newest_features(self, takes: Sequence[Take]) -> torch.Tensor:
         """``[n, features]`` for the sights that wait."""

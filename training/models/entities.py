@@ -6,8 +6,8 @@ Transformer has it (Lee et al., arXiv 1810.00825) with oneself as the seed: the 
 unless ``has_places`` says that different places hold different things.
 
 Of every size of sight that its roles have, it has a front-end, ``encode/<size>/*``: perception. What decides,
-``decide/*``, and what values, ``value/*``, are the same for all. So a policy may share these between tasks, and keep its
-perception to itself (``shared=("decide/*", "value/*")``).
+``decide/*``, and what values, ``value/*``, are the same for all. So a policy may share these between tasks, and keep
+its perception to itself (``shared=("decide/*", "value/*")``).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Entities(BodyModel):
 
     def see(self, turns: Turns) -> torch.Tensor:
         """``[S, T, width]``, by the front-end of each row's size."""
-        kinds = turns.kinds.unique().tolist()
+        kinds = sorted(set(turns.kinds.tolist()))
         if len(kinds) == 1:
             return self._encode(self.sizes[kinds[0]], turns.sights)
         found = torch.zeros((*turns.sights.shape[:2], self._width))

@@ -46,9 +46,7 @@ def roles_of(recipe: Recipe, policy: str) -> list[Role]:
         for pattern in named:
             if not any(fnmatchcase(role, pattern) for role in recipe.game.roles):
                 raise UsageError(f"the policy {policy} names the role {pattern!r:.80}, which the game has not")
-        found = [
-            spaces for role, spaces in recipe.game.roles.items() if any(fnmatchcase(role, each) for each in named)
-        ]
+        found = [spaces for role, spaces in recipe.game.roles.items() if any(fnmatchcase(role, each) for each in named)]
     else:
         seats = seated(recipe.game.roles, recipe.cast(News(0, 0), Scenario(0), np.random.default_rng(0)))
         found = [

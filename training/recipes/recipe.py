@@ -189,6 +189,7 @@ class Recipe:
         plays: that go on side by side.
         eval_interval: epochs between probes.
         mode: what is averaged when, unless the manifest says otherwise.
+        is_placed: whether nodes have places, by which a source may give each its own (`News.place`).
     """
 
     name: str
@@ -209,6 +210,7 @@ class Recipe:
     plays: int = 64
     eval_interval: int = 10
     mode: Mode = Mode.LOCAL
+    is_placed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.policies) <= MAX_POLICIES or not 1 <= len(self.probes) <= MAX_PROBES:
