@@ -358,7 +358,7 @@ def test_a_messenger_sees_all_and_its_words_reach_each() -> None:
 
 def test_a_messenger_needs_numbers() -> None:
     with pytest.raises(UsageError, match="reads text"):
-        Messenger(TextTask(sums), 2)
+        _ = Messenger(TextTask(sums), 2).roles
 
 
 def test_with_a_share_the_expert_labels_every_sight_and_acts_as_often() -> None:

@@ -63,7 +63,7 @@ class GRPOBatch:
     def part(self, rows: Ids) -> GRPOBatch:
         """Some of the takes."""
         sequences = self.sequences.part(rows)
-        length = sequences.tokens.shape[1]
+        length = sequences.is_act.shape[1]
         reference = self.reference[rows][:, :length] if len(self.reference) else self.reference
         return GRPOBatch(sequences, self.old[rows][:, :length], reference, self.advantages[rows])
 

@@ -238,9 +238,35 @@ def advantages(
     Returns:
         ``[T, N]`` float32.
     """
-    after = following(rollout, values, final_values)
+    return gae(rollout.terminated, rollout.truncated, rewards, values, final_values, gamma=gamma, gae_lambda=gae_lambda)
+
+
+def gae(
+    terminated: npt.NDArray[np.bool_],
+    truncated: npt.NDArray[np.bool_],
+    rewards: Floats,
+    values: Floats,
+    final_values: Floats,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> Floats:
+    """`advantages` of whatever has ends: ``[T, N]`` float32.
+
+    Args:
+        terminated: ``[T, N]``, where nothing comes after.
+        truncated: ``[T, N]``, where K times what comes after was cut off.
+        rewards: ``[T, N]``.
+        values: ``[T + 1, N]``; what follows an end in a column may be anything.
+        final_values: ``[K]``, what comes after is worth, in the order of ``truncated``.
+        gamma: discount per step.
+        gae_lambda: 0 trusts the values alone, 1 the rewards alone.
+    """
+    goes_on = ~(terminated | truncated)
+    after: Floats = values[1:] * goes_on
+    after[truncated] = final_values
     result: Floats = rewards + np.float32(gamma) * after - values[:-1]
-    decay: Floats = np.float32(gamma * gae_lambda) * runs_on(rollout)
+    decay: Floats = np.float32(gamma * gae_lambda) * goes_on
     accumulate(result, decay)
     return result
 

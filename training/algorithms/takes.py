@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -87,6 +87,19 @@ class TakeBatch(Protocol):
 
     def part(self, rows: Ids) -> TakeBatch:
         """Some of it."""
+        ...
+
+
+@runtime_checkable
+class Advised(Protocol):
+    """A batch with advantages, which are given mean 0 and deviation 1 before the first step."""
+
+    def moments(self) -> Moments:
+        """Of the advantages; their count is the batch's length."""
+        ...
+
+    def normalized(self, moments: Moments) -> Self:
+        """With advantages so scaled: in mode ``gradient`` by those of all members."""
         ...
 
 
@@ -327,11 +340,13 @@ class _Steps:
         return self._objective.settings
 
     def moments(self, batch: TakeBatch) -> Moments:
-        """Of advantages, which are of no concern here; the number of takes is what others check."""
+        """Of advantages, where the batch has such; the length of the batch is what others check."""
+        if isinstance(batch, Advised):
+            return batch.moments()
         return Moments(float(len(batch)), np.zeros(()), np.zeros(()))
 
     def with_moments(self, batch: TakeBatch, moments: Moments) -> TakeBatch:
-        return batch
+        return batch.normalized(moments) if isinstance(batch, Advised) else batch
 
     def minibatches(
         self, batch: TakeBatch | None, streams: Sequence[Stream]

@@ -10,13 +10,15 @@ An epoch's turns are counted in asks of the game. A source that has no more befo
 **How it begins.** Policies are alike everywhere at epoch 0, but for those that are varied. Those that are to be taught
 first (`Warm`) are taught in the first epoch, by each node for itself, which plays nothing in it; of those that are
 averaged all take what the node made whose name comes first (``first/`` of `exchange.averager`), as torch's results
-differ in their last bits from machine to machine. A newcomer teaches what is its own before it plays.
+differ in their last bits from machine to machine. A newcomer teaches what is its own before it plays. Where nodes have
+places (`placing`), one without plays what its source gives it so, which may be nothing, until the next update.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,8 @@ from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
 from shoal.training.recipes.makers import make_model, objective_of
-from shoal.training.recipes.playing import run_out, score_of
+from shoal.training.recipes.placing import NOWHERE, check_said, number_of, place_of
+from shoal.training.recipes.playing import roles_of, run_out, score_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.warming import teach
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
@@ -97,6 +100,7 @@ class RecipeLearner:
         self._turns = 0
         self._is_exhausted = False
         self._epoch = self._env_steps = 0
+        self._number, self._place = number_of(peer), NOWHERE
         self._running: AnyUpdate | None = None
         self._folder: Path | None = None
 
@@ -116,6 +120,7 @@ class RecipeLearner:
                     check_fit(own, trainee.private())
                     trainee.load(own)
                     self._taught[name] = bool(meta.get("taught", {}).get(name, False))
+            self._place = int(meta.get("place", NOWHERE))
         except (ProtocolError, OSError) as error:
             log.warning("what this node had of its own in %s cannot be read (%s): it begins anew", path, error)
 
@@ -124,11 +129,11 @@ class RecipeLearner:
         for name, trainee in self._trainees.items():
             if trainee.is_own or not trainee.is_whole:
                 private |= {f"{name}/{key}": array for key, array in trainee.private().items()}
-        if self._folder is None or not private:
+        if self._folder is None or not (private or self._recipe.is_placed):
             return
         path = self._folder / PRIVATE
         half = path.with_name(path.name + ".part")
-        half.write_bytes(encode_arrays(private, {"taught": self._taught}))
+        half.write_bytes(encode_arrays(private, {"taught": self._taught, "place": self._place}))
         half.replace(path)
 
     # --- playing ---
@@ -169,7 +174,7 @@ class RecipeLearner:
 
     @property
     def _news(self) -> News:
-        return News(self._epoch, self._env_steps, posts=self._posts, own=self._own_seed)
+        return News(self._epoch, self._env_steps, posts=self._posts, own=self._own_seed, place=self._place)
 
     def _teach(self) -> None:
         for name, policy in sorted(self._recipe.policies.items()):
@@ -188,6 +193,7 @@ class RecipeLearner:
 
     def _update(self) -> AnyUpdate:
         before = {name: trainee.snapshot() for name, trainee in self._trainees.items()}
+        env_steps, place = self._env_steps, self._place
         try:
             updates: dict[str, AskingUpdate] = {NEWS: self._count()}
             for name, trainee in self._trainees.items():
@@ -202,6 +208,7 @@ class RecipeLearner:
         except BaseException:
             for name, trainee in self._trainees.items():
                 trainee.load(before[name])
+            self._env_steps, self._place = env_steps, place
             raise
         finally:
             self._running = None
@@ -222,12 +229,17 @@ class RecipeLearner:
         return [take for played in self._plays for take in played.takes if take.seat == seat and take.proven]
 
     def _count(self) -> Update:
-        """How many turns went into this epoch, of all."""
+        """How many turns went into this epoch, of all; and who has which place."""
         own: Arrays = {"sum/turns": np.asarray(self._turns, np.int64)}
-        merged = yield Exchange(own, 1.0, own, partial(_check_turns, 2 * _MAX_BACKLOG * self._share))
+        if self._recipe.is_placed:
+            own["each/places"] = np.array([self._number, self._place], np.int64)
+        merged = yield Exchange(own, 1.0, own, partial(_check_news, 2 * _MAX_BACKLOG * self._share))
         if merged:
-            check_fit(merged, own)
+            said = merged.pop("each/places", None)
+            check_fit(merged, {"sum/turns": own["sum/turns"]})
             self._env_steps += int(merged["sum/turns"])
+            if said is not None:
+                self._place = place_of(self._number, said.astype(np.int64))
         return UpdateStats(0, 0)
 
     def _agree(self, name: str, trainee: Trainee) -> Update:
@@ -294,7 +306,13 @@ class RecipeLearner:
     # --- probing ---
 
     def evaluate(self, episodes: int, seed: int) -> list[float]:
-        """Play all probes; the scores of the first one's plays. Their number is the probe's own business."""
+        """Play all probes; the scores of the first one's plays. Their number is the probe's own business.
+
+        A node that has no place yet probes what the first one has.
+
+        Raises:
+            TaskFailedError: if no play of a probe came to an end.
+        """
         return run_out(self.evaluating(episodes, seed))
 
     def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
@@ -305,6 +323,10 @@ class RecipeLearner:
             self.scores[probe.name] = float(np.mean(found))
             if number == 0:
                 first = found
+        if not first:
+            raise TaskFailedError(
+                f"this node has nothing to play of {self._recipe.probes[0].name!r}; it may have later"
+            )
         return first
 
     def answer(self, policy: str, takes: bytes | memoryview) -> bytes:
@@ -321,7 +343,8 @@ class RecipeLearner:
         recipe = self._recipe
         cast = recipe.cast if probe.cast is None else probe.cast
         stage = Stage(recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures)
-        staged = yield from _told(stage.collect(self._news, greedy=probe.greedy))
+        news = replace(self._news, place=max(0, self._place))
+        staged = yield from _told(stage.collect(news, greedy=probe.greedy))
         found = [score_of(played, probe.score) for played in staged.plays]
         if not found:
             raise TaskFailedError(f"no play of the probe {probe.name!r} came to an end: {self._failures.summary}")
@@ -335,7 +358,7 @@ class RecipeLearner:
 def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_seed: int) -> Trainee:
     seed = own_seed if policy.is_varied else manifest.seed
     return Trainee(
-        make_model(policy.model, policy.sizes, derive_seed(seed, "model", name)),
+        make_model(policy.model, policy.sizes, derive_seed(seed, "model", name), partial(roles_of, recipe, name)),
         objective_of(policy.objective, policy.settings, recipe.objectives),
         mode=manifest.mode,
         codec=manifest.codec,
@@ -373,7 +396,9 @@ def _is_float(array: np.ndarray[Any, Any]) -> bool:
     return bool(array.dtype == np.float32)
 
 
-def _check_turns(most: int, contribution: Contribution) -> None:
+def _check_news(most: int, contribution: Contribution) -> None:
+    if "each/places" in contribution.arrays:
+        check_said(contribution.arrays["each/places"])
     if not 0 <= int(contribution.arrays["sum/turns"]) <= most:
         raise ProtocolError(f"{contribution.author} says that it took more turns than anybody can; leave it out")
 

@@ -9,26 +9,41 @@ from typing import Any, Final
 from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.clone import Clone
 from shoal.training.algorithms.grpo import GRPO
+from shoal.training.algorithms.ppo_takes import PPOTakes
+from shoal.training.algorithms.reinforce_takes import ReinforceTakes
 from shoal.training.algorithms.takes import TakeObjective
+from shoal.training.models.entities import Entities
+from shoal.training.models.gru import GRU
 from shoal.training.models.hf_lora import HfLora
+from shoal.training.models.mlp import MLP
 from shoal.training.models.tokens import TokenModel
 from shoal.training.plugins import suggest
+from shoal.training.tasks.play import Role
 
-MODELS: Final[Mapping[str, Callable[..., Any]]] = {"hf_lora": HfLora, "tokens": TokenModel}
-OBJECTIVES: Final[dict[str, Any]] = {each.name: each for each in (Clone, GRPO)}
+BODIES: Final[Mapping[str, Callable[..., Any]]] = {"mlp": MLP, "gru": GRU, "entities": Entities}
+"""Models that are of a size with what their roles see and how they act."""
+MODELS: Final[Mapping[str, Callable[..., Any]]] = {"hf_lora": HfLora, "tokens": TokenModel, **BODIES}
+OBJECTIVES: Final[dict[str, Any]] = {each.name: each for each in (Clone, GRPO, PPOTakes, ReinforceTakes)}
 """Those that ship with Shoal."""
 
 
-def make_model(kind: str, sizes: Mapping[str, Any], seed: int) -> Any:
+def make_model(kind: str, sizes: Mapping[str, Any], seed: int, roles: Callable[[], Sequence[Role]] = tuple) -> Any:
     """A model in its initial state.
 
+    Args:
+        kind: one of `MODELS`.
+        sizes: of it.
+        seed: of its initial values.
+        roles: gives those that it is to play, for a model that has to know.
+
     Raises:
-        UsageError: if there is no such kind, or not of such sizes.
+        UsageError: if there is no such kind, or not of such sizes, or it cannot play such roles.
     """
     if kind not in MODELS:
         raise UsageError(f"no model is called {kind!r:.80}; {suggest(kind, MODELS)}")
+    known = (roles(),) if kind in BODIES else ()
     try:
-        return MODELS[kind](**sizes, seed=seed)
+        return MODELS[kind](*known, **sizes, seed=seed)
     except TypeError as error:
         raise UsageError(f"a model {kind} is not made of {', '.join(sizes)}: {error}") from error
 

@@ -69,6 +69,8 @@ class Policy:
         is_frozen: whether it never learns.
         is_varied: whether each node's begins with other parameters; only where it is each node's own.
         warm: how it is taught first.
+        roles: patterns of those that it plays, from which a model of a body has its sizes; none: those that the cast
+            gives it.
     """
 
     model: str
@@ -80,6 +82,7 @@ class Policy:
     is_frozen: bool = False
     is_varied: bool = False
     warm: Warm | None = None
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.owner == "own" and self.shared != ("*",):
@@ -205,6 +208,7 @@ class Recipe:
         plays: that go on side by side.
         eval_interval: epochs between probes.
         mode: what is averaged when, unless the manifest says otherwise.
+        is_placed: whether nodes have places, by which a source may give each its own (`News.place`).
     """
 
     name: str
@@ -227,6 +231,7 @@ class Recipe:
     plays: int = 64
     eval_interval: int = 10
     mode: Mode = Mode.LOCAL
+    is_placed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.policies) <= MAX_POLICIES or not 1 <= len(self.probes) <= MAX_PROBES:
@@ -238,5 +243,5 @@ class Recipe:
 
     @property
     def is_by_all(self) -> bool:
-        """Whether every node has to probe, as some policy is each one's own."""
-        return any(policy.owner == "own" for policy in self.policies.values())
+        """Whether every node has to probe, as some policy is each one's own, if only in part."""
+        return any(policy.owner == "own" or policy.shared != ("*",) for policy in self.policies.values())

@@ -13,6 +13,7 @@ count.
   2402.03300) and votes over answers (RLCCF, arXiv 2508.12338) need them.
 - `OwnPrompts`: likewise, and other ones on every member.
 - `Listed`: these, one after the other, once an epoch.
+- `ByPlace`: to each member another source: a task per node.
 - `ByOutcome`: a curriculum. Levels are drawn by how much their outcomes still vary, p (1 - p) for a share p of success,
   which is what Rutherford et al. call learnability (arXiv 2408.15099). Deviation: whole levels, no single scenarios.
 - `Starts`: early in training, plays begin in states of trajectories that somebody posted (SnapshotRL, S3RL). Deviation:
@@ -99,7 +100,7 @@ class Posted:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What a member knows at this epoch; equal, but for ``drawn`` and ``own``, where documents are equal.
+    """What a member knows at this epoch; equal, but for ``drawn``, ``own`` and ``place``, where documents are equal.
 
     Attributes:
         epoch: of the policies.
@@ -109,6 +110,7 @@ class News:
         posts: by topic, newest first.
         drawn: how many scenarios this member has drawn in this epoch.
         own: a number that is another for each member.
+        place: this member's number among all, where a recipe gives them such, for good; -1: it has none yet.
     """
 
     epoch: int = 0
@@ -118,6 +120,7 @@ class News:
     posts: Mapping[str, tuple[Posted, ...]] = field(default_factory=dict)
     drawn: int = 0
     own: int = 0
+    place: int = -1
 
 
 class Source(Protocol):
@@ -196,6 +199,23 @@ class Listed:
     def draw(self, news: News, rng: np.random.Generator) -> Scenario | None:
         """The next of the list."""
         return self.scenarios[news.drawn] if news.drawn < len(self.scenarios) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ByPlace:
+    """To each member a source of its own, by its place; members of a recipe that gives no places draw nothing.
+
+    Attributes:
+        sources: by name. Places beyond their number begin anew.
+    """
+
+    sources: Mapping[str, Source]
+
+    def draw(self, news: News, rng: np.random.Generator) -> Scenario | None:
+        """The next of the one's."""
+        if news.place < 0:
+            return None
+        return list(self.sources.values())[news.place % len(self.sources)].draw(news, rng)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 ``Messenger(game, size)`` puts one more role, ``messenger``, before any parallel game: it sees what all see, one after
 the other, acts ``size`` numbers for each role, and these are added to what that role sees. It earns the mean of what
-they earn. Baselines are ``size=0``, without anybody to tell anything, and a messenger that says anything
-(``Scripted("random")``).
+they earn. Baselines are ``is_mute``, which tells zeros to roles that are as large, ``size=0``, without anybody to tell
+anything, and a messenger that says anything (``Scripted("random")``, or a frozen policy).
 
 Deviation: who has left the game is seen as zeros, and is told nothing.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -25,23 +26,50 @@ from shoal.training.tasks.source import Scenario
 MESSENGER: Final = "messenger"
 
 
+@dataclass(frozen=True)
 class Messenger:
     """Another game, with a messenger before it.
 
-    Raises:
-        UsageError: if a role of the game does not see numbers, or is called ``messenger`` already.
+    Attributes:
+        inner: the other game.
+        size: numbers that each role is told; 0: there is no messenger.
+        is_mute: whether all are told zeros, whatever the messenger says: what messages are worth shows beside that.
     """
 
-    def __init__(self, game: Game, size: int) -> None:
-        self.inner, self.size = game, size
-        self.name = f"{getattr(game, 'name', type(game).__name__)} with {size} numbers of messages"
-        self._sizes = {role: _size(role, spaces) for role, spaces in game.roles.items()}
-        if MESSENGER in self._sizes or size < 0:
-            raise UsageError(f"a messenger needs 0 numbers or more, and to be the only role called {MESSENGER!r}")
-        self.roles = {role: Role(Box(self._sizes[role] + size), spaces.acts) for role, spaces in game.roles.items()}
-        if size:
-            everything = sum(self._sizes.values())
-            self.roles = {MESSENGER: Role(Box(everything), Continuous(size * len(self._sizes)))} | self.roles
+    inner: Game
+    size: int
+    is_mute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise UsageError(f"a messenger tells 0 numbers or more, not {self.size}")
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{getattr(self.inner, 'name', type(self.inner).__name__)} with {self.size} numbers of messages"
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """What each role of the other game sees."""
+        return {role: _size(role, spaces) for role, spaces in self.inner.roles.items()}
+
+    @cached_property
+    def roles(self) -> Mapping[str, Role]:
+        """The messenger's and the others'.
+
+        Raises:
+            UsageError: if a role of the game does not see numbers, or is called ``messenger`` already.
+        """
+        if MESSENGER in self._sizes:
+            raise UsageError(f"a messenger needs to be the only role called {MESSENGER!r}")
+        roles = {
+            role: Role(Box(self._sizes[role] + self.size), spaces.acts) for role, spaces in self.inner.roles.items()
+        }
+        if not self.size:
+            return roles
+        everything = sum(self._sizes.values())
+        return {MESSENGER: Role(Box(everything), Continuous(self.size * len(self._sizes)))} | roles
 
     def play(self, scenario: Scenario, rng: np.random.Generator) -> Play:
         """One play of the other game."""
@@ -70,7 +98,8 @@ class Messenger:
         return np.concatenate(list(shown)).astype(np.float32)
 
     def _words(self, said: Act) -> dict[str, Floats]:
-        return dict(zip(self._sizes, np.tanh(said).reshape(-1, self.size), strict=True))
+        told = np.zeros_like(said) if self.is_mute else np.tanh(said)
+        return dict(zip(self._sizes, told.reshape(-1, self.size), strict=True))
 
 
 def _mean(rewards: list[float]) -> float:
