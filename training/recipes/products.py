@@ -39,7 +39,8 @@ class SpokenProducts:
 
     def entry(self, seed: int) -> Entry:
         """``3 * 7 =``."""
-        one, other = np.random.default_rng(seed).integers(2, 10, size=2).tolist()
+        rng = np.random.default_rng(seed)
+        one, other = rng.integers(2, 10, size=2).tolist()
         return {"question": f"{one} * {other} =", "answer": str(one * other)}
 
     def score(self, answer: str, entry: Entry) -> float:
