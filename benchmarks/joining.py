@@ -9,7 +9,7 @@ The threshold is passed at the first epoch at which the mean return of the last 
 reaches it. Who has not passed after the limit counts with the limit, so the true ratio is at most as far from 1.
 
     python benchmarks/joining.py [--learners 1,2,4,8] [--tasks gym:LunarLander-v3] [--seeds 3] [--epochs 150]
-                                 [--mode local] [--ahead 0.25] [--set learning_rate=3e-4 ...] [--keep]
+                                 [--algorithm ppo] [--mode local] [--ahead 0.25] [--set learning_rate=3e-4 ...] [--keep]
 
 With ``--ahead`` each collects that part of an epoch's samples while the one before is averaged, with the parameters
 that its own steps led to, as learners do that wait for the others.
@@ -31,8 +31,8 @@ from typing import Any, Final
 import torch
 
 from shoal.protocol.ids import PeerId
+from shoal.training.algorithms import load_algorithm
 from shoal.training.algorithms.base import Learner
-from shoal.training.algorithms.ppo import PPO
 from shoal.training.exchange.averager import Contribution, merge
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.tasks import load_task
@@ -108,13 +108,16 @@ def measure(
     mode: Mode,
     ahead: float,
     settings: dict[str, Any],
+    algorithm: str,
 ) -> Run:
     """Learn until the threshold is passed, or for ``limit`` epochs."""
     began = time.process_time()
     task = load_task(task_name)
     names = [PeerId.of_public_key(bytes([number + 1]) * 32) for number in range(count)]
-    manifest = Manifest(owner=names[0], task=task_name, algorithm="ppo", seed=seed, mode=mode, hyperparameters=settings)
-    learners = [PPO().learner(manifest, task, peer=name) for name in names]
+    manifest = Manifest(
+        owner=names[0], task=task_name, algorithm=algorithm, seed=seed, mode=mode, hyperparameters=settings
+    )
+    learners = [load_algorithm(algorithm).learner(manifest, task, peer=name) for name in names]
     recent: deque[float] = deque(maxlen=WINDOW)
     env_steps, epoch, passed = 0, 0, False
     while epoch < limit and not passed:
@@ -164,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="gym:LunarLander-v3,gym:InvertedDoublePendulum-v5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=150, help="limit of one run")
+    parser.add_argument("--algorithm", default="ppo")
     parser.add_argument("--mode", type=Mode, default=Mode.LOCAL)
     parser.add_argument("--ahead", type=float, default=0.0, help="part of an epoch collected while it is averaged")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
@@ -175,11 +179,12 @@ def main() -> None:
     for task in options.tasks.split(","):
         for count in map(int, options.learners.split(",")):
             for seed in range(options.seeds):
-                runs.append(
-                    measure(task, count, seed, THRESHOLDS[task], options.epochs, options.mode, options.ahead, settings)
-                )
+                limits = (THRESHOLDS[task], options.epochs)
+                how = (options.mode, options.ahead, settings, options.algorithm)
+                runs.append(measure(task, count, seed, *limits, *how))
                 print(runs[-1], flush=True)
-    chosen = "".join(f" --set {word}" for word in options.set) + f" --mode {options.mode} --ahead {options.ahead}"
+    chosen = "".join(f" --set {word}" for word in options.set)
+    chosen += f" --algorithm {options.algorithm} --mode {options.mode} --ahead {options.ahead}"
     command = (
         f"python benchmarks/joining.py --tasks {options.tasks} --learners {options.learners} "
         f"--seeds {options.seeds} --epochs {options.epochs}{chosen}"
