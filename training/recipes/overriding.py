@@ -22,34 +22,57 @@ _FREE = ("settings", "sizes")
 
 
 def overridden(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe with these settings.
+    """The recipe with these settings, all of them at once.
 
     Raises:
-        UsageError: if a path leads nowhere, or to something of another kind.
+        UsageError: if a path leads nowhere, or to something of another kind, or what comes of all cannot be.
     """
+    found: Recipe = _replaced(recipe, {tuple(path.split(".")): value for path, value in settings.items()}, "")
+    return found
+
+
+def _replaced(whole: Any, settings: Mapping[tuple[str, ...], Any], at: str, *, is_free: bool = False) -> Any:
+    """What is at a place, with what is set below it."""
+    if () in settings:
+        if len(settings) > 1:
+            raise UsageError(f"{at[:80]!r} and what is in it are both set; leave one of them out")
+        return _fitting(whole, settings[()], at)
+    below: dict[str, dict[tuple[str, ...], Any]] = {}
     for path, value in settings.items():
-        recipe = _replaced(recipe, path.split("."), value, path)
-    return recipe
+        below.setdefault(path[0], {})[path[1:]] = value
 
+    def place(name: str) -> str:
+        return f"{at}.{name}" if at else name
 
-def _replaced(whole: Any, names: list[str], value: Any, path: str, *, is_free: bool = False) -> Any:
-    if not names:
-        return _fitting(whole, value, path)
-    name, *rest = names
     if isinstance(whole, Mapping):
-        if name not in whole and not (is_free and not rest):
-            raise UsageError(f"the recipe has no {path[:80]!r}: {suggest(name, whole)}")
-        new = value if name not in whole else _replaced(whole[name], rest, value, path)
-        return {**whole, name: new}
+        found = dict(whole)
+        for name, inner in below.items():
+            if name in whole:
+                found[name] = _replaced(whole[name], inner, place(name))
+            elif is_free and inner.keys() == {()}:
+                found[name] = inner[()]
+            else:
+                raise _missing(place(name), name, list(whole))
+        return found
     if isinstance(whole, tuple) and whole and all(hasattr(each, "name") for each in whole):
-        if name not in [each.name for each in whole]:
-            raise UsageError(f"the recipe has no {path[:80]!r}: {suggest(name, [each.name for each in whole])}")
-        return tuple(_replaced(each, rest, value, path) if each.name == name else each for each in whole)
+        names = [each.name for each in whole]
+        for name in below:
+            if name not in names:
+                raise _missing(place(name), name, names)
+        return tuple(
+            _replaced(each, below[each.name], place(each.name)) if each.name in below else each for each in whole
+        )
     known = [field.name for field in fields(whole)] if is_dataclass(whole) and not isinstance(whole, type) else []
-    if name not in known:
-        raise UsageError(f"the recipe has no {path[:80]!r}; {suggest(name, known)}")
-    new = _replaced(getattr(whole, name), rest, value, path, is_free=name in _FREE)
-    return replace(whole, **{name: new})
+    new = {}
+    for name, inner in below.items():
+        if name not in known:
+            raise _missing(place(name), name, known)
+        new[name] = _replaced(getattr(whole, name), inner, place(name), is_free=name in _FREE)
+    return replace(whole, **new) if new else whole
+
+
+def _missing(path: str, name: str, known: list[str]) -> UsageError:
+    return UsageError(f"the recipe has no {path[:80]!r}; {suggest(name, known)}")
 
 
 def _fitting(before: Any, value: Any, path: str) -> Any:

@@ -38,8 +38,8 @@ class _Take:
     role: str
     seed: int
     tag: str
-    sights: tuple[bytes | str, ...]
-    acts: tuple[bytes | str | int, ...]
+    sights: tuple[Any, ...]  # bytes or text
+    acts: tuple[Any, ...]  # bytes, text or a number
     legal: bytes | None
     max_tokens: int | None
 
@@ -51,7 +51,7 @@ class _Takes:
 
 @dataclass(frozen=True, slots=True)
 class _Acts:
-    acts: tuple[bytes | str | int, ...]
+    acts: tuple[Any, ...]  # likewise
 
 
 def encode_takes(takes: Sequence[Take]) -> bytes:
@@ -142,7 +142,7 @@ def _out(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-def _in(value: bytes | str | int) -> Any:
+def _in(value: Any) -> Any:
     """As it was; a number of bytes that is none of float32 is refused by whoever reads it."""
     if not isinstance(value, bytes):
         return value
