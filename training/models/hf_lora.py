@@ -14,9 +14,9 @@ same bits, everywhere; what they add to is then not quite the same, nor are log-
 may say a text by other tokens than the tokenizer would. They are kept with the take for as long as that lives. An act
 that somebody else made is what the tokenizer makes of it, with its end if it is shorter than it might be.
 
-Prompts are completed side by side, padded on the left, with keys and values kept, and each that several plays share is
-read once; who is beside a prompt changes what is computed in the last bits. Sampling takes its numbers from the
-generator that it is given.
+Prompts are completed side by side, padded on the left, with keys and values kept; one that several plays share is read
+once. Who is beside a prompt changes what is computed in the last bits. Sampling takes its numbers from the generator
+that it is given.
 """
 
 from __future__ import annotations
