@@ -22,7 +22,7 @@ import pytest
 import trio
 
 from shoal.node.swarm import workers
-from shoal.node.swarm.lookup import look_up
+from shoal.node.swarm.lookup import LookedUp, look_up
 from shoal.node.swarm.workers import WorkerLostError, open_worker
 from shoal.protocol.errors import RemoteError, ShoalError
 from shoal.protocol.ids import PeerId
@@ -401,21 +401,18 @@ def test_a_task_is_looked_up_in_spite_of_what_it_prints_and_refused_in_a_line_if
 ) -> None:
     monkeypatch.setenv("SHOAL_ENV_PATIENCE", "1")
 
-    async def main() -> dict[str, Any]:
+    async def main() -> LookedUp:
         with trio.fail_after(30):
             return await look_up(f"bad:{name}", "ppo")
 
-    try:
-        answer = trio.run(main)
-    except ShoalError as error:
-        answer = {"error": str(error)}
     if words is None:
-        assert "error" not in answer
-        assert answer["requires"]["task:bad"] == 1
+        assert trio.run(main).requires["task:bad"] == 1
     else:
-        assert words in answer["error"]
-        assert name in answer["error"]
-        assert "\n" not in answer["error"]
+        with pytest.raises(ShoalError) as told:
+            trio.run(main)
+        assert words in str(told.value)
+        assert name in str(told.value)
+        assert "\n" not in str(told.value)
     assert not started_by_environments()
 
 
@@ -428,10 +425,10 @@ def test_nothing_is_imported_from_the_folder_in_which_a_node_was_started(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep + os.environ["PYTHONPATH"])  # an empty entry is the present folder
 
-    async def main() -> dict[str, Any]:
+    async def main() -> LookedUp:
         return await look_up("bad:Plain", "ppo")
 
-    assert "error" not in trio.run(main)
+    assert trio.run(main).requires["task:bad"] == 1
     worker = WorkerProcess(tmp_path / "of the run")
     worker.open("Plain")
     worker.end()

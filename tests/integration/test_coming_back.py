@@ -19,6 +19,7 @@ from shoal.node.config import NodeConfig
 from shoal.node.daemon import Node, run_node
 from shoal.node.reach.settings import ReachConfig
 from shoal.node.store.database import Storage, StoredSwarm
+from shoal.node.swarm.lookup import LookedUp
 from shoal.node.swarm.swarms import Swarms
 from shoal.training.ticket import Ticket
 
@@ -149,8 +150,8 @@ def process() -> Iterator[None]:
 async def test_two_equal_requests_at_once_are_two_runs_and_a_run_joined_twice_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def checked(*_: object) -> tuple[float, dict[str, int]]:
-        return 475.0, {}
+    async def checked(*_: object) -> LookedUp:
+        return LookedUp(475.0, {}, {})
 
     monkeypatch.setattr(Swarms, "_check_task", checked)
     monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)

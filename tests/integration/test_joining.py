@@ -13,6 +13,7 @@ from shoal.node.api.requests import CreateSwarm, JoinSwarm
 from shoal.node.config import NodeConfig
 from shoal.node.daemon import Node, run_node
 from shoal.node.reach.settings import ReachConfig
+from shoal.node.swarm.lookup import LookedUp
 from shoal.node.swarm.swarms import Swarms
 from shoal.protocol.ids import SwarmId
 
@@ -27,8 +28,8 @@ async def joined(
 ) -> AsyncIterator[tuple[Node, SwarmId]]:
     """A node that has just joined a run as a learner; whoever created that only stores."""
 
-    async def checked(*_: object) -> tuple[float, dict[str, int]]:
-        return 475.0, requires
+    async def checked(*_: object) -> LookedUp:
+        return LookedUp(475.0, requires, {})
 
     monkeypatch.setattr(Swarms, "_check_task", checked)
     nodes: list[Node] = []

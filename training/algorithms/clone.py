@@ -65,8 +65,11 @@ class Clone:
         used = [index for index, take in enumerate(takes) if len(take) and weights[index] > 0]
         if not used:
             return None
+        sequences = model.encode([takes[index] for index in used])
         chosen = torch.tensor([weights[index] for index in used], dtype=torch.float32)
-        return CloneBatch(model.encode([takes[index] for index in used]), chosen)
+        if len(sequences) > len(used):  # of a model without memory every act is a row
+            chosen = chosen.repeat_interleave(torch.tensor([len(takes[index]) for index in used]))
+        return CloneBatch(sequences, chosen)
 
     def loss(self, model: TextModel, batch: CloneBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross-entropy, the weighted mean over the tokens of acts."""

@@ -235,10 +235,10 @@ class BodyModel(ABC):
         outputs: Floats = through(self._parameters.tensors, "decide", features).numpy()
         if isinstance(self.acts, Continuous):
             log_std = self.parameters["decide/log_std"]
-            noise = np.zeros_like(outputs) if greedy else rng.standard_normal(outputs.shape, np.float32)
-            likely: Floats = (-0.5 * noise * noise - log_std - np.float32(_HALF_LOG_TAU)).sum(axis=1)
-            given: Floats = (outputs + np.exp(log_std) * noise).astype(np.float32, copy=False)
-            return given, likely
+            away: Floats = np.zeros_like(outputs) if greedy else rng.standard_normal(outputs.shape, np.float32)
+            likely: Floats = (-0.5 * away * away - log_std - np.float32(_HALF_LOG_TAU)).sum(axis=1)
+            std: Floats = np.exp(log_std)
+            return outputs + std * away, likely
         legal = _legal([take.asked_legal for take in takes], self._outputs)
         if legal is not None:
             outputs = np.where(legal, outputs, np.float32(_NEVER))
