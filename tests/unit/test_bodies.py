@@ -16,7 +16,7 @@ from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.training.algorithms.bodies import BodySettings, batch_of, take_advantages
 from shoal.training.algorithms.clone import Clone, CloneSettings
 from shoal.training.algorithms.ppo_takes import PPOTakes, PPOTakesSettings
-from shoal.training.algorithms.reinforce import Reinforce
+from shoal.training.algorithms.reinforce_takes import ReinforceTakes
 from shoal.training.manifest import Mode
 from shoal.training.models.bodies import BodyModel
 from shoal.training.models.entities import Entities
@@ -296,7 +296,7 @@ def test_the_gradients_are_those_of_the_formulas(role: Role) -> None:
     objective = PPOTakes(settings)
     plain = replace(settings, value_coefficient=0.0, entropy_coefficient=0.0)
     mine = model.gradient_of(PPOTakes(plain).loss(model, batch)[0]).copy()
-    theirs = model.gradient_of(Reinforce(BodySettings(entropy_coefficient=0.0)).loss(model, batch)[0])
+    theirs = model.gradient_of(ReinforceTakes(BodySettings(entropy_coefficient=0.0)).loss(model, batch)[0])
     np.testing.assert_allclose(mine, theirs, atol=1e-6)
     model.flat[:] += 0.05 * np.random.default_rng(3).normal(size=model.flat.size).astype(np.float32)
     direction = np.random.default_rng(4).normal(size=model.flat.size).astype(np.float32)
