@@ -360,7 +360,7 @@ def cart_pole(
     [
         ("mlp", "ppo", {"learning_rate": 3e-3, "num_minibatches": 8}, {}, 8),
         ("mlp", "reinforce", {"learning_rate": 1e-2}, {}, 10),
-        ("gru", "ppo", {"learning_rate": 3e-3, "num_minibatches": 8}, {"width": 32}, 5),
+        ("gru", "ppo", {"learning_rate": 3e-3, "num_minibatches": 8}, {"width": 32}, 8),
     ],
 )
 def test_cart_pole_is_learned_in_seconds(
