@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -225,3 +226,18 @@ def test_own_prompts_are_others_on_every_member_and_the_same_again() -> None:
     assert len(set(seeds(1))) == 3
     assert seeds(1) == seeds(1)
     assert not set(seeds(1)) & set(seeds(2))
+
+
+def test_what_a_stage_tells_a_source_is_all_that_it_was_told_and_how_many_were_drawn() -> None:
+    """Every field of the news, whatever is added to them."""
+    heard: list[News] = []
+
+    class Listening:
+        def draw(self, news: News, rng: np.random.Generator) -> Scenario | None:
+            heard.append(news)
+            return None
+
+    told = News(3, 4, {"a": Moments.none()}, {"b": 1.0}, {"c": ()}, own=5, place=6)
+    alone(Stage(Count(2), Listening(), Everyone(Scripted("first")), {}, 1).collect(told))
+    assert heard == [told]
+    assert all(getattr(told, each.name) != each.default for each in fields(News) if each.name != "drawn")

@@ -14,7 +14,6 @@ from shoal.training.tasks.cast import Learned, Past, seated
 from shoal.training.tasks.play import Role
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Scenario
-from shoal.training.tasks.stage import Collecting, Staged
 
 T = TypeVar("T")
 
@@ -27,11 +26,6 @@ def run_out(asking: Generator[Any, Any, T]) -> T:
     except StopIteration as end:
         found: T = end.value
         return found
-
-
-def play_out(collecting: Collecting) -> Staged:
-    """Play on to the end; whoever sits at another node does not answer."""
-    return run_out(collecting)
 
 
 def score_of(played: Played, score: str) -> float:

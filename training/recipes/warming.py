@@ -9,13 +9,13 @@ import numpy as np
 
 from shoal.training.algorithms.takes import Trainee
 from shoal.training.recipes.makers import objective_of
-from shoal.training.recipes.playing import play_out, score_of
+from shoal.training.recipes.playing import score_of
 from shoal.training.recipes.recipe import Recipe, Warm
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.cast import Actor, Acts, ByRole, Learned, Scripted, Seat
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import FreshSeeds, News
-from shoal.training.tasks.stage import Stage
+from shoal.training.tasks.stage import Stage, alone
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ def teach(warm: Warm, recipe: Recipe, policy: str, trainee: Trainee, rng: np.ran
     score = 0.0
     for step in range(warm.max_steps):
         if step % CHECK_EVERY == 0:
-            plays = play_out(tried.collect(News(step), CHECKED)).plays
+            plays = alone(tried.collect(News(step), CHECKED)).plays
             score = float(np.mean([score_of(played, warm.score) for played in plays])) if plays else 0.0
             if score >= warm.until:
                 log.info("the policy %s was taught in %d steps, and scores %.2f", policy, step, score)
                 return score
-        takes = play_out(shown.collect(News(step), warm.takes)).takes
+        takes = alone(shown.collect(News(step), warm.takes)).takes
         pupil([take for take in takes if take.seat == Learned(policy)], News(step))
     log.warning(
         "the policy %s was taught %d steps and scores %.2f, not %.2f", policy, warm.max_steps, score, warm.until

@@ -491,7 +491,7 @@ def alone(collecting: Collecting) -> Staged:
 
 def _with_drawn(news: News, drawn: int) -> News:
     """By hand, since `replace` costs as much as a step and a short play has few."""
-    return News(news.epoch, news.env_steps, news.outcomes, news.evaluations, news.posts, drawn)
+    return News(news.epoch, news.env_steps, news.outcomes, news.evaluations, news.posts, drawn, news.own, news.place)
 
 
 def _by_index(play: Playing) -> int:
