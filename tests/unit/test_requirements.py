@@ -60,9 +60,9 @@ def test_a_run_of_own_loops_needs_nothing_that_is_installed_but_the_way_to_avera
         check_here(newer, Role.STORAGE)
 
 
-def check_by_a_process(algorithm: str) -> dict[str, object]:
+def check_by_a_process(algorithm: str, task: str = TASK) -> dict[str, object]:
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "shoal.training.tasks", str(writer), "--", TASK, algorithm]
+    command = [sys.executable, "-m", "shoal.training.tasks", str(writer), "--", task, algorithm]
     subprocess.run(command, pass_fds=[writer], check=True)
     os.close(writer)
     with os.fdopen(reader, "rb") as answer:
@@ -71,7 +71,7 @@ def check_by_a_process(algorithm: str) -> dict[str, object]:
 
 
 def test_the_check_that_a_node_asks_for_gives_the_installed_versions() -> None:
-    assert check_by_a_process("ppo") == {"target_return": 475.0, "requires": installed()}
+    assert check_by_a_process("ppo") == {"target_return": 475.0, "requires": installed(), "defaults": {}}
     assert "did you mean ppo" in str(check_by_a_process("pppo")["error"])
 
 
@@ -127,3 +127,10 @@ def test_the_advice_names_the_package_that_offers_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "entry_points", offers)
     with pytest.raises(UnmetError, match="update shoal-atari"):
         check_loaded(run(task__atari=2), {"task:atari": 1})
+
+
+def test_a_recipe_says_what_its_runs_are_like_unless_they_are_asked_to_be_otherwise() -> None:
+    """The fields of a manifest that a recipe has other defaults for."""
+    found = check_by_a_process("recipe", "recipe:rlccf")
+    assert found["target_return"] is None
+    assert found["defaults"] == {"mode": "local", "batch_per_learner": 384, "eval_interval": 10, "evaluators": "all"}
