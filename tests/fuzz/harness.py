@@ -125,9 +125,20 @@ def allocating_at_most(max_bytes: int) -> Iterator[None]:
 def run_traced(target: Target, data: bytes) -> int:
     """Run one input and check its peak of memory.
 
+    What is seen once and not again was no decoder's: coverage keeps tables of its own, which grow now and then.
+
     Returns:
         The peak, in bytes.
     """
+    limit = target.max_peak_bytes(len(data))
+    peak = _peak_of(target, data)
+    if peak > limit:
+        peak = min(peak, _peak_of(target, data))
+    require(peak <= limit, f"{len(data)} bytes of input made Python allocate {peak} bytes, more than {limit}")
+    return peak
+
+
+def _peak_of(target: Target, data: bytes) -> int:
     was_tracing = tracemalloc.is_tracing()
     if not was_tracing:
         tracemalloc.start()
@@ -135,13 +146,10 @@ def run_traced(target: Target, data: bytes) -> int:
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         target.run(data)
-        peak = tracemalloc.get_traced_memory()[1] - before
+        return tracemalloc.get_traced_memory()[1] - before
     finally:
         if not was_tracing:
             tracemalloc.stop()
-    limit = target.max_peak_bytes(len(data))
-    require(peak <= limit, f"{len(data)} bytes of input made Python allocate {peak} bytes, more than {limit}")
-    return peak
 
 
 def run_sampled(target: Target, data: bytes) -> None:
