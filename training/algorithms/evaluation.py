@@ -7,10 +7,10 @@ from typing import Final
 
 import numpy as np
 
-from shoal.training.algorithms.rollouts import derive_seed
 from shoal.training.tasks import Task, VectorEnv
 from shoal.training.tasks.base import Actions, Floats
 from shoal.training.tasks.failures import TaskFailedError
+from shoal.training.tasks.source import seed_of
 
 _MAX_ENVS: Final = 32
 _MAX_STEPS: Final = 100_000  # of one episode; one that goes on is counted with what it has earned by then
@@ -36,7 +36,7 @@ class Evaluation:
             if count not in self._envs:
                 self._envs[count] = self._task.make(count)
             env = self._envs[count]
-            observations = env.reset([derive_seed(seed, "evaluation", begun + i) for i in range(count)])
+            observations = env.reset([seed_of(seed, "evaluation", begun + i) for i in range(count)])
             totals, live = np.zeros(count), np.ones(count, np.bool_)
             failed: set[int] = set()
             for _ in range(_MAX_STEPS):

@@ -15,7 +15,6 @@ observation from there on (Pardo et al., arXiv 1712.00378), and so is one that s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ import numpy.typing as npt
 from shoal.training.algorithms.base import DivergedError
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats
+from shoal.training.tasks.source import seed_of
 
 Policy = Callable[[Floats, np.random.Generator], Actions]
 IsOver = Callable[[], bool]
@@ -34,11 +34,6 @@ IsOver = Callable[[], bool]
 def never() -> bool:
     """No reason to stop early."""
     return False
-
-
-def derive_seed(*parts: object) -> int:
-    """A 32-bit seed that differs with every part, the same on every machine."""
-    return int.from_bytes(hashlib.sha256("\n".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +74,12 @@ class Stream:
     """
 
     def __init__(self, task: Task, *, num_envs: int, gamma: float, seed: int, name: str) -> None:
-        self.rng = np.random.default_rng(derive_seed(seed, name, "actions"))
+        self.rng = np.random.default_rng(seed_of(seed, name, "actions"))
         self.samples = 0
         self._num_envs = num_envs
         self._gamma = np.float32(gamma)
         self._env = task.make(num_envs)
-        self._observations = self._env.reset([derive_seed(seed, name, "env", index) for index in range(num_envs)])
+        self._observations = self._env.reset([seed_of(seed, name, "env", index) for index in range(num_envs)])
         self._episode_returns = np.zeros(num_envs)
         self._discounted = np.zeros(num_envs, np.float32)
         self._finals: list[Floats] = []
@@ -262,30 +257,25 @@ def gae(
         gamma: discount per step.
         gae_lambda: 0 trusts the values alone, 1 the rewards alone.
     """
-    goes_on = ~(terminated | truncated)
-    after: Floats = values[1:] * goes_on
-    after[truncated] = final_values
+    goes_on = runs_on(terminated, truncated)
+    after = following(terminated, truncated, values, final_values)
     result: Floats = rewards + np.float32(gamma) * after - values[:-1]
     decay: Floats = np.float32(gamma * gae_lambda) * goes_on
     accumulate(result, decay)
     return result
 
 
-def runs_on(rollout: Rollout) -> npt.NDArray[np.bool_]:
+def runs_on(terminated: npt.NDArray[np.bool_], truncated: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """``[T, N]``, whether the episode goes on after the step."""
-    return ~(rollout.terminated | rollout.truncated)
+    return ~(terminated | truncated)
 
 
-def following(rollout: Rollout, values: Floats, final_values: Floats) -> Floats:
-    """``[T, N]``, what the state after each step is worth: nothing where an episode ended by itself.
-
-    Args:
-        rollout: whose episodes' ends count.
-        values: ``[T + 1, N]`` of ``rollout.observations``.
-        final_values: ``[K]`` of ``rollout.final_observations``.
-    """
-    after: Floats = values[1:] * runs_on(rollout)
-    after[rollout.truncated] = final_values
+def following(
+    terminated: npt.NDArray[np.bool_], truncated: npt.NDArray[np.bool_], values: Floats, final_values: Floats
+) -> Floats:
+    """``[T, N]``, what the state after each step is worth: nothing where an episode ended by itself. As for `gae`."""
+    after: Floats = values[1:] * runs_on(terminated, truncated)
+    after[truncated] = final_values
     return after
 
 

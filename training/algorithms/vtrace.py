@@ -103,11 +103,12 @@ class VTraceObjective(ActorCriticObjective[VTraceSettings]):
         with np.errstate(all="ignore"):  # what is not finite is found when the update is done
             ratios = np.exp(judged.log_probs - acted).reshape(experience.rewards.shape)
         values, rewards = judged.values, experience.rewards
-        after = following(rollout, values, judged.final_values)
+        ends = rollout.terminated, rollout.truncated
+        after = following(*ends, values, judged.final_values)
         corrections: Floats = np.minimum(ratios, np.float32(settings.max_rho)) * (rewards + gamma * after - values[:-1])
         passed_on = np.minimum(ratios, np.float32(settings.max_c)) * np.float32(settings.gamma * settings.gae_lambda)
-        accumulate(corrections, passed_on * runs_on(rollout))
+        accumulate(corrections, passed_on * runs_on(*ends))
         targets = values.copy()
         targets[:-1] += corrections
-        advantages = rewards + gamma * following(rollout, targets, judged.final_values) - values[:-1]
+        advantages = rewards + gamma * following(*ends, targets, judged.final_values) - values[:-1]
         return advantages.ravel(), targets[:-1].ravel()

@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from shoal.training.models.normals import normals
 from shoal.training.models.passes import Layers, Passes
 from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats
 
@@ -153,12 +154,7 @@ def _through(layers: Sequence[tuple[Floats, Floats]], hidden: Floats) -> Floats:
 def _orthogonal(rows: int, columns: int, raw: np.random.PCG64) -> npt.NDArray[np.float64]:
     """A matrix ``[rows, columns]`` with orthonormal rows, or columns where there are fewer; the same on any machine."""
     short, long = sorted((rows, columns))
-    integers = raw.random_raw(short * long * 12).reshape(12, short, long) >> np.uint64(11)
-    uniforms = integers.astype(np.float64) * 2.0**-53
-    matrix = np.zeros((short, long))
-    for each in uniforms:  # Irwin-Hall: twelve uniforms less six have mean 0 and variance 1
-        matrix += each
-    matrix -= 6.0
+    matrix = normals(raw, short * long).reshape(short, long)
     for index, row in enumerate(matrix):
         row /= math.sqrt(_sums(row * row))
         rest = matrix[index + 1 :]

@@ -29,7 +29,7 @@ import torch
 from torch.nn import functional
 
 from shoal.protocol.errors import UsageError
-from shoal.training.models.flat import FlatParameters, Spec
+from shoal.training.models.flat import FlatParameters, OnFlat, Spec
 from shoal.training.tasks.base import Actions, Continuous, Discrete, Floats
 from shoal.training.tasks.play import Box, Role, Take, newest
 
@@ -97,7 +97,7 @@ class Judged:
     values: torch.Tensor
 
 
-class BodyModel(ABC):
+class BodyModel(OnFlat, ABC):
     """A model of a body.
 
     Attributes:
@@ -157,20 +157,6 @@ class BodyModel(ABC):
     @abstractmethod
     def see(self, turns: Turns) -> torch.Tensor:
         """Features ``[S, T, n]``, of what was seen up to each turn."""
-
-    @property
-    def flat(self) -> Floats:
-        """``[num_parameters]``: writing to it changes the model."""
-        return self._parameters.flat
-
-    @property
-    def parameters(self) -> dict[str, Floats]:
-        """By name, views of `flat`."""
-        return self._parameters.parameters
-
-    def gradient_of(self, loss: torch.Tensor) -> Floats:
-        """Of a scalar, ``[num_parameters]``; overwritten by the next."""
-        return self._parameters.gradient_of(loss)
 
     # --- judging ---
 

@@ -3,8 +3,7 @@
 Exchanging, clipping, stepping and comparing parameters is one operation on one array then, and so is what `backward`
 leaves: torch computes with views of one leaf tensor, whose gradient is flat as well.
 
-Initial values must be the same bits on every machine. They come from PCG64's raw integers through exactly rounded
-operations only, in a fixed order: sums of twelve uniforms, less six, in place of normals.
+Initial values are the same bits on every machine (`normals`).
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shoal.training.models.normals import normals
 from shoal.training.tasks.base import Floats
-
-_UNIFORMS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +76,28 @@ class FlatParameters:
         return np.zeros_like(self.flat) if grad is None else grad.numpy()
 
 
+class OnFlat:
+    """A model whose parameters are `FlatParameters`, which its constructor makes."""
+
+    _parameters: FlatParameters
+
+    @property
+    def flat(self) -> Floats:
+        """``[num_parameters]``: writing to it changes the model."""
+        return self._parameters.flat
+
+    @property
+    def parameters(self) -> dict[str, Floats]:
+        """By name, views of `flat`."""
+        return self._parameters.parameters
+
+    def gradient_of(self, loss: torch.Tensor) -> Floats:
+        """Of a scalar that came of this model, ``[num_parameters]``; overwritten by the next."""
+        return self._parameters.gradient_of(loss)
+
+
 def _initial(spec: Spec, raw: np.random.PCG64) -> npt.NDArray[np.float32]:
-    size = int(np.prod(spec.shape, dtype=np.int64))
     if not spec.deviation:
         return np.full(spec.shape, spec.fill, np.float32)
-    uniforms = (raw.random_raw(size * _UNIFORMS) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    rows = uniforms.reshape(_UNIFORMS, size)
-    total = np.zeros(size)
-    for row in rows:
-        total += row
-    return ((total - _UNIFORMS / 2) * spec.deviation).astype(np.float32).reshape(spec.shape)
+    size = int(np.prod(spec.shape, dtype=np.int64))
+    return (normals(raw, size) * spec.deviation).astype(np.float32).reshape(spec.shape)

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import torch
 
 from shoal.protocol.errors import UsageError
-from shoal.training.models.flat import FlatParameters, Spec
+from shoal.training.models.flat import FlatParameters, OnFlat, Spec
 from shoal.training.models.folders import library, model_folder
 from shoal.training.models.prompts import Chat, Form, Plain
 from shoal.training.models.text import Sequences, padded
@@ -48,7 +48,7 @@ _MAX_CONTEXT: Final = 2**17
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-class HfLora:
+class HfLora(OnFlat):
     """The model with its adapters.
 
     Attributes:
@@ -114,20 +114,6 @@ class HfLora:
         self._ends = _ends(self.base, self.tokenizer)
         self._padding = self._ends[0] if self._ends else 0
         self._said: WeakKeyDictionary[Take, dict[int, list[int]]] = WeakKeyDictionary()
-
-    @property
-    def flat(self) -> Floats:
-        """Of the adapters, ``[num_parameters]``: writing to it changes the model."""
-        return self._parameters.flat
-
-    @property
-    def parameters(self) -> dict[str, Floats]:
-        """Of the adapters, by name, views of `flat`."""
-        return self._parameters.parameters
-
-    def gradient_of(self, loss: torch.Tensor) -> Floats:
-        """Of a scalar that came of `log_probs`, ``[num_parameters]``; overwritten by the next."""
-        return self._parameters.gradient_of(loss)
 
     # --- judging ---
 

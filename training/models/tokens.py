@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from shoal.protocol.errors import UsageError
-from shoal.training.models.flat import FlatParameters, Spec
+from shoal.training.models.flat import FlatParameters, OnFlat, Spec
 from shoal.training.models.text import Ids, Sequences, padded
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take, Text
@@ -53,7 +53,7 @@ def decode_text(tokens: Sequence[int]) -> str:
     return "".join(_CHARACTERS[token - 2] for token in tokens if token >= 2)
 
 
-class TokenModel:
+class TokenModel(OnFlat):
     """The transformer.
 
     Attributes:
@@ -90,20 +90,6 @@ class TokenModel:
             }
         specs |= {"scale": Spec((width,), fill=1.0), "shift": Spec((width,))}
         self._parameters = FlatParameters(specs, seed)
-
-    @property
-    def flat(self) -> Floats:
-        """``[num_parameters]``: writing to it changes the model."""
-        return self._parameters.flat
-
-    @property
-    def parameters(self) -> dict[str, Floats]:
-        """By name, views of `flat`."""
-        return self._parameters.parameters
-
-    def gradient_of(self, loss: torch.Tensor) -> Floats:
-        """Of a scalar that came of `log_probs`, ``[num_parameters]``; overwritten by the next."""
-        return self._parameters.gradient_of(loss)
 
     # --- judging ---
 

@@ -30,7 +30,7 @@ from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import PeerId
 from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, Exchange, Update, UpdateStats
 from shoal.training.algorithms.joint import together
-from shoal.training.algorithms.rollouts import derive_seed, never
+from shoal.training.algorithms.rollouts import never
 from shoal.training.algorithms.takes import Trainee
 from shoal.training.effects import Consult, Latest
 from shoal.training.exchange.averager import Arrays, Contribution
@@ -38,7 +38,7 @@ from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
 from shoal.training.recipes.makers import make_model, objective_of
 from shoal.training.recipes.placing import NOWHERE, check_said, number_of, place_of
-from shoal.training.recipes.playing import roles_of, run_out, score_of
+from shoal.training.recipes.playing import roles_of, score_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.warming import teach
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
@@ -46,8 +46,8 @@ from shoal.training.tasks.cast import Actor, Learned, Seat
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Act, Table, Take
 from shoal.training.tasks.playing import Played
-from shoal.training.tasks.source import News, Posted
-from shoal.training.tasks.stage import Collecting, Stage, Staged
+from shoal.training.tasks.source import News, Posted, seed_of
+from shoal.training.tasks.stage import Collecting, Stage, Staged, alone
 from shoal.training.tasks.wire import decode_acts, decode_takes, encode_acts
 
 log = logging.getLogger(__name__)
@@ -84,18 +84,18 @@ class RecipeLearner:
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
         self._share = manifest.batch.largest_share
-        own_seed = derive_seed(manifest.seed, peer)
+        own_seed = seed_of(manifest.seed, peer)
         self._trainees = {
             name: _trainee(recipe, name, policy, manifest, own_seed) for name, policy in sorted(recipe.policies.items())
         }
         self._taught = {name: policy.warm is None for name, policy in recipe.policies.items()}
         self._actors: dict[Seat, Actor] = {Learned(name): trainee.actor for name, trainee in self._trainees.items()}
-        seed = derive_seed(manifest.seed, peer, life)
+        seed = seed_of(manifest.seed, peer, life)
         self._stage = Stage(
             recipe.game, recipe.source, recipe.cast, self._actors, recipe.plays, seed=seed, failures=failures
         )
         self._own_seed = own_seed
-        self._answers = np.random.default_rng(derive_seed(seed, "answers"))
+        self._answers = np.random.default_rng(seed_of(seed, "answers"))
         self._plays: list[Played] = []
         self._turns = 0
         self._is_exhausted = False
@@ -145,7 +145,7 @@ class RecipeLearner:
 
     def collect(self, num_steps: int, is_over: Callable[[], bool] = never) -> Collected:
         """Play so many turns on; see `Learner.collect`. Who sits at another node does not answer."""
-        return run_out(self.collecting(num_steps, is_over))
+        return alone(self.collecting(num_steps, is_over))
 
     def collecting(self, num_steps: int, is_over: Callable[[], bool] = never) -> Generator[Consult, Any, Collected]:
         """The same; see `shoal.training.algorithms.base.Consulting`."""
@@ -179,7 +179,7 @@ class RecipeLearner:
     def _teach(self) -> None:
         for name, policy in sorted(self._recipe.policies.items()):
             if policy.warm is not None and not self._taught[name]:
-                rng = np.random.default_rng(derive_seed(self._own_seed, "warm", name))
+                rng = np.random.default_rng(seed_of(self._own_seed, "warm", name))
                 teach(policy.warm, self._recipe, name, self._trainees[name], rng)
                 self._taught[name] = True
 
@@ -313,7 +313,7 @@ class RecipeLearner:
         Raises:
             TaskFailedError: if no play of a probe came to an end.
         """
-        return run_out(self.evaluating(episodes, seed))
+        return alone(self.evaluating(episodes, seed))
 
     def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
         """The same; see `shoal.training.algorithms.base.Consulting`."""
@@ -358,11 +358,11 @@ class RecipeLearner:
 def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_seed: int) -> Trainee:
     seed = own_seed if policy.is_varied else manifest.seed
     return Trainee(
-        make_model(policy.model, policy.sizes, derive_seed(seed, "model", name), partial(roles_of, recipe, name)),
+        make_model(policy.model, policy.sizes, seed_of(seed, "model", name), partial(roles_of, recipe, name)),
         objective_of(policy.objective, policy.settings, recipe.objectives),
         mode=manifest.mode,
         codec=manifest.codec,
-        seed=derive_seed(own_seed, "order", name),
+        seed=seed_of(own_seed, "order", name),
         is_own=policy.owner == "own",
         shared=policy.shared,
     )

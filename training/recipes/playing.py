@@ -1,10 +1,8 @@
-"""Playing without company, and what a play is worth."""
+"""What a play is worth, and which roles a policy can play."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,18 +12,6 @@ from shoal.training.tasks.cast import Learned, Past, seated
 from shoal.training.tasks.play import Role
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Scenario
-
-T = TypeVar("T")
-
-
-def run_out(asking: Generator[Any, Any, T]) -> T:
-    """Run something to its end; whatever it asks, nobody answers."""
-    try:
-        while True:
-            asking.send(None)
-    except StopIteration as end:
-        found: T = end.value
-        return found
 
 
 def score_of(played: Played, score: str) -> float:

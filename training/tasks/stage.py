@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -61,6 +61,7 @@ _GONE: Final = -1
 """What a play that was dropped misses."""
 _NAN: Final = float("nan")
 
+T = TypeVar("T")
 Collecting: TypeAlias = Generator[Consult, Sequence[Act] | None, "Staged"]
 
 
@@ -478,15 +479,14 @@ class Stage:
         tally.drop(reason)
 
 
-def alone(collecting: Collecting) -> Staged:
-    """Collect where there are no others: nobody answers a consult."""
+def alone(asking: Generator[Any, Any, T]) -> T:
+    """Run a collect, or whatever else asks, to its end where there are no others: nobody answers."""
     try:
-        next(collecting)
         while True:
-            collecting.send(None)
+            asking.send(None)
     except StopIteration as stop:
-        staged: Staged = stop.value
-        return staged
+        found: T = stop.value
+        return found
 
 
 def _with_drawn(news: News, drawn: int) -> News:
