@@ -260,7 +260,7 @@ class GoOn:
     Attributes:
         cid: of what was posted; None if there was no room for it.
         posts: that were found, newest first.
-        scores: that members signed, by probe and epoch: at most `shoal.training.scored.MAX_PROBES` times ``MAX_EPOCHS``.
+        scores: that members signed: of at most `shoal.training.scored.MAX_PROBES` probes and ``MAX_EPOCHS`` epochs.
     """
 
     cid: Cid | None = None

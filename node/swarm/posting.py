@@ -143,7 +143,7 @@ class Posts:
 
 
 def newest(posted: Iterable[tuple[Posting, PeerId]], count: int, epoch: int) -> list[tuple[Posting, PeerId]]:
-    """So many of what members posted, newest first: the newest of each member, then the next of each, as far as it goes.
+    """So many of what members posted, newest first; the newest of each member come in first, then the next of each.
 
     Args:
         posted: with their authors.

@@ -27,6 +27,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -66,7 +67,10 @@ KINDS: Final[Mapping[str, tuple[str, Callable[[str], str]]]] = {
     "m": ("largest", max),
     "r": ("reverse", lambda digits: digits[::-1]),
     "s": ("sort", lambda digits: "".join(sorted(digits))),
-    "d": ("steps", lambda digits: "".join(str((int(b) - int(a)) % 10) for a, b in zip(digits, digits[1:], strict=False))),
+    "d": (
+        "steps",
+        lambda digits: "".join(str((int(b) - int(a)) % 10) for a, b in pairwise(digits)),
+    ),
     "a": ("sum", lambda digits: str(sum(map(int, digits)))),
 }
 """By the letter that a task begins with: what it is called, and what it asks for of the digits after it."""
@@ -218,7 +222,9 @@ def written(rates: Mapping[str, float]) -> str:
 class PlayerSettings(GRPOSettings):
     """What can be set of it."""
 
-    agreement: float = setting(0.5, "share of a task's plays that have to answer the same for it to be a label", 0.0, 1.0)
+    agreement: float = setting(
+        0.5, "share of a task's plays that have to answer the same for it to be a label", 0.0, 1.0
+    )
 
 
 class OwnMajority(GRPO):
@@ -228,9 +234,7 @@ class OwnMajority(GRPO):
     settings_type: type[Any] = PlayerSettings
     settings: PlayerSettings
 
-    def prepare(
-        self, takes: Sequence[Take], model: TextModel, news: News
-    ) -> Generator[Effect, Any, GRPOBatch | None]:
+    def prepare(self, takes: Sequence[Take], model: TextModel, news: News) -> Generator[Effect, Any, GRPOBatch | None]:
         """Vote, tell the coaches, and reward who agrees."""
         if not takes:
             return None
@@ -289,9 +293,7 @@ class CoachObjective(GRPO):
             raise ProtocolError("what a coach was paid is of no form; it begins anew")
         self._waiting, self._past = [dict(each) for each in waiting], [list(each) for each in past]
 
-    def prepare(
-        self, takes: Sequence[Take], model: TextModel, news: News
-    ) -> Generator[Effect, Any, GRPOBatch | None]:
+    def prepare(self, takes: Sequence[Take], model: TextModel, news: News) -> Generator[Effect, Any, GRPOBatch | None]:
         """Post what was written, and learn from what can be paid for by now."""
         takes = takes[:MAX_TASKS]
         if takes:

@@ -26,7 +26,6 @@ from shoal.training.state import encode_arrays
 from shoal.training.tasks.failures import Failures
 from shoal.training.tasks.source import Posted
 
-
 _NO_STATE: Final = Cid.of_block(b"")
 
 

@@ -60,7 +60,7 @@ def check_said(said: npt.NDArray[Any], most: int = MAX_PLACE) -> None:
 
 
 def part_of(number: int, said: npt.NDArray[np.int64], parts: Mapping[str, Part]) -> str:
-    """What a node that was not told is, by what all said, ``[n, 2]``: numbers, and which part of the recipe or `NOWHERE`.
+    """What a node that was not told is, by what all said, ``[n, 2]``: numbers, and which parts or `NOWHERE`.
 
     Empty, if the one of this number did not say that it was not told.
     """

@@ -275,8 +275,10 @@ class Recipe:
 
     @property
     def is_by_all(self) -> bool:
-        """Whether every node has to probe: some policy is each one's own, if only in part, or one's word is too little."""
-        return bool(self.heard) or any(policy.owner == "own" or policy.shared != ("*",) for policy in self.policies.values())
+        """Whether every node has to probe: a policy is each one's own, if only in part, or one's word is too little."""
+        return bool(self.heard) or any(
+            policy.owner == "own" or policy.shared != ("*",) for policy in self.policies.values()
+        )
 
     def scene(self, part: str) -> Scene:
         """What nodes of a part play."""
@@ -303,5 +305,7 @@ class Recipe:
         for scene in self.scenes:
             for name, role in scene.game.roles.items():
                 if found.setdefault(name, role) != role:
-                    raise UsageError(f"two games of a recipe have a role {name!r:.80}, each of another kind; rename one")
+                    raise UsageError(
+                        f"two games of a recipe have a role {name!r:.80}, each of another kind; rename one"
+                    )
         return found
