@@ -11,7 +11,7 @@ as in mode ``diloco`` with an outer step of 1, and the rest, with Adam's moments
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final, Protocol, Self, TypeVar, runtime_checkable
@@ -36,7 +36,7 @@ from shoal.training.models.text import Ids
 from shoal.training.state import check_fit
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take
-from shoal.training.tasks.source import News
+from shoal.training.tasks.source import News, Plain
 
 EVERYTHING: Final = ("*",)
 
@@ -127,6 +127,23 @@ class TakeObjective(Protocol[M, B]):
 
     def loss(self, model: M, batch: B) -> tuple[torch.Tensor, dict[str, float]]:
         """The mean over a batch, and what is worth knowing."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """An objective that keeps something from one update to the next; it is this member's own, and in no state."""
+
+    def memory(self) -> dict[str, Plain]:
+        """All of it, copied."""
+        ...
+
+    def remember(self, memory: Mapping[str, Plain]) -> None:
+        """Go on from what `memory` gave, maybe in another process; of ``{}``, begin anew.
+
+        Raises:
+            ProtocolError: if it is no such memory. Nothing has changed.
+        """
         ...
 
 
@@ -317,6 +334,19 @@ class Trainee:
         """All of it, copied."""
         everything = self._all_parameters() | self._moments() | {"outer/momentum": self._outer.momentum}
         return {name: array.copy() for name, array in everything.items()}
+
+    def memory(self) -> dict[str, Plain]:
+        """What the objective keeps from one update to the next, copied; empty, if it keeps nothing."""
+        return self._objective.memory() if isinstance(self._objective, Remembering) else {}
+
+    def remember(self, memory: Mapping[str, Plain]) -> None:
+        """Have the objective go on from what `memory` gave.
+
+        Raises:
+            ProtocolError: if it is no such memory. Nothing has changed.
+        """
+        if isinstance(self._objective, Remembering):
+            self._objective.remember(memory)
 
     def _all_parameters(self) -> Arrays:
         return {f"parameters/{name}": array for name, array in self.model.parameters.items()}

@@ -1,0 +1,468 @@
+"""CPMöbius (arXiv 2602.02979): a coach writes tasks and is paid for the player's progress; the player has no labels.
+
+The coach's nodes see a profile, how often the player is right by kind of task, and write tasks, which are posted. The
+player's nodes play each task several times; what most of these plays answer is the label (GRPO). They post how many
+agreed: the solve rate. The coach's reward for a task is the change of the player's accuracy on held-out tasks over the
+update that the task went into, times its solve rate. So it comes late: a task written in epoch e is played in e + 1 and
+paid for in the update of e + 2, by what members signed of the player of e + 1 and of e + 2 (`News.evaluations`). What
+was written and is not paid for yet, the coach's objective remembers in its node's own file.
+
+Deviations: small transformers from scratch, and exercises on digits, in place of pretrained models and mathematics. The
+coach is taught to write tasks of all kinds alike before it begins, and has that many of every epoch's tasks written by
+chance that `Tasks.share` leaves; its rewards are compared with those of the last epochs, and tasks of no form count as
+the worst of these. With ``is_by_kind`` the change of accuracy is that of the task's own kind, not of all.
+
+Whom one has to believe: a post is its author's word. At most `MAX_TASKS` tasks of `MAX_CHARS` are read of one, those
+that are no tasks are passed over, and each of several coaches has as many tasks as every other. So a coach that lies
+has its part of ``share`` of the player's samples, and nothing else. An evaluator that lies moves a median; a player
+that lies moves the median of solve rates, between 0 and 1. Both reach the coach alone, which changes by its learning
+rate whatever it is paid.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+
+from shoal.protocol.errors import ProtocolError
+from shoal.training.algorithms.grpo import GRPO, GRPOBatch, GRPOSettings
+from shoal.training.algorithms.settings import setting
+from shoal.training.effects import Effect, Post
+from shoal.training.models.text import TextModel
+from shoal.training.recipes.recipe import Part, Policy, Probe, Recipe, Report, Verdict, Warm
+from shoal.training.tasks.base import Floats
+from shoal.training.tasks.cast import Everyone, Learned
+from shoal.training.tasks.games.text import Exact, TextTask
+from shoal.training.tasks.play import Ask, End, Play, Role, Take, Text
+from shoal.training.tasks.source import News, Plain, Posted, Scenario, seed_of
+
+TASKS: Final = "tasks"
+"""The topic of what coaches write: ``{"tasks": [text, …]}``,"""
+SOLVED: Final = "solved"
+"""and of what players say of them: ``{"posts": {cid: {number: rate}}}``."""
+MAX_TASKS: Final = 64
+"""Of one post."""
+MAX_CHARS: Final = 8
+"""Of one task."""
+MAX_AGE: Final = 4
+"""Epochs that tasks are played for."""
+MAX_WAITING: Final = 8
+"""Epochs that a coach waits for what it wrote to be paid for,"""
+MAX_PAST: Final = 8
+"""and whose rewards it compares new ones with."""
+SHORTEST: Final = 2
+LONGEST: Final = 5
+HELD_OUT: Final = 96
+
+KINDS: Final[Mapping[str, tuple[str, Callable[[str], str]]]] = {
+    "c": ("copy", lambda digits: digits),
+    "m": ("largest", max),
+    "r": ("reverse", lambda digits: digits[::-1]),
+    "s": ("sort", lambda digits: "".join(sorted(digits))),
+    "d": (
+        "steps",
+        lambda digits: "".join(str((int(b) - int(a)) % 10) for a, b in pairwise(digits)),
+    ),
+    "a": ("sum", lambda digits: str(sum(map(int, digits)))),
+}
+"""By the letter that a task begins with: what it is called, and what it asks for of the digits after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise(Exact):
+    """A letter and some digits: ``s52917`` is 12579."""
+
+    name = "exercises"
+
+    def question(self, rng: np.random.Generator) -> str:
+        """Of any kind and length."""
+        return exercise(str(rng.choice(list(KINDS))), rng)
+
+    def solve(self, question: str) -> str | None:
+        """What is asked for."""
+        is_one = len(question) <= MAX_CHARS and re.fullmatch(rf"[{''.join(KINDS)}][0-9]{{2,}}", question, re.ASCII)
+        return KINDS[question[0]][1](question[1:]) if is_one else None
+
+
+EXERCISE: Final = Exercise()
+
+
+def exercise(kind: str, rng: np.random.Generator) -> str:
+    """One of a kind, of any length."""
+    return kind + "".join(map(str, rng.integers(10, size=rng.integers(SHORTEST, LONGEST + 1))))
+
+
+# --- what is played ---
+
+
+@dataclass(frozen=True, slots=True)
+class Quiz:
+    """The same exercises in every epoch and everywhere, as many of each kind.
+
+    Attributes:
+        per_epoch: how many.
+        seed: another one gives others.
+        kinds: letters of `KINDS`.
+    """
+
+    per_epoch: int
+    seed: int
+    kinds: str = "".join(KINDS)
+
+    def draw(self, news: News, rng: np.random.Generator) -> Scenario | None:
+        """The next."""
+        if news.drawn >= self.per_epoch:
+            return None
+        seed = seed_of("quiz", self.seed, self.kinds, news.drawn)
+        kind = self.kinds[news.drawn % len(self.kinds)]
+        return Scenario(seed, {"prompt": exercise(kind, np.random.default_rng(seed))})
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """What players play: tasks of coaches, and exercises by chance, other ones on every node.
+
+    Attributes:
+        per_epoch: how many.
+        plays: of each, one after the other.
+        share: of the tasks, that coaches write; all others are of any kind and length alike, and so are all while no
+            coach has written anything.
+    """
+
+    per_epoch: int
+    plays: int
+    share: float = 0.75
+
+    def draw(self, news: News, rng: np.random.Generator) -> Scenario | None:
+        """The next play."""
+        number = news.drawn // self.plays
+        if number >= self.per_epoch:
+            return None
+        seed = seed_of("tasks", news.own, news.epoch, number)
+        chance = np.random.default_rng(seed)
+        posts = coached(news) if chance.random() < self.share else ()
+        if not posts:
+            return Scenario(seed, {"prompt": EXERCISE.question(chance)})
+        post, tasks = posts[int(chance.integers(len(posts)))]
+        index = int(chance.integers(len(tasks)))
+        params = {"prompt": tasks[index][1], "post": str(post.cid), "number": tasks[index][0]}
+        return Scenario(seed, params)
+
+
+def coached(news: News) -> tuple[tuple[Posted, tuple[tuple[int, str], ...]], ...]:
+    """The newest post of each coach that is of use, and its tasks."""
+    found = {}
+    for post in news.posts.get(TASKS, ()):
+        if post.author not in found and 0 <= news.epoch - post.epoch <= MAX_AGE:
+            tasks = read_tasks(post.meta)
+            if tasks:
+                found[post.author] = post, tasks
+    return tuple(found.values())
+
+
+def read_tasks(meta: Mapping[str, Plain]) -> tuple[tuple[int, str], ...]:
+    """The tasks of a post, which may hold anything, with their numbers in it."""
+    said = meta.get("tasks")
+    if not isinstance(said, list) or len(said) > MAX_TASKS:
+        return ()
+    return tuple(
+        (number, task)
+        for number, task in enumerate(said)
+        if isinstance(task, str) and len(task) <= MAX_CHARS and EXERCISE.solve(task) is not None
+    )
+
+
+class Coaching:
+    """The coach's game: it sees the player's profile, and writes a task."""
+
+    name = "coaching"
+    roles: Final = {"coach": Role(Text(4 * len(KINDS)), Text(MAX_CHARS))}
+
+    def play(self, scenario: Scenario, rng: np.random.Generator) -> Play:
+        """One task; without a profile it is any."""
+        profile = scenario.params.get("profile") or written({kind: float(rng.random()) for kind in KINDS})
+        (task,) = yield (Ask("coach", str(profile), max_tokens=MAX_CHARS),)
+        return End({"coach": 0.0}, scores={"valid": float(EXERCISE.solve(str(task)) is not None)})
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """What coaches see, so many times an epoch: how often the player is right, by kind, as members signed it last."""
+
+    per_epoch: int
+
+    def draw(self, news: News, rng: np.random.Generator) -> Scenario | None:
+        """The same again."""
+        if news.drawn >= self.per_epoch:
+            return None
+        rates = {}
+        for kind, (name, _) in KINDS.items():
+            said = news.evaluations.get(name, {})
+            rates[kind] = said[max(said)] if said else 0.5
+        return Scenario(seed_of("profiles", news.own, news.epoch, news.drawn), {"profile": written(rates)})
+
+
+def written(rates: Mapping[str, float]) -> str:
+    """A profile as a sight: ``c9m7r4…``, in tenths."""
+    return "".join(f"{kind}{min(9, int(10 * min(1.0, max(0.0, rate))))}" for kind, rate in rates.items())
+
+
+# --- how it is learned ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlayerSettings(GRPOSettings):
+    """What can be set of it."""
+
+    agreement: float = setting(
+        0.5, "share of a task's plays that have to answer the same for it to be a label", 0.0, 1.0
+    )
+
+
+class OwnMajority(GRPO):
+    """The player: GRPO whose label is what most plays of a task answer. What it posts is how many did."""
+
+    name = "own-majority"
+    settings_type: type[Any] = PlayerSettings
+    settings: PlayerSettings
+
+    def prepare(self, takes: Sequence[Take], model: TextModel, news: News) -> Generator[Effect, Any, GRPOBatch | None]:
+        """Vote, tell the coaches, and reward who agrees."""
+        if not takes:
+            return None
+        said: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        for take in takes:
+            said[take.scenario.seed][take.acts[-1]] += 1
+        label, rate = {}, {}
+        for seed, answers in said.items():
+            most = max((answer for answer in answers if answer), key=lambda each: (answers[each], each), default="")
+            rate[seed] = answers[most] / answers.total() if most else 0.0
+            label[seed] = most if answers[most] > 1 and rate[seed] >= self.settings.agreement else ""
+        posts: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        for take in takes:
+            if "post" in take.scenario.params:
+                number = str(take.scenario.params["number"])
+                posts[take.scenario.params["post"]][number] = rate[take.scenario.seed]
+        if posts:
+            yield Post(SOLVED, {}, {"posts": dict(posts)})
+        rewards = [float(take.acts[-1] == label[take.scenario.seed] != "") for take in takes]
+        return self.batch(takes, np.array(rewards, np.float32), model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoachSettings(GRPOSettings):
+    """What can be set of it."""
+
+    is_by_kind: bool = setting(False, "pay for the change of accuracy on tasks of the same kind, not of all kinds")
+
+
+class CoachObjective(GRPO):
+    """REINFORCE on what the player gained; see the head of this module."""
+
+    name = "coach"
+    settings_type: type[Any] = CoachSettings
+    settings: CoachSettings
+
+    def __init__(self, settings: CoachSettings) -> None:
+        super().__init__(settings)
+        self._waiting: list[dict[str, Plain]] = []  # what was written, oldest first: cid, epoch, sights, tasks
+        self._past: list[list[float]] = []  # the rewards of what was paid for last
+
+    def memory(self) -> dict[str, Plain]:
+        """What waits, and what was paid before."""
+        return {"waiting": [dict(each) for each in self._waiting], "past": [list(each) for each in self._past]}
+
+    def remember(self, memory: Mapping[str, Plain]) -> None:
+        """Go on from what `memory` gave.
+
+        Raises:
+            ProtocolError: if it is none.
+        """
+        waiting, past = memory.get("waiting", []), memory.get("past", [])
+        if not (isinstance(waiting, list) and len(waiting) <= MAX_WAITING and all(map(_is_written, waiting))):
+            raise ProtocolError("what a coach wrote and is not paid for is of no form; it begins anew")
+        if not (isinstance(past, list) and len(past) <= MAX_PAST and all(map(_are_rewards, past))):
+            raise ProtocolError("what a coach was paid is of no form; it begins anew")
+        self._waiting, self._past = [dict(each) for each in waiting], [list(each) for each in past]
+
+    def prepare(self, takes: Sequence[Take], model: TextModel, news: News) -> Generator[Effect, Any, GRPOBatch | None]:
+        """Post what was written, and learn from what can be paid for by now."""
+        takes = takes[:MAX_TASKS]
+        if takes:
+            tasks = [str(take.acts[-1]) for take in takes]
+            cid = yield Post(TASKS, {}, {"tasks": tasks, "epoch": news.epoch})
+            sights = [str(take.sights[-1]) for take in takes]
+            if cid is not None:
+                written = {"cid": str(cid), "epoch": news.epoch, "sights": sights, "tasks": tasks}
+                self._waiting = [*self._waiting, written][-MAX_WAITING:]
+        paid: list[tuple[dict[str, Plain], list[float | None]]] = []
+        left = []
+        for each in self._waiting:
+            rewards = self._rewards(each, news)
+            if rewards is not None:
+                paid.append((each, rewards))
+            elif news.epoch - each["epoch"] < MAX_WAITING:
+                left.append(each)
+        self._waiting = left
+        return self._learn(paid, model) if paid else None
+
+    def _rewards(self, each: Mapping[str, Plain], news: News) -> list[float | None] | None:
+        """Of each task that was written; None of one that is none or that nobody played. Altogether None: not yet."""
+        played = reports(news.posts.get(SOLVED, ()), each["cid"], each["epoch"], len(each["tasks"]))
+        if not played:
+            return None
+        rewards: list[float | None] = []
+        for number, task in enumerate(each["tasks"]):
+            if EXERCISE.solve(task) is None:
+                rewards.append(-math.inf)
+                continue
+            said = [(epoch, rates[number]) for epoch, rates in played if number in rates]
+            if not said:
+                rewards.append(None)
+                continue
+            name = KINDS[task[0]][0] if self.settings.is_by_kind else "accuracy"
+            gains = [gain(news.evaluations.get(name, {}), epoch) for epoch, _ in said]
+            known = [each for each in gains if each is not None]
+            if len(known) < len(gains):
+                return None
+            rewards.append(statistics.median_low(known) * statistics.median_low(rate for _, rate in said))
+        return rewards
+
+    def _learn(
+        self, paid: Sequence[tuple[Mapping[str, Plain], Sequence[float | None]]], model: TextModel
+    ) -> GRPOBatch | None:
+        """What is better than usual becomes likelier."""
+        new = [[each for each in rewards if each is not None and math.isfinite(each)] for _, rewards in paid]
+        self._past = [*self._past, *(each for each in new if each)][-MAX_PAST:]
+        usual = [each for rewards in self._past for each in rewards] or [0.0]
+        mean, deviation, worst = statistics.fmean(usual), statistics.pstdev(usual), min(usual)
+        takes, advantages = [], []
+        for written, rewards in paid:
+            for sight, task, reward in zip(written["sights"], written["tasks"], rewards, strict=True):
+                if reward is not None:
+                    takes.append(take_of(sight, task))
+                    advantages.append((max(reward, worst) - mean) / (deviation + 1e-6) - float(reward < worst))
+        clipped: Floats = np.clip(np.array(advantages, np.float32), -3, 3)
+        return self.advised(takes, clipped, model)
+
+
+def reports(posts: Iterable[Posted], cid: str, epoch: int, count: int) -> list[tuple[int, dict[int, float]]]:
+    """What players say of one post with so many tasks, each once: the epoch in which they played it, and rates."""
+    found: dict[str, tuple[int, dict[int, float]]] = {}
+    for post in posts:
+        said = post.meta.get("posts")
+        rates = said.get(cid) if isinstance(said, dict) else None
+        if post.author in found or not isinstance(rates, dict) or not epoch < post.epoch <= epoch + MAX_AGE:
+            continue
+        read = {}
+        for number in range(count):
+            rate = rates.get(str(number))
+            if isinstance(rate, int | float) and 0 <= rate <= 1:
+                read[number] = float(rate)
+        if read:
+            found[post.author] = post.epoch, read
+    return list(found.values())
+
+
+def gain(scores: Mapping[int, float], epoch: int) -> float | None:
+    """How much better the policy of the next epoch is than that of this one; None, if either is not known yet."""
+    before, after = scores.get(epoch), scores.get(epoch + 1)
+    if before is None or after is None:
+        return None
+    return min(1.0, max(0.0, after)) - min(1.0, max(0.0, before))
+
+
+def take_of(sight: str, task: str) -> Take:
+    """What a coach wrote, for its model to judge again."""
+    take = Take("coach", Coaching.roles["coach"], Learned("coach"), Scenario(0), 0)
+    take.sights, take.acts = [sight], [task]
+    return take
+
+
+def _is_written(each: Plain) -> bool:
+    if not isinstance(each, dict) or each.keys() != {"cid", "epoch", "sights", "tasks"}:
+        return False
+    texts = [each["sights"], each["tasks"]]
+    are_texts = all(isinstance(of, list) and all(isinstance(text, str) for text in of) for of in texts)
+    is_named = isinstance(each["cid"], str) and type(each["epoch"]) is int
+    return are_texts and is_named and len(texts[0]) == len(texts[1]) <= MAX_TASKS
+
+
+def _are_rewards(each: Plain) -> bool:
+    return isinstance(each, list) and all(isinstance(reward, float) and -1 <= reward <= 1 for reward in each)
+
+
+# --- how it begins, and what is held to be so ---
+
+
+def write_any(take: Take) -> str:
+    """What a coach is taught: tasks of all kinds and lengths alike."""
+    return EXERCISE.question(np.random.default_rng(take.scenario.seed))
+
+
+def solve(take: Take) -> str:
+    """What a player is taught: right answers."""
+    return EXERCISE.solve(take.sights[-1]) or ""
+
+
+def judge(run: Report, baseline: Report) -> Verdict:
+    """It gains, and more than by tasks of chance."""
+    gained, by_chance = (each.last("test", of=5) - each.first("test") for each in (run, baseline))
+    text = (
+        f"the player's greedy accuracy on held-out tasks went from {run.first('test'):.3f} by {gained:+.3f} with a "
+        f"coach, and by {by_chance:+.3f} with as many tasks drawn evenly"
+    )
+    return Verdict(gained > max(by_chance, 0.0), gained, by_chance, text)
+
+
+RECIPE: Final = Recipe(
+    name="cpmobius",
+    summary="a coach writes tasks, and is paid for the player's progress; no labels",
+    paper="arXiv 2602.02979",
+    claim="a coach that is paid for the player's progress beats tasks that are drawn evenly, at equal player samples",
+    game=TextTask(EXERCISE, max_tokens=LONGEST),
+    source=Tasks(32, 8),
+    cast=Everyone("player"),
+    policies={
+        "coach": Policy(
+            model="tokens",
+            sizes={"width": 48, "layers": 2, "context": 32},
+            objective="coach",
+            settings={"learning_rate": 5e-4},
+            warm=Warm(write_any, until=0.95, settings={"learning_rate": 3e-3}, score="valid"),
+        ),
+        "player": Policy(
+            model="tokens",
+            sizes={"width": 64, "layers": 2, "context": 24},
+            objective="own-majority",
+            settings={"learning_rate": 2e-4},
+            warm=Warm(solve, until=0.4, settings={"learning_rate": 2e-3}, takes=128),
+        ),
+    },
+    parts={
+        "player": Part(trains=("player",), share=2),
+        "coach": Part(trains=("coach",), game=Coaching(), source=Profiles(32), cast=Everyone("coach")),
+    },
+    topics=(TASKS, SOLVED),
+    heard=("accuracy", *(name for name, _ in KINDS.values())),
+    probes=(
+        Probe("accuracy", Quiz(HELD_OUT, seed=1)),
+        Probe("test", Quiz(2 * HELD_OUT, seed=2)),
+        *(Probe(name, Quiz(24, seed=3, kinds=kind)) for kind, (name, _) in KINDS.items()),
+    ),
+    verdict=judge,
+    baseline={"source.share": 0.0},
+    objectives=(CoachObjective, OwnMajority),
+    epochs=80,
+    turns=256,
+    plays=256,
+    eval_interval=1,
+)
