@@ -8,7 +8,7 @@ import numpy as np
 
 from shoal.protocol.errors import UsageError
 from shoal.training.recipes.recipe import EARNED, Recipe
-from shoal.training.tasks.cast import Learned, Past, seated
+from shoal.training.tasks.cast import Learned, Past, Seat, named, seated
 from shoal.training.tasks.play import Role
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Scenario
@@ -19,6 +19,12 @@ def score_of(played: Played, score: str) -> float:
     if score == EARNED:
         return float(np.mean(list(played.returns.values()))) if played.returns else 0.0
     return float(played.scores.get(score, 0.0))
+
+
+def seats_of(recipe: Recipe) -> tuple[Seat, ...]:
+    """All that the casts of a recipe and of its probes name, each once."""
+    casts = [recipe.cast, *(probe.cast for probe in recipe.probes if probe.cast is not None)]
+    return tuple(dict.fromkeys(seat for cast in casts for seat in named(cast)))
 
 
 def roles_of(recipe: Recipe, policy: str) -> list[Role]:
