@@ -44,7 +44,7 @@ from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.seating import Seating
 from shoal.training.recipes.warming import teach
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
-from shoal.training.tasks.cast import Learned, Past
+from shoal.training.tasks.cast import Foreign, Learned, Past
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Act, Table, Take
 from shoal.training.tasks.playing import Played
@@ -86,25 +86,30 @@ class RecipeLearner:
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
         self._share = manifest.batch.largest_share
-        own_seed = seed_of(manifest.seed, peer)
+        self._own_seed = own_seed = seed_of(manifest.seed, peer)
         self._trainees = {
             name: _trainee(recipe, name, policy, manifest, own_seed) for name, policy in sorted(recipe.policies.items())
         }
         self._taught = {name: policy.warm is None for name, policy in recipe.policies.items()}
+        named = seats_of(recipe)
         self._pasts = Pasts(
-            [seat for seat in seats_of(recipe) if isinstance(seat, Past)],
+            [seat for seat in named if isinstance(seat, Past)],
             {name: trainee.model for name, trainee in self._trainees.items()},
             partial(_model, recipe, manifest.seed),
         )
         self._kept_at = -1  # the epoch that was kept last
         self._actors = Seating(
-            {name: trainee.actor for name, trainee in self._trainees.items()}, self._pasts, lambda: self._epoch
+            {name: trainee.actor for name, trainee in self._trainees.items()},
+            self._pasts,
+            lambda: self._epoch,
+            recipe.game.roles,
+            [seat for seat in named if isinstance(seat, Foreign)],
+            own_seed,
         )
         seed = seed_of(manifest.seed, peer, life)
         self._stage = Stage(
             recipe.game, recipe.source, recipe.cast, self._actors, recipe.plays, seed=seed, failures=failures
         )
-        self._own_seed = own_seed
         self._answers = np.random.default_rng(seed_of(seed, "answers"))
         self._plays: list[Played] = []
         self._turns = 0
@@ -113,6 +118,10 @@ class RecipeLearner:
         self._number, self._place = number_of(peer), NOWHERE
         self._running: AnyUpdate | None = None
         self._folder: Path | None = None
+
+    def close(self) -> None:
+        """End the processes that it started; whoever sits there is started anew if it is asked again."""
+        self._actors.close()
 
     # --- what is this node's alone ---
 
@@ -397,7 +406,7 @@ def _model(recipe: Recipe, seed: int, name: str) -> Any:
 
 def _told(collecting: Collecting) -> Generator[Consult, Any, Staged]:
     """Play on; answers come as bytes, and what is none is no answer."""
-    answer: tuple[Act, ...] | None = None
+    answer: tuple[Act | None, ...] | None = None
     while True:
         try:
             asked = collecting.send(answer)

@@ -26,6 +26,8 @@ from shoal.training.tasks.source import News, Scenario
 
 MAX_AGE: Final = 2**20
 """Epochs that a `Past` policy may lie back."""
+MAX_FOREIGN_S: Final = 120.0
+"""For an answer of a `Foreign` seat: its worker, which waits for it, is given up after twice as long and more."""
 MAX_POOL: Final = 16
 """Ages that `AgainstPast` may draw from: each has a model of its own in memory."""
 
@@ -65,9 +67,21 @@ class Scripted:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """Another framework, in a process of its own, found by its name in an entry point."""
+    """Another framework, in a process of its own; see `shoal.training.tasks.foreign`.
+
+    Attributes:
+        name: of an entry point of the group ``shoal.seats``.
+        otherwise: who goes on for the rest of a play if it does not answer; none: the play is dropped.
+        seconds: that it has for what it is asked at once.
+    """
 
     name: str
+    otherwise: Here | None = None
+    seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds <= MAX_FOREIGN_S:
+            raise UsageError(f"a foreign seat has {self.seconds} s for an answer; give it up to {MAX_FOREIGN_S:g}")
 
 
 Here: TypeAlias = Learned | Past | Fixed | Scripted | Foreign
@@ -96,8 +110,10 @@ class Person:
     otherwise: Here | None = None
 
 
-Acts: TypeAlias = Sequence[Act] | Actions
-"""One act for each of some takes; an array, ``[n]`` int64 or ``[n, size]`` float32, where they are of one kind."""
+Acts: TypeAlias = Sequence[Act | None] | Actions
+"""One act for each of some takes; an array, ``[n]`` int64 or ``[n, size]`` float32, where they are of one kind.
+
+None where there is none, which only what sits in a `Foreign` seat may say."""
 Seat: TypeAlias = Here | Away | Person
 Seats: TypeAlias = Mapping[str, Seat] | tuple[Seat, ...]
 
