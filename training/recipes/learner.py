@@ -41,13 +41,15 @@ from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
 from shoal.training.recipes.makers import make_model, objective_of
+from shoal.training.recipes.past import Pasts
 from shoal.training.recipes.placing import NOWHERE, check_said, number_of, part_of, place_of
-from shoal.training.recipes.playing import roles_of, score_of
+from shoal.training.recipes.playing import named_seats, roles_of, score_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
+from shoal.training.recipes.seating import Seating
 from shoal.training.recipes.warming import teach
 from shoal.training.scored import MAX_EPOCHS, Scored
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
-from shoal.training.tasks.cast import Actor, Learned, Seat
+from shoal.training.tasks.cast import Foreign, Learned, Past
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Act, Table, Take
 from shoal.training.tasks.playing import Played
@@ -96,15 +98,28 @@ class RecipeLearner:
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
         self._share = manifest.batch.largest_share
-        own_seed = seed_of(manifest.seed, peer)
+        self._own_seed = own_seed = seed_of(manifest.seed, peer)
         self._trainees = {
             name: _trainee(recipe, name, policy, manifest, own_seed) for name, policy in sorted(recipe.policies.items())
         }
         self._taught = {name: policy.warm is None for name, policy in recipe.policies.items()}
-        self._actors: dict[Seat, Actor] = {Learned(name): trainee.actor for name, trainee in self._trainees.items()}
         self._seed = seed_of(manifest.seed, peer, life)
-        self._own_seed = own_seed
         self._answers = np.random.default_rng(seed_of(self._seed, "answers"))
+        named = named_seats(recipe)
+        self._pasts = Pasts(
+            [seat for seat in named if isinstance(seat, Past)],
+            {name: trainee.model for name, trainee in self._trainees.items()},
+            partial(_model, recipe, manifest.seed),
+        )
+        self._kept_at = -1  # the epoch that was kept last
+        self._actors = Seating(
+            {name: trainee.actor for name, trainee in self._trainees.items()},
+            self._pasts,
+            lambda: self._epoch,
+            recipe.roles,
+            [seat for seat in named if isinstance(seat, Foreign)],
+            own_seed,
+        )
         self._was_told = bool(part)
         self._part = ""
         self._stage: Stage | None = None
@@ -131,11 +146,17 @@ class RecipeLearner:
             scene.game, scene.source, scene.cast, self._actors, plays, seed=self._seed, failures=self._failures
         )
 
+    def close(self) -> None:
+        """End the processes that it started; whoever sits there is started anew if it is asked again."""
+        self._actors.close()
+
     # --- what is this node's alone ---
 
     def settle_in(self, folder: Path) -> None:
         """Keep what is this node's alone in a folder, and go on from what is there."""
         self._folder = folder
+        if self._pasts:
+            self._pasts.settle_in(folder)
         path = folder / PRIVATE
         if not path.exists():
             return
@@ -190,12 +211,19 @@ class RecipeLearner:
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:
             raise UsageError(f"{self._turns} turns wait for an update; call update() or abandon() first")
+        self._keep_past()
         staged = yield from _told(stage.collect(self._news, num_steps, is_over=is_over))
         self._turns += staged.turns
         self._plays += staged.plays
         self._is_exhausted = staged.is_exhausted
         returns = tuple(score_of(played, self._recipe.probes[0].score) for played in staged.plays)
         return Collected(staged.turns, self.samples, returns)
+
+    def _keep_past(self) -> None:
+        """Before something is played in an epoch."""
+        if self._kept_at != self._epoch:
+            self._pasts.keep(self._epoch)
+            self._kept_at = self._epoch
 
     def collect_ahead(self, is_over: Callable[[], bool]) -> Collected:
         """Nothing: the policies are at work."""
@@ -354,6 +382,7 @@ class RecipeLearner:
             if epoch > 0 and not trainee.is_own:
                 self._taught[name] = True
         self._epoch, self._env_steps = epoch, env_steps
+        self._kept_at = -1
         self._is_exhausted = False  # in this epoch there is more to play
 
     def policy_arrays(self) -> Arrays:
@@ -383,6 +412,7 @@ class RecipeLearner:
 
     def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
         """The same; see `shoal.training.algorithms.base.Consulting`."""
+        self._keep_past()
         first: list[float] = []
         for number, probe in enumerate(self._recipe.probes):
             found = yield from self._probe(probe, seed)
@@ -425,7 +455,7 @@ class RecipeLearner:
 def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_seed: int) -> Trainee:
     seed = own_seed if policy.is_varied else manifest.seed
     return Trainee(
-        make_model(policy.model, policy.sizes, seed_of(seed, "model", name), partial(roles_of, recipe, name)),
+        _model(recipe, seed, name),
         objective_of(policy.objective, policy.settings, recipe.objectives),
         mode=manifest.mode,
         codec=manifest.codec,
@@ -435,9 +465,15 @@ def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_
     )
 
 
+def _model(recipe: Recipe, seed: int, name: str) -> Any:
+    """Of a policy's kind, as it begins."""
+    policy = recipe.policies[name]
+    return make_model(policy.model, policy.sizes, seed_of(seed, "model", name), partial(roles_of, recipe, name))
+
+
 def _told(collecting: Collecting) -> Generator[Consult, Any, Staged]:
     """Play on; answers come as bytes, and what is none is no answer."""
-    answer: tuple[Act, ...] | None = None
+    answer: tuple[Act | None, ...] | None = None
     while True:
         try:
             asked = collecting.send(answer)
