@@ -69,6 +69,7 @@ from shoal.node.wire.contracts import NodeService
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, client
+from shoal.training.rollouts.intake import Tally
 from shoal.training.statements import Facts, Phase
 from shoal.training.ticket import Ticket
 
@@ -528,6 +529,8 @@ class Node:
         for peer, role in sorted(listed.items()):
             live: Facts | None = joined.run.core.facts() if peer == me else told.get(peer)
             given = contributed.get(peer)
+            tally = joined.run.shards.intake.tallies.get(peer, Tally())
+            made = joined.run.shards.num_given if peer == me else tally.made
             found.append(
                 MemberInfo(
                     peer_id=peer,
@@ -541,6 +544,11 @@ class Node:
                     steps_per_s=live.steps_per_s if live and live.phase is not Phase.DONE else 0.0,
                     rounds=given.rounds if given else 0,
                     share=round(given.env_steps / total, 4) if given and total else 0.0,
+                    shards_made=made,
+                    shards_used=tally.used,
+                    shards_checked=tally.checked,
+                    shards_refused=tally.refused + tally.stale,
+                    mean_staleness=round(tally.mean_staleness, 2),
                 )
             )
         return found

@@ -54,9 +54,12 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The worker is there, with the run's initial state; also after a restart of the worker."""
+    """The worker is there, with the run's initial state; also after a restart of the worker.
 
-    policy: Policy
+    None: it is an actor's, which has no policy until it loads one.
+    """
+
+    policy: Policy | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,22 @@ class Collected:
     samples: int
     seconds: float
     episode_returns: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RolledOut:
+    """The worker made a shard of so many samples, and it was given to the others; 0: it came to nothing."""
+
+    samples: int
+    seconds: float
+    episode_returns: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The worker took what another member collected: samples since the last update, in all."""
+
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +261,8 @@ Event: TypeAlias = (
     | Gone
     | Documents
     | Collected
+    | RolledOut
+    | Admitted
     | Yielded
     | Updated
     | MergeFailed
@@ -279,6 +300,13 @@ class Collect:
 
     samples: int
     max_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Make a shard of about so many samples by the policy that the worker holds, and give it to the others."""
+
+    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,11 +411,12 @@ class Wake:
     at: float
 
 
-Job: TypeAlias = Collect | Update | Merge | Load | Evaluate | Finish
+Job: TypeAlias = Collect | Rollout | Update | Merge | Load | Evaluate | Finish
 Output: TypeAlias = (
     Say
     | Give
     | Collect
+    | Rollout
     | Update
     | Merge
     | Load

@@ -381,6 +381,16 @@ class MemberInfo(Model):
     """Exchanges that its contribution went into."""
     share: float = 0.0
     """Of all environment steps of the run, between 0 and 1."""
+    shards_made: int = 0
+    """In mode rollouts, here and below: that it made, or that this node heard of."""
+    shards_used: int = 0
+    """That this node learned from."""
+    shards_checked: int = 0
+    """That this node replayed before."""
+    shards_refused: int = 0
+    """That this node found to be false, or too old."""
+    mean_staleness: float = 0.0
+    """Policy versions, of the samples that this node learned from."""
 
 
 class CurvePoint(Model):
