@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.rollouts import Source
 from shoal.training.algorithms.settings import Settings
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outliers import Scale, root_mean_square
@@ -46,7 +46,7 @@ class Normalizers:
         scaled: Floats = np.clip(earned * scale, -_CLIP, _CLIP)
         return scaled
 
-    def increments(self, streams: Sequence[Stream]) -> Arrays:
+    def increments(self, streams: Sequence[Source]) -> Arrays:
         """The moments of what was collected since the last update; of nothing, where there is nothing to normalise."""
         observations, returns = Moments.none((self._size,)), Moments.none()
         for stream in streams:

@@ -170,6 +170,34 @@ class Shard:
         return Place(self.author, self.head.policy, self.head.stream, self.head.number)
 
 
+def unsigned(head: Head, columns: Columns) -> tuple[bytes, bytes]:
+    """What a shard's author has to sign, and the body that goes with it; `signed` makes a shard of both.
+
+    Args:
+        head: without ``columns`` and ``digest``, which are filled in.
+        columns: what it is made of.
+
+    Raises:
+        UsageError: if one cannot be a column.
+        ProtocolError: if nobody would take the head.
+    """
+    body = write_body(columns)
+    return encode(replace(head, columns=describe(columns), digest=hashlib.sha256(body).digest())), body
+
+
+def signed(signer: Signer, head: bytes, body: bytes) -> tuple[Cid, bytes]:
+    """A shard's name and bytes, of what `unsigned` gave.
+
+    Raises:
+        TooLargeError: if nobody would take so large a shard.
+    """
+    sealed = encode(signer.seal(KIND, head))
+    check_room(len(sealed), MAX_HEAD_BYTES, "shard's head")
+    data = FORM + len(sealed).to_bytes(_LENGTH_BYTES, "little") + sealed + body
+    check_room(len(data), MAX_SHARD_BYTES, "shard")
+    return blocks.name(data).cid, data
+
+
 def seal(signer: Signer, head: Head, columns: Columns) -> tuple[Cid, bytes]:
     """Make a shard of columns.
 
@@ -186,13 +214,7 @@ def seal(signer: Signer, head: Head, columns: Columns) -> tuple[Cid, bytes]:
         ProtocolError: if nobody would take the head.
         TooLargeError: if nobody would take so large a shard.
     """
-    body = write_body(columns)
-    told = encode(replace(head, columns=describe(columns), digest=hashlib.sha256(body).digest()))
-    sealed = encode(signer.seal(KIND, told))
-    check_room(len(sealed), MAX_HEAD_BYTES, "shard's head")
-    data = FORM + len(sealed).to_bytes(_LENGTH_BYTES, "little") + sealed + body
-    check_room(len(data), MAX_SHARD_BYTES, "shard")
-    return blocks.name(data).cid, data
+    return signed(signer, *unsigned(head, columns))
 
 
 def open_head(proof: bytes | memoryview) -> tuple[PeerId, Head]:
