@@ -186,6 +186,7 @@ class Worker:
         self._merging = Merging(Aggregator.parse(manifest.aggregator), manifest.codec, self._arena)
         if manifest.mode is Mode.ROLLOUTS:
             self._admission = make_admission(request, self._learner)
+            self._note_policy()
         return self._state(_Descent())
 
     def load(self, request: Load) -> StateAnswer:

@@ -9,7 +9,7 @@ from shoal.training.algorithms.rollouts import Rollout
 from shoal.training.rationing import MARGIN, MIN_SAMPLES, Rationing
 from shoal.training.rollouts import intake
 from shoal.training.rollouts.intake import Intake
-from shoal.training.statements import GivenShard
+from shoal.training.statements import MAX_SHARD_BYTES, GivenShard
 
 ME, OTHER, ACTOR, LIAR = (PeerId.of_public_key(bytes([number]) * 32) for number in range(4))
 
@@ -68,8 +68,9 @@ def test_what_is_on_its_way_is_bounded_of_one_actor_and_of_all():
     assert len(taken) == intake.MAX_COMING
     assert max(sum(author == each for each, _ in taken) for author, _ in taken) <= intake.MAX_COMING_OF_ONE
     huge = Intake(ME, 2)
-    huge.named(ACTOR, [shard(number, num_bytes=intake.MAX_COMING_BYTES // 2 + 1) for number in range(3)])
-    assert len(huge.next(5, [])) == 1
+    for number in range(intake.MAX_COMING_BYTES // MAX_SHARD_BYTES + 1):
+        huge.named(PeerId.of_public_key(bytes([number + 10]) * 32), [shard(number, num_bytes=MAX_SHARD_BYTES)])
+    assert len(huge.next(5, [])) == intake.MAX_COMING_BYTES // MAX_SHARD_BYTES
 
 
 def test_nothing_is_fetched_while_enough_waits():
