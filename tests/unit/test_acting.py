@@ -109,7 +109,9 @@ def test_what_float32_gives_is_within_the_bound_of_what_is_exact(
         exact = np.tanh(exact) if number else exact
         exact = exact @ weight.T.astype(np.longdouble) + bias
     away = np.abs(acting._outputs(sights) - exact).astype(np.float64)
-    assert (away <= acting._error(sights) + 1e-300).all()
+    near, error = acting._exact(sights)
+    assert np.abs(near - exact).max() < 1e-9
+    assert (away <= error).all()
 
 
 def test_a_copy_from_anybody_is_held_to_its_shape() -> None:
@@ -125,7 +127,8 @@ def test_a_copy_from_anybody_is_held_to_its_shape() -> None:
 
 
 ACTOR = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 from shoal.protocol.ids import SwarmId, Cid
 from shoal.protocol.signing import Signer
 from shoal.training.rollouts import acting, patches, replaying, rows, shard, store, streams
@@ -141,7 +144,8 @@ stream = streams.RowStream(
 head, played = stream.collect(acting.Acting(form, words), 0, Cid.of_block(b"policy"), 512)
 cid, data = shard.seal(me, head, played.columns(task.action_space))
 stream.sealed(cid)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with what the parent had
+peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 print(json.dumps({"torch": "torch" in sys.modules, "peak_mb": peak, "bytes": len(data), "samples": played.samples}))
 """
 
