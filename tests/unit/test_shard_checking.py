@@ -28,6 +28,7 @@ from shoal.training.rollouts.evidence import (
     Verdict,
     caught_after,
     disproved,
+    forked,
     hear,
     rate_of,
     say,
@@ -296,7 +297,7 @@ def test_what_cannot_be_told_is_not_called_false() -> None:
         assert there.verdict is Verdict.DOES_NOT_FIT
         assert say(BOB, shard, there) is None
     head, rows = made(task)
-    many = replace(rows, lead=np.zeros((2**16 + 1, 2), np.int64))
+    many = replace(rows, lead=np.zeros((2**19, 2), np.int64))
     assert looked_into(signed(task, replace(head, number=1, before=STATE), many), task).verdict is Verdict.DOES_NOT_FIT
 
 
@@ -434,6 +435,19 @@ def test_nobody_is_accused_of_what_it_did_not_sign() -> None:
         disproved(hear(told, SWARM), shard, looked_into(shard, task))
     with pytest.raises(ProtocolError, match="another swarm"):
         hear(told, SwarmId.of_manifest(b"another"))
+
+
+def test_two_shards_in_one_place_of_a_stream_convict_their_author_by_themselves() -> None:
+    task = a_task()
+    head, rows = made(task)
+    one = signed(task, head, rows)
+    other = signed(task, head, edited("rewards", lambda x: x + 1)(rows))
+    assert forked(one.proof, other.proof) == ALICE.peer_id
+    assert forked(one.proof, one.proof) is None
+    assert forked(one.proof, signed(task, replace(head, stream=1), rows).proof) is None
+    assert forked(one.proof, signed(task, head, rows, BOB).proof) is None
+    with pytest.raises(ProtocolError):
+        forked(one.proof, other.proof[:-1])
 
 
 # --- who looks -------------------------------------------------------------------------------------------------------

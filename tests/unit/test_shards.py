@@ -229,7 +229,7 @@ def test_rows_come_back_as_they_were_played(name: str, is_shown: bool) -> None:
 
 def test_a_stream_goes_on_from_shard_to_shard() -> None:
     task, acting = a_task(), an_actor(a_task())
-    stream = a_stream(task, max_lead=100)
+    stream = a_stream(task, max_lead=40)
     shards = []
     for _ in range(4):
         head, rows = stream.collect(acting, 0, STATE, 40)

@@ -13,10 +13,9 @@ cannot choose (`shoal.training.rollouts.shard.noise_seed`). So whoever has the c
 Rounding. A BLAS adds in the order that suits a processor, its threads and the batch, so logits differ a little from
 machine to machine. By how much they can is computed and not guessed: with u = 2⁻²⁴, a sum of k products in any order,
 with fused operations or without, is within g(k) Σ|a||b| of the exact one, g(k) = k u / (1 - k u) (Higham, "Accuracy and
-Stability of Numerical Algorithms", 2nd ed., §3.1). From layer to layer that error grows by |W| at most, tanh being no
-steeper than 1 and itself within 4 units in the last place. Two honest results are each within that bound of the exact
-one. So nobody honest is ever outside of twice the bound, whatever the machine; what is within it is of no use to a
-liar, being some thousandths of a logit.
+Stability of Numerical Algorithms", 2nd ed., §3.1). From layer to layer that error is carried on by |W|, and by tanh as
+far as it is steep there, which is itself within 4 units in the last place. Whoever checks computes in float64, which is
+as good as exact, and so nobody honest is ever further from that than the bound, whatever the machine.
 """
 
 from __future__ import annotations
@@ -43,6 +42,8 @@ _UNIT: Final = 2.0**-24
 """Half the distance from 1 to the next float32: what one operation rounds by."""
 _TANH: Final = 8 * _UNIT
 """NumPy's tanh, exp and log of float32 are within 4 units in the last place, each of at most 2 u."""
+_TINY: Final = 1e-12
+"""More than float64 rounds by here."""
 _HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
 _TO_UNIT: Final = 2.0**-53
 
@@ -181,24 +182,23 @@ class Acting:
             actions: that it says it took, ``[S]`` or ``[S, size]``.
             noise: by which it acted.
         """
-        seen = self._normal(sights)
-        outputs, apart = self._outputs(seen), 2 * self._error(seen)
+        outputs, apart = self._exact(self._normal(sights))
         log_probs = self._log_probs(outputs, actions)
         if self._log_std is None:
-            scores = outputs.astype(np.float64) + noise.gumbel(outputs.shape)
-            chosen = _of_each(scores, actions)
-            most = apart.max(axis=1)
-            slack = 2 * most + 16 * _UNIT * (1 + np.abs(log_probs))
-            return Expected(log_probs, slack, scores.max(axis=1) - chosen, 2 * most + 1e-9)
-        std = np.exp(self._log_std).astype(np.float64)
+            scores = outputs + noise.gumbel(outputs.shape)
+            missed = scores.max(axis=1) - _of_each(scores, actions)
+            most = apart.max(axis=1) + _of_each(apart, actions)
+            # Of log p = -log Σ exp(z - z_a), which changes by no more than the others are likely.
+            others = np.minimum(1, -np.expm1(np.minimum(log_probs, 0).astype(np.float64)) * np.exp(2 * most))
+            return Expected(log_probs, others * most + 16 * _UNIT * (1 + np.abs(log_probs)), missed, most + 1e-9)
+        std = np.exp(self._log_std.astype(np.float64))
         spread = std * noise.normal(outputs.shape)
         away = np.abs(actions - (outputs + spread))
-        allowed = (
-            apart + _TANH * np.abs(spread) + 4 * _UNIT * (np.abs(outputs) + np.abs(spread) + np.abs(actions)) + 1e-30
-        )
-        steep = np.abs(actions - outputs) / std**2
-        slack = (steep * apart + 0.5 * (apart / std) ** 2).sum(axis=1)
-        slack += 64 * _UNIT * (1 + np.abs(log_probs) + np.square((actions - outputs) / std).sum(axis=1))
+        rounding = 4 * _UNIT * (np.abs(outputs) + np.abs(spread) + np.abs(actions))
+        allowed = apart + _TANH * np.abs(spread) + rounding + 1e-30
+        distance = np.abs(actions - outputs) / std
+        slack = (distance * apart / std + 0.5 * (apart / std) ** 2).sum(axis=1)
+        slack += 64 * _UNIT * (1 + np.abs(log_probs) + np.square(distance).sum(axis=1))
         return Expected(log_probs, slack, (away / allowed).max(axis=1), np.ones(len(actions)))
 
     def _normal(self, sights: Floats) -> Floats:
@@ -211,7 +211,7 @@ class Acting:
             hidden = hidden @ weight.T + bias
         return hidden
 
-    def _log_probs(self, outputs: Floats, actions: Actions) -> Floats:
+    def _log_probs(self, outputs: Floats | _Wide, actions: Actions) -> Floats:
         wide = outputs.astype(np.float64)
         if self._log_std is None:
             highest = wide.max(axis=1)
@@ -223,22 +223,22 @@ class Acting:
         found: Floats = (-0.5 * away**2 - log_std - _HALF_LOG_TAU).sum(axis=1).astype(np.float32)
         return found
 
-    def _error(self, hidden: Floats) -> _Wide:
-        """``[S, outputs]``, how far what `_outputs` gives may be from the exact numbers, on any machine."""
-        values = np.abs(hidden).astype(np.float64)
-        errors = np.zeros_like(values)
-        computed = hidden
+    def _exact(self, hidden: Floats) -> tuple[_Wide, _Wide]:
+        """``[S, outputs]`` each: what `_outputs` would give without rounding, and how far it may be from that."""
+        exact: _Wide = hidden.astype(np.float64)
+        errors: _Wide = np.zeros_like(exact)
         for number, (weight, bias) in enumerate(self._layers):
             if number:
-                computed = np.tanh(computed)
-                values = np.abs(computed).astype(np.float64)
-                errors = np.minimum(errors + _TANH, 2.0)
-            steps = weight.shape[1] + 1
-            gamma = steps * _UNIT / (1 - steps * _UNIT)
-            magnitudes = np.abs(weight.T).astype(np.float64)
-            errors = errors @ magnitudes + gamma * ((values + errors) @ magnitudes + np.abs(bias))
-            computed = computed @ weight.T + bias
-        return errors
+                nearest = np.maximum(np.abs(exact) - errors, 0)  # to where tanh is steepest
+                exact = np.tanh(exact)
+                errors = np.minimum(errors * (1 - np.square(np.tanh(nearest))) + _TANH * np.abs(exact) + _TINY, 2.0)
+            wide = weight.T.astype(np.float64)
+            magnitudes = np.abs(wide)
+            steps = len(wide) + 1
+            most = steps * _UNIT / (1 - steps * _UNIT)
+            errors = errors @ magnitudes + most * ((np.abs(exact) + errors) @ magnitudes + np.abs(bias)) + _TINY
+            exact = exact @ wide + bias
+        return exact, errors
 
 
 def _of_each(numbers: _Wide, actions: Actions) -> _Wide:

@@ -191,6 +191,17 @@ def disproved(said: Said, shard: Shard, own: Finding) -> tuple[PeerId, ...]:
     return (said.by,) if place < own.seen else ()
 
 
+def forked(first: bytes, second: bytes) -> PeerId | None:
+    """Who signed two shards for one place of one stream; None: nobody did. It needs no other proof, and no check.
+
+    Raises:
+        ProtocolError: if one of the two is no signed head of a shard.
+    """
+    (author, one), (other_author, other) = open_head(first), open_head(second)
+    places = [(each.swarm, each.policy, each.stream, each.number) for each in (one, other)]
+    return author if author == other_author and places[0] == places[1] and encode(one) != encode(other) else None
+
+
 def who_checks(
     shard: Cid, author: PeerId, members: Iterable[PeerId], beacon: bytes, rate: float, *, checkers: int = 1
 ) -> tuple[PeerId, ...]:

@@ -14,10 +14,10 @@ column           shape               what
 ``finals``       ``[K, s]``          float32, the last sights of the K episodes that were cut off; with ``sights``
 ===============  ==================  ===============================================================================
 
-Without sights a shard is some ten times smaller, and whoever learns from it has to replay it, which for many tasks
-takes as long as acting did; with them it does not, and whoever checks it replays it anyhow. A stream that goes on
+Without sights a shard is two to six times smaller (`benchmarks/results/shards.md`), and whoever learns from it has to
+replay it, which takes nearly as long as acting did; whoever checks it replays it anyhow. A stream that goes on
 carries its earlier acts along, so that each shard can be replayed by itself; they cost a byte or less each and are
-bounded (`MAX_LEAD`), then the stream begins anew.
+bounded (`MAX_REPLAYED`), since each is a step for whoever checks; then the stream begins anew.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from shoal.training.rollouts.shard import MAX_SAMPLES, Shard, ShardKind
 from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats
 
 MAX_ENVS: Final = 1024
-MAX_LEAD: Final = 2**16
-"""Steps of a stream before a shard of it begins."""
+MAX_REPLAYED: Final = MAX_SAMPLES
+"""Environment steps that whoever checks a shard has to take, its lead among them."""
 _UNSIGNED: Final = ("uint8", "uint16", "uint32")
 _NAMES: Final = frozenset(
     {"seeds", "lead", "actions", "rewards", "log_probs", "terminated", "truncated", "sights", "finals"}
@@ -141,8 +141,8 @@ def rows_of(shard: Shard, observation_size: int, space: ActionSpace) -> Rows:
     for name in ("terminated", "truncated"):
         _require(columns, name, (steps, count), ("bool",))
     _require(columns, "seeds", (count,), ("uint32",))
-    if len(columns["lead"]) > MAX_LEAD:
-        raise LimitError(f"a shard's lead of {len(columns['lead'])} steps exceeds {MAX_LEAD}; begin a new stream")
+    if (len(columns["lead"]) + steps) * count > MAX_REPLAYED:
+        raise LimitError(f"a shard takes more than {MAX_REPLAYED} steps to replay; begin streams anew more often")
     one = () if isinstance(space, Discrete) else (space.size,)
     types = _UNSIGNED if isinstance(space, Discrete) else ("float32",)
     _require(columns, "actions", (steps, count, *one), types)

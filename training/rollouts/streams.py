@@ -15,12 +15,13 @@ import numpy.typing as npt
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training.rollouts.acting import Acting, Noise
-from shoal.training.rollouts.rows import MAX_LEAD, Rows
+from shoal.training.rollouts.rows import MAX_REPLAYED, Rows
 from shoal.training.rollouts.shard import MAX_NUMBER, Head, ShardKind, noise_seed, seeds_of
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Discrete, Floats
 
-_MAX_LEAD: Final = 8192
+MAX_LEAD: Final = 1024
+"""Steps of a stream before a shard of it begins: with shards of 256 steps, a check replays three times as many."""
 
 
 class RowStream:
@@ -40,7 +41,7 @@ class RowStream:
         surroundings: bytes,
         policy: str = "",
         stream: int = 0,
-        max_lead: int = _MAX_LEAD,
+        max_lead: int = MAX_LEAD,
         is_shown: bool = False,
     ) -> None:
         """Make the environments.
@@ -56,8 +57,8 @@ class RowStream:
             max_lead: steps after which a stream begins anew.
             is_shown: whether shards hold what was shown.
         """
-        if not 0 <= max_lead <= MAX_LEAD:
-            raise UsageError(f"a stream's lead is 0 to {MAX_LEAD} steps, not {max_lead}")
+        if max_lead < 0:
+            raise UsageError(f"a stream's lead is 0 steps or more, not {max_lead}")
         self.stream = stream
         self._task, self._num_envs = task, num_envs
         self._author, self._swarm, self._policy = author, swarm, policy
@@ -85,7 +86,8 @@ class RowStream:
         """
         if self._is_open:
             raise UsageError("the shard before is not sealed; say sealed(cid), or drop() if it is not to be")
-        if len(self._lead) + steps > max(self._max_lead, steps) or self._number >= MAX_NUMBER:
+        is_long = len(self._lead) > self._max_lead or (len(self._lead) + steps) * self._num_envs > MAX_REPLAYED
+        if is_long or self._number >= MAX_NUMBER:
             self._begin(self.stream + 1)
         while True:
             head = Head(

@@ -53,6 +53,7 @@ from shoal.training.tasks.play import (
     read_act,
     read_sight,
 )
+from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import Scenario
 
 MAX_PLAYS: Final = 2**14
@@ -130,6 +131,20 @@ class PlayOf:
 
     scenario: Scenario
     parts: tuple[Part, ...]
+
+
+def play_of(played: Played, drawn: Mapping[str, Sequence[Drawn | None]] | None = None) -> PlayOf:
+    """A play that is over, to be written.
+
+    Args:
+        played: by a stage.
+        drawn: by role, how each of its acts was drawn; none: not token by token.
+    """
+    parts = []
+    for take in played.takes:
+        told = None if drawn is None else drawn.get(take.role)
+        parts.append(Part(take, (None,) * len(take) if told is None else tuple(told)))
+    return PlayOf(played.scenario, tuple(parts))
 
 
 def columns_of(plays: Sequence[PlayOf], roles: Mapping[str, Role], *, with_sights: bool) -> dict[str, Array]:
