@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from shoal.node.api.schemas import (
     CurvePoint,
     DoctorInfo,
     Event,
+    EvidenceInfo,
     FailureInfo,
     FamilyInfo,
     JoinedSwarm,
@@ -60,6 +61,7 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.shards import MAX_ACCUSED, REGISTER
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
 from shoal.node.way_back import keep_way_back
@@ -80,6 +82,8 @@ log = logging.getLogger(__name__)
 
 EVENT_INTERVAL_S: Final = 0.1
 MAX_SHOWN_SCORES: Final = 1024
+MAX_SHOWN: Final = 80
+"""Characters of a word that others wrote."""
 PING_TIMEOUT_S: Final = 10.0
 
 
@@ -509,6 +513,7 @@ class Node:
                 for each in joined.replica.views.evaluations[-MAX_SHOWN_SCORES:]
                 if each.scores
             ],
+            evidence=_evidence(joined.replica.documents()),
             results=None if run.results is None else str(run.results),
             error=joined.error,
             loop_socket=None if run.loop_socket is None else str(run.loop_socket),
@@ -552,6 +557,20 @@ class Node:
                 )
             )
         return found
+
+
+def _evidence(documents: Mapping[PeerId, Mapping[str, Any]]) -> list[EvidenceInfo]:
+    """What members say of each other, as far as it is written as we write it."""
+    found: list[EvidenceInfo] = []
+    for by, document in sorted(documents.items()):
+        for register in ("lies", REGISTER):
+            said = document.get(register)
+            for against, entry in list(said.items())[:MAX_ACCUSED] if isinstance(said, Mapping) else ():
+                epoch = entry.get("epoch") if isinstance(entry, Mapping) else None
+                kind = entry.get("kind", "reduce") if isinstance(entry, Mapping) else None
+                if type(epoch) is int and isinstance(kind, str) and isinstance(against, str):
+                    found.append(EvidenceInfo(against=against[:MAX_SHOWN], kind=kind[:MAX_SHOWN], by=by, epoch=epoch))
+    return found[:MAX_SHOWN_SCORES]
 
 
 def _relay_of(state: Connected) -> PeerId | None:

@@ -106,7 +106,8 @@ class Manifest:
         created_at: Unix seconds by the owner's clock; tells apart runs that are alike.
         max_staleness: in mode ``rollouts``: how many policy versions old what others collected may be.
         foreign_ratio: likewise: the most of what an update is made from that others may have collected.
-        check_rate: likewise: of the shards that a learner takes, the part that it replays to see whether they are true.
+        check_rate: likewise: the least part of an actor's shards that a learner replays to see whether they are true;
+            of an actor that it does not know yet, all are. 0: none ever.
         requires: what a member must have, and of which version; see `training.requirements`.
         version: of this schema.
     """

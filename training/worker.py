@@ -236,14 +236,14 @@ class Worker:
         if self._admission is None:
             raise RemoteError(Status.FAILED_PRECONDITION, "nothing that others collected is learned from here")
         began = time.monotonic()
-        found, samples = self._admission.admit(
+        found, samples, proof = self._admission.admit(
             request.shard, request.cid, request.author, request.state, self._epoch, is_checked=request.is_checked
         )
         seconds, lie = time.monotonic() - began, "" if found.lie is None else str(found.lie)
         learner = self.learner
         waiting = learner.num_foreign if isinstance(learner, PolicyLearner) else 0
         words = (str(found.verdict), found.words, lie, found.step, found.part)
-        return Admitted(*words, samples, seconds, learner.samples, waiting)
+        return Admitted(*words, samples, seconds, learner.samples, waiting, proof)
 
     def _note_policy(self) -> None:
         if self._admission is not None:

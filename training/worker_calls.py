@@ -235,6 +235,7 @@ class Admitted:
         seconds: that looking into it took.
         total: samples since the last update.
         waiting: samples of others that wait, for this update or a later one.
+        proof: its author's signed head, if it is false.
     """
 
     verdict: str
@@ -246,6 +247,7 @@ class Admitted:
     seconds: float
     total: int
     waiting: int = 0
+    proof: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -409,6 +409,16 @@ class Scores(Model):
     scores: dict[str, float]
 
 
+class EvidenceInfo(Model):
+    """What a member signed against another; its word, which every node looks into before it acts on it."""
+
+    against: str
+    kind: str
+    """``reduce``: a result that does not follow from what it was made of; else what is false about a shard."""
+    by: PeerName
+    epoch: int
+
+
 class SwarmDetail(SwarmSummary):
     """Everything about one swarm."""
 
@@ -428,6 +438,8 @@ class SwarmDetail(SwarmSummary):
     members: list[MemberInfo] = []
     shunned: list[PeerName] = []
     """Members that this node found to lie in an exchange, and averages nothing with."""
+    evidence: list[EvidenceInfo] = []
+    """What members signed against each other."""
     digest: str | None = None
     """Hex; of the parameters that this node holds."""
     policy_cid: CidName | None = None

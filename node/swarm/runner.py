@@ -323,6 +323,8 @@ class Runner:
         self.post(events.Gone(author))
 
     def _on_documents(self) -> None:
+        if self.manifest.mode is Mode.ROLLOUTS and self.role is Role.LEARNER:
+            self.shards.documents()
         views = self.replica.views
         useful, own = views.useful, views.contributions.get(self._me)
         if self._told[0] is not useful or self._told[1] != own:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
 import trio
@@ -24,17 +25,21 @@ from shoal.protocol.errors import RemoteError, ShoalError, TooLargeError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest
-from shoal.training.rollouts.evidence import Verdict
+from shoal.training.rollouts.evidence import Lie, Verdict, accuse, rate_of
 from shoal.training.rollouts.intake import Intake
 from shoal.training.rollouts.shard import signed
 from shoal.training.run_events import Admitted, Policy
 from shoal.training.statements import MAX_GIVEN, MAX_SHARD_BYTES, TOPIC_OF, GivenShard, GivenShards
 from shoal.training.worker_calls import ADMIT, Admit, LearnedFrom, RolledOut
+from shoal.training.worker_calls import Admitted as Admitting
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 10.0
 """For a shard whose bytes do not come."""
+REGISTER: Final = "false_shards"
+"""Of a node's document: by actor, what it signed that is not so."""
+MAX_ACCUSED: Final = 64
 _TOPIC: Final = TOPIC_OF[GivenShards]
 
 
@@ -88,6 +93,9 @@ class Shards:
         self._reachable = reachable
         self._learners = learners
         self._post = post
+        self._swarm = swarm
+        self._found_true: Counter[PeerId] = Counter()
+        self._suspects: set[PeerId] = set()
         self._owner = f"{swarm}/shards"
         self._rng = random.SystemRandom()  # nobody is to know which shard is looked into
         self._given: list[GivenShard] = []
@@ -161,7 +169,7 @@ class Shards:
             if worker is None:
                 return
             self._taken[given.cid] = None
-            is_checked = self._rng.random() < self._check_rate
+            is_checked = self._rng.random() < self._rate(author)
             request = Admit(data, given.cid, author, given.version, self._names.get(given.version), is_checked)
             found = await worker.call(ADMIT, request)
         except (ShoalError, RemoteError) as error:
@@ -174,6 +182,7 @@ class Shards:
             self.look(max(self._names, default=0))
         if is_checked:
             tally.checked += 1
+            self._found_true[author] += found.verdict == Verdict.TRUE
             self.check_s += found.seconds
         match found.verdict:
             case Verdict.TRUE:
@@ -183,8 +192,36 @@ class Shards:
                 tally.refused += 1
                 self.intake.shunned.add(author)
                 log.warning("%s gave a shard that is false (%s): %s; no more are taken", author, found.lie, found.words)
+                await self._accuse(author, given.cid, found)
             case _:
                 log.info("a shard of %s is not learned from: %s", author, found.words)
+
+    def _rate(self, author: PeerId) -> float:
+        """The part of an actor's shards that is looked into: all of those whom anybody accuses, or nobody knows."""
+        if author in self._suspects or not self._check_rate:
+            return 1.0 if self._check_rate else 0.0
+        return rate_of(self._found_true[author], least=self._check_rate)
+
+    async def _accuse(self, author: PeerId, shard: Cid, found: Admitting) -> None:
+        """Write into this node's document what its author signed and is not so: a word that anybody can check."""
+        own = dict(self._replica.documents().get(self._signer.peer_id, {}).get(REGISTER) or {})
+        if not found.proof or author in own or len(own) >= MAX_ACCUSED:
+            return
+        try:
+            said = accuse(self._signer, self._swarm, shard, found.proof, Lie(found.lie), found.step, found.part)
+            entry = {"epoch": max(self._names, default=0), "kind": found.lie, "said": said}
+            await self._replica.write(**{REGISTER: own | {author: entry}})
+        except ShoalError as error:
+            log.warning("that %s lies could not be written: %s", author, error)
+
+    def documents(self) -> None:
+        """The documents changed: whom this node accused before, it takes nothing from; whom others do, it looks at."""
+        for writer, document in self._replica.documents().items():
+            accused = document.get(REGISTER)
+            if isinstance(accused, Mapping):
+                (self.intake.shunned if writer == self._signer.peer_id else self._suspects).update(
+                    list(accused)[:MAX_ACCUSED]
+                )
 
     def _hold(self) -> None:
         self._content.hold(self._owner, dict.fromkeys([*(each.cid for each in self._given), *self._taken]))

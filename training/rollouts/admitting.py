@@ -69,7 +69,7 @@ class Admission:
 
     def admit(
         self, data: bytes | memoryview, cid: Cid, author: PeerId, state: Cid | None, epoch: int, *, is_checked: bool
-    ) -> tuple[Finding, int]:
+    ) -> tuple[Finding, int, bytes]:
         """Take a shard.
 
         Args:
@@ -81,26 +81,26 @@ class Admission:
             is_checked: whether it is to be replayed first.
 
         Returns:
-            What is found of it, and how many samples are learned from.
+            What is found of it, how many samples are learned from, and its author's signed head if it is false.
         """
         try:
             shard = open_shard(data, cid=cid, swarm=self._swarm)
             rows = rows_of(shard, self._task.observation_size, self._task.action_space)
         except (DoesNotFitError, LimitError) as error:
-            return Finding(Verdict.DOES_NOT_FIT, str(error)), 0
-        except ProtocolError as error:
-            return Finding(Verdict.FALSE, str(error), Lie.FORM), 0
+            return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b""
+        except ProtocolError as error:  # of whom it is, is not proven
+            return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b""
         found = self._of_this_run(shard, author, state, epoch)
         if found is None:
             found = self._check(shard) if is_checked else _FINE
         if found.verdict is not Verdict.TRUE:
-            return found, 0
+            return found, 0, shard.proof if found.verdict is Verdict.FALSE else b""
         try:
             rollout = self._rollout(with_sights(rows, self._task.make))
         except CannotReplayError as error:
-            return Finding(Verdict.CANNOT_BE_HAD, str(error)), 0
+            return Finding(Verdict.CANNOT_BE_HAD, str(error)), 0, b""
         self._learner.admit(author, rollout, rows.log_probs, shard.head.version)
-        return found, rows.samples
+        return found, rows.samples, b""
 
     def _of_this_run(self, shard: Shard, author: PeerId, state: Cid | None, epoch: int) -> Finding | None:
         """Why it is not to be used, whether it is true or not."""

@@ -150,6 +150,16 @@ def say(signer: Signer, shard: Shard, finding: Finding) -> bytes | None:
     return encode(signer.seal(CHECKED, encode(checked)))
 
 
+def accuse(signer: Signer, swarm: SwarmId, shard: Cid, proof: bytes, lie: Lie, step: int, part: int) -> bytes:
+    """Sign that a shard is false, from what is left of it: its name and its author's signed head.
+
+    Raises:
+        ProtocolError: if that is nothing that can be said.
+    """
+    checked = Checked(swarm=swarm, shard=shard, verdict=Verdict.FALSE, lie=lie, step=step, part=part, proof=proof)
+    return encode(signer.seal(CHECKED, encode(checked)))
+
+
 def hear(data: bytes | memoryview, swarm: SwarmId) -> Said:
     """Read what somebody says it found. Whether it did is another question: look yourself, then ask `disproved`.
 
