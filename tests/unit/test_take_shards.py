@@ -19,7 +19,7 @@ from shoal.training.rollouts.checking import check_takes, token_noise
 from shoal.training.rollouts.evidence import Finding, Lie, Verdict, disproved, hear, say
 from shoal.training.rollouts.rows import DoesNotFitError, rows_of
 from shoal.training.rollouts.shard import Head, Shard, ShardKind, open_shard, seal
-from shoal.training.rollouts.takes import Drawn, Part, PlayOf, columns_of, play_of, plays_of
+from shoal.training.rollouts.takes import Drawn, Part, PlayOf, columns_of, groups_of, play_of, plays_of, units_of
 from shoal.training.tasks.base import Discrete
 from shoal.training.tasks.cast import Learned
 from shoal.training.tasks.games.text import SortDigits, TextTask
@@ -95,6 +95,14 @@ def test_plays_come_back_as_they_were_played(roles: list[int], seed: int, with_s
 
 def _plain(value: Any) -> Any:
     return value.tobytes() if isinstance(value, np.ndarray) else value
+
+
+def test_what_is_drawn_of_a_shard_are_all_plays_of_a_scenario() -> None:
+    plays = [play_of(each) for each in played(Tangle(), 4)]
+    twice = [plays[0], plays[1], plays[0]]
+    sizes = [sum(len(part.take) for part in play.parts) for play in twice]
+    assert groups_of(twice) == ((0, 2), (1,))
+    assert units_of(twice) == (sizes[0] + sizes[2], sizes[1])
 
 
 def test_what_is_replayed_is_what_was_played() -> None:

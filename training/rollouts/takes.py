@@ -149,6 +149,20 @@ def play_of(played: Played, drawn: Mapping[str, Sequence[Drawn | None]] | None =
     return PlayOf(played.scenario, tuple(parts))
 
 
+def groups_of(plays: Sequence[PlayOf]) -> tuple[tuple[int, ...], ...]:
+    """The numbers of the plays of each scenario, in the order of their first: what an update draws by itself."""
+    found: dict[tuple[int, str], list[int]] = {}
+    for number, play in enumerate(plays):
+        found.setdefault((play.scenario.seed, play.scenario.tag), []).append(number)
+    return tuple(tuple(numbers) for numbers in found.values())
+
+
+def units_of(plays: Sequence[PlayOf]) -> tuple[int, ...]:
+    """How many acts each group of `groups_of` has."""
+    acts = [sum(len(part.take) for part in play.parts) for play in plays]
+    return tuple(sum(acts[number] for number in group) for group in groups_of(plays))
+
+
 def columns_of(plays: Sequence[PlayOf], roles: Mapping[str, Role], *, with_sights: bool) -> dict[str, Array]:
     """Plays as they are written.
 
