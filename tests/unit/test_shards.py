@@ -227,6 +227,24 @@ def test_rows_come_back_as_they_were_played(name: str, is_shown: bool) -> None:
     assert (found.sights is not None) == is_shown
 
 
+def test_what_is_drawn_of_a_shard_are_the_steps_of_some_environments() -> None:
+    task = a_task("gym:Pendulum-v1")  # its episodes are cut off after 200 steps
+    _, rows = made(task, steps=450, num_envs=3, is_shown=True)
+    assert rows.units == (450, 450, 450)
+    assert rows.sights is not None
+    assert rows.finals is not None
+    assert len(rows.finals) == 6
+    part = rows.of_envs([2, 0])
+    assert part.sights is not None
+    assert part.finals is not None
+    for index, env in enumerate((2, 0)):
+        assert (part.seeds[index], part.samples) == (rows.seeds[env], 900)
+        for name in ("actions", "rewards", "log_probs", "truncated", "sights"):
+            assert np.array_equal(getattr(part, name)[:, index], getattr(rows, name)[:, env])
+    # Of each end, first that of the environment that comes first.
+    assert np.array_equal(part.finals, rows.finals[[2, 0, 5, 3]])
+
+
 def test_a_stream_goes_on_from_shard_to_shard() -> None:
     task, acting = a_task(), an_actor(a_task())
     stream = a_stream(task, max_lead=40)

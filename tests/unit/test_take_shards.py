@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
+from shoal.training.models import tokens as tokens_of
 from shoal.training.rollouts.checking import check_takes, token_noise
 from shoal.training.rollouts.evidence import Finding, Lie, Verdict, disproved, hear, say
 from shoal.training.rollouts.rows import DoesNotFitError, rows_of
 from shoal.training.rollouts.shard import Head, Shard, ShardKind, open_shard, seal
-from shoal.training.rollouts.takes import Drawn, Part, PlayOf, columns_of, play_of, plays_of
+from shoal.training.rollouts.takes import Drawn, Part, PlayOf, columns_of, groups_of, play_of, plays_of, units_of
 from shoal.training.tasks.base import Discrete
 from shoal.training.tasks.cast import Learned
 from shoal.training.tasks.games.text import SortDigits, TextTask
@@ -93,6 +95,14 @@ def test_plays_come_back_as_they_were_played(roles: list[int], seed: int, with_s
 
 def _plain(value: Any) -> Any:
     return value.tobytes() if isinstance(value, np.ndarray) else value
+
+
+def test_what_is_drawn_of_a_shard_are_all_plays_of_a_scenario() -> None:
+    plays = [play_of(each) for each in played(Tangle(), 4)]
+    twice = [plays[0], plays[1], plays[0]]
+    sizes = [sum(len(part.take) for part in play.parts) for play in twice]
+    assert groups_of(twice) == ((0, 2), (1,))
+    assert units_of(twice) == (sizes[0] + sizes[2], sizes[1])
 
 
 def test_what_is_replayed_is_what_was_played() -> None:
@@ -210,6 +220,8 @@ class Bigrams:
 
     seed: int
     slack: float = 1e-4
+    vocabulary: int = VOCABULARY
+    longest: int = 12
     noise: float = 0.0
 
     def log_probs(self, take: Take, act: int, tokens: np.ndarray) -> np.ndarray:
@@ -220,24 +232,23 @@ class Bigrams:
         return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)), np.float64)
 
     def text(self, tokens: np.ndarray) -> str:
-        return "".join(LETTERS[token] for token in tokens if token != END)
+        return "".join(LETTERS[token] for token in tokens if 0 <= token < END)
+
+    def draw(self, take: Take, head: Head, index: int) -> Drawn:
+        """As an actor draws: token by token, from noise that is committed for the whole act."""
+        noise = token_noise(ALICE.peer_id, head, index, 0).gumbel((self.longest, VOCABULARY))
+        tokens: list[int] = []
+        for at in range(self.longest):
+            row = self.log_probs(take, 0, np.array([*tokens, 0], np.int32))[-1]
+            tokens.append(int((row + noise[at]).argmax()))
+            if tokens[-1] == END:
+                break
+        told = np.array(tokens, np.int32)
+        chosen = self.log_probs(take, 0, told)[np.arange(len(told)), told]
+        return Drawn(told, chosen.astype(np.float32))
 
 
-def drawn_by(model: Bigrams, take: Take, head: Head, index: int, most: int = 12) -> Drawn:
-    """As an actor draws: token by token, from noise that is committed for the whole act."""
-    noise = token_noise(ALICE.peer_id, head, index, 0).gumbel((most, VOCABULARY))
-    tokens: list[int] = []
-    for at in range(most):
-        row = model.log_probs(take, 0, np.array([*tokens, 0], np.int32))[-1]
-        tokens.append(int((row + noise[at]).argmax()))
-        if tokens[-1] == END:
-            break
-    told = np.array(tokens, np.int32)
-    chosen = model.log_probs(take, 0, told)[np.arange(len(told)), told]
-    return Drawn(told, chosen.astype(np.float32))
-
-
-def said(model: Bigrams, count: int = 40, edit: Callable[[int, Drawn], Drawn] | None = None) -> Shard:
+def said(model: Any, count: int = 40, edit: Callable[[int, Drawn], Drawn] | None = None) -> Shard:
     """A shard of answers to questions."""
     game = TextTask(SortDigits(3))
     (role,) = game.roles
@@ -253,7 +264,7 @@ def said(model: Bigrams, count: int = 40, edit: Callable[[int, Drawn], Drawn] | 
     head = replace(head, samples=count)
     found = []
     for index, (scenario, question, take) in enumerate(plays):
-        drawn = drawn_by(model, take, head, index)
+        drawn = model.draw(take, head, index)
         drawn = drawn if edit is None else edit(index, drawn)
         text = model.text(drawn.tokens)
         take.acts.append(text)
@@ -266,7 +277,7 @@ def said(model: Bigrams, count: int = 40, edit: Callable[[int, Drawn], Drawn] | 
     return sealed(game, found, head=head)
 
 
-def looked_into(shard: Shard, judge: Bigrams | None, **others: Any) -> Finding:
+def looked_into(shard: Shard, judge: Any, **others: Any) -> Finding:
     game = TextTask(SortDigits(3))
     judges: Mapping[str, Any] = dict.fromkeys(game.roles, judge)
     return check_takes(shard, game, task=TASK, judges=judges, **others)
@@ -299,6 +310,25 @@ def test_tokens_drawn_by_other_chance_are_false() -> None:
     assert (found.verdict, found.lie, found.part) == (Verdict.FALSE, Lie.DRAWS, 5)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tokens: np.concatenate([tokens, tokens] * 12),
+        lambda tokens: tokens - 1000,
+        lambda tokens: tokens + VOCABULARY,
+    ],
+)
+def test_tokens_that_there_are_not_and_too_many_are_false(edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    def another(index: int, drawn: Drawn) -> Drawn:
+        if index != 5:
+            return drawn
+        tokens = edit(drawn.tokens)
+        return Drawn(tokens, np.resize(drawn.log_probs, len(tokens)))
+
+    found = looked_into(said(Bigrams(1), edit=another), Bigrams(1))
+    assert (found.verdict, found.lie, found.part) == (Verdict.FALSE, Lie.FORM, 5)
+
+
 def test_log_probabilities_of_tokens_that_were_edited_are_false() -> None:
     def another(index: int, drawn: Drawn) -> Drawn:
         return Drawn(drawn.tokens, drawn.log_probs - np.float32(0.01)) if index == 5 else drawn
@@ -317,3 +347,64 @@ def test_tokens_whose_model_is_not_here_cannot_be_told() -> None:
     assert disproved(hear(told, SWARM), shard, believed) == ()
     assert disproved(hear(told, SWARM), shard, looked_into(shard, Bigrams(1))) == (BOB.peer_id,)
     assert disproved(hear(told, SWARM), shard, looked_into(shard, Bigrams(1), until=5)) == ()
+
+
+# --- a transformer of Shoal's own ------------------------------------------------------------------------------------
+
+
+class OfTokens:
+    """`TokenModel` as a judge: one pass over the whole act, where its actor goes token by token with what it kept."""
+
+    vocabulary = tokens_of.VOCABULARY
+    longest = 13
+    slack = 1e-4
+
+    def __init__(self, model: tokens_of.TokenModel) -> None:
+        self.model = model
+
+    def log_probs(self, take: Take, act: int, tokens: np.ndarray) -> np.ndarray:
+        said, _ = self.model._history(take, act)
+        prompt = [*said, *tokens_of.encode_text(take.sights[act]), tokens_of.END_OF_SIGHT]
+        row = torch.tensor([[*prompt, *tokens[:-1].tolist()]])
+        with torch.no_grad():
+            logits = tokens_of._of_acts(self.model._logits(row))[0, len(prompt) - 1 :]
+        found = torch.log_softmax(logits, dim=-1).double().numpy()
+        if len(tokens) == self.longest:  # it had to end
+            found[-1] = np.where(np.arange(self.vocabulary) == tokens_of.END_OF_ACT, found[-1], -np.inf)
+        return found
+
+    def text(self, tokens: np.ndarray) -> str:
+        return tokens_of.decode_text(tokens.tolist())
+
+    def draw(self, take: Take, head: Head, index: int) -> Drawn:
+        """As `TokenModel._complete` does, with noise of the act's own."""
+        noise = token_noise(ALICE.peer_id, head, index, 0).gumbel((self.longest, self.vocabulary))
+        prompt = [*tokens_of.encode_text(take.sights[0]), tokens_of.END_OF_SIGHT]
+        kept: list[Any] = []
+        tokens: list[int] = []
+        log_probs: list[float] = []
+        row = torch.tensor([prompt])
+        while not tokens or tokens[-1] != tokens_of.END_OF_ACT:
+            with torch.no_grad():
+                logits = tokens_of._of_acts(self.model._logits(row, kept)[:, -1])
+            one = torch.log_softmax(logits, dim=-1).double().numpy()[0]
+            at = len(tokens)
+            is_last = at == self.longest - 1
+            tokens.append(tokens_of.END_OF_ACT if is_last else int((one + noise[at]).argmax()))
+            log_probs.append(float(one[tokens[-1]]))
+            row = torch.tensor([[tokens[-1]]])
+        return Drawn(np.array(tokens, np.int32), np.array(log_probs, np.float32))
+
+
+def a_transformer(seed: int) -> tokens_of.TokenModel:
+    model = tokens_of.TokenModel(width=32, layers=2, heads=2, context=64, seed=seed)
+    model.flat[:] += np.random.default_rng(seed).normal(0, 0.2, model.flat.size).astype(np.float32)
+    return model
+
+
+def test_tokens_of_a_transformer_are_drawn_again_by_one_pass_over_the_whole() -> None:
+    own = OfTokens(a_transformer(1))
+    shard = said(own, count=60)
+    found = looked_into(shard, own)
+    assert found.verdict is Verdict.TRUE, found
+    assert looked_into(shard, OfTokens(a_transformer(2))).lie is Lie.DRAWS

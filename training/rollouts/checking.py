@@ -44,6 +44,10 @@ _TRUE: Final = Finding(Verdict.TRUE)
 class Judge(Protocol):
     """A language model, as far as whoever checks its tokens needs it."""
 
+    vocabulary: int
+    """How many tokens there are; each is a number below it."""
+    longest: int
+    """The most tokens that an act may have, its end among them."""
     slack: float
     """How far rounding may lead a token's log-probability; that of a small transformer in float32 is some 1e-5."""
 
@@ -290,11 +294,11 @@ def _check_tokens(shard: Shard, part: Part, take: int, number: int, judges: Mapp
 
 def _redrawn(shard: Shard, take: Take, act: int, drawn: Drawn, index: int, judge: Judge) -> Lie | None:
     """What is false about the tokens of an act."""
+    if len(drawn.tokens) > judge.longest or drawn.tokens.min() < 0 or drawn.tokens.max() >= judge.vocabulary:
+        return Lie.FORM
     if judge.text(drawn.tokens) != take.acts[act]:
         return Lie.DRAWS
     log_probs = judge.log_probs(take, act, drawn.tokens)
-    if drawn.tokens.min() < 0 or drawn.tokens.max() >= log_probs.shape[1]:
-        return Lie.DRAWS
     scores = log_probs + token_noise(shard.author, shard.head, index, act).gumbel(log_probs.shape)
     rows = np.arange(len(drawn.tokens))
     if not (scores[rows, drawn.tokens] >= scores.max(axis=1) - 2 * judge.slack).all():

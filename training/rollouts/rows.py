@@ -22,6 +22,7 @@ bounded (`MAX_REPLAYED`), since each is a step for whoever checks; then the stre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -83,6 +84,31 @@ class Rows:
     def samples(self) -> int:
         """T times N."""
         return self.rewards.size
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """How many samples each environment gave: what an update draws by itself."""
+        return (self.steps,) * self.num_envs
+
+    def of_envs(self, envs: Sequence[int]) -> Rows:
+        """The steps of some environments, in this order; what an update drew of a shard."""
+        chosen = list(envs)
+        finals = None
+        if self.finals is not None:
+            places = np.full(self.truncated.shape, -1)
+            places[self.truncated] = np.arange(len(self.finals))
+            finals = self.finals[places[:, chosen][self.truncated[:, chosen]]]
+        return Rows(
+            seeds=self.seeds[chosen],
+            lead=self.lead[:, chosen],
+            actions=self.actions[:, chosen],
+            rewards=self.rewards[:, chosen],
+            log_probs=self.log_probs[:, chosen],
+            terminated=self.terminated[:, chosen],
+            truncated=self.truncated[:, chosen],
+            sights=None if self.sights is None else self.sights[:, chosen],
+            finals=finals,
+        )
 
     def columns(self, space: ActionSpace) -> dict[str, Array]:
         """As they are written."""

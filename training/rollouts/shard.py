@@ -52,9 +52,9 @@ FORM: Final = b"shd\x01"
 _LENGTH_BYTES: Final = 4
 MAX_HEAD_BYTES: Final = 16 * 1024
 """Of a head with its signature."""
-MAX_SHARD_BYTES: Final = 64 * 1024 * 1024
+MAX_SHARD_BYTES: Final = 32 * 1024 * 1024
 """As it is sent."""
-MAX_BODY_BYTES: Final = 256 * 1024 * 1024
+MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 """Unpacked."""
 MAX_SAMPLES: Final = 2**20
 """Of one shard: environment steps, or acts."""

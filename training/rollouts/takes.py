@@ -59,6 +59,8 @@ from shoal.training.tasks.source import Scenario
 MAX_PLAYS: Final = 2**14
 MAX_SCENARIO_BYTES: Final = 1024 * 1024
 """Of one."""
+MAX_SCENARIOS_BYTES: Final = 4 * 1024 * 1024
+"""Of all: plain data is many times larger in memory than as bytes."""
 MAX_TOKENS: Final = 2**22
 _CUT: Final = 1
 _PROVEN: Final = 2
@@ -147,6 +149,20 @@ def play_of(played: Played, drawn: Mapping[str, Sequence[Drawn | None]] | None =
     return PlayOf(played.scenario, tuple(parts))
 
 
+def groups_of(plays: Sequence[PlayOf]) -> tuple[tuple[int, ...], ...]:
+    """The numbers of the plays of each scenario, in the order of their first: what an update draws by itself."""
+    found: dict[tuple[int, str], list[int]] = {}
+    for number, play in enumerate(plays):
+        found.setdefault((play.scenario.seed, play.scenario.tag), []).append(number)
+    return tuple(tuple(numbers) for numbers in found.values())
+
+
+def units_of(plays: Sequence[PlayOf]) -> tuple[int, ...]:
+    """How many acts each group of `groups_of` has."""
+    acts = [sum(len(part.take) for part in play.parts) for play in plays]
+    return tuple(sum(acts[number] for number in group) for group in groups_of(plays))
+
+
 def columns_of(plays: Sequence[PlayOf], roles: Mapping[str, Role], *, with_sights: bool) -> dict[str, Array]:
     """Plays as they are written.
 
@@ -205,7 +221,8 @@ def plays_of(shard: Shard, roles: Mapping[str, Role]) -> list[PlayOf]:
     _check_columns(columns)
     total, count = len(columns["rewards"]), len(columns["lengths"])
     lengths = columns["lengths"].tolist()
-    if total > MAX_SAMPLES or len(columns["scenario_ends"]) > MAX_PLAYS or len(columns.get("tokens", ())) > MAX_TOKENS:
+    is_large = total > MAX_SAMPLES or len(columns["scenario_ends"]) > MAX_PLAYS
+    if is_large or len(columns["scenarios"]) > MAX_SCENARIOS_BYTES or len(columns.get("tokens", ())) > MAX_TOKENS:
         raise LimitError("a shard of takes has more plays, acts or tokens than may be; refuse it")
     if any(each < 1 for each in lengths) or sum(lengths) != total or shard.head.samples != total:
         raise ProtocolError(f"a shard's takes are not of {total} acts together; refuse it")
