@@ -56,7 +56,6 @@ from shoal.training.run import Run
 from shoal.training.run_events import Policy
 from shoal.training.statements import TOPIC_OF, Addresses, GivenShards, Postings, read_statement
 from shoal.training.taking import LOOK_S
-from shoal.training.tasks.source import seed_of
 from shoal.training.worker_calls import (
     ABANDON,
     BEGIN,
@@ -116,6 +115,10 @@ MAX_QUEUED: Final = 65_536
 """Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
 EVENTS_AT_ONCE: Final = 64
 """Handled before other tasks have their turn; what they make this node say goes out together."""
+STREAMS_PER_S: Final = 16
+"""More than an actor ever begins, so that the streams of a worker have higher numbers than those of the one before."""
+STREAMS_SINCE: Final = 1_700_000_000
+"""Unix seconds."""
 CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
 
 
@@ -587,7 +590,7 @@ class Runner:
 
     async def _open(self, worker: Channel) -> events.Opened:
         self._job, self._num_failures = None, 0
-        life, stream = secrets.token_hex(8), int(time.time())  # of what a second brings, an actor makes less than one
+        life, stream = secrets.token_hex(8), int((time.time() - STREAMS_SINCE) * STREAMS_PER_S)
         request = Open(self.manifest, self._me, str(self._folder), life, self._part, self.role, self.swarm, stream)
         try:
             answer = await worker.call(OPEN, request)
@@ -747,6 +750,8 @@ class Runner:
         return Load(None, keep_samples, len(data), cid)
 
     async def _evaluate(self, worker: Channel) -> None:
+        from shoal.training.tasks.source import seed_of  # with NumPy, which an idle node does not load
+
         held = self.core.jobs.in_worker  # each policy meets other episodes, and the same wherever it is evaluated
         seed = seed_of(self.manifest.seed, "" if held is None else held.cid)
         request = Evaluate(self.manifest.eval_episodes, seed)

@@ -6,6 +6,7 @@ What is to be taken is decided by `shoal.training.rollouts.intake`; what is in a
 
 from __future__ import annotations
 
+import base64
 import logging
 import random
 from collections import Counter
@@ -25,9 +26,7 @@ from shoal.protocol.errors import RemoteError, ShoalError, TooLargeError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest
-from shoal.training.rollouts.evidence import Lie, Verdict, accuse, rate_of
 from shoal.training.rollouts.intake import Intake
-from shoal.training.rollouts.shard import signed
 from shoal.training.run_events import Admitted, Policy
 from shoal.training.statements import MAX_GIVEN, MAX_SHARD_BYTES, TOPIC_OF, GivenShard, GivenShards
 from shoal.training.worker_calls import ADMIT, Admit, LearnedFrom, RolledOut
@@ -107,6 +106,8 @@ class Shards:
 
     async def give(self, made: RolledOut, version: int) -> Cid | None:
         """Sign a shard, and let the learners have it; its name, or None if there is no room for it."""
+        from shoal.training.rollouts.shard import signed  # with NumPy, which an idle node does not load
+
         try:
             cid, data = await trio.to_thread.run_sync(signed, self._signer, bytes(made.head), bytes(made.body))
             _check_room(data)
@@ -159,6 +160,8 @@ class Shards:
             self._fetches.start_soon("fetching a shard", self._take, author, given, policy=Task.DROP)
 
     async def _take(self, author: PeerId, given: GivenShard) -> None:
+        from shoal.training.rollouts.evidence import Verdict  # likewise
+
         tally = self.intake.tally(author)
         try:
             sources = await self._reachable((author,))
@@ -198,18 +201,22 @@ class Shards:
 
     def _rate(self, author: PeerId) -> float:
         """The part of an actor's shards that is looked into: all of those whom anybody accuses, or nobody knows."""
+        from shoal.training.rollouts.evidence import rate_of  # likewise
+
         if author in self._suspects or not self._check_rate:
             return 1.0 if self._check_rate else 0.0
         return rate_of(self._found_true[author], least=self._check_rate)
 
     async def _accuse(self, author: PeerId, shard: Cid, found: Admitting) -> None:
         """Write into this node's document what its author signed and is not so: a word that anybody can check."""
+        from shoal.training.rollouts.evidence import Lie, accuse  # likewise
+
         own = dict(self._replica.documents().get(self._signer.peer_id, {}).get(REGISTER) or {})
         if not found.proof or author in own or len(own) >= MAX_ACCUSED:
             return
         try:
             said = accuse(self._signer, self._swarm, shard, found.proof, Lie(found.lie), found.step, found.part)
-            entry = {"epoch": max(self._names, default=0), "kind": found.lie, "said": said}
+            entry = {"epoch": max(self._names, default=0), "kind": found.lie, "said": base64.b64encode(said).decode()}
             await self._replica.write(**{REGISTER: own | {author: entry}})
         except ShoalError as error:
             log.warning("that %s lies could not be written: %s", author, error)
