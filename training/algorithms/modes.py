@@ -31,7 +31,7 @@ from shoal.training.algorithms.extrapolation import extrapolate, travel
 from shoal.training.algorithms.normalizers import MOMENTS_FACTOR
 from shoal.training.algorithms.objective import Measures, Steps
 from shoal.training.algorithms.plausible import Limits, as_floats
-from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.rollouts import Source
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.outliers import Scale
@@ -64,7 +64,7 @@ class Stepper:
     outer: Outer
     limits: Limits
     max_change: float
-    streams: Sequence[Stream]
+    streams: Sequence[Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +173,7 @@ MODES: Final[Mapping[Mode, Callable[[Stepper, Given], Choreography]]] = {
     Mode.LOCAL: _locally,
     Mode.DILOCO: _apart,
     Mode.GRADIENT: _together,
+    Mode.ROLLOUTS: _locally,
 }
 
 

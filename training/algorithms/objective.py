@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from shoal.training.algorithms.rollouts import Rollout, Stream
+from shoal.training.algorithms.rollouts import Rollout, Source
 from shoal.training.algorithms.settings import Settings
 from shoal.training.exchange.averager import Moments
 from shoal.training.tasks.base import Actions, Floats
@@ -137,7 +137,7 @@ class Steps(Protocol[B]):
         """The batch that the moments of all make of it."""
         ...
 
-    def minibatches(self, batch: B | None, streams: Sequence[Stream]) -> Iterator[tuple[B | None, bool]]:
+    def minibatches(self, batch: B | None, streams: Sequence[Source]) -> Iterator[tuple[B | None, bool]]:
         """The minibatch of each step, and whether the step is measured: `StepSettings.num_steps` of them.
 
         The k-th of a process that owns several streams is the union of what the k-th would be of each stream alone.

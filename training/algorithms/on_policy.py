@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.training.algorithms.objective import Experience
-from shoal.training.algorithms.rollouts import Stream, advantages
+from shoal.training.algorithms.rollouts import Source, advantages
 from shoal.training.algorithms.settings import Settings, setting
 from shoal.training.exchange.averager import Moments
 from shoal.training.manifest import Manifest
@@ -203,7 +203,7 @@ class OnPolicy(ABC, Generic[S]):
         """Normalised."""
         return batch.normalized(moments)
 
-    def minibatches(self, batch: Batch | None, streams: Sequence[Stream]) -> Iterator[tuple[Batch | None, bool]]:
+    def minibatches(self, batch: Batch | None, streams: Sequence[Source]) -> Iterator[tuple[Batch | None, bool]]:
         """Shuffled passes; the last one is measured."""
         parts, passes = self.settings.num_minibatches, self.settings.update_epochs
         if batch is None:

@@ -24,7 +24,7 @@ from shoal.training.algorithms.adam import Adam
 from shoal.training.algorithms.base import AskingUpdate, DivergedError, Exchange, UpdateStats
 from shoal.training.algorithms.modes import MODES, Given, Stepper, step_alone
 from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits, as_floats
-from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.rollouts import Source
 from shoal.training.algorithms.settings import check_ranges, setting
 from shoal.training.effects import Effect
 from shoal.training.exchange import outer
@@ -379,7 +379,7 @@ class _Steps:
         return batch.normalized(moments) if isinstance(batch, Advised) else batch
 
     def minibatches(
-        self, batch: TakeBatch | None, streams: Sequence[Stream]
+        self, batch: TakeBatch | None, streams: Sequence[Source]
     ) -> Iterator[tuple[TakeBatch | None, bool]]:
         settings = self._objective.settings
         for number in range(1, settings.update_epochs + 1):
