@@ -15,7 +15,7 @@ from shoal.training.algorithms import load_algorithm
 from shoal.training.algorithms.engine import OnEngine
 from shoal.training.algorithms.settings import plain_default
 
-OURS = ["a2c", "ppo", "reinforce", "vtrace"]
+OURS = ["a2c", "dqn", "ppo", "reinforce", "sac", "vtrace"]
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
