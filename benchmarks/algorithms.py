@@ -1,144 +1,151 @@
-"""How many environment steps each algorithm needs, by all learners together, until a task is solved.
+"""Does every algorithm learn over real nodes? Steps until a task is solved, by seeds, three nodes that average.
 
-The learners are the real ones in one process and without a network, as in `joining.py`: every epoch each collects what
-a learner collects, and what they want averaged is merged as in a swarm. A run ends at the first evaluation, every
-second epoch and over 20 greedy episodes, whose mean return reaches the threshold, or when the steps are spent.
+Each node is a process of its own on this machine, with its worker; what they say is asked of their local APIs. A run is
+solved at the first evaluation over 20 greedy episodes whose mean return reaches the target.
 
-    python benchmarks/algorithms.py [--runs dqn:gym:CartPole-v1:475:100000 ...] [--learners 1,3] [--seeds 3]
-                                    [--mode local] [--batch 256] [--set gamma=0.99 ...] [--keep]
+    python benchmarks/algorithms.py [--runs ppo:gym:CartPole-v1,sac:gym:Pendulum-v1 ...] [--peers 3] [--seeds 5]
+                                    [--mode local] [--set NAME=VALUE ...] [--keep]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from joining import update_together
+import torch
 
-from shoal.protocol.ids import PeerId
-from shoal.training.algorithms import load_algorithm
-from shoal.training.manifest import Manifest, Mode
-from shoal.training.tasks import load_task
+from shoal.cli.school import School, school
+from shoal.node.api.requests import CreateSwarm
+from shoal.training.manifest import Mode
 
 RESULT: Final = Path(__file__).parent / "results" / "algorithms.md"
-RUNS: Final = ["dqn:gym:CartPole-v1:475:100000", "sac:gym:Pendulum-v1:-200:40000"]
+RUNS: Final = (
+    "ppo:gym:CartPole-v1",
+    "a2c:gym:CartPole-v1",
+    "reinforce:gym:CartPole-v1",
+    "vtrace:gym:CartPole-v1",
+    "dqn:gym:CartPole-v1",
+    "ppo:gym:Pendulum-v1",
+    "sac:gym:Pendulum-v1",
+)
+TARGETS: Final = {"gym:CartPole-v1": 475.0, "gym:Pendulum-v1": -200.0}
+SETTLE_S: Final = 10.0
+LIMITS: Final = {"gym:CartPole-v1": 200_000, "gym:Pendulum-v1": 300_000}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """An algorithm, a task, the return at which it counts as solved, and the steps that it has for it."""
+class Run:
+    """One algorithm, one task, one seed.
+
+    Attributes:
+        best: the best evaluation.
+        env_steps: by all nodes until the run was over.
+        is_agreed: whether all nodes held the same parameters then.
+    """
 
     algorithm: str
     task: str
-    threshold: float
-    max_env_steps: int
-
-    @classmethod
-    def parse(cls, text: str) -> Plan:
-        """The inverse of how ``--runs`` writes it."""
-        algorithm, scheme, name, threshold, steps = text.split(":")
-        return cls(algorithm, f"{scheme}:{name}", float(threshold), int(steps))
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one run went.
-
-    Attributes:
-        env_steps: of all learners together, until the end.
-        last: mean return of the last evaluation.
-        cpu_s: seconds of one core for everything.
-    """
-
-    plan: Plan
-    learners: int
     seed: int
+    solved: bool
+    best: float
     env_steps: int
-    last: float
-    cpu_s: float
-
-    @property
-    def is_solved(self) -> bool:
-        """Whether the last evaluation reached the threshold."""
-        return self.last >= self.plan.threshold
+    seconds: float
+    is_agreed: bool
 
 
-def measure(plan: Plan, count: int, seed: int, mode: Mode, batch: int, settings: dict[str, Any]) -> Outcome:
-    """One run."""
-    began, task = time.process_time(), load_task(plan.task)
-    names = [PeerId.of_public_key(bytes([number + 1]) * 32) for number in range(count)]
-    manifest = Manifest(
-        owner=names[0],
-        task=plan.task,
-        algorithm=plan.algorithm,
-        seed=seed,
-        mode=mode,
-        hyperparameters=settings,
-        batch_per_learner=batch,
-    )
-    learners = [load_algorithm(plan.algorithm).learner(manifest, task, peer=name) for name in names]
-    env_steps, epoch, last = 0, 0, float("-inf")
-    while env_steps < plan.max_env_steps and last < plan.threshold:
-        env_steps += sum(learner.collect(batch).samples for learner in learners)
-        update_together(learners, names, 0)
-        epoch += 1
-        if epoch % manifest.eval_interval == 0:
-            last = statistics.fmean(learners[0].evaluate(manifest.eval_episodes, (seed + 1_000_003) % 2**32))
-    return Outcome(plan, count, seed, env_steps, round(last, 1), round(time.process_time() - began, 1))
-
-
-def report(outcomes: Sequence[Outcome], command: str) -> list[str]:
-    """The tables, in Markdown."""
-    lines = [
-        "# Algorithms: environment steps until a task is solved",
-        "",
-        f"`{command}`, Python {platform.python_version()}, {platform.machine()}, one thread.",
-        "Real learners and merges in one process, without a network; settings that are not named are the defaults.",
-        "Steps are those of all learners together until the first of the evaluations (every second epoch, 20 greedy",
-        "episodes) whose mean return reaches the threshold.",
-        "",
-        "| algorithm | task | threshold | learners | steps, by seed | return then, by seed | one core, seconds each |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for plan, count in dict.fromkeys((each.plan, each.learners) for each in outcomes):
-        same = [each for each in outcomes if (each.plan, each.learners) == (plan, count)]
-        steps = ", ".join(f"{each.env_steps:,}" if each.is_solved else f"> {each.env_steps:,}" for each in same)
-        returns = ", ".join(f"{each.last:g}" for each in same)
-        seconds = ", ".join(f"{each.cpu_s:.0f}" for each in same)
-        name = plan.task.partition(":")[2]
-        lines.append(
-            f"| `{plan.algorithm}` | {name} | {plan.threshold:g} | {count} | {steps} | {returns} | {seconds} |"
+def measure(nodes: School, algorithm: str, task: str, seed: int, mode: Mode, settings: dict[str, Any]) -> Run:
+    """Learn until solved, or until the limit of steps."""
+    began = time.monotonic()
+    nodes.deadline = began + nodes.timeout_s
+    created = nodes.begin(
+        CreateSwarm(
+            task=task,
+            algorithm=algorithm,
+            mode=mode,
+            min_learners=len(nodes.pupils),
+            seed=seed,
+            target_return=TARGETS[task],
+            max_env_steps=LIMITS[task],
+            hyperparameters=settings,
         )
-    return lines
+    )
+    finals = [nodes.follow(pupil, created.swarm) for pupil in nodes.pupils]
+    until = time.monotonic() + SETTLE_S  # where two policies solved it, all end with the first of them, once they know
+    while len({final.digest for final in finals}) > 1 and time.monotonic() < until:
+        time.sleep(0.2)
+        finals = [nodes.follow(pupil, created.swarm) for pupil in nodes.pupils]
+    for pupil in nodes.pupils:
+        with pupil.connect() as client:
+            client.leave_swarm(created.swarm)
+    digests = {final.digest for final in finals}
+    return Run(
+        algorithm,
+        task,
+        seed,
+        all(bool(final.solved) for final in finals),
+        max((point.mean_return for point in finals[0].curve), default=float("nan")),
+        finals[0].env_steps,
+        round(time.monotonic() - began, 1),
+        len(digests) == 1 and None not in digests,
+    )
+
+
+def report(runs: Sequence[Run], peers: int, command: str) -> Iterator[str]:
+    """The table, in Markdown."""
+    yield "# Algorithms: environment steps until a task is solved, over real nodes"
+    yield ""
+    yield f"`{command}`, Python {platform.python_version()}, torch {torch.__version__},"
+    yield f"{platform.machine()} with {os.cpu_count()} cores, which all processes share. {peers} nodes, each a process"
+    yield "with a worker. Solved: the mean of 20 greedy episodes reaches the target. Steps are of all nodes together; a"
+    yield "run that did not solve it shows its best evaluation instead."
+    yield ""
+    yield "| algorithm | task | target | solved | steps, by seed | median | seconds, median | same bits on all nodes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for algorithm, task in dict.fromkeys((run.algorithm, run.task) for run in runs):
+        same = [run for run in runs if (run.algorithm, run.task) == (algorithm, task)]
+        shown = ", ".join(f"{run.env_steps:,}" if run.solved else f"not ({run.best:.0f})" for run in same)
+        solved = [run.env_steps for run in same if run.solved]
+        median = f"{statistics.median(solved):,.0f}" if solved else "-"
+        yield (
+            f"| `{algorithm}` | {task} | {TARGETS[task]:g} | {len(solved)} of {len(same)} | {shown} | {median} "
+            f"| {statistics.median(run.seconds for run in same):.0f} "
+            f"| {sum(run.is_agreed for run in same)} of {len(same)} |"
+        )
 
 
 def main() -> None:
-    """Print the table and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", nargs="*", default=RUNS)
-    parser.add_argument("--learners", default="1,3")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--mode", default="local", choices=[str(mode) for mode in Mode])
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--keep", action="store_true")
+    """Print the table; keep it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", default=",".join(RUNS), help="ALGORITHM:TASK, separated by commas")
+    parser.add_argument("--peers", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--mode", type=Mode, default=Mode.LOCAL)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of one run")
+    parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()
-    settings = {name: json.loads(value) for name, value in (each.split("=", 1) for each in options.set)}
-    outcomes = []
-    for plan in (Plan.parse(each) for each in options.runs):
-        for count in (int(each) for each in options.learners.split(",")):
+    settings = {name: json.loads(value) for name, _, value in (word.partition("=") for word in options.set)}
+    runs: list[Run] = []
+    with school("algorithms", options.peers, lambda _: None, options.timeout, keep=False) as nodes:
+        for word in options.runs.split(","):
+            algorithm, _, task = word.partition(":")
             for seed in range(options.seeds):
-                outcomes.append(measure(plan, count, seed, Mode(options.mode), options.batch, settings))
-                print(outcomes[-1], flush=True)
-    command = f"python benchmarks/algorithms.py --batch {options.batch} --mode {options.mode}"
-    lines = report(outcomes, command + "".join(f" --set {each}" for each in options.set))
+                runs.append(measure(nodes, algorithm, task, seed, options.mode, settings))
+                print(runs[-1], flush=True)
+    chosen = "".join(f" --set {word}" for word in options.set)
+    command = (
+        f"python benchmarks/algorithms.py --runs {options.runs} --peers {options.peers} --seeds {options.seeds} "
+        f"--mode {options.mode}{chosen}"
+    )
+    lines = list(report(runs, options.peers, command))
     print("\n".join(lines))
     if options.keep:
         RESULT.write_text("\n".join(lines) + "\n")
