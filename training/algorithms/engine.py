@@ -47,6 +47,7 @@ from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Floats
 
 _MAX_BACKLOG: Final = 8  # batches that may wait for an update
+_OWN: Final = "objective/"
 
 S = TypeVar("S", bound=Settings)
 
@@ -251,7 +252,11 @@ class PolicyLearner:
             stream.drop()
 
     def export_state(self) -> Arrays:
-        """Parameters, both normalisers, and Adam's state or (mode ``diloco``) the outer momentum, copied."""
+        """Everything that all peers share, copied.
+
+        Parameters, what is the objective's own, both normalisers, and Adam's state or in mode ``diloco`` the outer
+        momentum.
+        """
         self._require_idle()
         return {name: array.copy() for name, array in self._state().items()}
 
@@ -297,6 +302,8 @@ class PolicyLearner:
         finally:
             self._running = None
             self._num_ahead = 0
+        if stats.samples:
+            self._objective.used()
         for stream in self._streams:
             stream.used()
         self.learned_from = [(each.author, each.version, each.samples) for each in self._pool.used()]
@@ -310,6 +317,7 @@ class PolicyLearner:
             objective.begin(progress)
             if config.anneal_learning_rate:
                 self._adam.learning_rate = config.learning_rate * (1 - progress)
+        num_steps = objective.steps_now
         increments = self._normalizers.increments(self._sources)
         if config.is_annealed:
             increments["sum/samples"] = np.asarray(samples, np.int64)
@@ -324,10 +332,11 @@ class PolicyLearner:
             self._normalizers.merge(merged)
             if config.is_annealed:
                 self._env_steps += int(merged["sum/samples"])
+                objective.at(self._env_steps)
         self._require_sane(batch)
         if batch is None:
-            return UpdateStats(samples, config.num_steps)
-        return UpdateStats(samples, config.num_steps, given.measures.means() | explained)
+            return UpdateStats(samples, num_steps)
+        return UpdateStats(samples, num_steps, given.measures.means() | explained)
 
     def _batch(self) -> Any:
         """Everything collected since the last update, stream after stream."""
@@ -343,13 +352,19 @@ class PolicyLearner:
             _by_column(rollout.actions),
             source.log_probs.ravel(),
             self._normalizers.rewards(rollout.rewards),
+            self._normalizers,
         )
 
     def _log_probs(self, stream: Stream, first: int = 0) -> Floats:
-        """``[S, N]``, of the actions in a stream from the ``first`` step on, under the present policy."""
+        """``[S, N]``, of the actions in a stream from the ``first`` step on, under the present policy.
+
+        NaN, where the objective has no use for them.
+        """
         rollout = stream.rollout()
+        if not self._objective.has_log_probs:
+            return np.full_like(rollout.rewards[first:], np.nan)
         observations = _flat(self._normalizers.observations(rollout.observations[first:-1]))
-        log_probs, _ = self._model.judge(observations, _by_column(rollout.actions[first:]))
+        log_probs = self._model.judge(observations, _by_column(rollout.actions[first:]))[0]
         return log_probs.reshape(rollout.rewards[first:].shape)
 
     def _act(self, observations: Floats, rng: np.random.Generator) -> Actions:
@@ -362,6 +377,7 @@ class PolicyLearner:
         counted = {"progress/env_steps": np.asarray(self._env_steps, np.int64)} if self.config.is_annealed else {}
         return (
             {f"parameters/{name}": array for name, array in self._model.parameters.items()}
+            | {f"{_OWN}{name}": array for name, array in self._objective.own().items()}
             | ({"outer/momentum": self._outer.momentum} if self._mode is Mode.DILOCO else self._inner_state())
             | self._normalizers.to_arrays()
             | counted
@@ -376,6 +392,8 @@ class PolicyLearner:
         """Take what is there of `_state` and `_inner_state`."""
         for name, view in self._model.parameters.items():
             view[...] = arrays[f"parameters/{name}"]
+        for name, own in self._objective.own().items():
+            own[...] = arrays[f"{_OWN}{name}"]
         if "adam/step" in arrays:
             self._adam.first[:], self._adam.second[:] = arrays["adam/first"], arrays["adam/second"]
             self._adam.step = int(arrays["adam/step"])
@@ -383,6 +401,7 @@ class PolicyLearner:
             self._outer.momentum[:] = arrays["outer/momentum"]
         if "progress/env_steps" in arrays:
             self._env_steps = int(arrays["progress/env_steps"])
+            self._objective.at(self._env_steps)
         self._normalizers.load(arrays)
 
     def _check_state(self, arrays: Arrays) -> None:
@@ -390,6 +409,7 @@ class PolicyLearner:
         self._stepper.limits.check_state(arrays)
         if self._mode is Mode.DILOCO:
             self._outer.check(arrays["outer/momentum"])
+        self._objective.check({name: arrays[f"{_OWN}{name}"] for name in self._objective.own()})
         if "progress/env_steps" in arrays and not 0 <= int(arrays["progress/env_steps"]) <= MAX_COUNT:
             raise ProtocolError("nobody can have taken so many environment steps; take another state")
 

@@ -25,6 +25,7 @@ class Foreign:
         version: epoch of the policy that acted.
         samples: environment steps.
         log_probs: ``[T, N]``, what that policy gave to its actions.
+        rng: shuffles.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Foreign:
         """Hold it; ``rng`` shuffles."""
         self.author = author
         self.version, self.samples, self.log_probs = version, rollout.samples, log_probs
-        self._rollout, self._rng = rollout, rng
+        self._rollout, self.rng = rollout, rng
 
     def rollout(self) -> Rollout:
         """All of it."""
@@ -41,7 +42,7 @@ class Foreign:
 
     def shuffled(self, parts: int) -> list[npt.NDArray[np.int64]]:
         """As `shoal.training.algorithms.rollouts.Stream.shuffled`."""
-        return [np.asarray(part) for part in np.array_split(self._rng.permutation(self.samples), parts)]
+        return [np.asarray(part) for part in np.array_split(self.rng.permutation(self.samples), parts)]
 
 
 class Pool:

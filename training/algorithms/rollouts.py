@@ -69,6 +69,11 @@ class Source(Protocol):
     """What an update is made from: an own stream, or what another member collected."""
 
     @property
+    def rng(self) -> np.random.Generator:
+        """For shuffling and drawing."""
+        ...
+
+    @property
     def samples(self) -> int:
         """Environment steps."""
         ...

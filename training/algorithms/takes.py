@@ -359,6 +359,8 @@ class Trainee:
 class _Steps:
     """An objective over takes, as the engine steps by it."""
 
+    has_advantages = True
+
     def __init__(self, model: TakeModel, objective: TakeObjective[Any, Any], rng: np.random.Generator) -> None:
         self.model = model
         self._objective = objective
@@ -398,6 +400,16 @@ class _Steps:
 
     def is_enough(self) -> bool:
         return False
+
+    @property
+    def steps_now(self) -> int:
+        return self._objective.settings.num_steps
+
+    def stepped(self) -> None:
+        pass
+
+    def settle(self, *, is_merged: bool) -> None:
+        pass
 
 
 def _check_deltas(arrays: Arrays, most: float) -> None:
