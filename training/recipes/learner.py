@@ -12,12 +12,16 @@ first (`Warm`) are taught in the first epoch, by each node for itself, which pla
 averaged all take what the node made whose name comes first (``first/`` of `exchange.averager`), as torch's results
 differ in their last bits from machine to machine. A newcomer teaches what is its own before it plays. Where nodes have
 places (`placing`), one without plays what its source gives it so, which may be nothing, until the next update.
+
+**What is shown.** A part that shows plays (`Part.shows`) posts what it played, once in each life, before the update in
+which the others are to read it. They hold it to the game, keep it for as long as they live, and give each policy what
+was done in its roles, beside the policy's own plays: takes that are not proven.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -27,12 +31,12 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import ProtocolError, UsageError
-from shoal.protocol.ids import PeerId
+from shoal.protocol.ids import Cid, PeerId
 from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, Exchange, Update, UpdateStats
 from shoal.training.algorithms.joint import together
 from shoal.training.algorithms.rollouts import never
-from shoal.training.algorithms.takes import Trainee
-from shoal.training.effects import Consult, Latest
+from shoal.training.algorithms.takes import Mindful, Trainee
+from shoal.training.effects import Consult, Latest, Post
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
@@ -42,11 +46,12 @@ from shoal.training.recipes.playing import roles_of, score_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.warming import teach
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
-from shoal.training.tasks.cast import Actor, Learned, Seat
+from shoal.training.tasks import shown
+from shoal.training.tasks.cast import Actor, Learned, Scripted, Seat, seated
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Act, Table, Take
 from shoal.training.tasks.playing import Played
-from shoal.training.tasks.source import News, Posted, seed_of
+from shoal.training.tasks.source import News, Posted, Scenario, seed_of
 from shoal.training.tasks.stage import Collecting, Stage, Staged, alone
 from shoal.training.tasks.wire import decode_acts, decode_takes, encode_acts
 
@@ -81,6 +86,9 @@ class RecipeLearner:
             raise UsageError(f"the recipe {recipe.name} has no part {name[:40]!r}; {suggest(name, recipe.parts)}")
         self._part = recipe.parts[name]
         self._posts: dict[str, tuple[Posted, ...]] = {}
+        self._shown: dict[PeerId, tuple[Cid, list[Take]]] = {}
+        self._num_seen = 0
+        self._has_shown = False
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
         self._share = manifest.batch.largest_share
@@ -90,10 +98,10 @@ class RecipeLearner:
         }
         self._taught = {name: policy.warm is None for name, policy in recipe.policies.items()}
         self._actors: dict[Seat, Actor] = {Learned(name): trainee.actor for name, trainee in self._trainees.items()}
+        self._actors |= {Scripted(name): make(recipe.game) for name, make in recipe.scripts.items()}
         seed = seed_of(manifest.seed, peer, life)
-        self._stage = Stage(
-            recipe.game, recipe.source, recipe.cast, self._actors, recipe.plays, seed=seed, failures=failures
-        )
+        source, cast = self._part.source or recipe.source, self._part.cast or recipe.cast
+        self._stage = Stage(recipe.game, source, cast, self._actors, recipe.plays, seed=seed, failures=failures)
         self._own_seed = own_seed
         self._answers = np.random.default_rng(seed_of(seed, "answers"))
         self._plays: list[Played] = []
@@ -152,7 +160,7 @@ class RecipeLearner:
         self._require_idle()
         if not all(self._taught.values()):
             self._teach()
-        if (self._epoch == 0 and self._is_warming) or not self._part.acts:
+        if (self._epoch == 0 and self._is_warming) or not self._part.acts or self._has_shown:
             self._is_exhausted = True
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:
@@ -195,16 +203,23 @@ class RecipeLearner:
         before = {name: trainee.snapshot() for name, trainee in self._trainees.items()}
         env_steps, place = self._env_steps, self._place
         try:
+            if self._part.shows and not self._has_shown and self._plays:
+                posted = yield Post(shown.TOPIC, shown.show(self._plays, self._recipe.game.roles))
+                self._has_shown = posted is not None
             updates: dict[str, AskingUpdate] = {NEWS: self._count()}
             for name, trainee in self._trainees.items():
                 if self._epoch == 0 and self._is_warming:
                     updates[name] = self._agree(name, trainee)
                 elif not self._recipe.policies[name].is_frozen:
                     takes = self._takes(name) if self._trains(name) else []
+                    if isinstance(trainee.objective, Mindful) and takes:
+                        trainee.objective.meet(self._all_takes(), self._models)
                     updates[name] = trainee.update(takes, self._news)
             stats = yield from together(updates, max(1, self._turns) if self._is_exhausted else self._turns)
             for topic in self._recipe.topics:
                 self._posts[topic] = tuple((yield Latest(topic)))
+            if self._recipe.is_shown:
+                self._see((yield Latest(shown.TOPIC, shown.MAX_POSTS)))
         except BaseException:
             for name, trainee in self._trainees.items():
                 trainee.load(before[name])
@@ -224,9 +239,34 @@ class RecipeLearner:
         return any(fnmatchcase(policy, pattern) for pattern in self._part.trains)
 
     def _takes(self, policy: str) -> list[Take]:
-        """What this policy did, of what is known how likely it was."""
+        """What this policy did, of what is known how likely it was; and what was shown of its roles."""
         seat = Learned(policy)
-        return [take for played in self._plays for take in played.takes if take.seat == seat and take.proven]
+        own = [take for played in self._plays for take in played.takes if take.seat == seat and take.proven]
+        return own + [take for _, takes in self._shown.values() for take in takes if take.seat == seat]
+
+    def _all_takes(self) -> Iterator[Take]:
+        """Of all roles, played here and shown."""
+        for played in self._plays:
+            yield from played.takes
+        for _, takes in self._shown.values():
+            yield from takes
+
+    @property
+    def _models(self) -> dict[str, Any]:
+        return {name: trainee.model for name, trainee in self._trainees.items()}
+
+    def _see(self, posts: Sequence[Posted]) -> None:
+        """Keep the newest that each shows, also of who is not there any more; of so many authors as there is room for."""
+        recipe = self._recipe
+        seats = seated(recipe.game.roles, recipe.cast(self._news, Scenario(0), np.random.default_rng(0)))
+        newest = {post.author: post for post in reversed(posts)}
+        for author, post in newest.items():
+            kept = self._shown.get(author)
+            if kept[0] == post.cid if kept is not None else len(self._shown) >= shown.MAX_AUTHORS:
+                continue
+            first = self._num_seen * shown.MAX_PLAYS
+            self._shown[author] = (post.cid, shown.read_shown(post, recipe.game.roles, seats, first))
+            self._num_seen += 1
 
     def _count(self) -> Update:
         """How many turns went into this epoch, of all; and who has which place."""
@@ -345,6 +385,8 @@ class RecipeLearner:
         stage = Stage(recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures)
         news = replace(self._news, place=max(0, self._place))
         staged = yield from _told(stage.collect(news, greedy=probe.greedy))
+        if probe.measure is not None and staged.plays:
+            return [probe.measure(staged.plays, self._trainees)]
         found = [score_of(played, probe.score) for played in staged.plays]
         if not found:
             raise TaskFailedError(f"no play of the probe {probe.name!r} came to an end: {self._failures.summary}")

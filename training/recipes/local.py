@@ -68,10 +68,24 @@ class Company:
         board: of what they post.
     """
 
-    def __init__(self, recipe: Recipe, names: Sequence[PeerId], seed: int = 0, **settings: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, names: Sequence[PeerId], seed: int = 0, *, parts: Sequence[str] = ("",), **settings: Any
+    ) -> None:
+        """Begin with nothing played.
+
+        Args:
+            recipe: that is played.
+            names: of the nodes.
+            seed: of the run.
+            parts: that they are, in turn; the first one, if none is named.
+            settings: of the manifest.
+        """
         manifest = manifest_of(recipe, names[0], seed, **settings)
         self.learners = {
-            name: RecipeLearner(recipe, manifest, Failures(recipe.name), peer=name, life="0") for name in names
+            name: RecipeLearner(
+                recipe, manifest, Failures(recipe.name), peer=name, life="0", part=parts[number % len(parts)]
+            )
+            for number, name in enumerate(names)
         }
         self.board = Board()
         self._epoch = 0
@@ -138,9 +152,11 @@ class Company:
         return {name: sum(scores) / len(scores) for name, scores in found.items()}
 
 
-def play_locally(recipe: Recipe, count: int = 3, *, seed: int = 0, epochs: int | None = None) -> Report:
-    """A whole run of a recipe by so many nodes in this process."""
-    company = Company(recipe, peers(count), seed)
+def play_locally(
+    recipe: Recipe, count: int = 3, *, seed: int = 0, epochs: int | None = None, parts: Sequence[str] = ("",)
+) -> Report:
+    """A whole run of a recipe by so many nodes in this process, which are these parts in turn."""
+    company = Company(recipe, peers(count), seed, parts=parts)
     epochs = recipe.epochs if epochs is None else epochs
     env_steps = 0
     scores: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)

@@ -11,15 +11,19 @@ claim, as a function of what probes said: of this run, and of the baseline that 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shoal.protocol.errors import UsageError
 from shoal.training.manifest import Mode
-from shoal.training.tasks.cast import Cast
+from shoal.training.tasks.cast import Actor, Cast
 from shoal.training.tasks.play import Game
+from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import Source
+
+if TYPE_CHECKING:
+    from shoal.training.algorithms.takes import Trainee  # torch, which whoever lists recipes may not have
 
 EARNED: Final = "earned"
 """The score that every play has: the mean of what its roles earned."""
@@ -101,6 +105,7 @@ class Probe:
         cast: who plays; the recipe's, if None.
         score: of `End.scores`, or what the roles earned.
         greedy: whether the likeliest acts are taken.
+        measure: of all plays together, in place of a score: given these, and the trainees by policy.
     """
 
     name: str
@@ -108,6 +113,7 @@ class Probe:
     cast: Cast | None = None
     score: str = EARNED
     greedy: bool = True
+    measure: Callable[[Sequence[Played], Mapping[str, Trainee]], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +182,17 @@ class Part:
         trains: patterns of the policies that they train; of the others they only hold what is everybody's.
         acts: whether they play.
         answers: the policies by which they answer the others' asks (`shoal.training.tasks.cast.Away`).
+        shows: whether what they play first, an epoch's worth, is posted for all to learn from, and they play no more.
+        cast: who plays there; the recipe's, if None.
+        source: of what is played there; the recipe's, if None.
     """
 
     trains: tuple[str, ...] = ("*",)
     acts: bool = True
     answers: tuple[str, ...] = ()
+    shows: bool = False
+    cast: Cast | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +210,7 @@ class Recipe:
         cast: who plays.
         policies: by name.
         parts: by name, what nodes may be; a node that says nothing is the first.
+        scripts: actors that `Scripted` seats name, beside those that there are; each is made for the recipe's game.
         topics: of posts that sources and objectives read from `News.posts`.
         probes: the first is what the run's curve shows.
         verdict: of this run and of the baseline.
@@ -225,6 +238,7 @@ class Recipe:
     baseline: Mapping[str, Any] = field(default_factory=dict)
     objectives: tuple[type[Any], ...] = ()
     parts: Mapping[str, Part] = field(default_factory=lambda: {"peer": Part()})
+    scripts: Mapping[str, Callable[[Game], Actor]] = field(default_factory=dict)
     topics: tuple[str, ...] = ()
     epochs: int = 50
     turns: int = 256
@@ -240,6 +254,11 @@ class Recipe:
             raise UsageError("a recipe has at least one part; leave parts out for one that does everything")
         if len({probe.name for probe in self.probes}) < len(self.probes):
             raise UsageError("two probes of a recipe are called alike")
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether policies learn from what a part shows, beside what they play themselves."""
+        return any(part.shows for part in self.parts.values())
 
     @property
     def is_by_all(self) -> bool:
