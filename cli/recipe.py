@@ -113,6 +113,7 @@ def run(  # the options of one command; Typer wants them as arguments
 
 
 def _report(nodes: School, recipe: Recipe, settings: Mapping[str, Any], seed: int, epochs: int, out: Console) -> Report:
+    from shoal.training.recipes.placing import parts_of
     from shoal.training.recipes.recipe import Report
 
     request = CreateSwarm(
@@ -125,7 +126,7 @@ def _report(nodes: School, recipe: Recipe, settings: Mapping[str, Any], seed: in
         batch_per_learner=recipe.turns,
         eval_interval=min(recipe.eval_interval, epochs),
     )
-    created = nodes.begin(request, list(recipe.parts))
+    created = nodes.begin(request, parts_of(len(nodes.pupils), recipe.parts))
     last = epochs - epochs % request.eval_interval
     began, shown = time.monotonic(), 0
 

@@ -42,7 +42,10 @@ class RoleChoice(StrEnum):
 
 
 PartOption = Annotated[
-    str, typer.Option(metavar="PART", help="What this node is in a recipe; `shoal recipe show` lists the parts.")
+    str,
+    typer.Option(
+        metavar="PART", help="What this node is in a recipe, see `shoal recipe show`; what is wanted most, if left out."
+    ),
 ]
 RoleOption = Annotated[RoleChoice, typer.Option(help="What this node does in it.")]
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from shoal.protocol.errors import UsageError
 from shoal.training.exchange.averager import Arrays
+from shoal.training.scored import check_probes
 from shoal.training.statements import MAX_TOPIC_CHARS
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import Plain
@@ -60,7 +61,30 @@ class Latest:
         check_topic(self.topic)
 
 
-Effect: TypeAlias = Post | Latest
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Ask what members have signed of their probes. The answer: `shoal.training.scored.Scored`, by probe and epoch.
+
+    Members may hold different ones at a moment, as each hears of them in its own time. So nothing that all have to
+    compute alike may follow from them: a reward of the own takes may, or what is played next; a check of what others
+    give may not.
+
+    Attributes:
+        probes: by name.
+        since: the first epoch.
+
+    Raises:
+        UsageError: if the probes are none, or too many.
+    """
+
+    probes: tuple[str, ...]
+    since: int = 0
+
+    def __post_init__(self) -> None:
+        check_probes(self.probes)
+
+
+Effect: TypeAlias = Post | Latest | Scores
 """What an update asks for beside averages; nobody else is in step with it."""
 
 

@@ -218,7 +218,8 @@ class Run:
                 self.taking.coming(cid, now)
             case NotFetched():
                 self._not_fetched(event, now, outputs)
-            case Opened(policy):
+            case Opened(policy, part):
+                self.progress.part = part or self.progress.part
                 self._opened(policy, now, outputs)
             case WorkerGone(reason):
                 self._worker_gone(reason, now, outputs)
@@ -332,6 +333,7 @@ class Run:
             case Updated(policy, rejected):
                 self._reject(rejected, outputs)
                 self.progress.metrics = dict(event.metrics)
+                self.progress.part = event.part or self.progress.part
                 self._updated(policy, now, outputs)
                 if event.ahead is not None:
                     self._collected(event.ahead, now)

@@ -54,9 +54,13 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The worker is there, with the run's initial state; also after a restart of the worker."""
+    """The worker is there, with the run's initial state; also after a restart of the worker.
+
+    ``part``: what this node is in a recipe; empty, if it is nothing yet.
+    """
 
     policy: Policy
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +163,16 @@ class Yielded:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """The update is done; ``ahead``: what was collected for the next one while it waited for the others."""
+    """The update is done; ``ahead``: what was collected for the next one while it waited for the others.
+
+    ``part``: as in `Opened`.
+    """
 
     policy: Policy
     rejected: tuple[PeerId, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     ahead: Collected | None = None
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class Facts:
         env_steps: by itself, in this run, in all.
         steps_per_s: its recent rate of environment steps, pauses included.
         speed: environment steps per second while it collects.
-        part: what it is in a recipe; empty: the first part there is.
+        part: what it is in a recipe; empty: nothing, or nothing yet.
     """
 
     role: Role

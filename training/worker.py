@@ -28,10 +28,10 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
-from shoal.training.algorithms.base import AnyUpdate, Consulting, Joint, Probing, Settled
+from shoal.training.algorithms.base import AnyUpdate, Consulting, Joint, Parted, Probing, Settled
 from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.arena import Arena, Region
-from shoal.training.effects import Consult, Effect, Latest, Post
+from shoal.training.effects import Consult, Effect, Latest, Post, Scores
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.rules import Aggregator, Codec
@@ -82,6 +82,7 @@ from shoal.training.worker_calls import (
     MergeAnswer,
     Open,
     PostAsked,
+    ScoresAsked,
     StateAnswer,
 )
 
@@ -281,6 +282,8 @@ class Worker:
         """Give the update what it asked for beside averages."""
         if isinstance(self._asked, Post):
             return self._go_on(request.cid, self._rejected)
+        if isinstance(self._asked, Scores):
+            return self._go_on(request.scores, self._rejected)
         found = []
         for each in request.posts:
             try:
@@ -320,6 +323,9 @@ class Worker:
             case Latest(topic, count, max_age):
                 self._asked = wanted
                 return MergeAnswer(rejected=rejected, is_last=False, latest=LatestAsked(topic, count, max_age))
+            case Scores(probes, since):
+                self._asked = wanted
+                return MergeAnswer(rejected=rejected, is_last=False, scores=ScoresAsked(probes, since))
             case _:
                 return self._offer(wanted, rejected)
 
@@ -422,9 +428,10 @@ class Worker:
         learner = self.learner
         data = encode_arrays(learner.export_state(), descent.meta())
         policy = digest(learner.policy_arrays())
+        part = learner.part if isinstance(learner, Parted) else ""
         if self._lend(Region.STATE, data):
-            return replace(descent.answer(policy), state_bytes=len(data))
-        return descent.answer(policy, state=data)
+            return replace(descent.answer(policy), state_bytes=len(data), part=part)
+        return replace(descent.answer(policy, state=data), part=part)
 
     def _lend(self, region: Region, data: bytes) -> bool:
         """Put something into the arena, if it is large."""

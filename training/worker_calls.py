@@ -13,6 +13,7 @@ from shoal.protocol.errors import Status
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Empty, Method
 from shoal.training.manifest import Manifest
+from shoal.training.scored import Scored
 from shoal.training.statements import NO_BALLOT
 
 
@@ -24,7 +25,7 @@ class Open:
         folder: of the run on this machine; training metrics go into its ``tensorboard``, and what fails in environments
             into `shoal.training.tasks.failures.FILE`. Empty: nowhere.
         life: another text for every worker, so that none meets the episodes of the one before it.
-        part: what this node is in a recipe; empty: the first part there is.
+        part: what this node is in a recipe; empty: what the swarm makes it.
     """
 
     manifest: Manifest
@@ -47,6 +48,7 @@ class StateAnswer:
         electorate: who counts in what follows, as `shoal.training.electorate.Electorate.to_plain` gives it.
         state: the learner's whole state, if it is new to the node and small.
         state_bytes: of it, if it is large and lies in the arena.
+        part: what this node is in a recipe by now; empty: nothing yet.
         epoch_samples: environment steps that wait for the next update, kept from the policy before.
     """
 
@@ -59,6 +61,7 @@ class StateAnswer:
     state: Attachment | None = None
     epoch_samples: int = 0
     state_bytes: int = 0
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,14 @@ class LatestAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoresAsked:
+    """Find what members have signed of their probes; see `shoal.training.effects.Scores`."""
+
+    probes: tuple[str, ...]
+    since: int
+
+
+@dataclass(frozen=True, slots=True)
 class FoundPost:
     """What a member posted, as it came."""
 
@@ -249,10 +260,12 @@ class GoOn:
     Attributes:
         cid: of what was posted; None if there was no room for it.
         posts: that were found, newest first.
+        scores: that members signed, by probe and epoch: at most `shoal.training.scored.MAX_PROBES` times ``MAX_EPOCHS``.
     """
 
     cid: Cid | None = None
     posts: tuple[FoundPost, ...] = ()
+    scores: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +296,7 @@ class MergeAnswer:
         ahead: with ``state``: what was collected for the next update while this one waited.
         post: nothing is to be averaged now, but this is to be posted; `GO_ON` answers.
         latest: likewise, what was posted is to be found.
+        scores: likewise, what members have signed.
     """
 
     weight: float = 0.0
@@ -296,6 +310,7 @@ class MergeAnswer:
     contribution_bytes: int = 0
     post: PostAsked | None = None
     latest: LatestAsked | None = None
+    scores: ScoresAsked | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ class CreateSwarm(Asked):
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     role: str = "auto"
     part: str = Field(default="", max_length=MAX_PART_CHARS)
-    """What this node is in a recipe; empty: the first part there is."""
+    """What this node is in a recipe; empty: what the swarm makes it."""
 
     @property
     def most_env_steps(self) -> int:
@@ -161,4 +161,4 @@ class JoinSwarm(Asked):
     ticket: str
     role: str = "auto"
     part: str = Field(default="", max_length=MAX_PART_CHARS)
-    """What this node is in a recipe; empty: the first part there is."""
+    """What this node is in a recipe; empty: what the swarm makes it."""

@@ -78,7 +78,6 @@ from shoal.training.worker_calls import (
     Consulted,
     Evaluate,
     Finish,
-    GoOn,
     LargeArray,
     Load,
     Log,
@@ -574,7 +573,7 @@ class Runner:
                 raise UsageError(error.message) from error
             raise
         self._state_bytes = answer.state_bytes or len(answer.state or b"")
-        return events.Opened(_policy(answer, await self._put_state(answer)))
+        return events.Opened(_policy(answer, await self._put_state(answer)), answer.part)
 
     async def _put(self, data: bytes | memoryview | None, region: Region, num_bytes: int) -> Cid:
         """Hold what the worker gives: as many bytes of the arena, or, if that is none, the data."""
@@ -663,19 +662,16 @@ class Runner:
     async def _merged(self, worker: Channel, answer: MergeAnswer) -> None:
         """The update wants something averaged, or is done; what else it wants it is given at once."""
         epoch = 0 if self.policy is None else self.policy.epoch
-        while answer.post is not None or answer.latest is not None:
-            reply = GoOn()
-            if answer.post is not None:
-                reply = GoOn(cid=await self._posts.post(answer.post, epoch))
-            elif answer.latest is not None:
-                reply = GoOn(posts=await self._posts.latest(answer.latest, epoch))
+        out = self.core.shunned | self.core.claims.liars
+        while (reply := await self._posts.reply(answer, epoch, out)) is not None:
             answer = await worker.call(GO_ON, reply)
         self._large = answer.layout
         if answer.state is not None:
             cid = await self._put_state(answer.state)
             self._num_lost = 0
             ahead = None if answer.ahead is None else self._collected(answer.ahead)
-            self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats, ahead))
+            part = answer.state.part
+            self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats, ahead, part))
             return
         offered: Cid | None = None
         if answer.contribution is not None or answer.contribution_bytes:

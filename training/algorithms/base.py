@@ -214,6 +214,16 @@ class Settled(Protocol):
 
 
 @runtime_checkable
+class Parted(Protocol):
+    """A learner that is one part of what is learned together."""
+
+    @property
+    def part(self) -> str:
+        """Its name; empty: none yet."""
+        ...
+
+
+@runtime_checkable
 class Consulting(Protocol):
     """A learner whose plays may wait for other members, and which answers theirs."""
 
@@ -246,7 +256,7 @@ class Algorithm(Protocol):
         """A learner in its initial state, which is the same on every peer.
 
         What it meets in its environments depends on the peer and on ``life``, which is another one after each restart.
-        A ``part`` is for recipes; where there are none, it is an error.
+        A ``part`` is for recipes, where an empty one is for the swarm to say; elsewhere it is an error.
 
         Raises:
             UsageError: if the manifest's hyperparameters are unknown or out of range.

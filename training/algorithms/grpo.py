@@ -95,9 +95,12 @@ class GRPO:
 
     def batch(self, takes: Sequence[Take], rewards: Floats, model: TextModel) -> GRPOBatch | None:
         """Takes with rewards ``[S]``; None, if there is nothing to learn from them."""
+        return self.advised(takes, group_advantages(takes, rewards, scale=self.settings.scale_by_deviation), model)
+
+    def advised(self, takes: Sequence[Take], advantages: Floats, model: TextModel) -> GRPOBatch | None:
+        """Takes with advantages ``[S]``; None, if there is nothing to learn from them."""
         if self._first is None and self.settings.kl_coefficient:
             self._first = model.flat.copy()
-        advantages = group_advantages(takes, rewards, scale=self.settings.scale_by_deviation)
         used = [index for index, take in enumerate(takes) if len(take) and advantages[index] != 0]
         if not used:
             return None

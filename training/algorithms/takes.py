@@ -36,7 +36,7 @@ from shoal.training.models.text import Ids
 from shoal.training.state import check_fit
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take
-from shoal.training.tasks.source import News
+from shoal.training.tasks.source import News, Plain
 
 EVERYTHING: Final = ("*",)
 
@@ -136,6 +136,23 @@ class Mindful(Protocol):
 
     def meet(self, takes: Iterable[Take], policies: Mapping[str, Any]) -> None:
         """Before each update: the takes of all roles in the plays that are learned from, and the models of all policies."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """An objective that keeps something from one update to the next; it is this member's own, and in no state."""
+
+    def memory(self) -> dict[str, Plain]:
+        """All of it, copied."""
+        ...
+
+    def remember(self, memory: Mapping[str, Plain]) -> None:
+        """Go on from what `memory` gave, maybe in another process; of ``{}``, begin anew.
+
+        Raises:
+            ProtocolError: if it is no such memory. Nothing has changed.
+        """
         ...
 
 
@@ -327,6 +344,19 @@ class Trainee:
         """All of it, copied."""
         everything = self._all_parameters() | self._moments() | {"outer/momentum": self._outer.momentum}
         return {name: array.copy() for name, array in everything.items()}
+
+    def memory(self) -> dict[str, Plain]:
+        """What the objective keeps from one update to the next, copied; empty, if it keeps nothing."""
+        return self.objective.memory() if isinstance(self.objective, Remembering) else {}
+
+    def remember(self, memory: Mapping[str, Plain]) -> None:
+        """Have the objective go on from what `memory` gave.
+
+        Raises:
+            ProtocolError: if it is no such memory. Nothing has changed.
+        """
+        if isinstance(self.objective, Remembering):
+            self.objective.remember(memory)
 
     def _all_parameters(self) -> Arrays:
         return {f"parameters/{name}": array for name, array in self.model.parameters.items()}

@@ -19,7 +19,7 @@ from shoal.training.tasks import ActionSpace, Discrete, Task, VectorEnv
 from shoal.training.tasks.failures import Failures
 
 GROUP: Final = "shoal.recipes"
-_ENGINE_VERSION: Final = 1
+_ENGINE_VERSION: Final = 2
 """Raised when the same recipe would lead to something else because of what all recipes share."""
 
 

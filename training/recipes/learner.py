@@ -11,7 +11,11 @@ An epoch's turns are counted in asks of the game. A source that has no more befo
 first (`Warm`) are taught in the first epoch, by each node for itself, which plays nothing in it; of those that are
 averaged all take what the node made whose name comes first (``first/`` of `exchange.averager`), as torch's results
 differ in their last bits from machine to machine. A newcomer teaches what is its own before it plays. Where nodes have
-places (`placing`), one without plays what its source gives it so, which may be nothing, until the next update.
+places (`placing`), one without plays what its source gives it so, which may be nothing, until the next update; so does
+one that was not told which of several parts it is.
+
+What objectives remember between updates (`shoal.training.algorithms.takes.Remembering`) is this node's alone as well. A
+worker that was killed goes on from what it was after the last update that is done; an update that fails leaves it.
 
 **What is shown.** A part that shows plays (`Part.shows`) posts what it played, once in each life, before the update in
 which the others are to read it. They hold it to the game, keep it for as long as they live, and give each policy what
@@ -36,22 +40,23 @@ from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, E
 from shoal.training.algorithms.joint import together
 from shoal.training.algorithms.rollouts import never
 from shoal.training.algorithms.takes import Mindful, Trainee
-from shoal.training.effects import Consult, Latest, Post
+from shoal.training.effects import Consult, Effect, Latest, Post, Scores
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
 from shoal.training.recipes.makers import make_model, objective_of
-from shoal.training.recipes.placing import NOWHERE, check_said, number_of, place_of
-from shoal.training.recipes.playing import roles_of, score_of
+from shoal.training.recipes.placing import NOWHERE, check_said, number_of, part_of, place_of
+from shoal.training.recipes.playing import roles_of, score_of, seats_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.warming import teach
+from shoal.training.scored import MAX_EPOCHS, Scored
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
 from shoal.training.tasks import shown
-from shoal.training.tasks.cast import Actor, Learned, Scripted, Seat, seated
+from shoal.training.tasks.cast import Actor, Learned, Scripted, Seat
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Act, Table, Take
 from shoal.training.tasks.playing import Played
-from shoal.training.tasks.source import News, Posted, Scenario, seed_of
+from shoal.training.tasks.source import News, Posted, seed_of
 from shoal.training.tasks.stage import Collecting, Stage, Staged, alone
 from shoal.training.tasks.wire import decode_acts, decode_takes, encode_acts
 
@@ -78,17 +83,24 @@ class RecipeLearner:
     ) -> None:
         """Begin with nothing played.
 
+        Args:
+            recipe: that it is of.
+            manifest: of the run.
+            failures: told what fails in games.
+            peer: this node.
+            life: another text for every worker.
+            part: what it was told to be; empty: nothing, so that the others and it agree on what it is.
+
         Raises:
             UsageError: if a policy's model or objective cannot be made so, or the recipe has no such part.
         """
-        name = part or next(iter(recipe.parts))
-        if name not in recipe.parts:
-            raise UsageError(f"the recipe {recipe.name} has no part {name[:40]!r}; {suggest(name, recipe.parts)}")
-        self._part = recipe.parts[name]
+        if part and part not in recipe.parts:
+            raise UsageError(f"the recipe {recipe.name} has no part {part[:40]!r}; {suggest(part, recipe.parts)}")
         self._posts: dict[str, tuple[Posted, ...]] = {}
         self._shown: dict[PeerId, tuple[Cid, list[Take]]] = {}
         self._num_seen = 0
         self._has_shown = False
+        self._evaluations: dict[str, dict[int, float]] = {}
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
         self._share = manifest.batch.largest_share
@@ -99,18 +111,34 @@ class RecipeLearner:
         self._taught = {name: policy.warm is None for name, policy in recipe.policies.items()}
         self._actors: dict[Seat, Actor] = {Learned(name): trainee.actor for name, trainee in self._trainees.items()}
         self._actors |= {Scripted(name): make(recipe.game) for name, make in recipe.scripts.items()}
-        seed = seed_of(manifest.seed, peer, life)
-        source, cast = self._part.source or recipe.source, self._part.cast or recipe.cast
-        self._stage = Stage(recipe.game, source, cast, self._actors, recipe.plays, seed=seed, failures=failures)
+        self._seed = seed_of(manifest.seed, peer, life)
         self._own_seed = own_seed
-        self._answers = np.random.default_rng(seed_of(seed, "answers"))
+        self._answers = np.random.default_rng(seed_of(self._seed, "answers"))
+        self._was_told = bool(part)
+        self._part = ""
+        self._stage: Stage | None = None
+        if part or len(recipe.parts) == 1:
+            self._be(part or next(iter(recipe.parts)))
         self._plays: list[Played] = []
         self._turns = 0
         self._is_exhausted = False
         self._epoch = self._env_steps = 0
-        self._number, self._place = number_of(peer), NOWHERE
+        self._number, self._place, self._found_part = number_of(peer), NOWHERE, ""
         self._running: AnyUpdate | None = None
         self._folder: Path | None = None
+
+    @property
+    def part(self) -> str:
+        """What this node is; empty: nothing yet."""
+        return self._part
+
+    def _be(self, part: str) -> None:
+        """Play and train what this part does from now on."""
+        scene, plays = self._recipe.scene(part), self._recipe.plays
+        self._part = part
+        self._stage = Stage(
+            scene.game, scene.source, scene.cast, self._actors, plays, seed=self._seed, failures=self._failures
+        )
 
     # --- what is this node's alone ---
 
@@ -128,7 +156,10 @@ class RecipeLearner:
                     check_fit(own, trainee.private())
                     trainee.load(own)
                     self._taught[name] = bool(meta.get("taught", {}).get(name, False))
+                trainee.remember(meta.get("memories", {}).get(name, {}))
             self._place = int(meta.get("place", NOWHERE))
+            if not self._was_told and meta.get("part") in self._recipe.parts:
+                self._be(meta["part"])
         except (ProtocolError, OSError) as error:
             log.warning("what this node had of its own in %s cannot be read (%s): it begins anew", path, error)
 
@@ -137,11 +168,13 @@ class RecipeLearner:
         for name, trainee in self._trainees.items():
             if trainee.is_own or not trainee.is_whole:
                 private |= {f"{name}/{key}": array for key, array in trainee.private().items()}
-        if self._folder is None or not (private or self._recipe.is_placed):
+        memories = {name: memory for name, trainee in self._trainees.items() if (memory := trainee.memory())}
+        if self._folder is None or not (private or memories or self._is_placing):
             return
         path = self._folder / PRIVATE
         half = path.with_name(path.name + ".part")
-        half.write_bytes(encode_arrays(private, {"taught": self._taught, "place": self._place}))
+        meta = {"taught": self._taught, "place": self._place, "part": self._part, "memories": memories}
+        half.write_bytes(encode_arrays(private, meta))
         half.replace(path)
 
     # --- playing ---
@@ -160,12 +193,13 @@ class RecipeLearner:
         self._require_idle()
         if not all(self._taught.values()):
             self._teach()
-        if (self._epoch == 0 and self._is_warming) or not self._part.acts or self._has_shown:
+        stage = self._stage
+        if (self._epoch == 0 and self._is_warming) or stage is None or not self._recipe.parts[self._part].acts or self._has_shown:
             self._is_exhausted = True
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:
             raise UsageError(f"{self._turns} turns wait for an update; call update() or abandon() first")
-        staged = yield from _told(self._stage.collect(self._news, num_steps, is_over=is_over))
+        staged = yield from _told(stage.collect(self._news, num_steps, is_over=is_over))
         self._turns += staged.turns
         self._plays += staged.plays
         self._is_exhausted = staged.is_exhausted
@@ -182,7 +216,19 @@ class RecipeLearner:
 
     @property
     def _news(self) -> News:
-        return News(self._epoch, self._env_steps, posts=self._posts, own=self._own_seed, place=self._place)
+        return News(
+            self._epoch,
+            self._env_steps,
+            evaluations=self._evaluations,
+            posts=self._posts,
+            own=self._own_seed,
+            place=self._place,
+        )
+
+    @property
+    def _is_placing(self) -> bool:
+        """Whether nodes agree on who has which place, or is which part."""
+        return self._recipe.is_placed or len(self._recipe.parts) > 1
 
     def _teach(self) -> None:
         for name, policy in sorted(self._recipe.policies.items()):
@@ -200,10 +246,12 @@ class RecipeLearner:
         return self._running
 
     def _update(self) -> AnyUpdate:
-        before = {name: trainee.snapshot() for name, trainee in self._trainees.items()}
+        before = {name: (trainee.snapshot(), trainee.memory()) for name, trainee in self._trainees.items()}
         env_steps, place = self._env_steps, self._place
+        self._found_part = ""
         try:
-            if self._part.shows and not self._has_shown and self._plays:
+            yield from self._hear()
+            if self._shows and not self._has_shown and self._plays:
                 posted = yield Post(shown.TOPIC, shown.show(self._plays, self._recipe.game.roles))
                 self._has_shown = posted is not None
             updates: dict[str, AskingUpdate] = {NEWS: self._count()}
@@ -222,21 +270,39 @@ class RecipeLearner:
                 self._see((yield Latest(shown.TOPIC, shown.MAX_POSTS)))
         except BaseException:
             for name, trainee in self._trainees.items():
-                trainee.load(before[name])
+                arrays, memory = before[name]
+                trainee.load(arrays)
+                trainee.remember(memory)
             self._env_steps, self._place = env_steps, place
             raise
         finally:
             self._running = None
         self._drop()
         self._epoch += 1
+        if self._found_part and not self._part:
+            self._be(self._found_part)
         self._keep()
         metrics = {f"{name}.{key}": value for name, each in stats.items() for key, value in each.metrics.items()}
         self.scores = {name: value for name, value in self.scores.items() if "." not in name} | metrics
         steps = max((each.steps for each in stats.values()), default=0)
         return UpdateStats(sum(each.samples for each in stats.values()), steps, metrics)
 
+    def _hear(self) -> Generator[Effect, Any, None]:
+        """What members have signed of the probes that the recipe wants heard."""
+        if self._recipe.heard:
+            told: tuple[Scored, ...] = yield Scores(self._recipe.heard, max(0, self._epoch - MAX_EPOCHS))
+            self._evaluations = {name: {} for name in self._recipe.heard}
+            for each in told:
+                self._evaluations[each.probe][each.epoch] = each.score
+
+    @property
+    def _shows(self) -> bool:
+        return bool(self._part) and self._recipe.parts[self._part].shows
+
     def _trains(self, policy: str) -> bool:
-        return any(fnmatchcase(policy, pattern) for pattern in self._part.trains)
+        """Whether this node's part does; one that is nothing yet trains nothing."""
+        patterns = self._recipe.parts[self._part].trains if self._part else ()
+        return any(fnmatchcase(policy, pattern) for pattern in patterns)
 
     def _takes(self, policy: str) -> list[Take]:
         """What this policy did, of what is known how likely it was; and what was shown of its roles."""
@@ -258,7 +324,7 @@ class RecipeLearner:
     def _see(self, posts: Sequence[Posted]) -> None:
         """Keep the newest that each shows, also of who is not there any more; of so many authors as there is room for."""
         recipe = self._recipe
-        seats = seated(recipe.game.roles, recipe.cast(self._news, Scenario(0), np.random.default_rng(0)))
+        seats = seats_of(recipe.scenes[0])
         newest = {post.author: post for post in reversed(posts)}
         for author, post in newest.items():
             kept = self._shown.get(author)
@@ -273,13 +339,18 @@ class RecipeLearner:
         own: Arrays = {"sum/turns": np.asarray(self._turns, np.int64)}
         if self._recipe.is_placed:
             own["each/places"] = np.array([self._number, self._place], np.int64)
-        merged = yield Exchange(own, 1.0, own, partial(_check_news, 2 * _MAX_BACKLOG * self._share))
+        names = list(self._recipe.parts)
+        if len(names) > 1:
+            own["each/parts"] = np.array([self._number, names.index(self._part) if self._part else NOWHERE], np.int64)
+        merged = yield Exchange(own, 1.0, own, partial(_check_news, 2 * _MAX_BACKLOG * self._share, len(names)))
         if merged:
-            said = merged.pop("each/places", None)
+            said, parts = merged.pop("each/places", None), merged.pop("each/parts", None)
             check_fit(merged, {"sum/turns": own["sum/turns"]})
             self._env_steps += int(merged["sum/turns"])
             if said is not None:
                 self._place = place_of(self._number, said.astype(np.int64))
+            if parts is not None:
+                self._found_part = part_of(self._number, parts.astype(np.int64), self._recipe.parts)
         return UpdateStats(0, 0)
 
     def _agree(self, name: str, trainee: Trainee) -> Update:
@@ -371,9 +442,10 @@ class RecipeLearner:
 
     def answer(self, policy: str, takes: bytes | memoryview) -> bytes:
         """What a policy does where another node's takes stand; see `shoal.training.algorithms.base.Consulting`."""
-        if policy not in self._part.answers or policy not in self._trainees:
+        answers = self._recipe.parts[self._part].answers if self._part else ()
+        if policy not in answers or policy not in self._trainees:
             raise UsageError(f"this node does not answer by the policy {policy[:40]!r}")
-        waiting = decode_takes(takes, self._recipe.game.roles, Learned(policy))
+        waiting = decode_takes(takes, self._recipe.roles, Learned(policy))
         if not waiting:
             return encode_acts(())
         acts, _ = self._trainees[policy].actor.act(Table(waiting), self._answers, greedy=False)
@@ -438,9 +510,11 @@ def _is_float(array: np.ndarray[Any, Any]) -> bool:
     return bool(array.dtype == np.float32)
 
 
-def _check_news(most: int, contribution: Contribution) -> None:
+def _check_news(most: int, num_parts: int, contribution: Contribution) -> None:
     if "each/places" in contribution.arrays:
         check_said(contribution.arrays["each/places"])
+    if "each/parts" in contribution.arrays:
+        check_said(contribution.arrays["each/parts"], num_parts)
     if not 0 <= int(contribution.arrays["sum/turns"]) <= most:
         raise ProtocolError(f"{contribution.author} says that it took more turns than anybody can; leave it out")
 

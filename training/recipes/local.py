@@ -7,21 +7,27 @@ that it would go through between nodes. What is left out is the network, and tha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
+from shoal.crdt.views import Evaluation
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.algorithms.base import AnyUpdate, DivergedError, Exchange, Joint
 from shoal.training.arena import Arena
-from shoal.training.effects import Effect, Latest, Post
+from shoal.training.effects import Effect, Latest, Post, Scores
 from shoal.training.exchange.rules import Aggregator
 from shoal.training.manifest import Manifest
 from shoal.training.merging import Given, Merging
 from shoal.training.recipes.learner import RecipeLearner
+from shoal.training.recipes.placing import parts_of
 from shoal.training.recipes.recipe import Recipe, Report
+from shoal.training.scored import Scored, medians
 from shoal.training.state import encode_arrays
 from shoal.training.tasks.failures import Failures
 from shoal.training.tasks.source import Posted
+
+
+_NO_STATE: Final = Cid.of_block(b"")
 
 
 def peers(count: int) -> list[PeerId]:
@@ -43,12 +49,17 @@ def manifest_of(recipe: Recipe, owner: PeerId, seed: int = 0, **settings: Any) -
 
 
 class Board:
-    """What everybody has posted."""
+    """What everybody has posted, and signed of its probes."""
 
     def __init__(self) -> None:
         self._posted: list[tuple[str, Posted]] = []
+        self._signed: list[Evaluation] = []
 
-    def answer(self, author: PeerId, epoch: int, effect: Effect) -> Cid | tuple[Posted, ...]:
+    def sign(self, author: PeerId, epoch: int, scores: Mapping[str, float]) -> None:
+        """What one found of the policies of an epoch, later than those before."""
+        self._signed.append(Evaluation(epoch, _NO_STATE, 0.0, 0, 1, author, tuple(sorted(scores.items()))))
+
+    def answer(self, author: PeerId, epoch: int, effect: Effect) -> Cid | tuple[Posted, ...] | tuple[Scored, ...]:
         """As a node would."""
         match effect:
             case Post(topic, arrays, meta):
@@ -58,34 +69,23 @@ class Board:
             case Latest(topic, count, max_age):
                 found = [each for name, each in self._posted if name == topic]
                 return tuple(each for each in found if max_age is None or epoch - each.epoch <= max_age)[:count]
+            case Scores(probes, since):
+                return medians(self._signed, probes, since, epoch, {each.author for each in self._signed})
 
 
 class Company:
-    """Learners of one recipe, and what merges for each.
+    """Learners of one recipe, of all parts as `shoal recipe run` gives them out, and what merges for each.
 
     Attributes:
         learners: by name.
         board: of what they post.
     """
 
-    def __init__(
-        self, recipe: Recipe, names: Sequence[PeerId], seed: int = 0, *, parts: Sequence[str] = ("",), **settings: Any
-    ) -> None:
-        """Begin with nothing played.
-
-        Args:
-            recipe: that is played.
-            names: of the nodes.
-            seed: of the run.
-            parts: that they are, in turn; the first one, if none is named.
-            settings: of the manifest.
-        """
+    def __init__(self, recipe: Recipe, names: Sequence[PeerId], seed: int = 0, **settings: Any) -> None:
         manifest = manifest_of(recipe, names[0], seed, **settings)
         self.learners = {
-            name: RecipeLearner(
-                recipe, manifest, Failures(recipe.name), peer=name, life="0", part=parts[number % len(parts)]
-            )
-            for number, name in enumerate(names)
+            name: RecipeLearner(recipe, manifest, Failures(recipe.name), peer=name, life="0", part=part)
+            for name, part in zip(names, parts_of(len(names), recipe.parts), strict=True)
         }
         self.board = Board()
         self._epoch = 0
@@ -134,7 +134,7 @@ class Company:
         """Run one's update until it wants something averaged; whether it does."""
         try:
             asked = update.send(answer)
-            while isinstance(asked, Post | Latest):
+            while not isinstance(asked, Exchange | Joint):
                 asked = update.send(self.board.answer(name, self._epoch, asked))
         except StopIteration:
             wanted.pop(name, None)
@@ -145,18 +145,17 @@ class Company:
     def probe(self, seed: int = 1) -> dict[str, float]:
         """The mean of what each says, by probe."""
         found: defaultdict[str, list[float]] = defaultdict(list)
-        for learner in self.learners.values():
+        for peer, learner in self.learners.items():
             learner.evaluate(1, seed)
+            self.board.sign(peer, self._epoch, learner.scores)
             for name, score in learner.scores.items():
                 found[name].append(score)
         return {name: sum(scores) / len(scores) for name, scores in found.items()}
 
 
-def play_locally(
-    recipe: Recipe, count: int = 3, *, seed: int = 0, epochs: int | None = None, parts: Sequence[str] = ("",)
-) -> Report:
-    """A whole run of a recipe by so many nodes in this process, which are these parts in turn."""
-    company = Company(recipe, peers(count), seed, parts=parts)
+def play_locally(recipe: Recipe, count: int = 3, *, seed: int = 0, epochs: int | None = None) -> Report:
+    """A whole run of a recipe by so many nodes in this process."""
+    company = Company(recipe, peers(count), seed)
     epochs = recipe.epochs if epochs is None else epochs
     env_steps = 0
     scores: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shoal.protocol.errors import UsageError
 from shoal.training.manifest import Mode
+from shoal.training.statements import MAX_PART_CHARS
 from shoal.training.tasks.cast import Actor, Cast
-from shoal.training.tasks.play import Game
+from shoal.training.tasks.play import Game, Role
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import Source
 
@@ -29,6 +30,7 @@ EARNED: Final = "earned"
 """The score that every play has: the mean of what its roles earned."""
 MAX_PROBES: Final = 16
 MAX_POLICIES: Final = 32
+MAX_SHARE: Final = 1024
 
 Owner = Literal["all", "own"]
 
@@ -182,17 +184,34 @@ class Part:
         trains: patterns of the policies that they train; of the others they only hold what is everybody's.
         acts: whether they play.
         answers: the policies by which they answer the others' asks (`shoal.training.tasks.cast.Away`).
+        game: that they play; the recipe's, if None.
+        source: of what they play; likewise.
+        cast: who plays there; likewise.
+        share: of the nodes that were not told what they are, so many take this part for one that takes a part of 1.
         shows: whether what they play first, an epoch's worth, is posted for all to learn from, and they play no more.
-        cast: who plays there; the recipe's, if None.
-        source: of what is played there; the recipe's, if None.
     """
 
     trains: tuple[str, ...] = ("*",)
     acts: bool = True
     answers: tuple[str, ...] = ()
-    shows: bool = False
-    cast: Cast | None = None
+    game: Game | None = None
     source: Source | None = None
+    cast: Cast | None = None
+    share: int = 1
+    shows: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.share <= MAX_SHARE:
+            raise UsageError(f"the share of a part is 1 to {MAX_SHARE}, not {self.share}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is played, from where it begins, and by whom."""
+
+    game: Game
+    source: Source
+    cast: Cast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,9 +228,12 @@ class Recipe:
         source: of what is played.
         cast: who plays.
         policies: by name.
-        parts: by name, what nodes may be; a node that says nothing is the first.
+        parts: by name, what nodes may be. A node that is not told becomes what is wanted most, with the first update:
+            see `shoal.training.recipes.placing`.
         scripts: actors that `Scripted` seats name, beside those that there are; each is made for the recipe's game.
         topics: of posts that sources and objectives read from `News.posts`.
+        heard: probes whose scores, as members sign them, sources and objectives read from `News.evaluations`. Where
+            there are such, every node probes.
         probes: the first is what the run's curve shows.
         verdict: of this run and of the baseline.
         baseline: what the baseline overrides, by paths as `shoal.training.recipes.overriding` says.
@@ -240,6 +262,7 @@ class Recipe:
     parts: Mapping[str, Part] = field(default_factory=lambda: {"peer": Part()})
     scripts: Mapping[str, Callable[[Game], Actor]] = field(default_factory=dict)
     topics: tuple[str, ...] = ()
+    heard: tuple[str, ...] = ()
     epochs: int = 50
     turns: int = 256
     plays: int = 64
@@ -254,6 +277,11 @@ class Recipe:
             raise UsageError("a recipe has at least one part; leave parts out for one that does everything")
         if len({probe.name for probe in self.probes}) < len(self.probes):
             raise UsageError("two probes of a recipe are called alike")
+        if any(not 1 <= len(name) <= MAX_PART_CHARS for name in self.parts):
+            raise UsageError(f"the name of a part has 1 to {MAX_PART_CHARS} characters")
+        for name in self.heard:
+            if name not in {probe.name for probe in self.probes}:
+                raise UsageError(f"the recipe wants to hear of {name!r:.80}, which is none of its probes")
 
     @property
     def is_shown(self) -> bool:
@@ -262,5 +290,33 @@ class Recipe:
 
     @property
     def is_by_all(self) -> bool:
-        """Whether every node has to probe, as some policy is each one's own, if only in part."""
-        return any(policy.owner == "own" or policy.shared != ("*",) for policy in self.policies.values())
+        """Whether every node has to probe: some policy is each one's own, if only in part, or one's word is too little."""
+        return bool(self.heard) or any(policy.owner == "own" or policy.shared != ("*",) for policy in self.policies.values())
+
+    def scene(self, part: str) -> Scene:
+        """What nodes of a part play."""
+        own = self.parts[part]
+        return Scene(
+            self.game if own.game is None else own.game,
+            self.source if own.source is None else own.source,
+            self.cast if own.cast is None else own.cast,
+        )
+
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        """The recipe's own, and those of its parts."""
+        return (Scene(self.game, self.source, self.cast), *map(self.scene, self.parts))
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Of all games.
+
+        Raises:
+            UsageError: if two games have a role of one name that sees or acts otherwise.
+        """
+        found: dict[str, Role] = {}
+        for scene in self.scenes:
+            for name, role in scene.game.roles.items():
+                if found.setdefault(name, role) != role:
+                    raise UsageError(f"two games of a recipe have a role {name!r:.80}, each of another kind; rename one")
+        return found

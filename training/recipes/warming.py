@@ -9,7 +9,7 @@ import numpy as np
 
 from shoal.training.algorithms.takes import Trainee
 from shoal.training.recipes.makers import objective_of
-from shoal.training.recipes.playing import score_of
+from shoal.training.recipes.playing import scene_of, score_of
 from shoal.training.recipes.recipe import Recipe, Warm
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.cast import Actor, Acts, ByRole, Learned, Scripted, Seat
@@ -39,13 +39,12 @@ class Demonstrator:
 
 def teach(warm: Warm, recipe: Recipe, policy: str, trainee: Trainee, rng: np.random.Generator) -> float:
     """Teach until what the policy samples scores ``warm.until``, or for ``warm.max_steps``; how much it scored last."""
-    seats = {
-        role: Learned(policy) if role in (warm.roles or recipe.game.roles) else _SHOWN for role in recipe.game.roles
-    }
+    game = scene_of(recipe, policy).game
+    seats = {role: Learned(policy) if role in (warm.roles or game.roles) else _SHOWN for role in game.roles}
 
     def stage(actor: Actor) -> Stage:
         actors: dict[Seat, Actor] = {Learned(policy): actor, _SHOWN: Demonstrator(warm)}
-        return Stage(recipe.game, FreshSeeds(), ByRole(**seats), actors, warm.takes, seed=int(rng.integers(2**32)))
+        return Stage(game, FreshSeeds(), ByRole(**seats), actors, warm.takes, seed=int(rng.integers(2**32)))
 
     shown, tried = stage(Demonstrator(warm)), stage(trainee.actor)
     pupil = trainee.taught_by(objective_of(warm.objective, warm.settings), int(rng.integers(2**32)))

@@ -106,7 +106,8 @@ class News:
         epoch: of the policies.
         env_steps: by all members together until then.
         outcomes: by tag, of the plays of all members.
-        evaluations: by probe, the newest that are signed.
+        evaluations: by probe and epoch, the median of what members have signed, of probes that the recipe wants heard
+            (`shoal.training.scored`); as this member has heard of it, which may be more or less than others have.
         posts: by topic, newest first.
         drawn: how many scenarios this member has drawn in this epoch.
         own: a number that is another for each member.
@@ -116,7 +117,7 @@ class News:
     epoch: int = 0
     env_steps: int = 0
     outcomes: Mapping[str, Moments] = field(default_factory=dict)
-    evaluations: Mapping[str, float] = field(default_factory=dict)
+    evaluations: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     posts: Mapping[str, tuple[Posted, ...]] = field(default_factory=dict)
     drawn: int = 0
     own: int = 0
