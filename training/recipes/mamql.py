@@ -30,7 +30,13 @@ from shoal.training.tasks.source import FreshSeeds, SharedPrompts
 
 BAR: Final = 2.0
 """How many times as much as by cloning has to be delivered."""
-_MODEL: Final = Policy(model="mlp", sizes={"hidden_sizes": (64, 64), "others": ACTS}, objective="softq")
+_AGENT: Final = Policy(
+    model="mlp",
+    sizes={"hidden_sizes": (64, 64), "others": ACTS},
+    objective="softq",
+    settings={"learning_rate": 2e-3, "adam_epsilon": 1e-5, "num_minibatches": 20, "max_grad_norm": 5.0},
+)
+"""Cloning has the same settings."""
 
 
 def correlation(plays: Sequence[Played], trainees: Mapping[str, Trainee]) -> float:
@@ -72,7 +78,7 @@ RECIPE: Final = Recipe(
     game=Handover(size=7, turns=60),
     source=FreshSeeds(),
     cast=ByRole(agent_0="agent_0", agent_1="agent_1"),
-    policies={"agent_0": _MODEL, "agent_1": _MODEL},
+    policies={"agent_0": _AGENT, "agent_1": _AGENT},
     parts={
         "carrier": Part(trains=("agent_0",)),
         "porter": Part(trains=("agent_1",)),
@@ -83,7 +89,7 @@ RECIPE: Final = Recipe(
             source=SharedPrompts(2, seed=2, is_fixed=True),
         ),
     },
-    scripts={"expert": lambda game: Carrier(game)},
+    scripts={"expert": Carrier},
     probes=(
         Probe("delivered", _PROBED),
         Probe("sampled", _PROBED, greedy=False),
@@ -93,8 +99,6 @@ RECIPE: Final = Recipe(
     baseline={
         "policies.agent_0.objective": "clone",
         "policies.agent_1.objective": "clone",
-        "policies.agent_0.settings.num_minibatches": 20,
-        "policies.agent_1.settings.num_minibatches": 20,
         "parts.carrier.acts": False,
         "parts.porter.acts": False,
     },
