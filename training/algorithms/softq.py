@@ -203,7 +203,9 @@ class SoftQ:
                 raise UsageError("softq with others needs a game in which all act at once; set the model's others to 0")
             columns = [self._surprise(other) for other in others]
             if sum(column.shape[1] for column in columns) != size:
-                raise UsageError(f"the others of {take.role!r:.80} do not have {size} kinds of acts; set others to that")
+                raise UsageError(
+                    f"the others of {take.role!r:.80} do not have {size} kinds of acts; set others to that"
+                )
             rows.append(torch.cat(columns, dim=1))
         return torch.cat(rows)[:, None]
 

@@ -194,7 +194,12 @@ class RecipeLearner:
         if not all(self._taught.values()):
             self._teach()
         stage = self._stage
-        if (self._epoch == 0 and self._is_warming) or stage is None or not self._recipe.parts[self._part].acts or self._has_shown:
+        if (
+            (self._epoch == 0 and self._is_warming)
+            or stage is None
+            or not self._recipe.parts[self._part].acts
+            or self._has_shown
+        ):
             self._is_exhausted = True
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:

@@ -1,7 +1,7 @@
 """Plays that are shown to others, so that they learn from them: as arrays that are posted, and back.
 
-Of a post, by role: ``ROLE/lengths`` int64 ``[P]``, how many acts it had in each of P plays; then, of all plays one after
-the other, ``ROLE/sights`` float32 ``[n, size]``, ``ROLE/acts`` int64 ``[n]`` or float32 ``[n, size]``, ``ROLE/legal``
+Of a post, by role: ``ROLE/lengths`` int64 ``[P]``, how many acts it had in each of P plays; then, of all plays one
+after the other, ``ROLE/sights`` float32 ``[n, size]``, ``ROLE/acts`` int64 ``[n]`` or float32 ``[n, size]``, ``ROLE/legal``
 bool ``[n, count]`` where the game says such, and ``ROLE/last`` float32 ``[P, size]``, the sights with which plays
 were cut off; ``ROLE/cut`` bool ``[P]`` says which had one. What a role earned is not in it.
 
