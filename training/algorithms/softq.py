@@ -154,9 +154,9 @@ class SoftQ:
         loss = value - rewards[0].mean() + size / (4 * self.settings.bound)
         with torch.no_grad():
             shown = model.log_probs(batch.shown.turns).mean()
-            measures = {"loss": float(loss), "shown_reward": float(rewards[0].mean()), "log_prob": float(shown)}
+            measures = {"loss": float(loss.detach()), "shown_reward": float(rewards[0].detach().mean()), "log_prob": float(shown)}
             if batch.own is not None:
-                measures["own_reward"] = float(rewards[1].mean())
+                measures["own_reward"] = float(rewards[1].detach().mean())
         return loss, measures
 
     @torch.no_grad()
