@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from shoal.training.recipes.past import Pasts
-from shoal.training.tasks.cast import Actor, Foreign, Learned, Past, Seat
+from shoal.training.tasks.cast import Actor, Foreign, Past, Seat
 from shoal.training.tasks.foreign import ForeignActor, check_seat
 from shoal.training.tasks.play import Role
 
@@ -16,7 +16,7 @@ class Seating(Mapping[Seat, Actor]):
 
     def __init__(
         self,
-        policies: Mapping[str, Actor],
+        present: Mapping[Seat, Actor],
         pasts: Pasts,
         epoch: Callable[[], int],
         roles: Mapping[str, Role],
@@ -26,8 +26,8 @@ class Seating(Mapping[Seat, Actor]):
         """Seat nobody yet.
 
         Args:
-            policies: of the recipe, as they are.
-            pasts: as they were.
+            present: the recipe's policies as they are, and scripts of its own.
+            pasts: the policies as they were.
             epoch: that it is now.
             roles: of the game.
             foreign: seats that the casts name.
@@ -40,14 +40,12 @@ class Seating(Mapping[Seat, Actor]):
             check_seat(seat)
         self._roles, self._seed = roles, seed
         self._foreign: dict[str, ForeignActor] = {}
-        self._policies: Final = policies
+        self._present: Final = present
         self._pasts: Final = pasts
         self._epoch: Final = epoch
 
     def __getitem__(self, seat: Seat) -> Actor:
         match seat:
-            case Learned(policy):
-                return self._policies[policy]
             case Past():
                 return self._pasts.actor(seat, self._epoch())
             case Foreign(name):
@@ -55,11 +53,11 @@ class Seating(Mapping[Seat, Actor]):
                     self._foreign[name] = ForeignActor(seat, self._roles, seed=self._seed)
                 return self._foreign[name]
             case _:
-                raise KeyError(seat)
+                return self._present[seat]
 
     def __iter__(self) -> Iterator[Seat]:
         """Those that are always there."""
-        return map(Learned, self._policies)
+        return iter(self._present)
 
     def close(self) -> None:
         """End the processes of foreign seats."""
@@ -67,4 +65,4 @@ class Seating(Mapping[Seat, Actor]):
             actor.close()
 
     def __len__(self) -> int:
-        return len(self._policies)
+        return len(self._present)
