@@ -42,7 +42,7 @@ from shoal.training.exchange.rules import ROUNDING, Codec
 from shoal.training.manifest import Manifest, Mode
 from shoal.training.state import check_fit
 from shoal.training.tasks import Task
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 _MAX_BACKLOG: Final = 8  # batches that may wait for an update
 
@@ -127,7 +127,7 @@ class PolicyLearner:
             Stream(task, num_envs=config.num_envs, gamma=config.gamma, seed=manifest.seed, name=name)
             for name in streams
         ]
-        self._normalizers = Normalizers(task.observation_size, config)
+        self._normalizers = Normalizers(task.observation_space, config)
         max_change = self._adam.max_change(config.num_steps)
         limits = Limits(
             config.max_grad_norm,
@@ -294,7 +294,7 @@ class PolicyLearner:
         log_probs, _ = self._model.judge(observations, _by_column(rollout.actions[first:]))
         return log_probs.reshape(rollout.rewards[first:].shape)
 
-    def _act(self, observations: Floats, rng: np.random.Generator) -> Actions:
+    def _act(self, observations: Observations, rng: np.random.Generator) -> Actions:
         return self._model.act(self._normalizers.observations(observations), rng)
 
     # --- the state ---------------------------------------------------------------------------------------------------
@@ -357,13 +357,13 @@ class PolicyLearner:
         finally:
             self._load(before)
 
-    def _is_sane_for(self, shown: Floats) -> bool:
+    def _is_sane_for(self, shown: Observations) -> bool:
         observations = self._normalizers.observations(shown)
         with np.errstate(all="ignore"):
             actions = self._model.act(observations, np.random.default_rng(0))
         return self._judges_sanely(observations, actions.T)
 
-    def _judges_sanely(self, observations: Floats, actions: Actions) -> bool:
+    def _judges_sanely(self, observations: Observations, actions: Actions) -> bool:
         with np.errstate(all="ignore"):
             judged = self._model.judge(observations, actions)
         return all(bool(np.isfinite(each).all()) for each in judged)
@@ -378,9 +378,9 @@ class PolicyLearner:
             raise UsageError("an update is under way; finish it or call abandon() first")
 
 
-def _flat(rows: Floats) -> Floats:
-    """``[T, N, size]`` as ``[T * N, size]``."""
-    return rows.reshape(-1, rows.shape[2])
+def _flat(rows: Observations) -> Observations:
+    """``[T, N, *shape]`` as ``[T * N, *shape]``."""
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def _by_column(actions: Actions) -> Actions:

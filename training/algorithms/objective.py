@@ -21,7 +21,7 @@ import numpy as np
 from shoal.training.algorithms.rollouts import Rollout, Stream
 from shoal.training.algorithms.settings import Settings
 from shoal.training.exchange.averager import Moments
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 
 class Model(Protocol):
@@ -37,16 +37,16 @@ class Model(Protocol):
         """By name, views of `flat`."""
         ...
 
-    def act(self, observations: Floats, rng: np.random.Generator) -> Actions:
-        """Sample: ``[N]`` int64 or ``[N, size]`` float32 for observations ``[N, observation_size]``."""
+    def act(self, observations: Observations, rng: np.random.Generator) -> Actions:
+        """Sample: ``[N]`` int64 or ``[N, size]`` float32 for observations ``[N, *shape]``."""
         ...
 
-    def act_greedily(self, observations: Floats) -> Actions:
+    def act_greedily(self, observations: Observations) -> Actions:
         """The likeliest or best."""
         ...
 
-    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, Floats]:
-        """Log-probabilities and values, each ``[S]``, of ``[S, observation_size]`` and ``[S]`` or ``[size, S]``."""
+    def judge(self, observations: Observations, actions: Actions) -> tuple[Floats, Floats]:
+        """Log-probabilities and values, each ``[S]``, of ``[S, *shape]`` and ``[S]`` or ``[size, S]``."""
         ...
 
 
@@ -56,9 +56,9 @@ class Experience:
 
     Attributes:
         rollout: as the environments gave it.
-        observations: ``[T * N, observation_size]``, normalised.
-        last: ``[N, observation_size]``, normalised: not yet acted on.
-        finals: ``[K, observation_size]``, normalised, of the K truncated episodes.
+        observations: ``[T * N, *shape]``, normalised.
+        last: ``[N, *shape]``, normalised: not yet acted on.
+        finals: ``[K, *shape]``, normalised, of the K truncated episodes.
         actions: ``[T * N]``, or ``[size, T * N]`` of a continuous policy.
         acted: ``[T * N]``, the log-probabilities that the policy that acted gave to its actions; NaN where it is the
             present one.
@@ -66,9 +66,9 @@ class Experience:
     """
 
     rollout: Rollout
-    observations: Floats
-    last: Floats
-    finals: Floats
+    observations: Observations
+    last: Observations
+    finals: Observations
     actions: Actions
     acted: Floats
     rewards: Floats
@@ -78,8 +78,8 @@ class Samples(Protocol):
     """A batch or a minibatch: what an objective makes of experience, and what the engine knows of it."""
 
     @property
-    def observations(self) -> Floats:
-        """``[S, observation_size]``, normalised."""
+    def observations(self) -> Observations:
+        """``[S, *shape]``, normalised."""
         ...
 
     @property

@@ -21,7 +21,7 @@ from shoal.training.exchange.averager import Moments
 from shoal.training.manifest import Manifest
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.tasks import Task
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 _MAX_SIZES: Final = 8  # of minibatches, whose arrays are kept
 
@@ -45,7 +45,7 @@ class Batch:
     """What an update or one step of it is made from.
 
     Attributes:
-        observations: ``[S, observation_size]``, normalised.
+        observations: ``[S, *shape]``, normalised.
         actions: ``[S]``, or ``[size, S]`` of a continuous policy.
         log_probs: ``[S]``, what the policy that acted gave to its actions.
         advantages: ``[S]``.
@@ -53,7 +53,7 @@ class Batch:
         values: ``[S]``, what they were when the update began.
     """
 
-    observations: Floats
+    observations: Observations
     actions: Actions
     log_probs: Floats
     advantages: Floats
@@ -105,7 +105,7 @@ class Batch:
             axis = 0 if column is self.observations else -1
             np.take(column, order, axis=axis, out=place, mode="clip")  # the default, "raise", goes by way of a copy
 
-    def _columns(self) -> tuple[Floats, Actions, Floats, Floats, Floats, Floats]:
+    def _columns(self) -> tuple[Observations, Actions, Floats, Floats, Floats, Floats]:
         return self.observations, self.actions, self.log_probs, self.advantages, self.returns, self.values
 
 
@@ -253,7 +253,7 @@ class OnPolicy(ABC, Generic[S]):
 def actor_critic(settings: OnPolicySettings, manifest: Manifest, task: Task) -> ActorCritic:
     """The networks of a run, in their initial state."""
     return ActorCritic(
-        task.observation_size,
+        task.observation_space.size,
         task.action_space,
         settings.hidden_sizes,
         initial_log_std=settings.initial_log_std,

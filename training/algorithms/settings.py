@@ -94,6 +94,9 @@ def check_ranges(settings: Any) -> None:
 # The bonus holds off the early end of exploration among a few actions. A Gaussian has its own deviation, and learns it.
 _CONTINUOUS: Final[dict[str, Any]] = {"entropy_coefficient": 0.0, "normalize_observations": True}
 
+# What bytes are worth is known.
+_BYTES: Final[dict[str, Any]] = {"normalize_observations": False}
+
 # A swing is over in a second: looking further ahead learns slower (RL Baselines3 Zoo has 0.9).
 _TASKS: Final[dict[str, dict[str, Any]]] = {"gym:Pendulum-v1": {"gamma": 0.95}}
 
@@ -118,6 +121,8 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
     given: dict[str, Any] = {}
     if isinstance(task.action_space, Continuous):
         given |= _CONTINUOUS
+    if task.observation_space.dtype == "uint8":
+        given |= _BYTES
     given |= _TASKS.get(manifest.task, {})
     if manifest.mode is Mode.GRADIENT:
         given |= in_gradient
@@ -156,7 +161,8 @@ class Described:
 
 def described(kind: type[Settings], in_gradient: Mapping[str, Any]) -> list[Described]:
     """All settings of an algorithm, `in_gradient` being its defaults in mode ``gradient``."""
-    special = {"mode gradient": in_gradient, "codec topk": _LATE, "continuous actions": _CONTINUOUS} | _TASKS
+    special = {"mode gradient": in_gradient, "codec topk": _LATE, "continuous actions": _CONTINUOUS, "bytes": _BYTES}
+    special |= _TASKS
     return [
         Described(
             each.name,
