@@ -59,6 +59,7 @@ class OnEngine(ABC, Generic[S]):
         paper: its source.
         settings: its own.
         in_gradient: which of them have other defaults in mode ``gradient``.
+        on_images: likewise for tasks that show images, in every mode.
     """
 
     name: ClassVar[str]
@@ -67,6 +68,7 @@ class OnEngine(ABC, Generic[S]):
     paper: ClassVar[str]
     settings: type[S]
     in_gradient: ClassVar[Mapping[str, Any]] = {}
+    on_images: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def objective(self, settings: S, manifest: Manifest, task: Task) -> Objective[Any]:
@@ -82,7 +84,7 @@ class OnEngine(ABC, Generic[S]):
         Raises:
             UsageError: if one is unknown, of the wrong type or out of range.
         """
-        return read_settings(self.settings, self.name, manifest, task, self.in_gradient)
+        return read_settings(self.settings, self.name, manifest, task, self.in_gradient, self.on_images)
 
     def learner(
         self,

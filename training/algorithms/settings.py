@@ -104,7 +104,14 @@ _TASKS: Final[dict[str, dict[str, Any]]] = {"gym:Pendulum-v1": {"gamma": 0.95}}
 _LATE: Final[dict[str, Any]] = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
 
 
-def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task, in_gradient: Mapping[str, Any]) -> S:
+def read_settings(
+    kind: type[S],
+    algorithm: str,
+    manifest: Manifest,
+    task: Task,
+    in_gradient: Mapping[str, Any],
+    on_images: Mapping[str, Any] | None = None,
+) -> S:
     """The manifest's hyperparameters over the defaults for the task, its action space and the exchange mode.
 
     Args:
@@ -113,6 +120,7 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
         manifest: of the run.
         task: the manifest's.
         in_gradient: the algorithm's defaults in mode ``gradient``.
+        on_images: likewise for tasks that show images, in every mode.
 
     Raises:
         UsageError: if one is unknown, of the wrong type or out of range.
@@ -126,6 +134,8 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
     given |= _TASKS.get(manifest.task, {})
     if manifest.mode is Mode.GRADIENT:
         given |= in_gradient
+    if task.observation_space.is_image:
+        given |= on_images or {}
     if manifest.codec is Codec.TOPK:
         given |= _LATE
     for name in manifest.hyperparameters:
@@ -159,9 +169,12 @@ class Described:
     high: float | None
 
 
-def described(kind: type[Settings], in_gradient: Mapping[str, Any]) -> list[Described]:
-    """All settings of an algorithm, `in_gradient` being its defaults in mode ``gradient``."""
+def described(
+    kind: type[Settings], in_gradient: Mapping[str, Any], on_images: Mapping[str, Any] | None = None
+) -> list[Described]:
+    """All settings of an algorithm, whose defaults in mode ``gradient`` and for images are given."""
     special = {"mode gradient": in_gradient, "codec topk": _LATE, "continuous actions": _CONTINUOUS, "bytes": _BYTES}
+    special |= {"images": on_images or {}}
     special |= _TASKS
     return [
         Described(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 _UNIFORMS: Final = 12
+_CACHED: Final = 2**16  # numbers on which a step is taken at once
 
 
 def normals(raw: np.random.PCG64, count: int) -> npt.NDArray[np.float64]:
@@ -32,10 +33,12 @@ def orthogonal(rows: int, columns: int, raw: np.random.PCG64) -> npt.NDArray[np.
     """
     short, long = sorted((rows, columns))
     matrix = normals(raw, short * long).reshape(short, long)
+    rows_at_once = max(1, _CACHED // long)
     for index, row in enumerate(matrix):
         row /= math.sqrt(_sums(row * row))
-        rest = matrix[index + 1 :]
-        rest -= _sums(rest * row)[:, None] * row
+        for start in range(index + 1, short, rows_at_once):
+            rest = matrix[start : start + rows_at_once]
+            rest -= _sums(rest * row)[:, None] * row
     return matrix if rows <= columns else matrix.T
 
 
