@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import UsageError
-from shoal.training.algorithms.off_policy import Minibatch, OffPolicy, OffPolicyOnEngine, OffPolicySettings
+from shoal.training.algorithms.off_policy import Minibatch, OffPolicy, OffPolicyOnEngine, OffPolicySettings, vector_size
 from shoal.training.algorithms.settings import setting
 from shoal.training.manifest import Manifest
 from shoal.training.models.q_network import QNetwork
@@ -62,7 +62,7 @@ class DQN(OffPolicyOnEngine[DQNSettings]):
         if not isinstance(task.action_space, Discrete):
             raise UsageError(f"dqn chooses among a few actions, and {task.name} takes numbers; take sac or ppo")
         count, sizes = task.action_space.count, settings.hidden_sizes
-        return DQNObjective(settings, QNetwork(task.observation_size, count, sizes, seed=manifest.seed))
+        return DQNObjective(settings, QNetwork(vector_size(task), count, sizes, seed=manifest.seed))
 
 
 class DQNObjective(OffPolicy[DQNSettings]):

@@ -41,10 +41,10 @@ from shoal.training.exchange.averager import Arrays
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.rules import ROUNDING, Codec
 from shoal.training.manifest import Manifest, Mode
-from shoal.training.rollouts.acting import ActorShape
+from shoal.training.rollouts.acting import ActorShape, acted_in
 from shoal.training.state import check_fit
 from shoal.training.tasks import Task
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 _MAX_BACKLOG: Final = 8  # batches that may wait for an update
 _OWN: Final = "objective/"
@@ -62,6 +62,7 @@ class OnEngine(ABC, Generic[S]):
         paper: its source.
         settings: its own.
         in_gradient: which of them have other defaults in mode ``gradient``.
+        on_images: likewise for tasks that show images, in every mode.
     """
 
     name: ClassVar[str]
@@ -70,6 +71,7 @@ class OnEngine(ABC, Generic[S]):
     paper: ClassVar[str]
     settings: type[S]
     in_gradient: ClassVar[Mapping[str, Any]] = {}
+    on_images: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def objective(self, settings: S, manifest: Manifest, task: Task) -> Objective[Any]:
@@ -85,14 +87,15 @@ class OnEngine(ABC, Generic[S]):
         Raises:
             UsageError: if one is unknown, of the wrong type or out of range.
         """
-        return read_settings(self.settings, self.name, manifest, task, self.in_gradient)
+        return read_settings(self.settings, self.name, manifest, task, self.in_gradient, self.on_images)
 
     def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
         """That of `shoal.training.models.actor_critic`."""
-        settings = self.configured(manifest, task)
-        return ActorShape(
-            task.observation_size, task.action_space, settings.hidden_sizes, settings.normalize_observations
-        )
+        settings, box = self.configured(manifest, task), task.observation_space
+        if box.is_image or box.dtype != "float32":
+            raise UsageError(f"{task.name} shows images or bytes, by which actors do not act yet; take the mode local")
+        space = acted_in(task.action_space)
+        return ActorShape(box.size, space, settings.hidden_sizes, settings.normalize_observations)
 
     def learner(
         self,
@@ -159,7 +162,7 @@ class PolicyLearner:
             Stream(task, num_envs=config.num_envs, gamma=config.gamma, seed=manifest.seed, name=name)
             for name in streams
         ]
-        self._normalizers = Normalizers(task.observation_size, config)
+        self._normalizers = Normalizers(task.observation_space, config)
         max_change = self._adam.max_change(config.num_steps)
         limits = Limits(
             config.max_grad_norm,
@@ -367,7 +370,7 @@ class PolicyLearner:
         log_probs = self._model.judge(observations, _by_column(rollout.actions[first:]))[0]
         return log_probs.reshape(rollout.rewards[first:].shape)
 
-    def _act(self, observations: Floats, rng: np.random.Generator) -> Actions:
+    def _act(self, observations: Observations, rng: np.random.Generator) -> Actions:
         return self._model.act(self._normalizers.observations(observations), rng)
 
     # --- the state ---------------------------------------------------------------------------------------------------
@@ -435,13 +438,13 @@ class PolicyLearner:
         finally:
             self._load(before)
 
-    def _is_sane_for(self, shown: Floats) -> bool:
+    def _is_sane_for(self, shown: Observations) -> bool:
         observations = self._normalizers.observations(shown)
         with np.errstate(all="ignore"):
             actions = self._model.act(observations, np.random.default_rng(0))
         return self._judges_sanely(observations, actions.T)
 
-    def _judges_sanely(self, observations: Floats, actions: Actions) -> bool:
+    def _judges_sanely(self, observations: Observations, actions: Actions) -> bool:
         with np.errstate(all="ignore"):
             judged = self._model.judge(observations, actions)
         return all(bool(np.isfinite(each).all()) for each in judged)
@@ -456,9 +459,9 @@ class PolicyLearner:
             raise UsageError("an update is under way; finish it or call abandon() first")
 
 
-def _flat(rows: Floats) -> Floats:
-    """``[T, N, size]`` as ``[T * N, size]``."""
-    return rows.reshape(-1, rows.shape[2])
+def _flat(rows: Observations) -> Observations:
+    """``[T, N, *shape]`` as ``[T * N, *shape]``."""
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def _by_column(actions: Actions) -> Actions:

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from shoal.training.tasks import Task, VectorEnv
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, Lenient, Observations
 from shoal.training.tasks.failures import TaskFailedError
 from shoal.training.tasks.source import seed_of
 
@@ -21,9 +21,10 @@ class Evaluation:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._make = task.make_plain if isinstance(task, Lenient) else task.make
         self._envs: dict[int, VectorEnv] = {}
 
-    def returns(self, act: Callable[[Floats], Actions], episodes: int, seed: int) -> list[float]:
+    def returns(self, act: Callable[[Observations], Actions], episodes: int, seed: int) -> list[float]:
         """Undiscounted returns; an episode is cut after 100,000 steps, left out if it fails.
 
         Raises:
@@ -34,7 +35,7 @@ class Evaluation:
         while begun < episodes:
             count = min(episodes - begun, _MAX_ENVS)
             if count not in self._envs:
-                self._envs[count] = self._task.make(count)
+                self._envs[count] = self._make(count)
             env = self._envs[count]
             observations = env.reset([seed_of(seed, "evaluation", begun + i) for i in range(count)])
             totals, live = np.zeros(count), np.ones(count, np.bool_)

@@ -11,11 +11,12 @@ from typing import Final
 
 import numpy as np
 
+from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.rollouts import Source
 from shoal.training.algorithms.settings import Settings
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outliers import Scale, root_mean_square
-from shoal.training.tasks.base import Floats
+from shoal.training.tasks.base import Box, Floats, Observations
 
 MOMENTS_FACTOR: Final = 1000.0
 _CLIP: Final = 10.0  # normalised observations and rewards beyond this are outliers
@@ -24,16 +25,25 @@ _CLIP: Final = 10.0  # normalised observations and rewards beyond this are outli
 class Normalizers:
     """Both, as all peers hold them."""
 
-    def __init__(self, observation_size: int, settings: Settings) -> None:
-        self._size = observation_size
+    def __init__(self, space: Box, settings: Settings) -> None:
+        """Begin with the moments of nothing.
+
+        Raises:
+            UsageError: if bytes are to be normalised.
+        """
+        if settings.normalize_observations and space.dtype == "uint8":
+            raise UsageError("bytes are seen as 0 to 1 and not normalised; leave normalize_observations out")
+        # An image has many numbers: where nobody normalises them, nobody keeps or sends moments of nothing.
+        is_counted = settings.normalize_observations or not space.is_image
+        self._shape = space.shape if is_counted else ()
         self.is_normalized = {
             "observation": settings.normalize_observations,
             "return": settings.normalize_returns,
         }
-        self._set(Moments.none((observation_size,)), Moments.none())
+        self._set(Moments.none(self._shape), Moments.none())
 
-    def observations(self, shown: Floats) -> Floats:
-        """As the networks are to see what the environments show, ``[..., observation_size]``."""
+    def observations(self, shown: Observations) -> Observations:
+        """As the networks are to see what the environments show, ``[..., *shape]``."""
         if not self._observation.count:
             return shown
         return normal(shown, *self._scale)
@@ -48,13 +58,14 @@ class Normalizers:
 
     def increments(self, streams: Sequence[Source]) -> Arrays:
         """The moments of what was collected since the last update; of nothing, where there is nothing to normalise."""
-        observations, returns = Moments.none((self._size,)), Moments.none()
+        observations, returns = Moments.none(self._shape), Moments.none()
         for stream in streams:
             if not stream.samples:
                 continue
             rollout = stream.rollout()
             if self.is_normalized["observation"]:
-                observations = observations.merge(Moments.of(rollout.observations[:-1].reshape(-1, self._size)))
+                shown = rollout.observations[:-1].reshape(-1, *self._shape)
+                observations = observations.merge(Moments.of(shown.astype(np.float32, copy=False)))
             if self.is_normalized["return"]:
                 returns = returns.merge(Moments.of(rollout.discounted_returns.ravel()))
         return observations.to_arrays("observation") | returns.to_arrays("return")
@@ -92,7 +103,7 @@ def mean_and_scale(seen: Moments) -> tuple[Floats, Floats]:
     return seen.mean.astype(np.float32), scale.astype(np.float32)
 
 
-def normal(shown: Floats, mean: Floats, scale: Floats) -> Floats:
+def normal(shown: Observations, mean: Floats, scale: Floats) -> Floats:
     """As the networks are to see ``[..., observation_size]``: the same bits on every machine."""
     found: Floats = ((shown - mean) * scale).clip(-_CLIP, _CLIP)
     return found

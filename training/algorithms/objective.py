@@ -22,7 +22,7 @@ from shoal.training.algorithms.normalizers import Normalizers
 from shoal.training.algorithms.rollouts import Rollout, Source
 from shoal.training.algorithms.settings import Settings
 from shoal.training.exchange.averager import Arrays, Moments
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 
 class Model(Protocol):
@@ -38,16 +38,16 @@ class Model(Protocol):
         """By name, views of `flat`."""
         ...
 
-    def act(self, observations: Floats, rng: np.random.Generator) -> Actions:
-        """Sample: ``[N]`` int64 or ``[N, size]`` float32 for observations ``[N, observation_size]``."""
+    def act(self, observations: Observations, rng: np.random.Generator) -> Actions:
+        """Sample: ``[N]`` int64 or ``[N, size]`` float32 for observations ``[N, *shape]``."""
         ...
 
-    def act_greedily(self, observations: Floats) -> Actions:
+    def act_greedily(self, observations: Observations) -> Actions:
         """The likeliest or best."""
         ...
 
-    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, ...]:
-        """What it makes of ``[S, observation_size]`` and ``[S]`` or ``[size, S]``: arrays of ``S`` finite numbers.
+    def judge(self, observations: Observations, actions: Actions) -> tuple[Floats, ...]:
+        """What it makes of ``[S, *shape]`` and ``[S]`` or ``[size, S]``: arrays of ``S`` finite numbers.
 
         Log-probabilities come first, where an objective has use for them (`Objective.has_log_probs`).
         """
@@ -60,9 +60,9 @@ class Experience:
 
     Attributes:
         rollout: as the environments gave it.
-        observations: ``[T * N, observation_size]``, normalised.
-        last: ``[N, observation_size]``, normalised: not yet acted on.
-        finals: ``[K, observation_size]``, normalised, of the K truncated episodes.
+        observations: ``[T * N, *shape]``, normalised.
+        last: ``[N, *shape]``, normalised: not yet acted on.
+        finals: ``[K, *shape]``, normalised, of the K truncated episodes.
         actions: ``[T * N]``, or ``[size, T * N]`` of a continuous policy.
         acted: ``[T * N]``, the log-probabilities that the policy that acted gave to its actions; NaN where it is the
             present one.
@@ -71,9 +71,9 @@ class Experience:
     """
 
     rollout: Rollout
-    observations: Floats
-    last: Floats
-    finals: Floats
+    observations: Observations
+    last: Observations
+    finals: Observations
     actions: Actions
     acted: Floats
     rewards: Floats
@@ -84,8 +84,8 @@ class Samples(Protocol):
     """A batch or a minibatch: what an objective makes of experience, and what the engine knows of it."""
 
     @property
-    def observations(self) -> Floats:
-        """``[S, observation_size]``, normalised."""
+    def observations(self) -> Observations:
+        """``[S, *shape]``, normalised."""
         ...
 
     @property

@@ -34,6 +34,7 @@ from shoal.training.algorithms.rollouts import Source
 from shoal.training.algorithms.settings import Settings, setting
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.manifest import Manifest
+from shoal.training.models.seen import as_vectors
 from shoal.training.rollouts.acting import ActorShape
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Floats
@@ -123,6 +124,17 @@ class News:
 
     def __len__(self) -> int:
         return len(self.observations)
+
+
+def vector_size(task: Task) -> int:
+    """How many numbers a task shows.
+
+    Raises:
+        UsageError: if it shows something else.
+    """
+    if task.observation_space.is_image or task.observation_space.dtype != "float32":
+        raise UsageError(f"{task.name} shows images or bytes, and this algorithm sees vectors of numbers; take ppo")
+    return task.observation_space.size
 
 
 class Targets:
@@ -267,10 +279,10 @@ class OffPolicy(ABC, Generic[S]):
         parts = Transitions.join([replay.draw(size, stream.rng) for replay, stream in pairs])
         noise = [stream.rng.standard_normal((size, self.num_noise), np.float32) for _, stream in pairs]
         return Minibatch(
-            normal.observations(parts.observations),
+            as_vectors(normal.observations(parts.observations)),
             parts.actions,
             normal.rewards(parts.rewards),
-            normal.observations(parts.following),
+            as_vectors(normal.observations(parts.following)),
             parts.discounts,
             np.concatenate(noise),
         )

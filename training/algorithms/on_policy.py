@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Final, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -20,10 +21,20 @@ from shoal.training.algorithms.settings import Settings, setting
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.manifest import Manifest
 from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.models.policy import Policy
 from shoal.training.tasks import Task
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 _MAX_SIZES: Final = 8  # of minibatches, whose arrays are kept
+
+
+class Network(StrEnum):
+    """What acts and values."""
+
+    AUTO = "auto"
+    MLP = "mlp"
+    NATURE = "nature"
+    IMPALA = "impala"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +56,11 @@ class OnPolicySettings(Settings):
     initial_log_std: float = setting(
         0.0, "of a continuous policy; 0 where 1 is half the range of an action", -20.0, 5.0
     )
+    network: Network = setting(
+        Network.AUTO,
+        "mlp (of hidden_sizes), nature or impala (of images); auto: mlp for vectors, nature for images, or impala for "
+        "those that are too small for it",
+    )
 
     @property
     def num_steps(self) -> int:
@@ -57,7 +73,7 @@ class Batch:
     """What an update or one step of it is made from.
 
     Attributes:
-        observations: ``[S, observation_size]``, normalised.
+        observations: ``[S, *shape]``, normalised.
         actions: ``[S]``, or ``[size, S]`` of a continuous policy.
         log_probs: ``[S]``, what the policy that acted gave to its actions.
         advantages: ``[S]``.
@@ -65,7 +81,7 @@ class Batch:
         values: ``[S]``, what they were when the update began.
     """
 
-    observations: Floats
+    observations: Observations
     actions: Actions
     log_probs: Floats
     advantages: Floats
@@ -78,6 +94,8 @@ class Batch:
     @classmethod
     def join(cls, parts: Sequence[Batch]) -> Batch:
         """The samples of all, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
             np.concatenate([part.observations for part in parts]),
             np.concatenate([part.actions for part in parts], axis=-1),
@@ -117,7 +135,7 @@ class Batch:
             axis = 0 if column is self.observations else -1
             np.take(column, order, axis=axis, out=place, mode="clip")  # the default, "raise", goes by way of a copy
 
-    def _columns(self) -> tuple[Floats, Actions, Floats, Floats, Floats, Floats]:
+    def _columns(self) -> tuple[Observations, Actions, Floats, Floats, Floats, Floats]:
         return self.observations, self.actions, self.log_probs, self.advantages, self.returns, self.values
 
 
@@ -136,7 +154,7 @@ class Judged:
     final_values: Floats
 
     @classmethod
-    def by(cls, model: ActorCritic, experience: Experience) -> Self:
+    def by(cls, model: Policy, experience: Experience) -> Self:
         """Judge."""
         shape = experience.rewards.shape
         log_probs, judged = model.judge(experience.observations, experience.actions)
@@ -162,12 +180,12 @@ S = TypeVar("S", bound=OnPolicySettings)
 
 
 class OnPolicy(ABC, Generic[S]):
-    """An `Objective` of an `ActorCritic`: an algorithm adds its loss, and its own estimates if they are not GAE."""
+    """An `Objective` of a `Policy`: an algorithm adds its loss, and its own estimates if they are not GAE."""
 
     has_advantages = True
     has_log_probs = True
 
-    def __init__(self, settings: S, model: ActorCritic) -> None:
+    def __init__(self, settings: S, model: Policy) -> None:
         self.settings = settings
         self.model = model
         self._losses: dict[int, Loss] = {}  # by size of the minibatch
@@ -289,12 +307,29 @@ class OnPolicy(ABC, Generic[S]):
         return {"explained_variance": 1 - float(batch.advantages.var()) / variance if variance > 0 else 0.0}
 
 
-def actor_critic(settings: OnPolicySettings, manifest: Manifest, task: Task) -> ActorCritic:
-    """The networks of a run, in their initial state."""
-    return ActorCritic(
-        task.observation_size,
-        task.action_space,
-        settings.hidden_sizes,
-        initial_log_std=settings.initial_log_std,
-        seed=manifest.seed,
-    )
+def actor_critic(settings: OnPolicySettings, manifest: Manifest, task: Task) -> Policy:
+    """The networks of a run, in their initial state.
+
+    Raises:
+        UsageError: if the network cannot see what the task shows.
+    """
+    box, network = task.observation_space, settings.network
+    if network is Network.MLP or (network is Network.AUTO and not box.is_image):
+        return ActorCritic(
+            box.size,
+            task.action_space,
+            settings.hidden_sizes,
+            initial_log_std=settings.initial_log_std,
+            seed=manifest.seed,
+        )
+    from shoal.training.models import cnn, networks  # torch, which takes seconds and is needed for nothing else here
+
+    image: cnn.Image
+    match network:
+        case Network.NATURE:
+            image = cnn.Nature(box)
+        case Network.IMPALA:
+            image = cnn.Impala(box)
+        case _:
+            image = cnn.nature_or_impala(box)
+    return networks.ImagePolicy(image, task.action_space, initial_log_std=settings.initial_log_std, seed=manifest.seed)

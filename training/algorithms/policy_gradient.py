@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from shoal.training.algorithms.on_policy import Batch, OnPolicySettings
-from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.models.policy import Policy
 from shoal.training.tasks.base import Floats
 
 
@@ -22,7 +22,7 @@ class PolicyGradientLoss:
     """The loss on minibatches of one size."""
 
     def __init__(
-        self, model: ActorCritic, settings: OnPolicySettings, size: int, *, max_weight: float | None = None
+        self, model: Policy, settings: OnPolicySettings, size: int, *, max_weight: float | None = None
     ) -> None:
         """Make room.
 

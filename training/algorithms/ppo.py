@@ -19,11 +19,11 @@ from typing import Final
 from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.engine import OnEngine
 from shoal.training.algorithms.on_policy import Batch, OnPolicy, actor_critic
-from shoal.training.algorithms.ppo_config import IN_GRADIENT, MIN_CLIP_RANGE, Over, PPOConfig
+from shoal.training.algorithms.ppo_config import IN_GRADIENT, MIN_CLIP_RANGE, ON_IMAGES, Over, PPOConfig
 from shoal.training.algorithms.ppo_loss import ClippedLoss
 from shoal.training.exchange.averager import Moments
 from shoal.training.manifest import Manifest, Mode
-from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.models.policy import Policy
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Floats
 
@@ -39,6 +39,7 @@ class PPO(OnEngine[PPOConfig]):
     paper = "https://arxiv.org/abs/1707.06347"
     settings = PPOConfig
     in_gradient = IN_GRADIENT
+    on_images = ON_IMAGES
 
     def objective(self, settings: PPOConfig, manifest: Manifest, task: Task) -> Clipped:
         """A learner's own."""
@@ -58,7 +59,7 @@ class PPO(OnEngine[PPOConfig]):
 class Clipped(OnPolicy[PPOConfig]):
     """The objective."""
 
-    def __init__(self, settings: PPOConfig, model: ActorCritic) -> None:
+    def __init__(self, settings: PPOConfig, model: Policy) -> None:
         super().__init__(settings, model)
         self._config = settings  # with the clip ranges of the update under way
 

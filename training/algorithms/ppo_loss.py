@@ -18,14 +18,14 @@ import numpy as np
 
 from shoal.training.algorithms.on_policy import Batch
 from shoal.training.algorithms.ppo_config import PPOConfig
-from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.models.policy import Policy
 from shoal.training.tasks.base import Floats
 
 
 class ClippedLoss:
     """The loss on minibatches of one size."""
 
-    def __init__(self, model: ActorCritic, config: PPOConfig, size: int) -> None:
+    def __init__(self, model: Policy, config: PPOConfig, size: int) -> None:
         self._passes, self._gradient = model.passes(size), model.gradient
         self._config, self._size = config, size
         rows = np.empty((8, size), np.float32)

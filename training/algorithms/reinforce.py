@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.training.algorithms.a2c import IN_GRADIENT, A2CSettings, ActorCriticObjective
+from shoal.training.algorithms.a2c import IN_GRADIENT, ON_IMAGES, A2CSettings, ActorCriticObjective
 from shoal.training.algorithms.engine import OnEngine
 from shoal.training.algorithms.on_policy import actor_critic
 from shoal.training.algorithms.settings import setting
@@ -39,6 +39,7 @@ class Reinforce(OnEngine[ReinforceSettings]):
     paper = "https://doi.org/10.1007/BF00992696"
     settings = ReinforceSettings
     in_gradient = IN_GRADIENT
+    on_images = ON_IMAGES
 
     def objective(
         self, settings: ReinforceSettings, manifest: Manifest, task: Task

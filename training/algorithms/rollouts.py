@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from shoal.training.algorithms.base import DivergedError
 from shoal.training.tasks import Task
-from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats
+from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats, MultiDiscrete, Observations
 from shoal.training.tasks.source import seed_of
 
-Policy = Callable[[Floats, np.random.Generator], Actions]
+Policy = Callable[[Observations, np.random.Generator], Actions]
 IsOver = Callable[[], bool]
 
 
@@ -41,23 +41,23 @@ class Rollout:
     """T steps of N environments, side by side.
 
     Attributes:
-        observations: ``[T + 1, N, observation_size]`` as the environments gave them; the last were not yet acted on.
-            This and all that follows are views of what a stream writes into when it collects again.
+        observations: ``[T + 1, N, *shape]`` as the environments gave them; the last were not yet acted on. This and
+            all that follows are views of what a stream writes into when it collects again.
         actions: ``[T, N]`` or ``[T, N, size]``.
         rewards: ``[T, N]``.
         terminated: ``[T, N]``.
         truncated: ``[T, N]``.
         discounted_returns: ``[T, N]``, what the running episode has earned so far, older rewards discounted.
-        final_observations: ``[K, observation_size]`` of the K truncated episodes, in the order of ``truncated``.
+        final_observations: ``[K, *shape]`` of the K truncated episodes, in the order of ``truncated``.
     """
 
-    observations: Floats
+    observations: Observations
     actions: Actions
     rewards: Floats
     terminated: npt.NDArray[np.bool_]
     truncated: npt.NDArray[np.bool_]
     discounted_returns: Floats
-    final_observations: Floats
+    final_observations: Observations
 
     @property
     def samples(self) -> int:
@@ -109,14 +109,14 @@ class Stream:
         self._observations = self._env.reset([seed_of(seed, name, "env", index) for index in range(num_envs)])
         self._episode_returns = np.zeros(num_envs)
         self._discounted = np.zeros(num_envs, np.float32)
-        self._finals: list[Floats] = []
+        self._finals: list[Observations] = []
         self._length = 0
         self._num_old = 0  # of the first steps, that another policy made than the present one
         self._num_used = 0  # of the first steps, by the update under way
         shown, acted = self._observations.shape, _shape_and_type(task.action_space)
         empty = (0, num_envs)
         self._columns: list[npt.NDArray[Any]] = [
-            np.empty((0, *shown), np.float32),
+            np.empty((0, *shown), self._observations.dtype),
             np.empty((*empty, *acted[0]), acted[1]),
             np.empty(empty, np.float32),
             np.empty(empty, np.bool_),
@@ -161,8 +161,8 @@ class Stream:
         return self.samples - before, finished
 
     @property
-    def observations(self) -> Floats:
-        """``[N, observation_size]``, what the environments show now."""
+    def observations(self) -> Observations:
+        """``[N, *shape]``, what the environments show now."""
         return self._observations
 
     def rollout(self) -> Rollout:
@@ -170,8 +170,7 @@ class Stream:
         end = self._length
         observations, *others = self._room(1)
         observations[end] = self._observations
-        size = self._observations.shape[1]
-        finals = np.stack(self._finals) if self._finals else np.zeros((0, size), np.float32)
+        finals: Any = np.stack(self._finals) if self._finals else np.zeros_like(self._observations[:0])
         actions, rewards, terminated, truncated, discounted, _ = (column[:end] for column in others)
         return Rollout(observations[: end + 1], actions, rewards, terminated, truncated, discounted, finals)
 
@@ -319,4 +318,10 @@ def accumulate(deltas: Floats, decay: Floats) -> None:
 
 def _shape_and_type(space: ActionSpace) -> tuple[tuple[int, ...], type[np.generic]]:
     """Of one action."""
-    return ((), np.int64) if isinstance(space, Discrete) else ((space.size,), np.float32)
+    match space:
+        case Discrete():
+            return (), np.int64
+        case MultiDiscrete(counts):
+            return (len(counts),), np.int64
+        case Continuous(size):
+            return (size,), np.float32

@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import UsageError
-from shoal.training.algorithms.off_policy import Minibatch, OffPolicy, OffPolicyOnEngine, OffPolicySettings
+from shoal.training.algorithms.off_policy import Minibatch, OffPolicy, OffPolicyOnEngine, OffPolicySettings, vector_size
 from shoal.training.algorithms.settings import setting
 from shoal.training.manifest import Manifest
 from shoal.training.models.soft_actor import SoftActorCritics
@@ -62,7 +62,7 @@ class SAC(OffPolicyOnEngine[SACSettings]):
         if not isinstance(task.action_space, Continuous):
             raise UsageError(f"sac acts in numbers, and {task.name} has a few actions to choose from; take dqn or ppo")
         model = SoftActorCritics(
-            task.observation_size,
+            vector_size(task),
             task.action_space.size,
             settings.hidden_sizes,
             temperature=settings.initial_temperature,

@@ -92,6 +92,9 @@ def check_ranges(settings: Any) -> None:
             raise UsageError(f"{each.name} must be between {low} and {high}, not {value}")
 
 
+# What bytes are worth is known.
+_BYTES: Final[dict[str, Any]] = {"normalize_observations": False}
+
 # A swing is over in a second: looking further ahead learns slower (RL Baselines3 Zoo has 0.9).
 _TASKS: Final[dict[str, dict[str, Any]]] = {"gym:Pendulum-v1": {"gamma": 0.95}}
 
@@ -99,7 +102,14 @@ _TASKS: Final[dict[str, dict[str, Any]]] = {"gym:Pendulum-v1": {"gamma": 0.95}}
 _LATE: Final[dict[str, Any]] = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
 
 
-def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task, in_gradient: Mapping[str, Any]) -> S:
+def read_settings(
+    kind: type[S],
+    algorithm: str,
+    manifest: Manifest,
+    task: Task,
+    in_gradient: Mapping[str, Any],
+    on_images: Mapping[str, Any] | None = None,
+) -> S:
     """The manifest's hyperparameters over the defaults for the task, its action space and the exchange mode.
 
     Args:
@@ -108,6 +118,7 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
         manifest: of the run.
         task: the manifest's.
         in_gradient: the algorithm's defaults in mode ``gradient``.
+        on_images: likewise for tasks that show images, in every mode.
 
     Raises:
         UsageError: if one is unknown, of the wrong type or out of range.
@@ -116,9 +127,13 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
     given: dict[str, Any] = {}
     if isinstance(task.action_space, Continuous):
         given |= kind.continuous
+    if task.observation_space.dtype == "uint8":
+        given |= _BYTES
     given |= _TASKS.get(manifest.task, {})
     if manifest.mode is Mode.GRADIENT:
         given |= in_gradient
+    if task.observation_space.is_image:
+        given |= on_images or {}
     if manifest.codec is Codec.TOPK:
         given |= _LATE
     for name in manifest.hyperparameters:
@@ -152,9 +167,17 @@ class Described:
     high: float | None
 
 
-def described(kind: type[Settings], in_gradient: Mapping[str, Any]) -> list[Described]:
-    """All settings of an algorithm, `in_gradient` being its defaults in mode ``gradient``."""
-    special = {"mode gradient": in_gradient, "codec topk": _LATE, "continuous actions": kind.continuous} | _TASKS
+def described(
+    kind: type[Settings], in_gradient: Mapping[str, Any], on_images: Mapping[str, Any] | None = None
+) -> list[Described]:
+    """All settings of an algorithm, whose defaults in mode ``gradient`` and for images are given."""
+    special = {
+        "mode gradient": in_gradient,
+        "codec topk": _LATE,
+        "continuous actions": kind.continuous,
+        "bytes": _BYTES,
+    }
+    special |= {"images": on_images or {}} | _TASKS
     return [
         Described(
             each.name,

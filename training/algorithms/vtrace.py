@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shoal.training.algorithms.a2c import A2CSettings, ActorCriticObjective
+from shoal.training.algorithms.a2c import ON_IMAGES, A2CSettings, ActorCriticObjective
 from shoal.training.algorithms.engine import OnEngine
 from shoal.training.algorithms.objective import Experience
 from shoal.training.algorithms.on_policy import Batch, Judged, actor_critic
@@ -28,7 +28,7 @@ from shoal.training.algorithms.policy_gradient import PolicyGradientLoss
 from shoal.training.algorithms.settings import setting
 from shoal.training.exchange.averager import Moments
 from shoal.training.manifest import Manifest
-from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.models.policy import Policy
 from shoal.training.rollouts.staleness import v_trace
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Floats
@@ -56,6 +56,7 @@ class VTrace(OnEngine[VTraceSettings]):
     paper = "https://arxiv.org/abs/1802.01561"
     settings = VTraceSettings
     in_gradient = IN_GRADIENT
+    on_images = ON_IMAGES
 
     def objective(self, settings: VTraceSettings, manifest: Manifest, task: Task) -> VTraceObjective:
         """A learner's own."""
@@ -65,7 +66,7 @@ class VTrace(OnEngine[VTraceSettings]):
 class VTraceObjective(ActorCriticObjective[VTraceSettings]):
     """The objective."""
 
-    def __init__(self, settings: VTraceSettings, model: ActorCritic) -> None:
+    def __init__(self, settings: VTraceSettings, model: Policy) -> None:
         super().__init__(settings, model)
         self._experience: Sequence[Experience] = ()  # of the update under way
         self._moments: Moments | None = None

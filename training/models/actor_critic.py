@@ -22,13 +22,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shoal.training.models.normals import normals
+from shoal.training.models.heads import likeliest, num_outputs, sample
+from shoal.training.models.normals import orthogonal
 from shoal.training.models.passes import Layers, Passes
-from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats
+from shoal.training.models.seen import as_vectors
+from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Floats, Observations
 
 _CHUNK: Final = 512  # what two networks of 64 by 64 make of so many observations stays in a processor's cache
 _MAX_SIZES: Final = 8  # of batches, whose arrays are kept
-_TINY: Final = np.finfo(np.float32).tiny
 
 
 class ActorCritic:
@@ -52,14 +53,14 @@ class ActorCritic:
         seed: int,
     ) -> None:
         self.action_space = action_space
-        outputs = action_space.count if isinstance(action_space, Discrete) else action_space.size
+        outputs = num_outputs(action_space)
         raw = np.random.PCG64(seed)
         values: dict[str, npt.NDArray[np.float64]] = {}
         for network, width, gain in (("actor", outputs, 0.01), ("critic", 1, 1.0)):
             sizes = [observation_size, *hidden_sizes, width]
             for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
                 layer_gain = gain if layer == len(hidden_sizes) else math.sqrt(2)
-                values[f"{network}/{layer}/weight"] = layer_gain * _orthogonal(fan_out, fan_in, raw)
+                values[f"{network}/{layer}/weight"] = layer_gain * orthogonal(fan_out, fan_in, raw)
                 values[f"{network}/{layer}/bias"] = np.zeros(fan_out)
         if isinstance(action_space, Continuous):
             values["actor/log_std"] = np.full(action_space.size, initial_log_std)
@@ -81,32 +82,22 @@ class ActorCritic:
             for network in ("actor", "critic")
         )
 
-    def act(self, observations: Floats, rng: np.random.Generator) -> Actions:
+    def act(self, observations: Observations, rng: np.random.Generator) -> Actions:
         """Sample actions.
 
         Args:
-            observations: ``[N, observation_size]``.
+            observations: ``[N, *shape]``.
             rng: whose state advances by the same amount whatever the observations.
 
         Returns:
-            ``[N]`` int64 for `Discrete`, ``[N, size]`` float32 for `Continuous`.
+            As `shoal.training.models.heads.sample` says.
         """
-        outputs = _through(self._actor, observations)
-        if isinstance(self.action_space, Discrete):
-            # The Gumbel-max trick: the argmax is distributed as the softmax.
-            noise = rng.standard_exponential(outputs.shape, np.float32)
-            np.maximum(noise, _TINY, out=noise)  # in float32 it is 0 now and then
-            np.log(noise, out=noise)
-            chosen: npt.NDArray[np.int64] = np.argmax(outputs - noise, axis=1)
-            return chosen
-        noise = rng.standard_normal(outputs.shape, np.float32)
-        std: Floats = np.exp(self.parameters["actor/log_std"])
-        return outputs + std * noise
+        outputs = _through(self._actor, as_vectors(observations))
+        return sample(self.action_space, outputs, self.parameters.get("actor/log_std"), rng)
 
-    def act_greedily(self, observations: Floats) -> Actions:
+    def act_greedily(self, observations: Observations) -> Actions:
         """The likeliest actions, as `act` would shape them."""
-        outputs = _through(self._actor, observations)
-        return np.argmax(outputs, axis=1) if isinstance(self.action_space, Discrete) else outputs
+        return likeliest(self.action_space, _through(self._actor, as_vectors(observations)))
 
     def passes(self, size: int) -> Passes:
         """Forward and backward on batches of ``size`` observations, with arrays that serve again."""
@@ -116,12 +107,12 @@ class ActorCritic:
             self._passes[size] = Passes(self, size)
         return self._passes[size]
 
-    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, Floats]:
+    def judge(self, observations: Observations, actions: Actions) -> tuple[Floats, Floats]:
         """Judge actions.
 
         Args:
-            observations: ``[S, observation_size]``.
-            actions: ``[S]``, or ``[size, S]`` of a continuous policy.
+            observations: ``[S, *shape]``.
+            actions: ``[S]``, or ``[size, S]`` of a policy that gives several numbers.
 
         Returns:
             The log-probabilities of the actions and the values of the observations, each ``[S]``.
@@ -134,9 +125,9 @@ class ActorCritic:
             values[part] = passes.values
         return log_probs, values
 
-    def values(self, observations: Floats) -> Floats:
-        """The value ``[N]`` of a few observations ``[N, observation_size]``."""
-        return _through(self._critic, observations)[:, 0]
+    def values(self, observations: Observations) -> Floats:
+        """The value ``[N]`` of a few observations ``[N, *shape]``."""
+        return _through(self._critic, as_vectors(observations))[:, 0]
 
 
 def _through(layers: Sequence[tuple[Floats, Floats]], hidden: Floats) -> Floats:
@@ -149,25 +140,3 @@ def _through(layers: Sequence[tuple[Floats, Floats]], hidden: Floats) -> Floats:
         hidden = hidden @ weight
         hidden += bias
     return hidden
-
-
-def _orthogonal(rows: int, columns: int, raw: np.random.PCG64) -> npt.NDArray[np.float64]:
-    """A matrix ``[rows, columns]`` with orthonormal rows, or columns where there are fewer; the same on any machine."""
-    short, long = sorted((rows, columns))
-    matrix = normals(raw, short * long).reshape(short, long)
-    for index, row in enumerate(matrix):
-        row /= math.sqrt(_sums(row * row))
-        rest = matrix[index + 1 :]
-        rest -= _sums(rest * row)[:, None] * row
-    return matrix if rows <= columns else matrix.T
-
-
-def _sums(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Over the last axis, by halving it: elementwise additions in an order that no machine chooses."""
-    while (width := values.shape[-1]) > 1:
-        half = width // 2
-        added = values[..., :half] + values[..., half : 2 * half]
-        if width % 2:
-            added[..., 0] += values[..., -1]
-        values = added
-    return values[..., 0]

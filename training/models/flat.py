@@ -9,6 +9,7 @@ Initial values are the same bits on every machine (`normals`).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.training.models.normals import normals
+from shoal.training.models.normals import normals, orthogonal
 from shoal.training.tasks.base import Floats
 
 
@@ -28,11 +29,13 @@ class Spec:
         shape: of it.
         deviation: of its initial values, which have the mean 0; 0: all are ``fill``.
         fill: what all are then.
+        gain: of a matrix ``[shape[0], the others together]`` that begins orthogonal; 0: it does not.
     """
 
     shape: tuple[int, ...]
     deviation: float = 0.0
     fill: float = 0.0
+    gain: float = 0.0
 
 
 class FlatParameters:
@@ -49,12 +52,17 @@ class FlatParameters:
         raw = np.random.PCG64(seed)
         values = [_initial(spec, raw) for spec in specs.values()]
         self.flat: Floats = np.concatenate([value.ravel() for value in values])
-        ends = list(itertools.accumulate(value.size for value in values))
-        self.parameters: dict[str, Floats] = {
-            name: self.flat[end - value.size : end].reshape(value.shape)
-            for name, value, end in zip(specs, values, ends, strict=True)
-        }
+        self._shapes = {name: value.shape for name, value in zip(specs, values, strict=True)}
+        self.parameters: dict[str, Floats] = self.views_of(self.flat)
         self.tensor = torch.from_numpy(self.flat).requires_grad_()
+
+    def views_of(self, flat: Floats) -> dict[str, Floats]:
+        """By name, the parts of another vector ``[num_parameters]``."""
+        ends = itertools.accumulate(math.prod(shape) for shape in self._shapes.values())
+        return {
+            name: flat[end - math.prod(shape) : end].reshape(shape)
+            for (name, shape), end in zip(self._shapes.items(), ends, strict=True)
+        }
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -97,6 +105,9 @@ class OnFlat:
 
 
 def _initial(spec: Spec, raw: np.random.PCG64) -> npt.NDArray[np.float32]:
+    if spec.gain:
+        matrix = orthogonal(spec.shape[0], math.prod(spec.shape[1:]), raw) * spec.gain
+        return matrix.astype(np.float32).reshape(spec.shape)
     if not spec.deviation:
         return np.full(spec.shape, spec.fill, np.float32)
     size = int(np.prod(spec.shape, dtype=np.int64))

@@ -16,17 +16,17 @@ The gradient of two machines need not be of the same bits, and isn't: a BLAS add
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from shoal.training.tasks.base import Actions, Discrete, Floats
+from shoal.training.models.heads import head_of
+from shoal.training.models.seen import as_vectors
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 if TYPE_CHECKING:
     from shoal.training.models.actor_critic import ActorCritic
-
-_HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
 
 
 class Layers:
@@ -67,84 +67,6 @@ class Layers:
         self.log_std = view("actor/log_std") if "actor/log_std" in shapes else None
 
 
-class _Categorical:
-    """One of several actions: the softmax of what the actor gives."""
-
-    def __init__(self, count: int, size: int) -> None:
-        self.log_probs: Floats = np.empty(size, np.float32)
-        self._negative_entropies: Floats = np.empty(size, np.float32)
-        self._log_p, self._p, self._scratch, self._chosen = (np.empty((count, size), np.float32) for _ in range(4))
-        self._numbers = np.arange(count)[:, None]
-        self._is_chosen = np.empty((count, size), np.bool_)
-
-    def judge(self, outputs: Floats, actions: Actions) -> None:
-        row, log_p, p, scratch = self._negative_entropies, self._log_p, self._p, self._scratch
-        np.maximum.reduce(outputs, axis=0, out=row)
-        np.subtract(outputs, row, out=log_p)
-        np.exp(log_p, out=p)
-        np.add.reduce(p, axis=0, out=row)
-        np.divide(p, row, out=p)
-        np.log(row, out=row)
-        np.subtract(log_p, row, out=log_p)
-        np.equal(self._numbers, actions, out=self._is_chosen)
-        np.copyto(self._chosen, self._is_chosen)
-        np.multiply(log_p, self._chosen, out=scratch)
-        np.add.reduce(scratch, axis=0, out=self.log_probs)
-        np.multiply(p, log_p, out=scratch)
-        np.add.reduce(scratch, axis=0, out=row)
-
-    @property
-    def entropy(self) -> float:
-        return -float(self._negative_entropies.mean())
-
-    def backward(self, d_log_probs: Floats, d_entropy: float, d_outputs: Floats) -> None:
-        # d log p(a) / dz = [a] - p and dH / dz = -p (log p + H), summed over what the loss is made of.
-        scratch = self._scratch
-        np.multiply(self._chosen, d_log_probs, out=d_outputs)
-        if d_entropy:
-            np.subtract(self._log_p, self._negative_entropies, out=scratch)
-            np.multiply(scratch, d_entropy, out=scratch)
-            np.add(scratch, d_log_probs, out=scratch)
-            np.multiply(scratch, self._p, out=scratch)
-        else:
-            np.multiply(self._p, d_log_probs, out=scratch)
-        np.subtract(d_outputs, scratch, out=d_outputs)
-
-
-class _Gaussian:
-    """A vector of independent normals: the actor gives the means, ``log_std`` the deviations."""
-
-    def __init__(self, log_std: Floats, d_log_std: Floats, size: int) -> None:
-        self.log_probs: Floats = np.empty(size, np.float32)
-        self._log_std, self._d_log_std = log_std, d_log_std
-        self._distances, self._squares = (np.empty((len(log_std), size), np.float32) for _ in range(2))
-        self._precisions: Floats = np.empty((len(log_std), 1), np.float32)
-
-    def judge(self, outputs: Floats, actions: Actions) -> None:
-        np.negative(self._log_std[:, None], out=self._precisions)
-        np.exp(self._precisions, out=self._precisions)
-        np.subtract(actions, outputs, out=self._distances)
-        np.multiply(self._distances, self._precisions, out=self._distances)
-        np.square(self._distances, out=self._squares)
-        np.add.reduce(self._squares, axis=0, out=self.log_probs)
-        np.multiply(self.log_probs, -0.5, out=self.log_probs)
-        spread = float(self._log_std.sum()) + len(self._log_std) * _HALF_LOG_TAU
-        np.subtract(self.log_probs, spread, out=self.log_probs)
-
-    @property
-    def entropy(self) -> float:
-        return float(self._log_std.sum()) + len(self._log_std) * (0.5 + _HALF_LOG_TAU)
-
-    def backward(self, d_log_probs: Floats, d_entropy: float, d_outputs: Floats) -> None:
-        np.matmul(self._squares, d_log_probs, out=self._d_log_std)
-        self._d_log_std += len(d_log_probs) * d_entropy - float(d_log_probs.sum())
-        np.multiply(self._distances, self._precisions, out=d_outputs)
-        np.multiply(d_outputs, d_log_probs, out=d_outputs)
-
-
-_Head: TypeAlias = _Categorical | _Gaussian
-
-
 class Passes:
     """Both networks on batches of B observations; `ActorCritic.passes` gives one.
 
@@ -155,12 +77,8 @@ class Passes:
     def __init__(self, model: ActorCritic, size: int) -> None:
         self._parameters, self._gradient = model.layers, model.gradient_layers
         self._size = size
-        space, d_log_std = model.action_space, self._gradient.log_std
         outputs = len(self._parameters.actions[1])
-        if isinstance(space, Discrete) or self._parameters.log_std is None or d_log_std is None:
-            self._head: _Head = _Categorical(outputs, size)
-        else:
-            self._head = _Gaussian(self._parameters.log_std, d_log_std, size)
+        self._head = head_of(model.action_space, size, self._parameters.log_std, self._gradient.log_std)
         widths = [weight.shape[1] for weight, _ in self._parameters.hidden]
         self._hidden, self._d_hidden, self._slopes = (
             [np.empty((2, size, width), np.float32) for width in widths] for _ in range(3)
@@ -171,14 +89,14 @@ class Passes:
         self._ones: Floats = np.ones((1, size), np.float32)
         self._observations: Floats = np.empty((size, 0), np.float32)
 
-    def judge(self, observations: Floats, actions: Actions) -> Floats:
+    def judge(self, observations: Observations, actions: Actions) -> Floats:
         """Log-probabilities ``[B]`` of actions; they and `values` are overwritten by the next call.
 
         Args:
-            observations: ``[B, observation_size]``.
-            actions: ``[B]``, or ``[size, B]`` of a continuous policy.
+            observations: ``[B, *shape]``.
+            actions: ``[B]``, or ``[size, B]`` of a policy that gives several numbers.
         """
-        self._forward(observations)
+        self._forward(as_vectors(observations))
         self._head.judge(self._outputs, actions)
         return self._head.log_probs
 

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.training.models.dense import Dense, FlatArrays, initial
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.models.seen import as_vectors
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 
 class QNetwork:
@@ -34,18 +35,18 @@ class QNetwork:
         """The same network with other parameters, ``[num_parameters]``."""
         return Dense(self._arrays.views(flat), {}, "q")
 
-    def act(self, observations: Floats, rng: np.random.Generator) -> Actions:
+    def act(self, observations: Observations, rng: np.random.Generator) -> Actions:
         """The best actions ``[N]``, or any, by chance; ``rng`` advances by as much whatever the observations."""
         is_any = rng.random(len(observations)) < self.epsilon
         anything = rng.integers(self._num_actions, size=len(observations))
         return np.where(is_any, anything, self.act_greedily(observations))
 
-    def act_greedily(self, observations: Floats) -> npt.NDArray[np.int64]:
+    def act_greedily(self, observations: Observations) -> npt.NDArray[np.int64]:
         """The best actions ``[N]``."""
-        best: npt.NDArray[np.int64] = np.argmax(self.values.of_one(observations), axis=1)
+        best: npt.NDArray[np.int64] = np.argmax(self.values.of_one(as_vectors(observations)), axis=1)
         return best
 
-    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats]:
+    def judge(self, observations: Observations, actions: Actions) -> tuple[Floats]:
         """The values ``[S]`` of actions ``[S]``."""
-        values = self.values.of_one(observations)
+        values = self.values.of_one(as_vectors(observations))
         return (values[np.arange(len(values)), actions],)

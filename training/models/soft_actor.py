@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.training.models.dense import Dense, FlatArrays, initial
-from shoal.training.tasks.base import Actions, Floats
+from shoal.training.models.seen import as_vectors
+from shoal.training.tasks.base import Actions, Floats, Observations
 
 _LOG_STD_RANGE: Final = (-20.0, 2.0)
 _HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
@@ -96,18 +97,19 @@ class SoftActorCritics:
         log_probs = (-0.5 * np.square(noise) - log_std - np.float32(_HALF_LOG_TAU) - slopes).sum(axis=1)
         return Sampled(np.tanh(u), log_probs, spreads, raw == log_std)
 
-    def act(self, observations: Floats, rng: np.random.Generator) -> Actions:
+    def act(self, observations: Observations, rng: np.random.Generator) -> Actions:
         """Sample: ``[N, size]``; ``rng`` advances by the same amount whatever the observations."""
         if self.is_exploring:
             return 2 * rng.random((len(observations), self._size), np.float32) - 1
         noise = rng.standard_normal((len(observations), self._size), np.float32)
-        return self.sample(self.actor.of_one(observations), noise).actions
+        return self.sample(self.actor.of_one(as_vectors(observations)), noise).actions
 
-    def act_greedily(self, observations: Floats) -> Floats:
+    def act_greedily(self, observations: Observations) -> Floats:
         """What is done without chance: ``[N, size]``."""
-        return np.tanh(self.actor.of_one(observations)[:, : self._size])
+        return np.tanh(self.actor.of_one(as_vectors(observations))[:, : self._size])
 
-    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, Floats, Floats]:
+    def judge(self, observations: Observations, actions: Actions) -> tuple[Floats, Floats, Floats]:
         """What the critics value actions ``[size, S]`` at, each ``[S]``, and the first of what the actor gives."""
-        values = self.critics.forward(np.concatenate([observations, actions.T], axis=1))
-        return values[0, :, 0], values[1, :, 0], self.actor.of_one(observations)[:, 0]
+        seen = as_vectors(observations)
+        values = self.critics.forward(np.concatenate([seen, actions.T], axis=1))
+        return values[0, :, 0], values[1, :, 0], self.actor.of_one(seen)[:, 0]

@@ -15,7 +15,7 @@ from shoal.training.plugins import load_plugin
 from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.overriding import overridden
 from shoal.training.recipes.recipe import Recipe
-from shoal.training.tasks import ActionSpace, Discrete, Task, VectorEnv
+from shoal.training.tasks import ActionSpace, Box, Discrete, Task, VectorEnv
 from shoal.training.tasks.failures import Failures
 
 GROUP: Final = "shoal.recipes"
@@ -43,7 +43,7 @@ def load_recipe(name: str) -> Recipe:
 class RecipeTask:
     """A recipe, as a task: ``recipe:NAME``."""
 
-    observation_size = 1
+    observation_space = Box(1)
     action_space: ActionSpace = Discrete(1)
     target_return: float | None = None
 

@@ -33,7 +33,7 @@ from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.tensors import TensorCodec, encode_tensor
 from shoal.training.algorithms.normalizers import mean_and_scale, normal
 from shoal.training.exchange.averager import Moments
-from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats
+from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats, MultiDiscrete
 
 Words = npt.NDArray[np.uint16]
 _Wide = npt.NDArray[np.float64]
@@ -48,6 +48,17 @@ _HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
 _TO_UNIT: Final = 2.0**-53
 
 
+def acted_in(space: ActionSpace) -> Discrete | Continuous:
+    """A space in which actors act.
+
+    Raises:
+        UsageError: if it is another one.
+    """
+    if isinstance(space, MultiDiscrete):
+        raise UsageError("actors choose one act or give numbers, and not several choices at once; take the mode local")
+    return space
+
+
 @dataclass(frozen=True, slots=True)
 class ActorShape:
     """What kind of policy a copy is of.
@@ -60,7 +71,7 @@ class ActorShape:
     """
 
     observation_size: int
-    space: ActionSpace
+    space: Discrete | Continuous
     hidden_sizes: tuple[int, ...]
     is_normalized: bool
 

@@ -85,7 +85,7 @@ class Admission:
         """
         try:
             shard = open_shard(data, cid=cid, swarm=self._swarm)
-            rows = rows_of(shard, self._task.observation_size, self._task.action_space)
+            rows = rows_of(shard, self._task.observation_space.size, self._task.action_space)
         except (DoesNotFitError, LimitError) as error:
             return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b""
         except ProtocolError as error:  # of whom it is, is not proven

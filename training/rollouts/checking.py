@@ -94,7 +94,7 @@ def check_rows(
     if head.task != task.name or head.surroundings != surroundings:
         return Finding(Verdict.DOES_NOT_FIT, "it was made of another task, or where the same task shows other numbers")
     try:
-        rows = rows_of(shard, task.observation_size, task.action_space)
+        rows = rows_of(shard, task.observation_space.size, task.action_space)
     except (DoesNotFitError, LimitError) as error:
         return Finding(Verdict.DOES_NOT_FIT, str(error))
     except ProtocolError as error:

@@ -19,11 +19,13 @@ import numpy.typing as npt
 
 from shoal.protocol.errors import ShoalError
 from shoal.training import watch
+from shoal.training.models.seen import as_vectors
+from shoal.training.rollouts.acting import acted_in
 from shoal.training.rollouts.rows import Rows
 from shoal.training.rollouts.shard import PRINT_BYTES
 from shoal.training.rollouts.takes import PlayOf
 from shoal.training.tasks import Task, Transition, VectorEnv
-from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats
+from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats, Observations
 from shoal.training.tasks.cast import Learned
 from shoal.training.tasks.play import BadActError, BadScenarioError, Game
 from shoal.training.tasks.playing import Played, Playing
@@ -218,21 +220,23 @@ def _apart(left: Floats, right: Floats) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _collected(env: VectorEnv, shown: Floats, acts: Iterator[Actions]) -> Replayed:
-    sights, rewards, terminated, truncated, finals = [shown], [], [], [], []
+def _collected(env: VectorEnv, shown: Observations, acts: Iterator[Actions]) -> Replayed:
+    sights, rewards, terminated, truncated, finals = [as_vectors(shown)], [], [], [], []
     for each in acts:
         step = _step(env, each)
-        sights.append(step.observations)
+        sights.append(as_vectors(step.observations))
         rewards.append(step.rewards)
         terminated.append(step.terminated)
         truncated.append(step.truncated)
-        finals += [step.final_observations[index] for index in np.flatnonzero(step.truncated).tolist()]
+        finals += [
+            as_vectors(step.final_observations[index][None])[0] for index in np.flatnonzero(step.truncated).tolist()
+        ]
     return Replayed(
         np.stack(sights),
         np.stack(rewards),
         np.stack(terminated),
         np.stack(truncated),
-        np.array(finals, np.float32).reshape(-1, shown.shape[1]),
+        np.array(finals, np.float32).reshape(-1, sights[0].shape[1]),
     )
 
 
@@ -245,6 +249,7 @@ def _step(env: VectorEnv, acts: Actions) -> Transition:
 
 def _any_acts(space: ActionSpace, count: int, steps: int, rng: np.random.Generator) -> Iterator[Actions]:
     """From raw integers, which are the same under every NumPy."""
+    space = acted_in(space)
     for _ in range(steps):
         if isinstance(space, Discrete):
             raw = rng.bit_generator.random_raw(count)

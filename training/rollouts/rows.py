@@ -32,7 +32,7 @@ import numpy.typing as npt
 from shoal.protocol.errors import LimitError, ProtocolError
 from shoal.training.rollouts.packed import Array
 from shoal.training.rollouts.shard import MAX_SAMPLES, Shard, ShardKind
-from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats
+from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats, MultiDiscrete
 
 MAX_ENVS: Final = 1024
 MAX_REPLAYED: Final = MAX_SAMPLES
@@ -169,6 +169,8 @@ def rows_of(shard: Shard, observation_size: int, space: ActionSpace) -> Rows:
     _require(columns, "seeds", (count,), ("uint32",))
     if (len(columns["lead"]) + steps) * count > MAX_REPLAYED:
         raise LimitError(f"a shard takes more than {MAX_REPLAYED} steps to replay; begin streams anew more often")
+    if isinstance(space, MultiDiscrete):
+        raise DoesNotFitError("shards of several choices at once there are none; use what the task gives")
     one = () if isinstance(space, Discrete) else (space.size,)
     types = _UNSIGNED if isinstance(space, Discrete) else ("float32",)
     _require(columns, "actions", (steps, count, *one), types)

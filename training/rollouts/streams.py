@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
-from shoal.training.rollouts.acting import Acting, Noise
+from shoal.training.models.seen import as_vectors
+from shoal.training.rollouts.acting import Acting, Noise, acted_in
 from shoal.training.rollouts.rows import MAX_REPLAYED, Rows
 from shoal.training.rollouts.shard import MAX_NUMBER, Head, ShardKind, noise_seed, seeds_of
 from shoal.training.tasks import Task
@@ -126,8 +127,8 @@ class RowStream:
         self.stream, self._number, self._is_open = stream, 0, False
         self._before = None
         self._seeds = seeds_of(self._swarm, self._author, self._policy, stream, self._num_envs)
-        self._shown: Floats = self._env.reset(self._seeds)
-        space = self._task.action_space
+        self._shown = as_vectors(self._env.reset(self._seeds))
+        space = acted_in(self._task.action_space)
         one: tuple[int, ...] = () if isinstance(space, Discrete) else (space.size,)
         kind: Any = np.int64 if isinstance(space, Discrete) else np.float32
         self._lead = np.empty((0, self._num_envs, *one), kind)
@@ -147,8 +148,10 @@ class RowStream:
             sights.append(self._shown)
             actions.append(acts)
             rewards[index], terminated[index], truncated[index] = step.rewards, step.terminated, step.truncated
-            finals += [step.final_observations[env] for env in np.flatnonzero(step.truncated).tolist()]
-            self._shown = step.observations
+            finals += [
+                as_vectors(step.final_observations[env][None])[0] for env in np.flatnonzero(step.truncated).tolist()
+            ]
+            self._shown = as_vectors(step.observations)
         return Rows(
             seeds=np.array(self._seeds, np.int64),
             lead=self._lead,
@@ -158,5 +161,7 @@ class RowStream:
             terminated=terminated,
             truncated=truncated,
             sights=np.stack([*sights, self._shown]) if self._is_shown else None,
-            finals=np.array(finals, np.float32).reshape(-1, self._task.observation_size) if self._is_shown else None,
+            finals=np.array(finals, np.float32).reshape(-1, self._task.observation_space.size)
+            if self._is_shown
+            else None,
         )

@@ -10,9 +10,28 @@ from collections.abc import Callable
 
 from shoal.protocol.errors import UsageError
 from shoal.training.plugins import load_plugin
-from shoal.training.tasks.base import ActionSpace, Continuous, Discrete, Task, Transition, VectorEnv
+from shoal.training.tasks.base import (
+    ActionSpace,
+    Box,
+    Continuous,
+    Discrete,
+    MultiDiscrete,
+    Task,
+    Transition,
+    VectorEnv,
+)
 
-__all__ = ["ActionSpace", "Continuous", "Discrete", "Task", "Transition", "VectorEnv", "load_task"]
+__all__ = [
+    "ActionSpace",
+    "Box",
+    "Continuous",
+    "Discrete",
+    "MultiDiscrete",
+    "Task",
+    "Transition",
+    "VectorEnv",
+    "load_task",
+]
 
 
 def load_task(name: str) -> Task:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from shoal.training.tasks.base import Floats
+from shoal.training.tasks.base import Box, Floats, Observations
 from shoal.training.tasks.failures import BadAnswerError
 
 TOLERANCE: Final = 1e-3
@@ -22,20 +22,30 @@ _TRUTHS: Final = (bool, np.bool_)
 
 
 class Shown:
-    """What an environment may show.
+    """What an environment with one `Box` may show.
 
     Attributes:
-        dtype: the space's.
-        low: smallest numbers, float32 of the space's shape; the smallest finite ones where it has no bound.
+        box: what it is to those who learn.
+        shape: of an observation that needs no change, and of all that come from here.
+        dtype: the space's: of an observation that needs no change.
+        low: smallest numbers, float32 of `shape`; the smallest finite ones where it has no bound.
         high: likewise the largest.
+        is_any: whether it may show any number of its dtype, so that there is nothing to check.
     """
 
-    def __init__(self, space: Any, *, is_bounded: bool = True) -> None:
+    def __init__(self, space: Any, box: Box, *, is_bounded: bool = True) -> None:
         """Read a Gymnasium Box; its bounds count only if ``is_bounded``."""
-        self.shape: tuple[int, ...] = space.shape
+        self.box, self.shape = box, box.shape
         self.dtype = np.dtype(space.dtype)
+        self._kept = np.dtype(box.dtype)
+        self._shape: tuple[int, ...] = space.shape
+        self._hold(space.low.reshape(box.shape), space.high.reshape(box.shape), is_bounded)
+
+    def _hold(self, low: npt.NDArray[Any], high: npt.NDArray[Any], is_bounded: bool) -> None:
+        """Keep the bounds that observations are held to."""
+        self._bounds = low, high
         most = np.full(self.shape, np.finfo(np.float32).max, np.float64)
-        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        low, high = low.astype(np.float64), high.astype(np.float64)
         is_closed = np.isfinite(low) & np.isfinite(high) & is_bounded
         slack = TOLERANCE * np.subtract(high, low, out=np.zeros_like(low), where=is_closed) + 1e-6
         self.low: Floats = np.where(np.isfinite(low) & is_bounded, np.maximum(low - slack, -most), -most).astype(
@@ -44,50 +54,63 @@ class Shown:
         self.high: Floats = np.where(np.isfinite(high) & is_bounded, np.minimum(high + slack, most), most).astype(
             np.float32
         )
-        self._space = space
+        is_bytes = self.box.dtype == "uint8"
+        self.is_any = is_bytes and not bool((self.low > 0).any()) and not bool((self.high < 255).any())
 
     def read(self, observation: object) -> npt.NDArray[Any]:
-        """An observation that does not fit, if it means the same as one that does.
+        """An observation that does not fit, if it means the same as one that does: ``shape``, perhaps not a copy.
 
         Raises:
             BadAnswerError: if not.
         """
-        array = np.asarray(observation)
-        if array.shape != self.shape:
-            raise BadAnswerError(f"an observation is of shape {array.shape} and not {self.shape}, as its space says")
-        if not np.can_cast(array.dtype, self.dtype, "same_kind"):
-            raise BadAnswerError(f"an observation holds {array.dtype} and not {self.dtype}, as its space says")
-        return array
+        return read_box(observation, self._shape, self.dtype).reshape(self.shape)
 
-    def check(self, observation: Floats) -> None:
+    def copy(self, observation: npt.NDArray[Any]) -> Observations:
+        """As the box keeps it."""
+        return np.array(observation, self._kept)
+
+    def check(self, observation: Observations) -> None:
         """Check the numbers of one observation.
 
         Raises:
             BadAnswerError: if one is not finite, or outside of the space.
         """
-        if ((observation >= self.low) & (observation <= self.high)).all():
+        if self.is_any or ((observation >= self.low) & (observation <= self.high)).all():
             return
         if not np.isfinite(observation).all():
             index = int(np.flatnonzero(~np.isfinite(observation))[0])
-            raise BadAnswerError(f"an observation is not finite: number {index} of it is {observation[index]}")
+            raise BadAnswerError(f"an observation is not finite: number {index} of it is {observation.flat[index]}")
         outside = np.flatnonzero((observation < self.low) | (observation > self.high))
         if len(outside):
             index = int(outside[0])
-            bounds = f"{self._space.low[index]:g} to {self._space.high[index]:g}"
-            raise BadAnswerError(
-                f"an observation is outside of its space: number {index} of it is {observation[index]:g}, not {bounds}"
-            )
+            low, high = (bound.flat[index] for bound in self._bounds)
+            shown = f"number {index} of it is {observation.flat[index]:g}, not {low:g} to {high:g}"
+            raise BadAnswerError(f"an observation is outside of its space: {shown}")
 
 
-def read_reset(answer: object, shown: Shown) -> Floats:
+def read_box(observation: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """An array of this shape, whose numbers are of this dtype or mean the same.
+
+    Raises:
+        BadAnswerError: if it is none.
+    """
+    array = np.asarray(observation)
+    if array.shape != shape:
+        raise BadAnswerError(f"an observation is of shape {array.shape} and not {shape}, as its space says")
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise BadAnswerError(f"an observation holds {array.dtype} and not {dtype}, as its space says")
+    return array
+
+
+def read_reset(answer: object, shown: Shown) -> Observations:
     """The first observation of an episode, copied.
 
     Raises:
         BadAnswerError: if that is not what ``reset`` may give.
     """
     if type(answer) is not tuple or len(answer) != 2:
-        raise BadAnswerError(f"reset gave {_what(answer)} and not (observation, info)")
-    observation = np.array(shown.read(answer[0]), np.float32)  # a copy: it may be used again for the next one
+        raise BadAnswerError(f"reset gave {what_of(answer)} and not (observation, info)")
+    observation = shown.copy(shown.read(answer[0]))  # it may be used again for the next one
     shown.check(observation)
     return observation
 
@@ -101,11 +124,11 @@ def read_reward(reward: object) -> float:
     if isinstance(reward, np.ndarray) and reward.ndim > 0:
         raise BadAnswerError(f"a reward is an array of shape {reward.shape} and not a number")
     if isinstance(reward, str | bytes | complex) or reward is None:
-        raise BadAnswerError(f"a reward is {_what(reward)} and not a number")
+        raise BadAnswerError(f"a reward is {what_of(reward)} and not a number")
     try:
         number = float(reward)  # type: ignore[arg-type]  # whatever it is, it may know
     except (TypeError, ValueError, OverflowError) as error:
-        raise BadAnswerError(f"a reward is {_what(reward)} and not a number") from error
+        raise BadAnswerError(f"a reward is {what_of(reward)} and not a number") from error
     if not abs(number) <= float(np.finfo(np.float32).max):
         raise BadAnswerError(
             f"a reward is {number}, which is not finite"
@@ -123,7 +146,7 @@ def read_truth(name: str, value: object) -> bool:
     """
     if isinstance(value, _TRUTHS) or (isinstance(value, int | np.integer) and value in (0, 1)):
         return bool(value)
-    raise BadAnswerError(f"{name} is {_what(value)} and not true or false")
+    raise BadAnswerError(f"{name} is {what_of(value)} and not true or false")
 
 
 def read_step(answer: object) -> tuple[Any, Any, Any, Any, Any]:
@@ -133,11 +156,12 @@ def read_step(answer: object) -> tuple[Any, Any, Any, Any, Any]:
         BadAnswerError: if it has others.
     """
     if type(answer) is not tuple or len(answer) != 5:
-        raise BadAnswerError(f"step gave {_what(answer)} and not (observation, reward, terminated, truncated, info)")
+        raise BadAnswerError(f"step gave {what_of(answer)} and not (observation, reward, terminated, truncated, info)")
     return answer
 
 
-def _what(value: object) -> str:
+def what_of(value: object) -> str:
+    """What something is, in a few words."""
     if isinstance(value, tuple):
         return f"{len(value)} values"
     if isinstance(value, np.ndarray):

@@ -159,8 +159,8 @@ def read_roles(said: Sequence[PlainRole]) -> dict[str, Role]:
 
 def _plain(space: SightSpace | ActSpace) -> PlainSpace:
     match space:
-        case Box(size):
-            return PlainSpace("box", size)
+        case Box():
+            return PlainSpace("box", space.size)
         case Discrete(count):
             return PlainSpace("discrete", count)
         case Continuous(size):

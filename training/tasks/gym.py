@@ -1,9 +1,11 @@
 """Gymnasium environments (https://gymnasium.farama.org) as tasks: ``gym:CartPole-v1``.
 
-Flat Box observations; Discrete or flat Box actions. The environments are stepped in a plain loop: with eight
-CartPoles on one core it made 190,000 steps/s where `SyncVectorEnv` made 158,000, and resetting within the step
-spares both the step that Gymnasium 1.x's default autoreset (`AutoresetMode.NEXT_STEP`) spends on a reset and
-the mask that would have to keep that step out of the training data.
+What becomes of their spaces is in `shoal.training.tasks.spaces`; Atari games (``gym:ALE/Pong-v5``) come as they are
+usually learned (`shoal.training.tasks.atari`).
+
+The environments are stepped in a plain loop: with eight CartPoles on one core it made 190,000 steps/s where
+`SyncVectorEnv` made 158,000, and resetting within the step spares both the step that Gymnasium 1.x's default autoreset
+(`AutoresetMode.NEXT_STEP`) spends on a reset and the mask that would have to keep that step out of the training data.
 
 An environment id comes from a manifest, so from the network: only what is in Gymnasium's registry is made. Gymnasium
 itself would import any module for an id such as ``module:Name-v0``.
@@ -28,51 +30,30 @@ import numpy as np
 from shoal.protocol.errors import UsageError
 from shoal.training import watch
 from shoal.training.plugins import suggest
-from shoal.training.tasks.answers import Shown, read_reset, read_reward, read_step, read_truth
-from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats, Transition, VectorEnv
+from shoal.training.tasks import atari
+from shoal.training.tasks.answers import read_reset, read_reward, read_step, read_truth
+from shoal.training.tasks.base import (
+    Actions,
+    ActionSpace,
+    Continuous,
+    Discrete,
+    Floats,
+    MultiDiscrete,
+    Observations,
+    Transition,
+    VectorEnv,
+)
 from shoal.training.tasks.failures import BadAnswerError, Failures, Place, TaskFailedError, in_words
+from shoal.training.tasks.spaces import ToEnv, action_space, shown_by
 from shoal.training.watch import Act, Slot
 
 log = logging.getLogger(__name__)
 
-MAX_OBSERVATION: Final = 2**18
-"""Numbers in one observation."""
 TRIED_STEPS: Final = 3
 # To take members out of enumerations at every step would cost as much as a third of CartPole: `Slot.PLACE` is 1 below,
 # `Slot.CALLS` is 2.
 _STEP: Final = int(Act.STEP)
 _RESET: Final = int(Act.RESET)
-
-
-class ToEnv:
-    """How actions as policies know them become a Gymnasium space's own: numbers from 0, or -1 to 1 over its range."""
-
-    def __init__(self, space: Any) -> None:
-        """Read a Discrete or Box space."""
-        self.start: int | None = None
-        """The first number of a Discrete space."""
-        if isinstance(space, gymnasium.spaces.Discrete):
-            self.start = int(space.start)
-        else:
-            low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-            bounded = np.isfinite(low) & np.isfinite(high)
-            self._low, self._high, self._dtype = low, high, space.dtype
-            self._middle = np.add(low, high, out=np.zeros_like(low), where=bounded) / 2
-            self._half_range = np.subtract(high, low, out=np.full_like(low, 2.0), where=bounded) / 2
-
-    def __call__(self, actions: Actions) -> list[Any]:
-        """One for each environment."""
-        if self.start is not None:
-            numbers: list[Any] = (actions + self.start).tolist()
-            return numbers
-        scaled = np.clip(self._middle + self._half_range * actions, self._low, self._high)
-        return list(scaled.astype(self._dtype))
-
-    def one(self, action: Any) -> Any:
-        """For one environment: a whole number, or ``[size]`` float32."""
-        if self.start is not None:
-            return action + self.start
-        return self(action[np.newaxis])[0]
 
 
 class GymTask:
@@ -83,16 +64,17 @@ class GymTask:
         TaskFailedError: if one cannot be made.
     """
 
-    version = 1
-
     def __init__(self, env_id: str) -> None:
         self.name = f"gym:{env_id}"
         self.failures = Failures(self.name)
         self._env_id = env_id
         env = self._first()
         try:
-            self.observation_size = observation_size(self.name, env.observation_space)
+            shown = shown_by(self.name, env.observation_space, is_bounded=not is_gymnasiums_own(env))
+            self.observation_space = shown.box
             self.action_space = action_space(self.name, env.action_space)
+            # Members that know bytes as numbers up to 255 would learn something else.
+            self.version = 2 if shown.box.dtype == "uint8" else 1
             self.target_return: float | None = None if env.spec is None else env.spec.reward_threshold
         finally:
             close_env(env, 0)
@@ -114,12 +96,19 @@ class GymTask:
 
     def make(self, num_envs: int) -> VectorEnv:
         """Environments of this task in one process."""
-        return GymVectorEnv([self._make_one(index) for index in range(num_envs)], self._make_one, self.failures)
+        return self._made(num_envs, self._make_one)
 
-    def _make_one(self, index: int) -> Any:
+    def make_plain(self, num_envs: int) -> VectorEnv:
+        """The same, without what makes learning easier; see `shoal.training.tasks.atari`."""
+        return self._made(num_envs, lambda index: self._make_one(index, is_training=False))
+
+    def _made(self, num_envs: int, make: Callable[[int], Any]) -> VectorEnv:
+        return GymVectorEnv([make(index) for index in range(num_envs)], make, self.failures)
+
+    def _make_one(self, index: int, *, is_training: bool = True) -> Any:
         while True:
             try:
-                return make_env(self._env_id, index)
+                return make_env(self._env_id, index, is_training=is_training)
             except BaseException as error:  # it worked before; anything may be raised by other people's code
                 self.failures.add(Place(index, Act.MAKE), error)
 
@@ -160,18 +149,19 @@ class GymVectorEnv:
         self._envs = envs
         self._make = make
         self._failures = failures or Failures("an environment")
-        observation_space, action_space = envs[0].observation_space, envs[0].action_space
-        self._shown = Shown(observation_space, is_bounded=not is_gymnasiums_own(envs[0]))
-        self._shape = (self.num_envs, *observation_space.shape)
-        self._last = np.zeros(self._shape, np.float32)
+        is_bounded = not is_gymnasiums_own(envs[0])
+        self._shown = shown_by(self._failures.task, envs[0].observation_space, is_bounded=is_bounded)
+        self._shape = (self.num_envs, *self._shown.shape)
+        self._kept = np.dtype(self._shown.box.dtype)
+        self._last: Observations = np.zeros(self._shape, self._kept)
         self._seeds = [0] * self.num_envs
         self._num_steps = 0
         self._failed: set[int] = set()
-        self._to_env = ToEnv(action_space)
+        self._to_env = ToEnv(envs[0].action_space)
 
-    def reset(self, seeds: Sequence[int]) -> Floats:
+    def reset(self, seeds: Sequence[int]) -> Observations:
         """Start all anew, each from its own seed."""
-        observations = np.empty(self._shape, np.float32)
+        observations: Observations = np.empty(self._shape, self._kept)
         self._seeds, self._num_steps = list(seeds), 0
         self._failed.clear()
         for index, seed in enumerate(seeds):
@@ -186,11 +176,11 @@ class GymVectorEnv:
         """Step all; reset those whose episode ended."""
         shown, place, low, high = self._shown, watch.page, self._shown.low, self._shown.high
         shape, dtype = shown.shape, shown.dtype
-        observations = np.empty(self._shape, np.float32)
+        observations: Observations = np.empty(self._shape, self._kept)
         rewards = np.zeros(self.num_envs, np.float32)
         terminated = np.zeros(self.num_envs, np.bool_)
         truncated = np.zeros(self.num_envs, np.bool_)
-        final_observations: dict[int, Floats] = {}
+        final_observations: dict[int, Observations] = {}
         failed: dict[int, tuple[Act, BaseException]] = {}
         place[2] += 1
         for index, (env, action) in enumerate(zip(self._envs, self._to_env(actions), strict=True)):
@@ -210,7 +200,7 @@ class GymVectorEnv:
                     if is_cut is not False:
                         is_cut = read_truth("truncated", is_cut)
                     if ends or is_cut:
-                        final = np.array(observation, np.float32)
+                        final = shown.copy(observation)
                         shown.check(final)
                         terminated[index], truncated[index] = ends, is_cut and not ends
                         final_observations[index] = final
@@ -220,7 +210,8 @@ class GymVectorEnv:
                 failed[index] = (Act(place[1] & ~0xFFFFFFFF) or Act.STEP, error)
                 place[1] = 0
                 observations[index] = self._last[index]
-        if not ((observations >= low) & (observations <= high)).all() or not np.isfinite(rewards).all():
+        is_inside = shown.is_any or ((observations >= low) & (observations <= high)).all()
+        if not is_inside or not np.isfinite(rewards).all():
             self._check(observations, rewards, failed)
         self._num_steps += 1
         for index, (act, reason) in failed.items():
@@ -237,7 +228,7 @@ class GymVectorEnv:
         for index, env in enumerate(self._envs):
             close_env(env, index)
 
-    def _reset(self, index: int, seed: int | None = None) -> Floats:
+    def _reset(self, index: int, seed: int | None = None) -> Observations:
         place = watch.page
         place[2] += 1
         place[1] = _RESET | index
@@ -246,7 +237,7 @@ class GymVectorEnv:
         place[1] = 0
         return observation
 
-    def _check(self, observations: Floats, rewards: Floats, failed: dict[int, tuple[Act, BaseException]]) -> None:
+    def _check(self, observations: Observations, rewards: Floats, failed: dict[int, tuple[Act, BaseException]]) -> None:
         """Find those that gave numbers that are not finite, or outside of their space."""
         for index in range(self.num_envs):
             if index not in failed:
@@ -256,7 +247,7 @@ class GymVectorEnv:
                 except BadAnswerError as error:
                     failed[index] = (Act.STEP, error)
 
-    def _replace(self, index: int, act: Act, error: BaseException) -> Floats:
+    def _replace(self, index: int, act: Act, error: BaseException) -> Observations:
         """Put a new environment in place of one that failed; gives what it shows first.
 
         Raises:
@@ -284,9 +275,13 @@ def _another(seed: int) -> int:
 
 
 def _any_actions(space: ActionSpace, rng: np.random.Generator) -> Actions:
-    if isinstance(space, Discrete):
-        return rng.integers(space.count, size=1)
-    return rng.uniform(-1, 1, (1, space.size)).astype(np.float32)
+    match space:
+        case Discrete(count):
+            return rng.integers(count, size=1)
+        case MultiDiscrete(counts):
+            return rng.integers(counts)[np.newaxis]
+        case Continuous(size):
+            return rng.uniform(-1, 1, (1, size)).astype(np.float32)
 
 
 def is_gymnasiums_own(env: Any) -> bool:
@@ -307,50 +302,26 @@ def close_env(env: Any, index: int) -> None:
         watch.page[Slot.PLACE] = 0
 
 
-def make_env(env_id: str, index: int) -> Any:
+def make_env(env_id: str, index: int, *, is_training: bool = True) -> Any:
     """One that is in Gymnasium's registry; see the head.
 
     Raises:
         UsageError: if there is none of this name, or what it needs is missing.
     """
+    is_game = atari.is_atari(env_id)
+    if is_game:
+        atari.register()
     if env_id not in gymnasium.registry:
         raise UsageError(f"no Gymnasium environment is called {env_id[:80]!r}; {suggest(env_id, gymnasium.registry)}")
     place = watch.page[Slot.PLACE]  # it may be made in the middle of a play
     watch.page[Slot.CALLS] += 1
     watch.page[Slot.PLACE] = Act.MAKE | index
     try:
+        if is_game:
+            return atari.make(env_id, is_training=is_training)
         return gymnasium.make(env_id, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{env_id} cannot be made here: {reason[:300]}") from error
     finally:
         watch.page[Slot.PLACE] = place
-
-
-def observation_size(name: str, space: Any) -> int:
-    """How many numbers a flat Box space shows.
-
-    Raises:
-        UsageError: if it is another space, or too large.
-    """
-    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
-        size = int(space.shape[0])
-        if not 1 <= size <= MAX_OBSERVATION:
-            raise UsageError(f"{name} shows {size} numbers at once; 1 to {MAX_OBSERVATION} can be learned from")
-        return size
-    raise UsageError(f"{name} shows {space}; only flat Box observations can be learned from, so choose another task")
-
-
-def action_space(name: str, space: Any) -> ActionSpace:
-    """A Discrete or flat Box space, as policies know it.
-
-    Raises:
-        UsageError: if it is another one.
-    """
-    if isinstance(space, gymnasium.spaces.Discrete):
-        return Discrete(int(space.n))
-    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
-        return Continuous(int(space.shape[0]))
-    raise UsageError(
-        f"{name} acts in {space}; only Discrete and flat Box actions can be learned, so choose another task"
-    )

@@ -19,9 +19,9 @@ from shoal.training.tasks.answers import read_reward, read_truth
 from shoal.training.tasks.base import Discrete, Floats
 from shoal.training.tasks.games.needs import needed
 from shoal.training.tasks.games.pool import Pool
-from shoal.training.tasks.gym import ToEnv
 from shoal.training.tasks.play import ActSpace, Ask, Box, Continuous, End, Play, Role
 from shoal.training.tasks.source import Scenario
+from shoal.training.tasks.spaces import ToEnv
 
 _MPE: Final = (
     *("simple_v3", "simple_adversary_v3", "simple_crypto_v3", "simple_push_v3", "simple_reference_v3"),

@@ -1,0 +1,89 @@
+"""What a policy with values is to losses: it acts, judges, and takes a loss's derivatives back to its parameters.
+
+A loss knows derivatives by log-probabilities, values and the entropy; what lies below them is the network's. So a loss
+is written once, for networks whose gradient is written out (`shoal.training.models.passes`) and for those of torch
+(`shoal.training.models.networks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from shoal.training.tasks.base import Actions, Floats, Observations
+
+
+class Passes(Protocol):
+    """Forward and backward on batches of B observations.
+
+    Attributes:
+        values: ``[B]``, of what `judge` was given last. Overwritten by the next.
+    """
+
+    values: Floats
+
+    def judge(self, observations: Observations, actions: Actions) -> Floats:
+        """Log-probabilities ``[B]`` of actions; they and `values` are overwritten by the next call.
+
+        Args:
+            observations: ``[B, *shape]``.
+            actions: ``[B]``, or ``[size, B]`` of a policy that gives several numbers.
+        """
+        ...
+
+    @property
+    def entropy(self) -> float:
+        """The policy's, the mean over what `judge` was given last."""
+        ...
+
+    def backward(self, d_log_probs: Floats, d_values: Floats, d_entropy: float) -> None:
+        """Write the gradient of a loss of what `judge` was given last into `Policy.gradient`, all of it.
+
+        Args:
+            d_log_probs: ``[B]``, the loss's derivative by each log-probability.
+            d_values: ``[B]``, likewise by each value.
+            d_entropy: by the entropy at each observation, the same for all.
+        """
+        ...
+
+
+class Policy(Protocol):
+    """A policy and values, in one vector of parameters.
+
+    Attributes:
+        gradient: float32 ``[num_parameters]``, what `Passes.backward` wrote last.
+    """
+
+    gradient: Floats
+
+    @property
+    def flat(self) -> Floats:
+        """``[num_parameters]``: writing to it changes the networks."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, Floats]:
+        """By name, views of `flat`."""
+        ...
+
+    def act(self, observations: Observations, rng: np.random.Generator) -> Actions:
+        """Draw actions; see `shoal.training.models.heads.sample`."""
+        ...
+
+    def act_greedily(self, observations: Observations) -> Actions:
+        """The likeliest actions, as `act` would shape them."""
+        ...
+
+    def judge(self, observations: Observations, actions: Actions) -> tuple[Floats, Floats]:
+        """The log-probabilities of actions and the values of observations, each ``[S]``; no gradient can follow."""
+        ...
+
+    def values(self, observations: Observations) -> Floats:
+        """The values ``[N]`` of a few observations ``[N, *shape]``."""
+        ...
+
+    def passes(self, size: int) -> Passes:
+        """Forward and backward on batches of this size, with arrays that serve again."""
+        ...
