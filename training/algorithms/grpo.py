@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch
 from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.settings import setting
 from shoal.training.algorithms.takes import TakeSettings
-from shoal.training.exchange.averager import Arrays
+from shoal.training.effects import Effect
 from shoal.training.models.text import Ids, Sequences, TextModel
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take
@@ -84,7 +85,7 @@ class GRPO:
 
     def prepare(
         self, takes: Sequence[Take], model: TextModel, news: News
-    ) -> Generator[Exchange, Arrays, GRPOBatch | None]:
+    ) -> Generator[Exchange | Effect, Any, GRPOBatch | None]:
         """Rewards are what the plays' roles earned."""
         yield from ()
         return self.batch(takes, np.array([take.earned for take in takes], np.float32), model)
