@@ -356,7 +356,9 @@ class _Nothing:
 
 
 def _members(members: Sequence[MemberInfo], batch_per_learner: int) -> Table:
-    table = _table("member", "phase", ">epoch", "this epoch", ">steps/s", "contributed", ">env steps")
+    has_shards = any(member.shards_made for member in members)
+    shards = (">shards used", ">checked", ">refused", ">age") if has_shards else ()
+    table = _table("member", "phase", ">epoch", "this epoch", ">steps/s", "contributed", ">env steps", *shards)
     for member in sorted(members, key=lambda member: (not member.live, -member.env_steps, member.peer_id)):
         name = short_peer(member.peer_id) + (" you" if member.is_self else "")
         phase = _phase(member.role if member.role != "learner" else member.phase)
@@ -368,9 +370,18 @@ def _members(members: Sequence[MemberInfo], batch_per_learner: int) -> Table:
             f"{member.steps_per_s:,.0f}" if member.live else "",
             _bar(member.share, "cyan", _BAR_WIDTH).append(f" {member.share:4.0%}", style="default"),
             f"{member.env_steps:,}",
+            *(_shards(member) if has_shards else ()),
             style="" if member.live else "dim",
         )
     return table
+
+
+def _shards(member: MemberInfo) -> tuple[str, ...]:
+    """Of a member's shards: how many were learned from, replayed, and refused here, and how old those used were."""
+    if not member.shards_made:
+        return "", "", "", ""
+    used = f"{member.shards_used} of {member.shards_made}"
+    return used, str(member.shards_checked), str(member.shards_refused), f"{member.mean_staleness:.1f}"
 
 
 def _bar(share: float, style: str, width: int) -> Text:

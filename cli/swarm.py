@@ -38,6 +38,8 @@ class RoleChoice(StrEnum):
 
     AUTO = "auto"
     LEARNER = "learner"
+    ACTOR = "actor"
+    EVALUATOR = "evaluator"
     STORAGE = "storage"
 
 
@@ -76,6 +78,15 @@ def create(  # the options of one command; Typer wants them as arguments
     batch_size: Annotated[
         int | None, typer.Option(help="Environment steps of all learners together per epoch, at most.")
     ] = None,
+    max_staleness: Annotated[
+        int | None, typer.Option(help="Mode rollouts: how many policy versions old what others collected may be.")
+    ] = None,
+    foreign_ratio: Annotated[
+        float | None, typer.Option(help="Likewise: the most of an update that others may have collected, 0 to 1.")
+    ] = None,
+    check_rate: Annotated[
+        float | None, typer.Option(help="Likewise: the part of others' shards that is replayed to see if it is true.")
+    ] = None,
     min_learners: Annotated[int | None, typer.Option(help="The first epoch waits for so many learners.")] = None,
     target_return: Annotated[
         float | None, typer.Option(help="Done when the mean evaluation return reaches it. Default: the task's own.")
@@ -100,6 +111,9 @@ def create(  # the options of one command; Typer wants them as arguments
         "codec": codec,
         "batch_per_learner": batch_per_learner,
         "batch_size": batch_size,
+        "max_staleness": max_staleness,
+        "foreign_ratio": foreign_ratio,
+        "check_rate": check_rate,
         "min_learners": min_learners,
         "target_return": target_return,
         "eval_episodes": eval_episodes,

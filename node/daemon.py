@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from shoal.node.api.schemas import (
     CurvePoint,
     DoctorInfo,
     Event,
+    EvidenceInfo,
     FailureInfo,
     FamilyInfo,
     JoinedSwarm,
@@ -60,6 +61,7 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.shards import MAX_ACCUSED, REGISTER
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.workers import can_train
 from shoal.node.way_back import keep_way_back
@@ -69,6 +71,7 @@ from shoal.node.wire.contracts import NodeService
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.services import Empty, client
+from shoal.training.rollouts.intake import Tally
 from shoal.training.statements import Facts, Phase
 from shoal.training.ticket import Ticket
 
@@ -79,6 +82,8 @@ log = logging.getLogger(__name__)
 
 EVENT_INTERVAL_S: Final = 0.1
 MAX_SHOWN_SCORES: Final = 1024
+MAX_SHOWN: Final = 80
+"""Characters of a word that others wrote."""
 PING_TIMEOUT_S: Final = 10.0
 
 
@@ -508,6 +513,7 @@ class Node:
                 for each in joined.replica.views.evaluations[-MAX_SHOWN_SCORES:]
                 if each.scores
             ],
+            evidence=_evidence(joined.replica.documents()),
             results=None if run.results is None else str(run.results),
             error=joined.error,
             loop_socket=None if run.loop_socket is None else str(run.loop_socket),
@@ -528,6 +534,8 @@ class Node:
         for peer, role in sorted(listed.items()):
             live: Facts | None = joined.run.core.facts() if peer == me else told.get(peer)
             given = contributed.get(peer)
+            tally = joined.run.shards.intake.tallies.get(peer, Tally())
+            made = joined.run.shards.num_given if peer == me else tally.made
             found.append(
                 MemberInfo(
                     peer_id=peer,
@@ -541,9 +549,28 @@ class Node:
                     steps_per_s=live.steps_per_s if live and live.phase is not Phase.DONE else 0.0,
                     rounds=given.rounds if given else 0,
                     share=round(given.env_steps / total, 4) if given and total else 0.0,
+                    shards_made=made,
+                    shards_used=tally.used,
+                    shards_checked=tally.checked,
+                    shards_refused=tally.refused + tally.stale,
+                    mean_staleness=round(tally.mean_staleness, 2),
                 )
             )
         return found
+
+
+def _evidence(documents: Mapping[PeerId, Mapping[str, Any]]) -> list[EvidenceInfo]:
+    """What members say of each other, as far as it is written as we write it."""
+    found: list[EvidenceInfo] = []
+    for by, document in sorted(documents.items()):
+        for register in ("lies", REGISTER):
+            said = document.get(register)
+            for against, entry in list(said.items())[:MAX_ACCUSED] if isinstance(said, Mapping) else ():
+                epoch = entry.get("epoch") if isinstance(entry, Mapping) else None
+                kind = entry.get("kind", "reduce") if isinstance(entry, Mapping) else None
+                if type(epoch) is int and isinstance(kind, str) and isinstance(against, str):
+                    found.append(EvidenceInfo(against=against[:MAX_SHOWN], kind=kind[:MAX_SHOWN], by=by, epoch=epoch))
+    return found[:MAX_SHOWN_SCORES]
 
 
 def _relay_of(state: Connected) -> PeerId | None:

@@ -15,7 +15,7 @@ from shoal.protocol.ids import Cid, PeerId
 from shoal.training.claims import Claims, possible
 from shoal.training.jobs import Jobs
 from shoal.training.lineage import Lineage
-from shoal.training.manifest import Evaluators, Manifest
+from shoal.training.manifest import Evaluators, Manifest, Role
 from shoal.training.others import Others
 from shoal.training.progress import Progress
 from shoal.training.run_events import Evaluate, Fetch, Finish, Load, Note, Output, Policy, WriteEvaluation
@@ -41,6 +41,7 @@ class Ending:
         "_others",
         "_progress",
         "_retry_end_at",
+        "_seen_at",
     )
 
     def __init__(
@@ -81,6 +82,7 @@ class Ending:
         self._checking: Evaluation | None = None
         self._claim_here: Cid | None = None
         self._retry_end_at = now
+        self._seen_at = 0
 
     # Evaluating the own policy.
 
@@ -100,12 +102,21 @@ class Ending:
         else:
             self._must_evaluate = is_due and self._evaluator(policy) == self._me
 
+    def holds(self, policy: Policy) -> None:
+        """This node, which only evaluates, holds a policy of others: it evaluates it, if the last one is long ago."""
+        self._must_evaluate = policy.epoch >= self._seen_at + self._manifest.eval_interval
+        if self._must_evaluate:
+            self._seen_at = policy.epoch
+
     @property
     def _by_all(self) -> bool:
         return self._manifest.evaluators is Evaluators.ALL
 
     def _evaluator(self, policy: Policy) -> PeerId:
-        there = [peer for peer in policy.electorate if peer == self._me or peer in self._others.live] or [self._me]
+        ready = [peer for peer, facts in self._others.live.items() if facts.role is Role.EVALUATOR]
+        there = (
+            ready or [peer for peer in policy.electorate if peer == self._me or peer in self._others.live] or [self._me]
+        )
         key = RoundKey(policy.epoch, 0, first_after(policy.cid))
         return min(there, key=lambda peer: turn_rank("evaluate", key, 0, peer))
 

@@ -34,8 +34,8 @@ class Jobs:
         self._ended_by: Cid | bytes | None = None  # what ended the worker, and how often in a row
         self._num_ended = 0
 
-    def opened(self, policy: Policy) -> None:
-        """There is a worker."""
+    def opened(self, policy: Policy | None) -> None:
+        """There is a worker; None: it holds no policy."""
         self.is_open = True
         self.job, self.in_worker = None, policy
 

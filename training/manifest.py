@@ -27,6 +27,7 @@ MAX_NAME_CHARS: Final = 80
 MAX_REQUIREMENTS: Final = 64
 MAX_VERSION: Final = 2**31 - 1
 MAX_BATCH: Final = 2**31
+MAX_STALENESS: Final = 64
 LOOP_SCHEME: Final = "loop"
 """Of the task of a run whose members bring training loops of their own (`training.loop`): ``loop:digits``."""
 LOOP_ALGORITHM: Final = "average"
@@ -49,12 +50,21 @@ class Mode(StrEnum):
     DILOCO = "diloco"
     """As ``local``, but only how far the parameters came is exchanged, and an outer optimiser steps by its average."""
 
+    ROLLOUTS = "rollouts"
+    """As ``local``, of what actors collected as well: they give shards of it, which learners learn from."""
+
 
 class Role(StrEnum):
     """What a node does in a swarm."""
 
     LEARNER = "learner"
     """Collects experience, optimises, evaluates, exchanges."""
+
+    ACTOR = "actor"
+    """Acts by the newest policy and gives what came of it to the learners, in mode ``rollouts``; needs no torch."""
+
+    EVALUATOR = "evaluator"
+    """Evaluates the newest policy again and again, so that no learner has to."""
 
     STORAGE = "storage"
     """Keeps and serves the shared state and the newest policy; needs no torch."""
@@ -94,6 +104,10 @@ class Manifest:
         max_env_steps: the run ends, unsolved, after this many steps by all learners together.
         name: for people; may be empty, and the same in any number of runs.
         created_at: Unix seconds by the owner's clock; tells apart runs that are alike.
+        max_staleness: in mode ``rollouts``: how many policy versions old what others collected may be.
+        foreign_ratio: likewise: the most of what an update is made from that others may have collected.
+        check_rate: likewise: the least part of an actor's shards that a learner replays to see whether they are true;
+            of an actor that it does not know yet, all are. 0: none ever.
         requires: what a member must have, and of which version; see `training.requirements`.
         version: of this schema.
     """
@@ -114,6 +128,9 @@ class Manifest:
     eval_interval: int = 2
     evaluators: Evaluators = Evaluators.ONE
     max_env_steps: int = 10_000_000
+    max_staleness: int = 4
+    foreign_ratio: float = 0.9
+    check_rate: float = 0.1
     name: str = ""
     created_at: int = 0
     requires: dict[str, int] = field(default_factory=dict)
@@ -145,6 +162,9 @@ class Manifest:
             ("eval_interval", 1, 1_000_000),
             ("max_env_steps", 1, 2**62),
             ("seed", 0, 2**32 - 1),
+            ("max_staleness", 0, MAX_STALENESS),
+            ("foreign_ratio", 0, 1),
+            ("check_rate", 0, 1),
             ("created_at", 0, 2**53),
         ):
             value = getattr(self, name)

@@ -40,6 +40,13 @@ class Others:
         return [peer for peer, facts in self.live.items() if _learns(facts)]
 
     @property
+    def have_ended(self) -> bool:
+        """Whether some learned, and none does any more."""
+        return not self.num_learners and any(
+            facts.role is Role.LEARNER and facts.phase is Phase.DONE for facts in self.live.values()
+        )
+
+    @property
     def count_alike(self) -> bool:
         """Whether nobody has shown anything yet, or nobody who has is left: then all who learn count alike."""
         policy = self._progress.policy

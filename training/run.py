@@ -36,7 +36,9 @@ from shoal.training.manifest import Manifest, Role
 from shoal.training.others import Others
 from shoal.training.pacing import Pace
 from shoal.training.progress import Progress
+from shoal.training.rationing import Rationing
 from shoal.training.run_events import (
+    Admitted,
     Collect,
     Collected,
     Coming,
@@ -62,6 +64,8 @@ from shoal.training.run_events import (
     Opened,
     Output,
     Policy,
+    RolledOut,
+    Rollout,
     Said,
     Say,
     TaskFailed,
@@ -144,6 +148,7 @@ class Run:
         self._me = me
         self._role = role
         self._fetching = fetching
+        self.rationing = Rationing(manifest.batch.largest_share)
         self._saving = Saving(self.progress)
         self._kept = None if stored is None else stored.cid
         self._collect_s = 0.0  # collecting in this epoch
@@ -221,6 +226,8 @@ class Run:
             case Opened(policy, part):
                 self.progress.part = part or self.progress.part
                 self._opened(policy, now, outputs)
+            case Admitted(total):
+                self.progress.samples = total
             case WorkerGone(reason):
                 self._worker_gone(reason, now, outputs)
             case TaskFailed(reason):
@@ -278,9 +285,9 @@ class Run:
 
     # The worker.
 
-    def _opened(self, policy: Policy, now: float, outputs: list[Output]) -> None:
+    def _opened(self, policy: Policy | None, now: float, outputs: list[Output]) -> None:
         self.jobs.opened(policy)
-        if self.policy is not None:
+        if self.policy is not None or policy is None:
             return  # it goes on from what it held before the worker ended
         stored = self.taking.stored
         if stored is not None and stored.epoch > 0:
@@ -325,6 +332,9 @@ class Run:
         match event:
             case Collected():
                 self._collected(event, now)
+            case RolledOut(samples, took_s, returns):
+                self.rationing.made(self.progress.epoch, samples)
+                self.progress.collected(Collected(0, samples, took_s, returns), now)
             case Yielded(cid, weight, rejected, is_last):
                 self._reject(rejected, outputs)
                 self.epoch.uplink = event.uplink
@@ -385,11 +395,14 @@ class Run:
             return
         self.taking.loaded(taken, policy, outputs)
         self._hold(policy, now, outputs)
+        if self._role is Role.EVALUATOR:
+            self.ending.holds(policy)
         self._num_kept = num_kept
         if num_kept and self.progress.speed:
             self._collect_s = self.epoch.work_s = num_kept / self.progress.speed
         self._saving.keep(policy, now, outputs)
-        self._saving.write(policy, now, outputs)
+        if self._role is Role.LEARNER:
+            self._saving.write(policy, now, outputs)
 
     def _load_refused(self, job: Job, reason: str, now: float, outputs: list[Output]) -> None:
         taken, in_worker = self.taking.taken, self.jobs.in_worker
@@ -463,6 +476,10 @@ class Run:
         """Give the worker its next job, if it has none."""
         jobs, policy, taken = self.jobs, self.policy, self.taking.taken
         in_worker = jobs.in_worker
+        if self._role is Role.ACTOR:
+            self._act(now, outputs)
+        elif self._role is Role.EVALUATOR:
+            self._evaluate(now, outputs)
         if self._role is not Role.LEARNER or not jobs.is_open or jobs.job is not None or in_worker is None:
             return
         if taken is not None:
@@ -480,6 +497,44 @@ class Run:
             self.progress.phase = Phase.WAITING
         else:
             self._collect_or_update(policy, now, outputs)
+
+    def _act(self, now: float, outputs: list[Output]) -> None:
+        """Give an actor's worker its next job, if it has none."""
+        jobs, policy, taken = self.jobs, self.policy, self.taking.taken
+        if not jobs.is_open or jobs.job is not None or self.progress.phase is Phase.DONE:
+            return
+        if taken is not None:
+            jobs.start(Load(taken.result, keep_samples=False), Phase.FETCHING, now, outputs)
+        elif policy is None:
+            self.progress.phase = Phase.WAITING
+        elif jobs.in_worker is None or jobs.in_worker.cid != policy.cid:
+            jobs.start(Load(policy.result, keep_samples=False), Phase.FETCHING, now, outputs)
+        elif self.others.have_ended:
+            self.progress.phase = Phase.DONE
+        elif samples := self._ration(policy):
+            jobs.start(Rollout(samples), Phase.COLLECTING, now, outputs)
+        else:
+            self.progress.phase = Phase.WAITING
+
+    def _ration(self, policy: Policy) -> int:
+        actors = sum(facts.role is Role.ACTOR for facts in self.live.values())
+        return self.rationing.next(policy.epoch, self.progress.speed, self.others.num_learners, actors + 1)
+
+    def _evaluate(self, now: float, outputs: list[Output]) -> None:
+        """Give an evaluator's worker its next job, if it has none."""
+        jobs, policy, taken = self.jobs, self.policy, self.taking.taken
+        if not jobs.is_open or jobs.job is not None:
+            return
+        if taken is not None and self.progress.phase is not Phase.DONE:
+            jobs.start(Load(taken.result, keep_samples=False), Phase.FETCHING, now, outputs)
+        elif policy is None or self.ending.is_busy(now, outputs):
+            return
+        elif jobs.in_worker is None or jobs.in_worker.cid != policy.cid:
+            jobs.start(Load(policy.result, keep_samples=False), Phase.FETCHING, now, outputs)
+        elif self.ending.is_to_evaluate(policy):
+            jobs.start(Evaluate(), Phase.EVALUATING, now, outputs)
+        else:
+            self.progress.phase = Phase.WAITING
 
     def _collect_or_update(self, policy: Policy, now: float, outputs: list[Output]) -> None:
         pace = self._pace(policy)

@@ -56,10 +56,11 @@ class Policy:
 class Opened:
     """The worker is there, with the run's initial state; also after a restart of the worker.
 
-    ``part``: what this node is in a recipe; empty, if it is nothing yet.
+    No ``policy``: it is an actor's, which has none until it loads one. ``part``: what this node is in a recipe; empty,
+    if it is nothing yet.
     """
 
-    policy: Policy
+    policy: Policy | None
     part: str = ""
 
 
@@ -145,6 +146,22 @@ class Collected:
     samples: int
     seconds: float
     episode_returns: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RolledOut:
+    """The worker made a shard of so many samples, and it was given to the others; 0: it came to nothing."""
+
+    samples: int
+    seconds: float
+    episode_returns: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The worker took what another member collected: samples since the last update, in all."""
+
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +267,8 @@ Event: TypeAlias = (
     | Gone
     | Documents
     | Collected
+    | RolledOut
+    | Admitted
     | Yielded
     | Updated
     | MergeFailed
@@ -287,6 +306,13 @@ class Collect:
 
     samples: int
     max_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Make a shard of about so many samples by the policy that the worker holds, and give it to the others."""
+
+    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,11 +417,12 @@ class Wake:
     at: float
 
 
-Job: TypeAlias = Collect | Update | Merge | Load | Evaluate | Finish
+Job: TypeAlias = Collect | Rollout | Update | Merge | Load | Evaluate | Finish
 Output: TypeAlias = (
     Say
     | Give
     | Collect
+    | Rollout
     | Update
     | Merge
     | Load

@@ -8,6 +8,7 @@
 ``vote``          "I hold all that this ballot lists, and would average it"
 ``result``        "this is the policy I hold, from this parent by this ballot"
 ``posts``         "these contents of mine can be had", by topic; what is in them is for recipes to read
+``shards``        "this is what I collected last, by these policies"
 ================  ====================================================================================
 
 A statement names the round that it is for: the epoch, the exchange within it, and what both follow from, so that nobody
@@ -53,6 +54,10 @@ MAX_POSTED: Final = 32
 """Newest things that one member has posted, under all topics, that others can ask for."""
 MAX_POST_BYTES: Final = 4 * 1024 * 1024
 """Of one."""
+MAX_GIVEN: Final = 16
+"""Newest shards of an actor that others can ask for."""
+MAX_SHARD_BYTES: Final = 16 * 1024 * 1024
+"""Of one that crosses the wire."""
 
 
 class Phase(StrEnum):
@@ -273,9 +278,42 @@ class Postings:
             raise ProtocolError(f"a member has at most {MAX_POSTED} posts, not {len(self.posted)}")
 
 
+@dataclass(frozen=True, slots=True)
+class GivenShard:
+    """What an actor collected.
+
+    Attributes:
+        cid: of its bytes (`shoal.training.rollouts.shard`).
+        version: epoch of the policy that acted.
+        samples: environment steps.
+        num_bytes: of it.
+    """
+
+    cid: Cid
+    version: int
+    samples: int
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        _check(self.version, MAX_EPOCH, "version")
+        _check(self.samples, MAX_SAMPLES, "samples")
+        _check(self.num_bytes, MAX_SHARD_BYTES, "shard")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenShards:
+    """The newest shards of an actor, newest first."""
+
+    given: tuple[GivenShard, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.given) > MAX_GIVEN:
+            raise ProtocolError(f"an actor names at most {MAX_GIVEN} shards, not {len(self.given)}")
+
+
 NO_BALLOT: Final = bytes(HASH_BYTES)
 
-Statement: TypeAlias = Facts | Addresses | Offer | Proposal | Vote | Result | Postings
+Statement: TypeAlias = Facts | Addresses | Offer | Proposal | Vote | Result | Postings | GivenShards
 
 TOPICS: Final[Mapping[str, type[Any]]] = {
     "facts": Facts,
@@ -285,6 +323,7 @@ TOPICS: Final[Mapping[str, type[Any]]] = {
     "vote": Vote,
     "result": Result,
     "posts": Postings,
+    "shards": GivenShards,
 }
 TOPIC_OF: Final = {kind: topic for topic, kind in TOPICS.items()}
 
@@ -305,6 +344,7 @@ TOPIC_RULES: Final = {
     "vote": TopicRule(max_bytes=768, keep=4, per_s=200, burst=400, worth=_learns),
     "result": TopicRule(max_bytes=768, keep=4, per_s=20, burst=40),
     "posts": TopicRule(max_bytes=8192, per_s=2, burst=16),
+    "shards": TopicRule(max_bytes=3072, per_s=4, burst=16),
 }
 """How much of each one member may say: in mode ``gradient`` a round takes some milliseconds, an epoch never does.
 

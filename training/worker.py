@@ -28,18 +28,24 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
-from shoal.training.algorithms.base import AnyUpdate, Consulting, Joint, Parted, Probing, Settled
+from shoal.training.algorithms.base import Algorithm, AnyUpdate, Consulting, Joint, Parted, Probing, Settled
 from shoal.training.algorithms.base import Collected as LearnerCollected
+from shoal.training.algorithms.engine import ActedFor, PolicyLearner
 from shoal.training.arena import Arena, Region
 from shoal.training.effects import Consult, Effect, Latest, Post, Scores
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.rules import Aggregator, Codec
+from shoal.training.manifest import Manifest, Mode, Role
 from shoal.training.merging import Answer, Given, Merging, NothingToMergeError
 from shoal.training.requirements import check_loaded, requirements
+from shoal.training.rollouts.acting import ActorShape
+from shoal.training.rollouts.actor import Actor
+from shoal.training.rollouts.admitting import Admission
+from shoal.training.rollouts.shard import unsigned
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
-from shoal.training.tasks import load_task
+from shoal.training.tasks import Task, load_task
 from shoal.training.tasks.failures import FILE, Failures, TaskFailedError, append
 from shoal.training.tasks.source import Posted
 from shoal.training.tasks.wire import encode_takes
@@ -47,6 +53,7 @@ from shoal.training.watch import Slot
 from shoal.training.worker_calls import (
     ABANDON,
     ACT,
+    ADMIT,
     BEGIN,
     COLLECT,
     COLLECT_ON,
@@ -61,10 +68,13 @@ from shoal.training.worker_calls import (
     MERGE,
     MERGE_FAILED,
     OPEN,
+    ROLL_OUT,
     TASK_FAILED,
     Abandon,
     Act,
     Acted,
+    Admit,
+    Admitted,
     Begin,
     Collect,
     Collected,
@@ -76,12 +86,15 @@ from shoal.training.worker_calls import (
     GoOn,
     LargeArray,
     LatestAsked,
+    LearnedFrom,
     Load,
     Log,
     Merge,
     MergeAnswer,
     Open,
     PostAsked,
+    RolledOut,
+    RollOut,
     ScoresAsked,
     StateAnswer,
 )
@@ -116,6 +129,8 @@ class Worker:
         self._arena = Arena.make() if arena is None else arena
         self._learner: Learner | None = None
         self._failures = Failures("")
+        self._actor: Actor | None = None
+        self._admission: Admission | None = None
         self._update: AnyUpdate | None = None
         self._ahead = _NOTHING  # while it waited
         self._events: Events | None = None
@@ -132,6 +147,8 @@ class Worker:
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
             COLLECT.name: (COLLECT.request, self.collect),
+            ROLL_OUT.name: (ROLL_OUT.request, self.roll_out),
+            ADMIT.name: (ADMIT.request, self.admit),
             COLLECT_ON.name: (COLLECT_ON.request, self.collect_on),
             ACT.name: (ACT.request, self.act),
             BEGIN.name: (BEGIN.request, self.begin),
@@ -152,8 +169,14 @@ class Worker:
         return self._learner
 
     def open(self, request: Open) -> StateAnswer:
-        """Set up the run and give its initial state."""
+        """Set up the run and give its initial state; an actor has none."""
         manifest = request.manifest
+        self._actor = self._admission = None
+        self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
+        if request.role is Role.ACTOR:
+            self._learner = None
+            self._actor, self._failures = make_actor(request)
+            return _Descent().answer("")
         self._learner, self._failures = self._make(request)
         if isinstance(self._learner, Settled) and request.folder:
             self._learner.settle_in(Path(request.folder))
@@ -162,7 +185,9 @@ class Worker:
         self._events = Events(Path(request.folder) / "tensorboard") if request.folder else None
         self._peer = request.peer
         self._merging = Merging(Aggregator.parse(manifest.aggregator), manifest.codec, self._arena)
-        self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
+        if manifest.mode is Mode.ROLLOUTS:
+            self._admission = make_admission(request, self._learner)
+            self._note_policy()
         return self._state(_Descent())
 
     def load(self, request: Load) -> StateAnswer:
@@ -173,12 +198,18 @@ class Worker:
         if env_steps > self._max_env_steps or epoch > env_steps + MAX_IDLE_EPOCHS:
             raise ProtocolError(f"this run cannot have come to epoch {epoch} with {env_steps} environment steps")
         descent = _Descent.read(meta)
+        if self._actor is not None:
+            if request.cid is None:
+                raise UsageError("a state that an actor is to act by has a name; say it")
+            self._actor.take(arrays, epoch, request.cid)
+            return descent.answer("")
         keep_samples = request.keep_samples and epoch == self._epoch + 1
         self.learner.import_state(arrays, keep_samples=keep_samples)
         if not keep_samples:
             self._merging.forget()
         self._update = None
         self._epoch = epoch
+        self._note_policy()
         return descent.answer(digest(self.learner.policy_arrays()), epoch_samples=self.learner.samples)
 
     def collect(self, request: Collect) -> Collected:
@@ -190,6 +221,34 @@ class Worker:
             self._playing = learner.collecting(request.num_steps, lambda: time.monotonic() >= ends), began
             return self._play(None, lambda: Collected(0, learner.samples, ()))
         return self._collected(learner.collect(request.num_steps, lambda: time.monotonic() >= ends), began)
+
+    def roll_out(self, request: RollOut) -> RolledOut:
+        """Make a shard."""
+        if self._actor is None:
+            raise RemoteError(Status.FAILED_PRECONDITION, "only an actor makes shards")
+        began = time.monotonic()
+        made = self._actor.roll_out(request.samples, request.before)
+        head, body = unsigned(made.head, made.rows.columns(self._actor.action_space))
+        seconds, failed = time.monotonic() - began, self._failures
+        return RolledOut(head, body, made.rows.samples, made.episode_returns, seconds, failed.count, failed.summary)
+
+    def admit(self, request: Admit) -> Admitted:
+        """Learn from what another member made."""
+        if self._admission is None:
+            raise RemoteError(Status.FAILED_PRECONDITION, "nothing that others collected is learned from here")
+        began = time.monotonic()
+        found, samples, proof = self._admission.admit(
+            request.shard, request.cid, request.author, request.state, self._epoch, is_checked=request.is_checked
+        )
+        seconds, lie = time.monotonic() - began, "" if found.lie is None else str(found.lie)
+        learner = self.learner
+        waiting = learner.num_foreign if isinstance(learner, PolicyLearner) else 0
+        words = (str(found.verdict), found.words, lie, found.step, found.part)
+        return Admitted(*words, samples, seconds, learner.samples, waiting, proof)
+
+    def _note_policy(self) -> None:
+        if self._admission is not None:
+            self._admission.holds(self._epoch, self.learner.policy_arrays())
 
     def collect_on(self, request: Consulted) -> Collected:
         """Go on collecting, with what another member answered."""
@@ -305,8 +364,13 @@ class Worker:
             state = self._state(self._next)
             values = {f"training/{name}": value for name, value in stats.metrics.items()}
             self._note(values, self._next.env_steps)
-            ahead = self._ahead if self._ahead.samples else None
-            return MergeAnswer(state=state, stats=stats.metrics, rejected=rejected, ahead=ahead)
+            self._note_policy()
+            waiting = self.learner.samples
+            ahead = replace(self._ahead, epoch_samples=waiting) if self._ahead.samples or waiting else None
+            done = MergeAnswer(state=state, stats=stats.metrics, rejected=rejected, ahead=ahead)
+            if self._admission is None or not isinstance(self.learner, PolicyLearner):
+                return done
+            return replace(done, learned_from=tuple(LearnedFrom(*each) for each in self.learner.learned_from))
         except DivergedError as error:
             self._update = None
             merged = [author for author in authors if author not in rejected]
@@ -439,6 +503,47 @@ class Worker:
         if is_large:
             self._arena.view(region, len(data))[:] = data
         return is_large
+
+
+def make_actor(request: Open) -> tuple[Actor, Failures]:
+    """What acts in a run, and where it notes what fails in environments.
+
+    Raises:
+        UsageError: if the task and the algorithm that are installed are not those that the run needs, or nobody can act
+            for such a policy.
+    """
+    manifest = request.manifest
+    if request.swarm is None or manifest.mode is not Mode.ROLLOUTS:
+        raise UsageError("there are actors in mode rollouts alone; take the role learner or storage")
+    task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+    check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
+    if request.folder:
+        task.failures.keep_in(Path(request.folder))
+    shape, num_envs, _ = _acted_for(algorithm, manifest, task)
+    actor = Actor(manifest, task, shape, num_envs, swarm=request.swarm, peer=request.peer, stream=request.stream)
+    return actor, task.failures
+
+
+def make_admission(request: Open, learner: Learner) -> Admission:
+    """What lets a learner learn from others.
+
+    Raises:
+        UsageError: if nobody can act for such a policy.
+    """
+    manifest = request.manifest
+    if request.swarm is None or not isinstance(learner, PolicyLearner):
+        raise UsageError(f"what {manifest.algorithm} learns from, others cannot collect; take the mode local")
+    task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+    shape, _, gamma = _acted_for(algorithm, manifest, task)
+    return Admission(learner, task, shape, gamma, request.swarm, manifest.max_staleness)
+
+
+def _acted_for(algorithm: Algorithm, manifest: Manifest, task: Task) -> tuple[ActorShape, int, float]:
+    """The shape of a run's policy, how many environments step together, and the discount."""
+    if not isinstance(algorithm, ActedFor):
+        raise UsageError(f"nobody can act for what {manifest.algorithm} learns; take the mode local")
+    settings = algorithm.configured(manifest, task)
+    return algorithm.actor_shape(manifest, task), settings.num_envs, settings.gamma
 
 
 def make_installed(request: Open) -> tuple[Learner, Failures]:

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from shoal.protocol.codec import Attachment
 from shoal.protocol.errors import Status
-from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import Empty, Method
-from shoal.training.manifest import Manifest
+from shoal.training.manifest import Manifest, Role
 from shoal.training.scored import Scored
 from shoal.training.statements import NO_BALLOT
 
@@ -26,6 +26,9 @@ class Open:
             into `shoal.training.tasks.failures.FILE`. Empty: nowhere.
         life: another text for every worker, so that none meets the episodes of the one before it.
         part: what this node is in a recipe; empty: what the swarm makes it.
+        role: learner or actor.
+        swarm: the run's name; only mode ``rollouts`` needs it.
+        stream: an actor's: higher than in any worker of this node in this run before.
     """
 
     manifest: Manifest
@@ -33,6 +36,9 @@ class Open:
     folder: str = ""
     life: str = ""
     part: str = ""
+    role: Role = Role.LEARNER
+    swarm: SwarmId | None = None
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +80,13 @@ class Load:
         keep_samples: keep what was collected in the epoch under way, if the state is of the epoch after it: so what a
             slow member makes counts an epoch later. What is older is dropped. `StateAnswer.epoch_samples` says how
             much was kept.
+        cid: its name.
     """
 
     state: Attachment | None
     keep_samples: bool = False
     state_bytes: int = 0
+    cid: Cid | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +165,92 @@ class Collected:
     failures: int = 0
     failure: str = ""
     consult: ConsultAsked | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RollOut:
+    """Make a shard; only an actor's worker does.
+
+    Attributes:
+        samples: about so many environment steps.
+        before: what the shard before was named; None: it came to nothing, or there was none.
+    """
+
+    samples: int
+    before: Cid | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RolledOut:
+    """A shard, but for its author's signature.
+
+    Attributes:
+        head: what is to be signed, see `shoal.training.rollouts.shard.signed`.
+        body: what follows it.
+        samples: environment steps.
+        episode_returns: of the episodes that ended in it.
+        seconds: that it took.
+        failures: as in `Collected`.
+        failure: likewise.
+    """
+
+    head: Attachment
+    body: Attachment
+    samples: int
+    episode_returns: tuple[float, ...] = ()
+    seconds: float = 0.0
+    failures: int = 0
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Learn from a shard that another member made.
+
+    Attributes:
+        shard: its bytes.
+        cid: by which it was asked for.
+        author: who named it.
+        version: of the policy, as its author said when it named it.
+        state: what this node calls that policy; None, if it does not know.
+        is_checked: whether it is to be replayed first.
+    """
+
+    shard: Attachment
+    cid: Cid
+    author: PeerId
+    version: int
+    state: Cid | None
+    is_checked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What came of it.
+
+    Attributes:
+        verdict: one of `shoal.training.rollouts.evidence.Verdict`.
+        words: why, if it is not used.
+        lie: of what kind, if it is false.
+        step: where, likewise.
+        part: likewise.
+        samples: that are learned from; 0 if none are.
+        seconds: that looking into it took.
+        total: samples since the last update.
+        waiting: samples of others that wait, for this update or a later one.
+        proof: its author's signed head, if it is false.
+    """
+
+    verdict: str
+    words: str
+    lie: str
+    step: int
+    part: int
+    samples: int
+    seconds: float
+    total: int
+    waiting: int = 0
+    proof: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +374,21 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnedFrom:
+    """A shard that an update was made from.
+
+    Attributes:
+        author: who collected it.
+        version: epoch of the policy that acted.
+        samples: environment steps.
+    """
+
+    author: PeerId
+    version: int
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class MergeAnswer:
     """Either the next thing to be averaged, or the new state.
 
@@ -297,6 +406,7 @@ class MergeAnswer:
         post: nothing is to be averaged now, but this is to be posted; `GO_ON` answers.
         latest: likewise, what was posted is to be found.
         scores: likewise, what members have signed.
+        learned_from: with ``state``: what of others' the update was made from.
     """
 
     weight: float = 0.0
@@ -311,6 +421,7 @@ class MergeAnswer:
     post: PostAsked | None = None
     latest: LatestAsked | None = None
     scores: ScoresAsked | None = None
+    learned_from: tuple[LearnedFrom, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +496,8 @@ LOAD: Final = Method("worker.load", Load, StateAnswer, timeout_s=None)
 COLLECT: Final = Method("worker.collect", Collect, Collected, timeout_s=None)
 COLLECT_ON: Final = Method("worker.collect_on", Consulted, Collected, timeout_s=None)
 ACT: Final = Method("worker.act", Act, Acted, timeout_s=None)
+ROLL_OUT: Final = Method("worker.roll_out", RollOut, RolledOut, timeout_s=None)
+ADMIT: Final = Method("worker.admit", Admit, Admitted, timeout_s=None)
 BEGIN: Final = Method("worker.begin", Begin, MergeAnswer, timeout_s=None)
 MERGE: Final = Method("worker.merge", Merge, MergeAnswer, timeout_s=None)
 GO_ON: Final = Method("worker.go_on", GoOn, MergeAnswer, timeout_s=None)

@@ -124,6 +124,9 @@ class CreateSwarm(Asked):
     batch_per_learner: int | None = None
     """None: the manifest's default; where ``batch_size`` is given, as much."""
     batch_size: int | None = _MANIFEST_DEFAULTS["batch_size"]
+    max_staleness: int = _MANIFEST_DEFAULTS["max_staleness"]
+    foreign_ratio: float = _MANIFEST_DEFAULTS["foreign_ratio"]
+    check_rate: float = _MANIFEST_DEFAULTS["check_rate"]
     min_learners: int = _MANIFEST_DEFAULTS["min_learners"]
     target_return: float | None = None
     """None: the task's own threshold, where it has one."""

@@ -381,6 +381,16 @@ class MemberInfo(Model):
     """Exchanges that its contribution went into."""
     share: float = 0.0
     """Of all environment steps of the run, between 0 and 1."""
+    shards_made: int = 0
+    """In mode rollouts, here and below: that it made, or that this node heard of."""
+    shards_used: int = 0
+    """That this node learned from."""
+    shards_checked: int = 0
+    """That this node replayed before."""
+    shards_refused: int = 0
+    """That this node found to be false, or too old."""
+    mean_staleness: float = 0.0
+    """Policy versions, of the samples that this node learned from."""
 
 
 class CurvePoint(Model):
@@ -397,6 +407,16 @@ class Scores(Model):
     epoch: int
     author: PeerName
     scores: dict[str, float]
+
+
+class EvidenceInfo(Model):
+    """What a member signed against another; its word, which every node looks into before it acts on it."""
+
+    against: str
+    kind: str
+    """``reduce``: a result that does not follow from what it was made of; else what is false about a shard."""
+    by: PeerName
+    epoch: int
 
 
 class SwarmDetail(SwarmSummary):
@@ -418,6 +438,8 @@ class SwarmDetail(SwarmSummary):
     members: list[MemberInfo] = []
     shunned: list[PeerName] = []
     """Members that this node found to lie in an exchange, and averages nothing with."""
+    evidence: list[EvidenceInfo] = []
+    """What members signed against each other."""
     digest: str | None = None
     """Hex; of the parameters that this node holds."""
     policy_cid: CidName | None = None

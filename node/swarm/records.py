@@ -6,6 +6,7 @@ for those before, so a slow disk is never far behind; writing it may take no mor
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -149,7 +150,9 @@ class Records:
                 case events.WriteLie(owner, epoch, said):
                     known = dict(self._replica.documents().get(self._me, {}).get("lies") or {})
                     if owner not in known and len(known) < MAX_LIES:
-                        await self._replica.write(lies=known | {owner: {"epoch": epoch, "said": said}})
+                        await self._replica.write(
+                            lies=known | {owner: {"epoch": epoch, "said": base64.b64encode(said).decode()}}
+                        )
         except ShoalError as error:
             self._on_error(str(error))
             log.warning("swarm %s: %s could not be written: %s", self._swarm, type(output).__name__, error)

@@ -84,6 +84,7 @@ class Replica:
         on_outdone: told of the incarnation as which this node speaks from now on.
         on_documents: told when documents have changed, and are on disk.
         counters: what went wrong.
+        signer: this node's.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Replica:
         self.on_gone: Callable[[PeerId], None] = lambda _: None
         self.on_outdone: Callable[[int], object] = lambda _: None
         self.on_documents: Callable[[], None] = lambda: None
+        self.signer = signer
         self._own = signer.peer_id
         self._journal = Journal(swarm, signer, docs, storage)
         self._presence = presence

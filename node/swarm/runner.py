@@ -38,6 +38,7 @@ from shoal.node.swarm.posting import Posts
 from shoal.node.swarm.records import Records, read_stored
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
+from shoal.node.swarm.shards import Shards
 from shoal.node.swarm.workers import WorkerLostError, open_worker
 from shoal.node.wire.channel import Channel
 from shoal.protocol.codec import encode, to_plain
@@ -50,10 +51,10 @@ from shoal.training.exchange.audits import SignedOutcome
 from shoal.training.exchange.ballots import Ballot, SignedOffer
 from shoal.training.exchange.rules import Aggregator
 from shoal.training.keeper import WORKER_LOG
-from shoal.training.manifest import Manifest, Role
+from shoal.training.manifest import Manifest, Mode, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import TOPIC_OF, Addresses, Postings, read_statement
+from shoal.training.statements import TOPIC_OF, Addresses, GivenShards, Postings, read_statement
 from shoal.training.taking import LOOK_S
 from shoal.training.worker_calls import (
     ABANDON,
@@ -70,6 +71,7 @@ from shoal.training.worker_calls import (
     MERGE,
     MERGE_FAILED,
     OPEN,
+    ROLL_OUT,
     TASK_FAILED,
     Abandon,
     Begin,
@@ -84,6 +86,7 @@ from shoal.training.worker_calls import (
     Merge,
     MergeAnswer,
     Open,
+    RollOut,
     StateAnswer,
 )
 
@@ -111,6 +114,10 @@ MAX_QUEUED: Final = 65_536
 """Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
 EVENTS_AT_ONCE: Final = 64
 """Handled before other tasks have their turn; what they make this node say goes out together."""
+STREAMS_PER_S: Final = 16
+"""More than an actor ever begins, so that the streams of a worker have higher numbers than those of the one before."""
+STREAMS_SINCE: Final = 1_700_000_000
+"""Unix seconds."""
 CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
 
 
@@ -185,6 +192,10 @@ class Runner:
         self.consulting = Consulting(swarm, host, replica, self._connect, lambda peer: peer in self.core.live)
         self._part = ""
         self._posts = Posts(swarm, me, replica, content, self._reachable)
+        self.shards = Shards(
+            *(manifest, swarm, replica.signer, replica, content),
+            *(self._reachable, lambda: self.core.learners, self.post),
+        )
         self._arena: Arena | None = None
         self._large: tuple[LargeArray, ...] = ()  # of what is exchanged now
         aggregator = Aggregator.parse(manifest.aggregator)
@@ -253,6 +264,7 @@ class Runner:
         if stored.result is not None:
             self._needs.write(stored.result.cid)
         self._fetches = self._domain.inside("swarm", str(self.swarm))
+        self.shards.begin(self._fetches)
         try:
             async with trio.open_nursery() as nursery:
                 self._listen()
@@ -261,7 +273,7 @@ class Runner:
                 nursery.start_soon(self._records.write)
                 if self.role is Role.LEARNER and self.manifest.is_loop:
                     await self._work_by_loops(task_status)
-                elif self.role is Role.LEARNER:
+                elif self.role is not Role.STORAGE:
                     await self._work(nursery, task_status)
                 else:
                     task_status.started()
@@ -275,6 +287,7 @@ class Runner:
                 await self._records.write_last()
             self._content.hold(self.swarm, ())
             self._posts.close()
+            self.shards.close()
 
     def _new_records(self) -> Records:
         def say(error: str) -> None:
@@ -288,7 +301,7 @@ class Runner:
     def _listen(self) -> None:
         """Hear what members say, from what is known of them already."""
         self.replica.on_heard = self._on_heard
-        self.replica.on_gone = lambda author: self.post(events.Gone(author))
+        self.replica.on_gone = self._on_gone
         self.replica.on_documents = self._on_documents
         for author, topics in self.replica.live.items():
             for topic in topics:
@@ -301,10 +314,19 @@ class Runner:
         statement = read_statement(topic, dict(facts))
         if statement is None:
             log.info("swarm %s: %s says something on %s that makes no sense", self.swarm, author, topic)
+        elif isinstance(statement, GivenShards):
+            if self.role is Role.LEARNER:
+                self.shards.heard(author, statement)
         elif not isinstance(statement, Addresses | Postings):
             self.post(events.Heard(author, statement, name))
 
+    def _on_gone(self, author: PeerId) -> None:
+        self.shards.gone(author)
+        self.post(events.Gone(author))
+
     def _on_documents(self) -> None:
+        if self.manifest.mode is Mode.ROLLOUTS and self.role is Role.LEARNER:
+            self.shards.documents()
         views = self.replica.views
         useful, own = views.useful, views.contributions.get(self._me)
         if self._told[0] is not useful or self._told[1] != own:
@@ -338,6 +360,8 @@ class Runner:
     def _follow(self) -> None:
         """What is of no round any more goes, and is not fetched any more."""
         policy = self.core.policy
+        if policy is not None and self.role is Role.LEARNER and self.manifest.mode is Mode.ROLLOUTS:
+            self.shards.holds(policy)
         if self._needs.follow(self.core.epoch.key, None if policy is None else policy.cid):
             for cid, scope in self._fetching.items():
                 if self._needs.is_over(cid):
@@ -530,7 +554,7 @@ class Runner:
             async with open_worker(nursery, self._me, self._folder, self._arena) as worker:
                 yield worker
         finally:
-            self.consulting.worker = None
+            self.consulting.worker = self.shards.worker = None
             self._exchanging.forget()
             self._arena.close()
 
@@ -565,13 +589,16 @@ class Runner:
 
     async def _open(self, worker: Channel) -> events.Opened:
         self._job, self._num_failures = None, 0
-        request = Open(self.manifest, self._me, str(self._folder), secrets.token_hex(8), self._part)
+        life, stream = secrets.token_hex(8), int((time.time() - STREAMS_SINCE) * STREAMS_PER_S)
+        request = Open(self.manifest, self._me, str(self._folder), life, self._part, self.role, self.swarm, stream)
         try:
             answer = await worker.call(OPEN, request)
         except RemoteError as error:
             if error.status is Status.INVALID_ARGUMENT:
                 raise UsageError(error.message) from error
             raise
+        if self.role is Role.ACTOR:
+            return events.Opened(None)
         self._state_bytes = answer.state_bytes or len(answer.state or b"")
         return events.Opened(_policy(answer, await self._put_state(answer)), answer.part)
 
@@ -585,7 +612,8 @@ class Runner:
         return await self._put(answer.state, Region.STATE, answer.state_bytes)
 
     async def _do_jobs(self, worker: Channel) -> None:
-        self.consulting.worker = worker
+        self.consulting.worker = self.shards.worker = worker
+        before: Cid | None = None  # the last shard that was made
         while True:
             if not self._jobs:
                 if not worker.is_open:
@@ -600,6 +628,11 @@ class Runner:
                     while done.consult is not None:
                         done = await worker.call(COLLECT_ON, Consulted(await self.consulting.ask(done.consult)))
                     self.post(self._collected(done))
+                case events.Rollout(samples):
+                    made = await worker.call(ROLL_OUT, RollOut(samples, before))
+                    self._note_failures(made.failures, made.failure)
+                    before = await self.shards.give(made, self.core.progress.epoch)
+                    self.post(events.RolledOut(made.samples, made.seconds, made.episode_returns))
                 case events.Update(policy):
                     begin = Begin(policy.epoch, policy.cid, policy.env_steps, policy.electorate.to_plain())
                     await self._merged(worker, await worker.call(BEGIN, begin))
@@ -669,6 +702,7 @@ class Runner:
         if answer.state is not None:
             cid = await self._put_state(answer.state)
             self._num_lost = 0
+            self.shards.learned(answer.learned_from, epoch)
             ahead = None if answer.ahead is None else self._collected(answer.ahead)
             part = answer.state.part
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats, ahead, part))
@@ -689,7 +723,7 @@ class Runner:
             self._needs.come(cid, is_policy=True)
             sources = await self._reachable(self.core.lineage.holders(cid))
             data = await self._content.get(cid, sources, max_bytes=self._max_bytes(is_policy=True), owner=self.swarm)
-            answer = await worker.call(LOAD, await self._to_load(data, keep_samples))
+            answer = await worker.call(LOAD, await self._to_load(data, cid, keep_samples))
         except UnavailableError as error:
             self.post(events.LoadRefused(str(error)))
         except RemoteError as error:
@@ -699,20 +733,24 @@ class Runner:
         else:
             self.post(events.Loaded(_policy(answer, cid), answer.epoch_samples))
 
-    async def _to_load(self, data: bytes | memoryview, keep_samples: bool) -> Load:
+    async def _to_load(self, data: bytes | memoryview, cid: Cid, keep_samples: bool) -> Load:
         """A state, for the worker."""
         if len(data) < LARGE_STATE_BYTES or self._arena is None:
-            return Load(data, keep_samples)
+            return Load(data, keep_samples, cid=cid)
         view = self._arena.view(Region.STATE, len(data))
 
         def copy() -> None:
             view[:] = data
 
         await trio.to_thread.run_sync(copy)
-        return Load(None, keep_samples, len(data))
+        return Load(None, keep_samples, len(data), cid)
 
     async def _evaluate(self, worker: Channel) -> None:
-        request = Evaluate(self.manifest.eval_episodes, (self.manifest.seed + 1_000_003) % 2**32)
+        from shoal.training.tasks.source import seed_of  # with NumPy, which an idle node does not load
+
+        held = self.core.jobs.in_worker  # each policy meets other episodes, and the same wherever it is evaluated
+        seed = seed_of(self.manifest.seed, "" if held is None else held.cid)
+        request = Evaluate(self.manifest.eval_episodes, seed)
         evaluated = await worker.call(EVALUATE, request)
         while evaluated.consult is not None:
             evaluated = await worker.call(EVALUATE_ON, Consulted(await self.consulting.ask(evaluated.consult)))

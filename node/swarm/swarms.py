@@ -37,7 +37,7 @@ from shoal.node.swarm.members import by_peer
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner, part_fact
-from shoal.node.swarm.workers import can_train, require_training
+from shoal.node.swarm.workers import MissingTrainingError, can_act, can_train, require_training
 from shoal.node.wire.contracts import (
     ConsultAnswer,
     ConsultRequest,
@@ -54,7 +54,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signer
-from shoal.training.manifest import LOOP_SCHEME, Manifest, Role, open_manifest, sign_manifest
+from shoal.training.manifest import LOOP_SCHEME, Manifest, Mode, Role, open_manifest, sign_manifest
 from shoal.training.requirements import check_here, loop_requirements
 from shoal.training.statements import TOPIC_RULES, Phase
 from shoal.training.ticket import Ticket, in_turns
@@ -150,7 +150,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         is_loop = request.task.partition(":")[0] == LOOP_SCHEME
-        role = self._role(request.role, is_loop=is_loop)
+        role = _role(request.role, is_loop=is_loop, mode=request.mode)
         asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
@@ -162,6 +162,9 @@ class Swarms:
             codec=request.codec,
             batch_per_learner=request.per_learner,
             batch_size=request.batch_size,
+            max_staleness=request.max_staleness,
+            foreign_ratio=request.foreign_ratio,
+            check_rate=request.check_rate,
             min_learners=request.min_learners,
             target_return=request.target_return,
             eval_episodes=request.eval_episodes,
@@ -199,7 +202,7 @@ class Swarms:
             NoPeersError: if no member can be reached.
             UsageError: if this node cannot take part in this run.
         """
-        self._role(role_name, is_loop=True)  # whatever it is a run of, there must be such a role
+        _named(role_name)  # whatever it is a run of, there must be such a role
         async with self._alone_in(ticket.swarm):
             return await self._join(ticket, role_name, part)
 
@@ -212,7 +215,8 @@ class Swarms:
         stored = next((entry for entry in held if entry.swarm == ticket.swarm), None)
         peers = await self._reach(ticket, must=stored is None)
         data = stored.manifest if stored is not None else await self._fetch_manifest(ticket.swarm, peers)
-        role = self._role(role_name, is_loop=open_manifest(ticket.swarm, data).is_loop)
+        manifest = open_manifest(ticket.swarm, data)
+        role = _role(role_name, is_loop=manifest.is_loop, mode=manifest.mode)
         if known is not None:
             known.home.cancel()
             await known.home.wait_gone()
@@ -271,18 +275,6 @@ class Swarms:
             lock = self._entering[swarm] = trio.Lock()
         async with lock:
             yield
-
-    def _role(self, name: str, *, is_loop: bool) -> Role:
-        """The role that is meant; a training loop of the user brings with it what it needs."""
-        if name == "auto":
-            return Role.LEARNER if is_loop or can_train() else Role.STORAGE
-        try:
-            role = Role(name)
-        except ValueError as error:
-            raise UsageError(f"there is no role {name[:40]!r}; take auto, {', '.join(Role)}") from error
-        if role is Role.LEARNER and not is_loop:
-            require_training()
-        return role
 
     async def _check_task(self, task: str, algorithm: str) -> LookedUp:
         """Whether both are installed here, and what a run of them needs."""
@@ -519,3 +511,36 @@ class _SwarmCalls(SwarmService):
     async def consult(self, request: ConsultRequest) -> ConsultAnswer:
         consulting = self._swarms.running(request.swarm).run.consulting
         return ConsultAnswer(await consulting.answer(current_call().peer, request.policy, bytes(request.takes)))
+
+
+def _named(name: str) -> Role | None:
+    """The role of a name; None: whatever suits this node."""
+    if name == "auto":
+        return None
+    try:
+        return Role(name)
+    except ValueError as error:
+        raise UsageError(f"there is no role {name[:40]!r}; take auto, {', '.join(Role)}") from error
+
+
+def _role(name: str, *, is_loop: bool, mode: Mode) -> Role:
+    """The role that is meant; a training loop of the user brings with it what it needs.
+
+    Raises:
+        UsageError: if there is none of this name in such a run.
+        ShoalError: if what it needs is not installed.
+    """
+    role = _named(name)
+    if role is None:
+        if is_loop or can_train():
+            return Role.LEARNER
+        return Role.ACTOR if mode is Mode.ROLLOUTS and can_act() else Role.STORAGE
+    if role is Role.ACTOR and (is_loop or mode is not Mode.ROLLOUTS):
+        raise UsageError("there are actors in mode rollouts alone; take the role learner, evaluator or storage")
+    if role in (Role.LEARNER, Role.EVALUATOR) and not is_loop:
+        require_training()
+    if role is Role.ACTOR and not can_act():
+        raise MissingTrainingError(
+            "this installation cannot act: install it with  pip install 'shoal[act]'  or take --role storage"
+        )
+    return role

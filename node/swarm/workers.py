@@ -20,7 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,8 @@ ENVIRONMENTS_LOG: Final = "environments.log"
 """`shoal.training.tasks.failures.FILE`, which cannot be imported without NumPy."""
 TRAINING_MODULES: Final = ("torch", "gymnasium", "numpy", "safetensors", "matplotlib", "tensorboardX")
 
+ACTING_MODULES: Final = ("gymnasium", "numpy", "safetensors")
+
 
 class MissingTrainingError(ShoalError):
     """The packages that learning needs are not installed."""
@@ -65,8 +67,17 @@ class MissingTrainingError(ShoalError):
 
 def can_train() -> bool:
     """Whether the packages that a learner needs are installed."""
+    return _are_installed(TRAINING_MODULES)
+
+
+def can_act() -> bool:
+    """Whether the packages that an actor needs are installed: no torch among them."""
+    return _are_installed(ACTING_MODULES)
+
+
+def _are_installed(names: Iterable[str]) -> bool:
     try:
-        return all(importlib.util.find_spec(name) is not None for name in TRAINING_MODULES)
+        return all(importlib.util.find_spec(name) is not None for name in names)
     except ModuleNotFoundError:
         return False
 

@@ -31,7 +31,7 @@ from shoal.protocol.errors import ShoalError
 
 T = TypeVar("T")
 
-TARGETS: Final = ("frames", "rpc", "headers", "tensors", "manifests", "records", "states", "bulk", "reach")
+TARGETS: Final = ("frames", "rpc", "headers", "tensors", "manifests", "records", "states", "bulk", "reach", "shards")
 """Names of targets; each is a module of this package with a `Target` called ``TARGET``."""
 
 BASE_BYTES: Final = 1024 * 1024

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-from lab import features, healing, netns
+from lab import asking, features, healing, netns
 from lab.net import Lab
 from lab.netns import LabError
 from lab.stage import Measure, Stage
@@ -50,6 +50,8 @@ SCENARIOS: Final[dict[str, Callable[[Stage], None]]] = {
     "compose": features.compose,
     "upnp": features.upnp,
     "slow-link": features.slow_link,
+    "consult": asking.consult,
+    "consult-relayed": asking.consult_relayed,
 }
 LIMIT_S: Final = 420
 """Of one scenario, with building its lab; its own waits are shorter."""

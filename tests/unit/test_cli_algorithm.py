@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from shoal.training.algorithms import load_algorithm
 from shoal.training.algorithms.engine import OnEngine
 from shoal.training.algorithms.settings import plain_default
 
-OURS = ["a2c", "ppo", "reinforce", "vtrace"]
+OURS = ["a2c", "dqn", "ppo", "reinforce", "sac", "vtrace"]
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -40,9 +41,8 @@ def test_every_setting_is_told_with_its_default(name: str, capsys: pytest.Captur
     shown = told(capsys, "show", name)
     algorithm = load_algorithm(name)
     assert isinstance(algorithm, OnEngine)
-    fields = algorithm.settings.__dataclass_fields__
     assert {row["name"]: row["default"] for row in shown["settings"]} == {
-        key: plain_default(field) for key, field in fields.items()
+        each.name: plain_default(each) for each in fields(algorithm.settings)
     }
     for row in shown["settings"]:
         assert list(row) == ["name", "summary", "default", "defaults", "low", "high"]

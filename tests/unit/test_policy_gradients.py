@@ -18,6 +18,7 @@ from shoal.protocol.errors import UsageError
 from shoal.training.algorithms import load_algorithm
 from shoal.training.algorithms.a2c import A2C, A2CSettings, ActorCriticObjective
 from shoal.training.algorithms.engine import OnEngine
+from shoal.training.algorithms.normalizers import Normalizers
 from shoal.training.algorithms.objective import Experience
 from shoal.training.algorithms.on_policy import Batch, Judged
 from shoal.training.algorithms.policy_gradient import PolicyGradientLoss
@@ -84,7 +85,8 @@ def an_experience(rng: np.random.Generator, num_steps: int, num_envs: int) -> tu
     nothing = np.zeros((0, 1), np.float32)
     rewards, log_probs, acted = rng.normal(size=(3, *shape)).astype(np.float32)
     rollout = Rollout(nothing, nothing, rewards, terminated, truncated, nothing, nothing)
-    experience = Experience(rollout, nothing, nothing, nothing, nothing, acted.ravel(), rewards)
+    normalizers = Normalizers(1, A2CSettings())
+    experience = Experience(rollout, nothing, nothing, nothing, nothing, acted.ravel(), rewards, normalizers)
     values = rng.normal(size=(num_steps + 1, num_envs)).astype(np.float32)
     finals = rng.normal(size=int(truncated.sum())).astype(np.float32)
     return experience, Judged(log_probs.ravel(), values, finals), acted

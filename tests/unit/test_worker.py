@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
-from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.rpc import Answered, Failed, RpcConnection
 from shoal.protocol.services import Empty, Method
 from shoal.training import keeper, merging
@@ -51,6 +51,7 @@ from shoal.training.worker_calls import (
     Open,
 )
 
+SWARM = SwarmId(str(Cid.of_block(b"a run")))
 PEERS = sorted(PeerId.of_public_key(bytes([n]) * 32) for n in range(1, 9))
 PARENT = Cid.of_block(b"the policy before")
 BALLOT = bytes(range(32))
@@ -65,7 +66,7 @@ def a_manifest(task: str = "gym:CartPole-v1", mode: Mode = Mode.LOCAL, **setting
 
 def a_worker(manifest: Manifest | None = None, peer: PeerId = PEERS[0]) -> Worker:
     worker = Worker()
-    worker.open(Open(manifest or a_manifest(), peer))
+    worker.open(Open(manifest or a_manifest(), peer, swarm=SWARM))
     return worker
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -30,21 +30,24 @@ from shoal.protocol.ids import PeerId
 from shoal.training.algorithms.adam import Adam
 from shoal.training.algorithms.base import Collected, DivergedError, Update, UpdateStats
 from shoal.training.algorithms.evaluation import Evaluation
+from shoal.training.algorithms.foreign import Foreign, Pool
 from shoal.training.algorithms.modes import MODES, Given, Stepper
 from shoal.training.algorithms.normalizers import Normalizers
 from shoal.training.algorithms.objective import Experience, Objective, Samples
 from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, MAX_COUNT, TRAVEL_FACTOR, Limits
-from shoal.training.algorithms.rollouts import Stream, never
+from shoal.training.algorithms.rollouts import Rollout, Source, Stream, never
 from shoal.training.algorithms.settings import Settings, read_settings
 from shoal.training.exchange.averager import Arrays
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.rules import ROUNDING, Codec
 from shoal.training.manifest import Manifest, Mode
+from shoal.training.rollouts.acting import ActorShape
 from shoal.training.state import check_fit
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Floats
 
 _MAX_BACKLOG: Final = 8  # batches that may wait for an update
+_OWN: Final = "objective/"
 
 S = TypeVar("S", bound=Settings)
 
@@ -84,6 +87,13 @@ class OnEngine(ABC, Generic[S]):
         """
         return read_settings(self.settings, self.name, manifest, task, self.in_gradient)
 
+    def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
+        """That of `shoal.training.models.actor_critic`."""
+        settings = self.configured(manifest, task)
+        return ActorShape(
+            task.observation_size, task.action_space, settings.hidden_sizes, settings.normalize_observations
+        )
+
     def learner(
         self,
         manifest: Manifest,
@@ -114,8 +124,30 @@ class OnEngine(ABC, Generic[S]):
         return PolicyLearner(objective, manifest, task, streams or [f"{peer}/{life}" if life else peer])
 
 
+@runtime_checkable
+class ActedFor(Protocol):
+    """An algorithm for whose policies nodes can act that do not learn."""
+
+    def configured(self, manifest: Manifest, task: Task) -> Settings:
+        """The settings of a run."""
+        ...
+
+    def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
+        """What has to be known of a policy to act by it.
+
+        Raises:
+            UsageError: if nobody can act for such a policy.
+        """
+        ...
+
+
 class PolicyLearner:
-    """One peer's part in learning by an objective; see `shoal.training.algorithms.Learner`."""
+    """One peer's part in learning by an objective; see `shoal.training.algorithms.Learner`.
+
+    Attributes:
+        learned_from: what of others' the last update was made from: who collected it, by the policy of which epoch, and
+            environment steps.
+    """
 
     def __init__(self, objective: Objective[Any], manifest: Manifest, task: Task, streams: Sequence[str]) -> None:
         config = objective.settings
@@ -141,7 +173,10 @@ class PolicyLearner:
             momentum=config.outer_momentum,
             max_gradient=ROUNDING * max_change,
         )
-        self._stepper = Stepper(objective, self._adam, self._outer, limits, max_change, self._streams)
+        self.learned_from: Sequence[tuple[PeerId, int, int]] = ()
+        self._pool = Pool(round(manifest.foreign_ratio * self._largest_share), self._max_samples)
+        self._sources: list[Source] = list(self._streams)  # of the update under way
+        self._stepper = Stepper(objective, self._adam, self._outer, limits, max_change, self._sources)
         self._max_env_steps = manifest.max_env_steps
         self._env_steps = 0  # by all together, up to this state; counted where something is annealed
         self._running: Update | None = None
@@ -156,7 +191,27 @@ class PolicyLearner:
     @property
     def samples(self) -> int:
         """Environment steps that wait for the next update."""
-        return sum(stream.samples for stream in self._streams)
+        return sum(stream.samples for stream in self._streams) + self._pool.samples
+
+    @property
+    def num_foreign(self) -> int:
+        """Environment steps of others that wait for this update or a later one."""
+        return self._pool.waiting
+
+    def admit(self, author: PeerId, rollout: Rollout, log_probs: Floats, version: int) -> None:
+        """Take what another member collected, for the next update or one after it.
+
+        Args:
+            author: who.
+            rollout: what it met and did.
+            log_probs: ``[T, N]``, what the policy that acted gave to its actions.
+            version: epoch of that policy.
+        """
+        self._pool.add(Foreign(author, rollout, log_probs, version, self._streams[0].rng))
+
+    def forget_older(self, version: int) -> int:
+        """Drop what others collected by policies of earlier epochs; how many samples that were."""
+        return self._pool.forget_older(version)
 
     def collect(self, num_steps: int, is_over: Callable[[], bool] = never) -> Collected:
         """Take steps, shared evenly by the streams; see `Learner.collect`."""
@@ -192,11 +247,16 @@ class PolicyLearner:
     def abandon(self) -> None:
         """Drop what was collected and any half-done update."""
         self._stop_update()
+        self._pool.drop()
         for stream in self._streams:
             stream.drop()
 
     def export_state(self) -> Arrays:
-        """Parameters, both normalisers, and Adam's state or (mode ``diloco``) the outer momentum, copied."""
+        """Everything that all peers share, copied.
+
+        Parameters, what is the objective's own, both normalisers, and Adam's state or in mode ``diloco`` the outer
+        momentum.
+        """
         self._require_idle()
         return {name: array.copy() for name, array in self._state().items()}
 
@@ -233,6 +293,7 @@ class PolicyLearner:
         before = {name: array.copy() for name, array in (self._state() | self._inner_state()).items()}
         for stream in self._streams:
             stream.use()
+        self._sources[:] = [*self._streams, *self._pool.use()]
         try:
             stats = yield from self._update()
         except BaseException:
@@ -241,18 +302,23 @@ class PolicyLearner:
         finally:
             self._running = None
             self._num_ahead = 0
+        if stats.samples:
+            self._objective.used()
         for stream in self._streams:
             stream.used()
+        self.learned_from = [(each.author, each.version, each.samples) for each in self._pool.used()]
         return stats
 
     def _update(self) -> Update:
-        objective, config, samples = self._objective, self._objective.settings, self.samples
+        objective, config = self._objective, self._objective.settings
+        samples = sum(source.samples for source in self._sources)
         if config.is_annealed:
             progress = min(1.0, self._env_steps / self._max_env_steps)
             objective.begin(progress)
             if config.anneal_learning_rate:
                 self._adam.learning_rate = config.learning_rate * (1 - progress)
-        increments = self._normalizers.increments(self._streams)
+        num_steps = objective.steps_now
+        increments = self._normalizers.increments(self._sources)
         if config.is_annealed:
             increments["sum/samples"] = np.asarray(samples, np.int64)
         batch = self._batch() if samples else None
@@ -266,32 +332,39 @@ class PolicyLearner:
             self._normalizers.merge(merged)
             if config.is_annealed:
                 self._env_steps += int(merged["sum/samples"])
+                objective.at(self._env_steps)
         self._require_sane(batch)
         if batch is None:
-            return UpdateStats(samples, config.num_steps)
-        return UpdateStats(samples, config.num_steps, given.measures.means() | explained)
+            return UpdateStats(samples, num_steps)
+        return UpdateStats(samples, num_steps, given.measures.means() | explained)
 
     def _batch(self) -> Any:
         """Everything collected since the last update, stream after stream."""
-        return self._objective.prepare([self._experience(stream) for stream in self._streams])
+        return self._objective.prepare([self._experience(source) for source in self._sources])
 
-    def _experience(self, stream: Stream) -> Experience:
-        rollout, normal = stream.rollout(), self._normalizers.observations
+    def _experience(self, source: Source) -> Experience:
+        rollout, normal = source.rollout(), self._normalizers.observations
         return Experience(
             rollout,
             _flat(normal(rollout.observations[:-1])),
             normal(rollout.observations[-1]),
             normal(rollout.final_observations),
             _by_column(rollout.actions),
-            stream.log_probs.ravel(),
+            source.log_probs.ravel(),
             self._normalizers.rewards(rollout.rewards),
+            self._normalizers,
         )
 
     def _log_probs(self, stream: Stream, first: int = 0) -> Floats:
-        """``[S, N]``, of the actions in a stream from the ``first`` step on, under the present policy."""
+        """``[S, N]``, of the actions in a stream from the ``first`` step on, under the present policy.
+
+        NaN, where the objective has no use for them.
+        """
         rollout = stream.rollout()
+        if not self._objective.has_log_probs:
+            return np.full_like(rollout.rewards[first:], np.nan)
         observations = _flat(self._normalizers.observations(rollout.observations[first:-1]))
-        log_probs, _ = self._model.judge(observations, _by_column(rollout.actions[first:]))
+        log_probs = self._model.judge(observations, _by_column(rollout.actions[first:]))[0]
         return log_probs.reshape(rollout.rewards[first:].shape)
 
     def _act(self, observations: Floats, rng: np.random.Generator) -> Actions:
@@ -304,6 +377,7 @@ class PolicyLearner:
         counted = {"progress/env_steps": np.asarray(self._env_steps, np.int64)} if self.config.is_annealed else {}
         return (
             {f"parameters/{name}": array for name, array in self._model.parameters.items()}
+            | {f"{_OWN}{name}": array for name, array in self._objective.own().items()}
             | ({"outer/momentum": self._outer.momentum} if self._mode is Mode.DILOCO else self._inner_state())
             | self._normalizers.to_arrays()
             | counted
@@ -318,6 +392,8 @@ class PolicyLearner:
         """Take what is there of `_state` and `_inner_state`."""
         for name, view in self._model.parameters.items():
             view[...] = arrays[f"parameters/{name}"]
+        for name, own in self._objective.own().items():
+            own[...] = arrays[f"{_OWN}{name}"]
         if "adam/step" in arrays:
             self._adam.first[:], self._adam.second[:] = arrays["adam/first"], arrays["adam/second"]
             self._adam.step = int(arrays["adam/step"])
@@ -325,6 +401,7 @@ class PolicyLearner:
             self._outer.momentum[:] = arrays["outer/momentum"]
         if "progress/env_steps" in arrays:
             self._env_steps = int(arrays["progress/env_steps"])
+            self._objective.at(self._env_steps)
         self._normalizers.load(arrays)
 
     def _check_state(self, arrays: Arrays) -> None:
@@ -332,6 +409,7 @@ class PolicyLearner:
         self._stepper.limits.check_state(arrays)
         if self._mode is Mode.DILOCO:
             self._outer.check(arrays["outer/momentum"])
+        self._objective.check({name: arrays[f"{_OWN}{name}"] for name in self._objective.own()})
         if "progress/env_steps" in arrays and not 0 <= int(arrays["progress/env_steps"]) <= MAX_COUNT:
             raise ProtocolError("nobody can have taken so many environment steps; take another state")
 

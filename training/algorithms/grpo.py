@@ -8,7 +8,8 @@ that are nearly always or never solved, and a sequence is not divided by its own
 (Dr. GRPO, arXiv 2503.20783; ``scale_by_deviation`` and ``divide_by_length`` bring both back); the ratio may rise
 further than it may fall (DAPO's clip-higher, arXiv 2503.14476). There is no penalty for leaving a reference policy,
 unless ``kl_coefficient`` asks for one; the reference is the policy that this learner began with. Log-probabilities of
-the policy that acted are those of the parameters with which the update begins.
+the policy that acted are those of the parameters with which the update begins. Of a model of a body without memory
+every act is a sequence of its own, with the advantage of its take; ``divide_by_length`` divides by the take's length.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class GRPOBatch:
         old: ``[S, T]``, log-probabilities of the tokens that were chosen.
         reference: the same under the policy at the beginning; empty, if it does not count.
         advantages: ``[S]``.
+        weights: ``[S]``, by which the terms of each count.
     """
 
     sequences: Sequences
     old: torch.Tensor
     reference: torch.Tensor
     advantages: torch.Tensor
+    weights: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -66,7 +69,8 @@ class GRPOBatch:
         sequences = self.sequences.part(rows)
         length = sequences.is_act.shape[1]
         reference = self.reference[rows][:, :length] if len(self.reference) else self.reference
-        return GRPOBatch(sequences, self.old[rows][:, :length], reference, self.advantages[rows])
+        own = (self.advantages[rows], self.weights[rows])
+        return GRPOBatch(sequences, self.old[rows][:, :length], reference, *own)
 
 
 class GRPO:
@@ -75,7 +79,7 @@ class GRPO:
     name = "grpo"
     version = 1
     num_exchanges = 0
-    summary = "advantages from several plays of one scenario; for language models"
+    summary = "advantages from several plays of one scenario; for language models and bodies"
     paper = "arXiv 2402.03300"
     settings_type: type[GRPOSettings] = GRPOSettings
 
@@ -110,7 +114,14 @@ class GRPO:
                 model.flat[:] = self._first
                 reference = model.log_probs(sequences)
                 model.flat[:] = now
-        return GRPOBatch(sequences, old, reference, torch.from_numpy(advantages[used]))
+        chosen = torch.from_numpy(advantages[used])
+        weights = torch.ones(len(used))
+        if len(sequences) > len(used):  # of a body without memory: a row for each act
+            lengths = torch.tensor([len(takes[index]) for index in used])
+            if self.settings.divide_by_length:
+                weights = lengths.float().mean() / lengths
+            chosen, weights = chosen.repeat_interleave(lengths), weights.repeat_interleave(lengths)
+        return GRPOBatch(sequences, old, reference, chosen, weights)
 
     def loss(self, model: TextModel, batch: GRPOBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """The mean over the sequences, and what is worth knowing."""
@@ -123,7 +134,7 @@ class GRPO:
         if settings.kl_coefficient and len(batch.reference):
             away = batch.reference - log_probs
             terms = terms + settings.kl_coefficient * (torch.exp(away) - away - 1)  # Schulman's third estimator
-        terms = terms * is_act
+        terms = terms * batch.weights[:, None] * is_act
         lengths = is_act.sum(dim=1).clamp(min=1)
         total = terms.sum(dim=1) / (lengths if settings.divide_by_length else lengths.float().mean())
         loss = total.mean()

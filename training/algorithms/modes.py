@@ -6,9 +6,13 @@
 - Mode ``diloco``: the same steps, but what is exchanged is how far they led, as an outer gradient
   (`shoal.training.exchange.outer`): a third of the bytes, and fewer by a lossy codec. Adam's moments stay with their
   peer: a newcomer, and a worker that was started anew, begins with zeros, as everybody did.
-- Mode ``gradient``: a first exchange merges the moments of the advantages, so that they are normalised over the
-  joint batch; then one exchange per minibatch averages its gradient, weighted by samples. The k-th minibatch of the
-  joint batch is the union of the peers' k-th minibatches, so N peers take the steps of one process.
+- Mode ``gradient``: a first exchange merges the moments of the advantages, if there are any, so that they are
+  normalised over the joint batch; then one exchange per minibatch averages its gradient, weighted by samples. The k-th
+  minibatch of the joint batch is the union of the peers' k-th minibatches, so N peers take the steps of one process.
+
+What an objective lets follow its parameters, such as target networks, follows its own steps until the parameters are
+merged, and is then put where all put it (`Steps.settle`); in mode ``gradient`` it follows every joint step. An update
+may have no steps, by the state that all share (`Steps.steps_now`); then there is the first exchange alone.
 
 With each update the increments of the normalisers are merged, by its first exchange.
 """
@@ -31,7 +35,7 @@ from shoal.training.algorithms.extrapolation import extrapolate, travel
 from shoal.training.algorithms.normalizers import MOMENTS_FACTOR
 from shoal.training.algorithms.objective import Measures, Steps
 from shoal.training.algorithms.plausible import Limits, as_floats
-from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.rollouts import Source
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.outliers import Scale
@@ -64,7 +68,7 @@ class Stepper:
     outer: Outer
     limits: Limits
     max_change: float
-    streams: Sequence[Stream]
+    streams: Sequence[Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +109,14 @@ def _locally(stepper: Stepper, given: Given) -> Choreography:
     merged = yield Exchange(own, given.weight, arrays, check, given.scales, centres, lossy)
     if not merged:  # nobody had any samples
         flat[:], adam.first[:], adam.second[:], adam.step = start, first, second, step
+        stepper.objective.settle(is_merged=False)
         return {}
     _check_merged(merged, arrays)
     flat[:] = extrapolate(start, as_floats(merged["mean/parameters"]), float(merged["mean/travel"]))
     adam.second[:] = merged["nonneg/adam/second"]
     adam.first[:] = fit_first(as_floats(merged["mean/adam/first"]), adam.second)
-    adam.step = step + stepper.objective.settings.num_steps
+    adam.step = step + stepper.objective.steps_now
+    stepper.objective.settle(is_merged=True)
     return merged
 
 
@@ -128,20 +134,23 @@ def _apart(stepper: Stepper, given: Given) -> Choreography:
     if merged:
         _check_merged(merged, arrays)
         stepper.outer.apply(flat, as_floats(merged["mean/delta"]))
+    stepper.objective.settle(is_merged=bool(merged))
     return merged
 
 
 def _together(stepper: Stepper, given: Given) -> Choreography:
     """Normalise advantages over the joint batch, then average the gradient of every minibatch."""
     objective, flat, batch = stepper.objective, stepper.objective.model.flat, given.batch
-    own = Moments.none() if batch is None else objective.moments(batch)
-    arrays = own.to_arrays("advantage") | given.increments
-    scales = {**given.scales, "moments/advantage": Scale(MOMENTS_FACTOR)}
+    arrays, scales, num_steps = dict(given.increments), dict(given.scales), objective.steps_now
+    if objective.has_advantages:
+        own = Moments.none() if batch is None else objective.moments(batch)
+        arrays, scales["moments/advantage"] = own.to_arrays("advantage") | arrays, Scale(MOMENTS_FACTOR)
     check = partial(stepper.limits.check_contribution, start=flat)
-    merged = yield Exchange(arrays if batch is not None else {}, given.weight, arrays, check, scales, is_last=False)
+    offered = {} if batch is None else arrays
+    merged = yield Exchange(offered, given.weight, arrays, check, scales, is_last=not num_steps)
     if merged:
         _check_merged(merged, arrays)
-        if batch is not None:
+        if batch is not None and objective.has_advantages:
             batch = objective.with_moments(batch, Moments.from_arrays(merged, "advantage"))
     template: Arrays = {"mean/gradient": np.zeros_like(flat)}
     settings = objective.settings
@@ -158,12 +167,13 @@ def _together(stepper: Stepper, given: Given) -> Choreography:
             template,
             scales={"mean/gradient": Scale(_GRADIENT_FACTOR)},
             lossy={"mean/gradient": math.inf},
-            is_last=number == settings.num_steps,
+            is_last=number == num_steps,
         )
         if joint:
             _check_merged(joint, template)
             clipped, norm = clip_by_norm(as_floats(joint["mean/gradient"]), settings.max_grad_norm)
             stepper.adam.apply(flat, clipped)
+            objective.stepped()
             if is_measured:
                 given.measures.add({"gradient_norm": norm}, 1)
     return merged
@@ -173,6 +183,7 @@ MODES: Final[Mapping[Mode, Callable[[Stepper, Given], Choreography]]] = {
     Mode.LOCAL: _locally,
     Mode.DILOCO: _apart,
     Mode.GRADIENT: _together,
+    Mode.ROLLOUTS: _locally,
 }
 
 
@@ -181,7 +192,8 @@ def step_alone(stepper: Stepper, given: Given) -> None:
     objective, batch = stepper.objective, given.batch
     if batch is None:
         return
-    batch = objective.with_moments(batch, objective.moments(batch))
+    if objective.has_advantages:
+        batch = objective.with_moments(batch, objective.moments(batch))
     max_norm, taken = objective.settings.max_grad_norm, 0
     for minibatch, is_measured in objective.minibatches(batch, stepper.streams):
         if minibatch is None:
@@ -195,6 +207,7 @@ def step_alone(stepper: Stepper, given: Given) -> None:
             return
         norm = shorten(gradient, max_norm)
         stepper.adam.apply(objective.model.flat, gradient)
+        objective.stepped()
         taken += 1
         if is_measured:
             given.measures.add({"gradient_norm": norm}, len(minibatch))

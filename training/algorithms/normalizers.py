@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.rollouts import Source
 from shoal.training.algorithms.settings import Settings
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.exchange.outliers import Scale, root_mean_square
@@ -36,9 +36,7 @@ class Normalizers:
         """As the networks are to see what the environments show, ``[..., observation_size]``."""
         if not self._observation.count:
             return shown
-        mean, scale = self._scale
-        normal: Floats = ((shown - mean) * scale).clip(-_CLIP, _CLIP)
-        return normal
+        return normal(shown, *self._scale)
 
     def rewards(self, earned: Floats) -> Floats:
         """On the scale that values have."""
@@ -48,7 +46,7 @@ class Normalizers:
         scaled: Floats = np.clip(earned * scale, -_CLIP, _CLIP)
         return scaled
 
-    def increments(self, streams: Sequence[Stream]) -> Arrays:
+    def increments(self, streams: Sequence[Source]) -> Arrays:
         """The moments of what was collected since the last update; of nothing, where there is nothing to normalise."""
         observations, returns = Moments.none((self._size,)), Moments.none()
         for stream in streams:
@@ -85,5 +83,16 @@ class Normalizers:
 
     def _set(self, observation: Moments, returns: Moments) -> None:
         self._observation, self._return = observation, returns
-        scale = 1 / np.sqrt(np.square(observation.std) + 1e-8)
-        self._scale = observation.mean.astype(np.float32), scale.astype(np.float32)
+        self._scale = mean_and_scale(observation)
+
+
+def mean_and_scale(seen: Moments) -> tuple[Floats, Floats]:
+    """What observations are normalised by, each ``[observation_size]``."""
+    scale = 1 / np.sqrt(np.square(seen.std) + 1e-8)
+    return seen.mean.astype(np.float32), scale.astype(np.float32)
+
+
+def normal(shown: Floats, mean: Floats, scale: Floats) -> Floats:
+    """As the networks are to see ``[..., observation_size]``: the same bits on every machine."""
+    found: Floats = ((shown - mean) * scale).clip(-_CLIP, _CLIP)
+    return found

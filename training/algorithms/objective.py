@@ -18,9 +18,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from shoal.training.algorithms.rollouts import Rollout, Stream
+from shoal.training.algorithms.normalizers import Normalizers
+from shoal.training.algorithms.rollouts import Rollout, Source
 from shoal.training.algorithms.settings import Settings
-from shoal.training.exchange.averager import Moments
+from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.tasks.base import Actions, Floats
 
 
@@ -45,8 +46,11 @@ class Model(Protocol):
         """The likeliest or best."""
         ...
 
-    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, Floats]:
-        """Log-probabilities and values, each ``[S]``, of ``[S, observation_size]`` and ``[S]`` or ``[size, S]``."""
+    def judge(self, observations: Floats, actions: Actions) -> tuple[Floats, ...]:
+        """What it makes of ``[S, observation_size]`` and ``[S]`` or ``[size, S]``: arrays of ``S`` finite numbers.
+
+        Log-probabilities come first, where an objective has use for them (`Objective.has_log_probs`).
+        """
         ...
 
 
@@ -63,6 +67,7 @@ class Experience:
         acted: ``[T * N]``, the log-probabilities that the policy that acted gave to its actions; NaN where it is the
             present one.
         rewards: ``[T, N]``, scaled.
+        normalizers: by which that was done, of this state: for who keeps the rollout as it is, and looks at it later.
     """
 
     rollout: Rollout
@@ -72,6 +77,7 @@ class Experience:
     actions: Actions
     acted: Floats
     rewards: Floats
+    normalizers: Normalizers
 
 
 class Samples(Protocol):
@@ -129,6 +135,19 @@ class Steps(Protocol[B]):
         """What is trained."""
         ...
 
+    @property
+    def has_advantages(self) -> bool:
+        """Whether there are any, which are normalised before the first step; else nobody asks for their moments."""
+        ...
+
+    @property
+    def steps_now(self) -> int:
+        """Of the optimiser, in the update under way: `StepSettings.num_steps`, or none.
+
+        It follows from the state that all share, so it is the same for all.
+        """
+        ...
+
     def moments(self, batch: B) -> Moments:
         """Of the advantages, which are merged with those of the others in mode ``gradient`` before the first step."""
         ...
@@ -137,8 +156,8 @@ class Steps(Protocol[B]):
         """The batch that the moments of all make of it."""
         ...
 
-    def minibatches(self, batch: B | None, streams: Sequence[Stream]) -> Iterator[tuple[B | None, bool]]:
-        """The minibatch of each step, and whether the step is measured: `StepSettings.num_steps` of them.
+    def minibatches(self, batch: B | None, streams: Sequence[Source]) -> Iterator[tuple[B | None, bool]]:
+        """The minibatch of each step, and whether the step is measured: `steps_now` of them.
 
         The k-th of a process that owns several streams is the union of what the k-th would be of each stream alone.
         None where there are no samples in it. Each may be overwritten by the next.
@@ -157,6 +176,17 @@ class Steps(Protocol[B]):
         """Whether an update on own samples ends before it is stepped by what `gradient` gave last."""
         ...
 
+    def stepped(self) -> None:
+        """The optimiser has taken a step: on own samples, or in mode ``gradient`` the joint one."""
+        ...
+
+    def settle(self, *, is_merged: bool) -> None:
+        """The steps on own samples became a joint change of the parameters, or none if nobody had samples.
+
+        What followed the own steps (`stepped`) is put where all put it, by the parameters as they are now.
+        """
+        ...
+
 
 class Objective(Steps[B], Protocol[B]):
     """How a policy learns from streams. One object serves one learner, update after update."""
@@ -169,6 +199,27 @@ class Objective(Steps[B], Protocol[B]):
     @property
     def model(self) -> Model:
         """What is trained."""
+        ...
+
+    @property
+    def has_log_probs(self) -> bool:
+        """Whether it asks what the policy that acted gave to its actions (`Experience.acted`)."""
+        ...
+
+    def own(self) -> Arrays:
+        """What all peers share beside the model, by name; views, into which a state is loaded."""
+        ...
+
+    def check(self, own: Arrays) -> None:
+        """Refuse what cannot be `own` of any peer, of the right form though it is.
+
+        Raises:
+            ProtocolError: if it cannot.
+        """
+        ...
+
+    def at(self, env_steps: int) -> None:
+        """The state is another one: all together have taken so many steps up to it; 0 unless `Settings.is_annealed`."""
         ...
 
     def begin(self, progress: float) -> None:
@@ -186,6 +237,10 @@ class Objective(Steps[B], Protocol[B]):
 
     def explained(self, batch: B) -> dict[str, float]:
         """What is worth knowing of a batch before the first step."""
+        ...
+
+    def used(self) -> None:
+        """The update for which `prepare` was called last is done; of one that failed, nothing is to be kept."""
         ...
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.training.algorithms.objective import Experience
-from shoal.training.algorithms.rollouts import Stream, advantages
+from shoal.training.algorithms.rollouts import Source, advantages
 from shoal.training.algorithms.settings import Settings, setting
-from shoal.training.exchange.averager import Moments
+from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.manifest import Manifest
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.tasks import Task
@@ -30,6 +30,13 @@ _MAX_SIZES: Final = 8  # of minibatches, whose arrays are kept
 class OnPolicySettings(Settings):
     """Those of an actor and a critic."""
 
+    update_epochs: int = setting(10, "passes over the samples per update", 1, 1000)
+    num_minibatches: int = setting(
+        32,
+        "optimiser steps per pass, however many the samples: a peer with few takes as many",
+        1,
+        65536,
+    )
     gae_lambda: float = setting(
         0.95, "of the advantage estimate; 0 trusts the values alone, 1 the rewards alone", 0.0, 1.0
     )
@@ -38,6 +45,11 @@ class OnPolicySettings(Settings):
     initial_log_std: float = setting(
         0.0, "of a continuous policy; 0 where 1 is half the range of an action", -20.0, 5.0
     )
+
+    @property
+    def num_steps(self) -> int:
+        """Of the optimiser, per update."""
+        return self.update_epochs * self.num_minibatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +164,9 @@ S = TypeVar("S", bound=OnPolicySettings)
 class OnPolicy(ABC, Generic[S]):
     """An `Objective` of an `ActorCritic`: an algorithm adds its loss, and its own estimates if they are not GAE."""
 
+    has_advantages = True
+    has_log_probs = True
+
     def __init__(self, settings: S, model: ActorCritic) -> None:
         self.settings = settings
         self.model = model
@@ -181,8 +196,32 @@ class OnPolicy(ABC, Generic[S]):
         ).ravel()
         return advantage, advantage + judged.values[:-1].ravel()
 
+    @property
+    def steps_now(self) -> int:
+        """As many in every update."""
+        return self.settings.num_steps
+
+    def own(self) -> Arrays:
+        """Peers share the model alone."""
+        return {}
+
+    def check(self, own: Arrays) -> None:
+        """There is nothing to check."""
+
+    def at(self, env_steps: int) -> None:
+        """Nothing depends on it."""
+
     def begin(self, progress: float) -> None:
         """Nothing depends on how far the run is, unless an algorithm says so."""
+
+    def stepped(self) -> None:
+        """Nothing follows the parameters."""
+
+    def settle(self, *, is_merged: bool) -> None:
+        """Likewise."""
+
+    def used(self) -> None:
+        """Nothing is kept of the batch."""
 
     def prepare(self, experience: Sequence[Experience]) -> Batch:
         """Judge and estimate."""
@@ -203,7 +242,7 @@ class OnPolicy(ABC, Generic[S]):
         """Normalised."""
         return batch.normalized(moments)
 
-    def minibatches(self, batch: Batch | None, streams: Sequence[Stream]) -> Iterator[tuple[Batch | None, bool]]:
+    def minibatches(self, batch: Batch | None, streams: Sequence[Source]) -> Iterator[tuple[Batch | None, bool]]:
         """Shuffled passes; the last one is measured."""
         parts, passes = self.settings.num_minibatches, self.settings.update_epochs
         if batch is None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,33 @@ class Rollout:
     def samples(self) -> int:
         """T times N."""
         return self.rewards.size
+
+
+class Source(Protocol):
+    """What an update is made from: an own stream, or what another member collected."""
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """For shuffling and drawing."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Environment steps."""
+        ...
+
+    @property
+    def log_probs(self) -> Floats:
+        """``[T, N]``, what the policy that acted gave to its actions; NaN where that is the present one."""
+        ...
+
+    def rollout(self) -> Rollout:
+        """All of them."""
+        ...
+
+    def shuffled(self, parts: int) -> list[npt.NDArray[np.int64]]:
+        """The indices of the samples in random order, in ``parts`` parts whose sizes differ by one at most."""
+        ...
 
 
 class Stream:

@@ -6,10 +6,11 @@ A manifest overrides the defaults, and these follow the task, its action space, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ProtocolError, UsageError
@@ -35,8 +36,15 @@ def setting(default: Any, what: str, low: float | None = None, high: float | Non
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What every algorithm on the engine has, each field with a line that says what it is."""
+class Settings(ABC):
+    """What every algorithm on the engine has, each field with a line that says what it is.
+
+    Attributes:
+        continuous: which have other defaults where actions are continuous.
+    """
+
+    # The bonus holds off the early end of exploration among a few actions. A Gaussian has its own deviation.
+    continuous: ClassVar[Mapping[str, Any]] = {"entropy_coefficient": 0.0, "normalize_observations": True}
 
     num_envs: int = setting(4, "environments that each peer steps side by side", 1, 1024)
     gamma: float = setting(0.99, "discount per step", 0.0, 1.0)
@@ -45,13 +53,6 @@ class Settings:
         False, "let the learning rate fall in a line, to 0 when all have taken the run's max_env_steps together"
     )
     adam_epsilon: float = setting(1e-5, "Adam's", 1e-12, 1.0)
-    update_epochs: int = setting(10, "passes over the samples per update", 1, 1000)
-    num_minibatches: int = setting(
-        32,
-        "optimiser steps per pass, however many the samples: a peer with few takes as many",
-        1,
-        65536,
-    )
     max_grad_norm: float = setting(0.5, "longer gradients are scaled down to this", 1e-6, 1e9)
     hidden_sizes: tuple[int, ...] = setting((64, 64), "units per hidden layer, of each network")
     normalize_observations: bool = setting(
@@ -69,9 +70,9 @@ class Settings:
             raise UsageError(f"hidden_sizes must be at most 8 sizes from 1 to 4096, not {list(self.hidden_sizes)}")
 
     @property
+    @abstractmethod
     def num_steps(self) -> int:
         """Of the optimiser, per update."""
-        return self.update_epochs * self.num_minibatches
 
     @property
     def is_annealed(self) -> bool:
@@ -90,9 +91,6 @@ def check_ranges(settings: Any) -> None:
         if low is not None and value is not None and not low <= value <= high:
             raise UsageError(f"{each.name} must be between {low} and {high}, not {value}")
 
-
-# The bonus holds off the early end of exploration among a few actions. A Gaussian has its own deviation, and learns it.
-_CONTINUOUS: Final[dict[str, Any]] = {"entropy_coefficient": 0.0, "normalize_observations": True}
 
 # A swing is over in a second: looking further ahead learns slower (RL Baselines3 Zoo has 0.9).
 _TASKS: Final[dict[str, dict[str, Any]]] = {"gym:Pendulum-v1": {"gamma": 0.95}}
@@ -117,7 +115,7 @@ def read_settings(kind: type[S], algorithm: str, manifest: Manifest, task: Task,
     values: dict[str, Any] = {each.name: plain_default(each) for each in fields(kind)}
     given: dict[str, Any] = {}
     if isinstance(task.action_space, Continuous):
-        given |= _CONTINUOUS
+        given |= kind.continuous
     given |= _TASKS.get(manifest.task, {})
     if manifest.mode is Mode.GRADIENT:
         given |= in_gradient
@@ -156,7 +154,7 @@ class Described:
 
 def described(kind: type[Settings], in_gradient: Mapping[str, Any]) -> list[Described]:
     """All settings of an algorithm, `in_gradient` being its defaults in mode ``gradient``."""
-    special = {"mode gradient": in_gradient, "codec topk": _LATE, "continuous actions": _CONTINUOUS} | _TASKS
+    special = {"mode gradient": in_gradient, "codec topk": _LATE, "continuous actions": kind.continuous} | _TASKS
     return [
         Described(
             each.name,

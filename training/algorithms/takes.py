@@ -11,7 +11,7 @@ as in mode ``diloco`` with an outer step of 1, and the rest, with Adam's moments
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final, Protocol, Self, TypeVar, runtime_checkable
@@ -24,7 +24,7 @@ from shoal.training.algorithms.adam import Adam
 from shoal.training.algorithms.base import AskingUpdate, DivergedError, Exchange, UpdateStats
 from shoal.training.algorithms.modes import MODES, Given, Stepper, step_alone
 from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, TRAVEL_FACTOR, Limits, as_floats
-from shoal.training.algorithms.rollouts import Stream
+from shoal.training.algorithms.rollouts import Source
 from shoal.training.algorithms.settings import check_ranges, setting
 from shoal.training.effects import Effect
 from shoal.training.exchange import outer
@@ -131,6 +131,15 @@ class TakeObjective(Protocol[M, B]):
 
 
 @runtime_checkable
+class Mindful(Protocol):
+    """An objective to which it matters what others do."""
+
+    def meet(self, takes: Iterable[Take], policies: Mapping[str, Any]) -> None:
+        """Before each update: the takes of all roles in what is learned from, and the models of all policies."""
+        ...
+
+
+@runtime_checkable
 class Remembering(Protocol):
     """An objective that keeps something from one update to the next; it is this member's own, and in no state."""
 
@@ -152,6 +161,7 @@ class Trainee:
 
     Attributes:
         model: that acts.
+        objective: how it learns.
         is_own: whether nobody else's parameters are averaged with it.
     """
 
@@ -181,8 +191,8 @@ class Trainee:
             UsageError: if no parameter fits ``shared``.
         """
         settings = objective.settings
-        self.model, self.is_own = model, is_own
-        self._objective, self._mode, self._shared = objective, mode, tuple(shared)
+        self.model, self.objective, self.is_own = model, objective, is_own
+        self._mode, self._shared = mode, tuple(shared)
         self._names = [name for name in model.parameters if any(fnmatchcase(name, each) for each in self._shared)]
         if not self._names:
             raise UsageError(f"no parameter of the model is called like {', '.join(self._shared)}; say * for all")
@@ -228,7 +238,7 @@ class Trainee:
         except ProtocolError as error:
             raise DivergedError(f"what was merged leads to a policy that nobody would take: {error}") from error
         measures = given.measures.means() if batch is not None else {}
-        return UpdateStats(len(takes), self._objective.settings.num_steps, measures)
+        return UpdateStats(len(takes), self.objective.settings.num_steps, measures)
 
     @property
     def actor(self) -> Any:
@@ -250,15 +260,15 @@ class Trainee:
 
     def _prepare(self, takes: Sequence[Take], news: News) -> Generator[Exchange | Effect, Any, Any]:
         """The objective's, with the last of its exchanges marked if nothing comes after it."""
-        preparing = self._objective.prepare(takes, self.model, news)
+        preparing = self.objective.prepare(takes, self.model, news)
         number, answer = 0, None
         while True:
             try:
                 wanted = preparing.send(answer)  # None, at first
             except StopIteration as end:
-                if number != self._objective.num_exchanges:
+                if number != self.objective.num_exchanges:
                     raise UsageError(
-                        f"an objective asked {number} times and not {self._objective.num_exchanges}; num_exchanges "
+                        f"an objective asked {number} times and not {self.objective.num_exchanges}; num_exchanges "
                         "says how often, whatever the takes"
                     ) from end
                 return end.value
@@ -266,7 +276,7 @@ class Trainee:
                 answer = yield wanted
                 continue
             number += 1
-            is_last = self.is_own and number == self._objective.num_exchanges
+            is_last = self.is_own and number == self.objective.num_exchanges
             answer = yield Exchange(
                 wanted.arrays, wanted.weight, wanted.template, wanted.check, wanted.scales, is_last=is_last
             )
@@ -337,7 +347,7 @@ class Trainee:
 
     def memory(self) -> dict[str, Plain]:
         """What the objective keeps from one update to the next, copied; empty, if it keeps nothing."""
-        return self._objective.memory() if isinstance(self._objective, Remembering) else {}
+        return self.objective.memory() if isinstance(self.objective, Remembering) else {}
 
     def remember(self, memory: Mapping[str, Plain]) -> None:
         """Have the objective go on from what `memory` gave.
@@ -345,8 +355,8 @@ class Trainee:
         Raises:
             ProtocolError: if it is no such memory. Nothing has changed.
         """
-        if isinstance(self._objective, Remembering):
-            self._objective.remember(memory)
+        if isinstance(self.objective, Remembering):
+            self.objective.remember(memory)
 
     def _all_parameters(self) -> Arrays:
         return {f"parameters/{name}": array for name, array in self.model.parameters.items()}
@@ -358,6 +368,8 @@ class Trainee:
 
 class _Steps:
     """An objective over takes, as the engine steps by it."""
+
+    has_advantages = True
 
     def __init__(self, model: TakeModel, objective: TakeObjective[Any, Any], rng: np.random.Generator) -> None:
         self.model = model
@@ -379,7 +391,7 @@ class _Steps:
         return batch.normalized(moments) if isinstance(batch, Advised) else batch
 
     def minibatches(
-        self, batch: TakeBatch | None, streams: Sequence[Stream]
+        self, batch: TakeBatch | None, streams: Sequence[Source]
     ) -> Iterator[tuple[TakeBatch | None, bool]]:
         settings = self._objective.settings
         for number in range(1, settings.update_epochs + 1):
@@ -398,6 +410,16 @@ class _Steps:
 
     def is_enough(self) -> bool:
         return False
+
+    @property
+    def steps_now(self) -> int:
+        return self._objective.settings.num_steps
+
+    def stepped(self) -> None:
+        pass
+
+    def settle(self, *, is_merged: bool) -> None:
+        pass
 
 
 def _check_deltas(arrays: Arrays, most: float) -> None:

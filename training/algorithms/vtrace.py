@@ -20,18 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-
 from shoal.training.algorithms.a2c import A2CSettings, ActorCriticObjective
 from shoal.training.algorithms.engine import OnEngine
 from shoal.training.algorithms.objective import Experience
 from shoal.training.algorithms.on_policy import Batch, Judged, actor_critic
 from shoal.training.algorithms.policy_gradient import PolicyGradientLoss
-from shoal.training.algorithms.rollouts import accumulate, following, runs_on
 from shoal.training.algorithms.settings import setting
 from shoal.training.exchange.averager import Moments
 from shoal.training.manifest import Manifest
 from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.rollouts.staleness import v_trace
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Floats
 
@@ -99,16 +97,18 @@ class VTraceObjective(ActorCriticObjective[VTraceSettings]):
 
     def estimate(self, experience: Experience, judged: Judged, acted: Floats) -> tuple[Floats, Floats]:
         """Advantages, yet to be weighted, and what the values are to be, each ``[T * N]``."""
-        settings, rollout, gamma = self.settings, experience.rollout, np.float32(self.settings.gamma)
-        with np.errstate(all="ignore"):  # what is not finite is found when the update is done
-            ratios = np.exp(judged.log_probs - acted).reshape(experience.rewards.shape)
-        values, rewards = judged.values, experience.rewards
-        ends = rollout.terminated, rollout.truncated
-        after = following(*ends, values, judged.final_values)
-        corrections: Floats = np.minimum(ratios, np.float32(settings.max_rho)) * (rewards + gamma * after - values[:-1])
-        passed_on = np.minimum(ratios, np.float32(settings.max_c)) * np.float32(settings.gamma * settings.gae_lambda)
-        accumulate(corrections, passed_on * runs_on(*ends))
-        targets = values.copy()
-        targets[:-1] += corrections
-        advantages = rewards + gamma * following(*ends, targets, judged.final_values) - values[:-1]
-        return advantages.ravel(), targets[:-1].ravel()
+        settings, rollout, shape = self.settings, experience.rollout, experience.rewards.shape
+        targets, advantages = v_trace(
+            judged.log_probs.reshape(shape),
+            acted.reshape(shape),
+            experience.rewards,
+            judged.values,
+            judged.final_values,
+            rollout.terminated,
+            rollout.truncated,
+            gamma=settings.gamma,
+            gae_lambda=settings.gae_lambda,
+            max_rho=settings.max_rho,
+            max_c=settings.max_c,
+        )
+        return advantages.ravel(), targets.ravel()

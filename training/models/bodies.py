@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -172,10 +172,8 @@ class BodyModel(OnFlat, ABC):
         """Log-probabilities, entropies and values."""
         own = self._parameters.tensors
         features = self.see(turns)
-        outputs, values = through(own, "decide", features), self._values(own, features, turns)
+        outputs, values = self._outputs_of(own, features, turns), self._values(own, features, turns)
         if isinstance(self.acts, Discrete):
-            if turns.legal is not None:
-                outputs = outputs.masked_fill(~turns.legal, _NEVER)
             log_p = functional.log_softmax(outputs, dim=-1)
             log_probs = log_p.gather(-1, turns.acts[..., None])[..., 0]
             return Judged(log_probs, -(log_p.exp() * log_p).sum(dim=-1), values)
@@ -183,6 +181,22 @@ class BodyModel(OnFlat, ABC):
         away = (turns.acts - outputs) * torch.exp(-log_std)
         log_probs = (-0.5 * away * away - log_std - _HALF_LOG_TAU).sum(dim=-1)
         return Judged(log_probs, (log_std + 0.5 + _HALF_LOG_TAU).sum().expand(values.shape), values)
+
+    def logits(self, turns: Turns) -> torch.Tensor:
+        """Of every kind of act, ``[S, T, count]``; what is not legal is below all that is.
+
+        Raises:
+            UsageError: if acts are numbers.
+        """
+        if not isinstance(self.acts, Discrete):
+            raise UsageError("only acts of a few kinds have logits; take another objective for acts that are numbers")
+        own = self._parameters.tensors
+        return self._outputs_of(own, self.see(turns), turns)
+
+    def _outputs_of(self, own: Mapping[str, torch.Tensor], features: torch.Tensor, turns: Turns) -> torch.Tensor:
+        """Logits, or the means of acts that are numbers."""
+        outputs = through(own, "decide", features)
+        return outputs if turns.legal is None else outputs.masked_fill(~turns.legal, _NEVER)
 
     def log_probs(self, turns: Turns) -> torch.Tensor:
         """Of every act, ``[S, T]``; 0 where a row is padded."""
@@ -339,6 +353,33 @@ def whole(name: str, value: int, least: int, most: int) -> int:
     if not least <= value <= most:
         raise UsageError(f"{name} is {least} to {most}, not {value}")
     return value
+
+
+def following(model: BodyModel, takes: Sequence[Take]) -> tuple[Turns, Turns, torch.Tensor]:
+    """Of a model without memory, turns, what was seen after each, and ``[n]`` whether anything came: 1 or 0.
+
+    Where a game showed nothing after the last act of a play that was cut off, the last sight stands for it.
+
+    Args:
+        model: that is to judge them.
+        takes: that are over, each with acts.
+    """
+    turns = model.encode(takes)
+    starts = np.cumsum([0, *(len(take) for take in takes[:-1])])
+    order = np.arange(len(turns)) + 1
+    ends = np.array([start + len(take) - 1 for start, take in zip(starts, takes, strict=True)])
+    order[ends] = ends
+    sights = turns.sights[order]
+    for end, take in zip(ends, takes, strict=True):
+        if take.final is not None:
+            sights[end, 0, : len(take.final)] = torch.tensor(np.asarray(take.final))
+    legal = None
+    if turns.legal is not None:
+        legal = turns.legal[order]
+        legal[ends] = True
+    goes_on = torch.ones(len(turns))
+    goes_on[ends] = torch.tensor([float(take.cut) for take in takes])
+    return turns, replace(turns, sights=sights, kinds=turns.kinds[order], legal=legal), goes_on
 
 
 def _with_end(columns: Columns, take: Take) -> dict[str, npt.NDArray[Any]]:

@@ -16,12 +16,16 @@ one that was not told which of several parts it is.
 
 What objectives remember between updates (`shoal.training.algorithms.takes.Remembering`) is this node's alone as well. A
 worker that was killed goes on from what it was after the last update that is done; an update that fails leaves it.
+
+**What is shown.** A part that shows plays (`Part.shows`) posts what it played, once in each life, before the update in
+which the others are to read it. They hold it to the game, keep it for as long as they live, and give each policy what
+was done in its roles, beside the policy's own plays: takes that are not proven.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -31,23 +35,26 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import ProtocolError, UsageError
-from shoal.protocol.ids import PeerId
+from shoal.protocol.ids import Cid, PeerId
 from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, Exchange, Update, UpdateStats
 from shoal.training.algorithms.joint import together
 from shoal.training.algorithms.rollouts import never
-from shoal.training.algorithms.takes import Trainee
-from shoal.training.effects import Consult, Effect, Latest, Scores
+from shoal.training.algorithms.takes import Mindful, Trainee
+from shoal.training.effects import Consult, Effect, Latest, Post, Scores
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
 from shoal.training.recipes.makers import make_model, objective_of
+from shoal.training.recipes.past import Pasts
 from shoal.training.recipes.placing import NOWHERE, check_said, number_of, part_of, place_of
-from shoal.training.recipes.playing import roles_of, score_of
+from shoal.training.recipes.playing import named_seats, roles_of, score_of, seats_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
+from shoal.training.recipes.seating import Seating
 from shoal.training.recipes.warming import teach
 from shoal.training.scored import MAX_EPOCHS, Scored
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
-from shoal.training.tasks.cast import Actor, Learned, Seat
+from shoal.training.tasks import shown
+from shoal.training.tasks.cast import Foreign, Learned, Past, Scripted
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Act, Table, Take
 from shoal.training.tasks.playing import Played
@@ -92,19 +99,38 @@ class RecipeLearner:
         if part and part not in recipe.parts:
             raise UsageError(f"the recipe {recipe.name} has no part {part[:40]!r}; {suggest(part, recipe.parts)}")
         self._posts: dict[str, tuple[Posted, ...]] = {}
+        self._shown: dict[PeerId, tuple[Cid, list[Take]]] = {}
+        self._num_seen = 0
+        self._has_shown = False
         self._evaluations: dict[str, dict[int, float]] = {}
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
         self._share = manifest.batch.largest_share
-        own_seed = seed_of(manifest.seed, peer)
+        self._own_seed = own_seed = seed_of(manifest.seed, peer)
         self._trainees = {
             name: _trainee(recipe, name, policy, manifest, own_seed) for name, policy in sorted(recipe.policies.items())
         }
         self._taught = {name: policy.warm is None for name, policy in recipe.policies.items()}
-        self._actors: dict[Seat, Actor] = {Learned(name): trainee.actor for name, trainee in self._trainees.items()}
         self._seed = seed_of(manifest.seed, peer, life)
-        self._own_seed = own_seed
         self._answers = np.random.default_rng(seed_of(self._seed, "answers"))
+        named = named_seats(recipe)
+        self._pasts = Pasts(
+            [seat for seat in named if isinstance(seat, Past)],
+            {name: trainee.model for name, trainee in self._trainees.items()},
+            partial(_model, recipe, manifest.seed),
+        )
+        self._kept_at = -1  # the epoch that was kept last
+        self._actors = Seating(
+            {
+                **{Learned(name): trainee.actor for name, trainee in self._trainees.items()},
+                **{Scripted(name): make(recipe.game) for name, make in recipe.scripts.items()},
+            },
+            self._pasts,
+            lambda: self._epoch,
+            recipe.roles,
+            [seat for seat in named if isinstance(seat, Foreign)],
+            own_seed,
+        )
         self._was_told = bool(part)
         self._part = ""
         self._stage: Stage | None = None
@@ -131,11 +157,17 @@ class RecipeLearner:
             scene.game, scene.source, scene.cast, self._actors, plays, seed=self._seed, failures=self._failures
         )
 
+    def close(self) -> None:
+        """End the processes that it started; whoever sits there is started anew if it is asked again."""
+        self._actors.close()
+
     # --- what is this node's alone ---
 
     def settle_in(self, folder: Path) -> None:
         """Keep what is this node's alone in a folder, and go on from what is there."""
         self._folder = folder
+        if self._pasts:
+            self._pasts.settle_in(folder)
         path = folder / PRIVATE
         if not path.exists():
             return
@@ -185,17 +217,29 @@ class RecipeLearner:
         if not all(self._taught.values()):
             self._teach()
         stage = self._stage
-        if (self._epoch == 0 and self._is_warming) or stage is None or not self._recipe.parts[self._part].acts:
+        if (
+            (self._epoch == 0 and self._is_warming)
+            or stage is None
+            or not self._recipe.parts[self._part].acts
+            or self._has_shown
+        ):
             self._is_exhausted = True
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:
             raise UsageError(f"{self._turns} turns wait for an update; call update() or abandon() first")
+        self._keep_past()
         staged = yield from _told(stage.collect(self._news, num_steps, is_over=is_over))
         self._turns += staged.turns
         self._plays += staged.plays
         self._is_exhausted = staged.is_exhausted
         returns = tuple(score_of(played, self._recipe.probes[0].score) for played in staged.plays)
         return Collected(staged.turns, self.samples, returns)
+
+    def _keep_past(self) -> None:
+        """Before something is played in an epoch."""
+        if self._kept_at != self._epoch:
+            self._pasts.keep(self._epoch)
+            self._kept_at = self._epoch
 
     def collect_ahead(self, is_over: Callable[[], bool]) -> Collected:
         """Nothing: the policies are at work."""
@@ -242,16 +286,23 @@ class RecipeLearner:
         self._found_part = ""
         try:
             yield from self._hear()
+            if self._shows and not self._has_shown and self._plays:
+                posted = yield Post(shown.TOPIC, shown.show(self._plays, self._recipe.game.roles))
+                self._has_shown = posted is not None
             updates: dict[str, AskingUpdate] = {NEWS: self._count()}
             for name, trainee in self._trainees.items():
                 if self._epoch == 0 and self._is_warming:
                     updates[name] = self._agree(name, trainee)
                 elif not self._recipe.policies[name].is_frozen:
                     takes = self._takes(name) if self._trains(name) else []
+                    if isinstance(trainee.objective, Mindful) and takes:
+                        trainee.objective.meet(self._all_takes(), self._models)
                     updates[name] = trainee.update(takes, self._news)
             stats = yield from together(updates, max(1, self._turns) if self._is_exhausted else self._turns)
             for topic in self._recipe.topics:
                 self._posts[topic] = tuple((yield Latest(topic)))
+            if self._recipe.is_shown:
+                self._see((yield Latest(shown.TOPIC, shown.MAX_POSTS)))
         except BaseException:
             for name, trainee in self._trainees.items():
                 arrays, memory = before[name]
@@ -279,15 +330,44 @@ class RecipeLearner:
             for each in told:
                 self._evaluations[each.probe][each.epoch] = each.score
 
+    @property
+    def _shows(self) -> bool:
+        return bool(self._part) and self._recipe.parts[self._part].shows
+
     def _trains(self, policy: str) -> bool:
         """Whether this node's part does; one that is nothing yet trains nothing."""
         patterns = self._recipe.parts[self._part].trains if self._part else ()
         return any(fnmatchcase(policy, pattern) for pattern in patterns)
 
     def _takes(self, policy: str) -> list[Take]:
-        """What this policy did, of what is known how likely it was."""
+        """What this policy did, of what is known how likely it was; and what was shown of its roles."""
         seat = Learned(policy)
-        return [take for played in self._plays for take in played.takes if take.seat == seat and take.proven]
+        own = [take for played in self._plays for take in played.takes if take.seat == seat and take.proven]
+        return own + [take for _, takes in self._shown.values() for take in takes if take.seat == seat]
+
+    def _all_takes(self) -> Iterator[Take]:
+        """Of all roles, played here and shown."""
+        for played in self._plays:
+            yield from played.takes
+        for _, takes in self._shown.values():
+            yield from takes
+
+    @property
+    def _models(self) -> dict[str, Any]:
+        return {name: trainee.model for name, trainee in self._trainees.items()}
+
+    def _see(self, posts: Sequence[Posted]) -> None:
+        """Keep the newest that each shows, also of who is gone; of as many authors as there is room for."""
+        recipe = self._recipe
+        seats = seats_of(recipe.scenes[0])
+        newest = {post.author: post for post in reversed(posts)}
+        for author, post in newest.items():
+            kept = self._shown.get(author)
+            if kept[0] == post.cid if kept is not None else len(self._shown) >= shown.MAX_AUTHORS:
+                continue
+            first = self._num_seen * shown.MAX_PLAYS
+            self._shown[author] = (post.cid, shown.read_shown(post, recipe.game.roles, seats, first))
+            self._num_seen += 1
 
     def _count(self) -> Update:
         """How many turns went into this epoch, of all; and who has which place."""
@@ -354,6 +434,7 @@ class RecipeLearner:
             if epoch > 0 and not trainee.is_own:
                 self._taught[name] = True
         self._epoch, self._env_steps = epoch, env_steps
+        self._kept_at = -1
         self._is_exhausted = False  # in this epoch there is more to play
 
     def policy_arrays(self) -> Arrays:
@@ -383,6 +464,7 @@ class RecipeLearner:
 
     def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
         """The same; see `shoal.training.algorithms.base.Consulting`."""
+        self._keep_past()
         first: list[float] = []
         for number, probe in enumerate(self._recipe.probes):
             found = yield from self._probe(probe, seed)
@@ -412,6 +494,8 @@ class RecipeLearner:
         stage = Stage(recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures)
         news = replace(self._news, place=max(0, self._place))
         staged = yield from _told(stage.collect(news, greedy=probe.greedy))
+        if probe.measure is not None and staged.plays:
+            return [probe.measure(staged.plays, self._trainees)]
         found = [score_of(played, probe.score) for played in staged.plays]
         if not found:
             raise TaskFailedError(f"no play of the probe {probe.name!r} came to an end: {self._failures.summary}")
@@ -425,7 +509,7 @@ class RecipeLearner:
 def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_seed: int) -> Trainee:
     seed = own_seed if policy.is_varied else manifest.seed
     return Trainee(
-        make_model(policy.model, policy.sizes, seed_of(seed, "model", name), partial(roles_of, recipe, name)),
+        _model(recipe, seed, name),
         objective_of(policy.objective, policy.settings, recipe.objectives),
         mode=manifest.mode,
         codec=manifest.codec,
@@ -435,9 +519,15 @@ def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_
     )
 
 
+def _model(recipe: Recipe, seed: int, name: str) -> Any:
+    """Of a policy's kind, as it begins."""
+    policy = recipe.policies[name]
+    return make_model(policy.model, policy.sizes, seed_of(seed, "model", name), partial(roles_of, recipe, name))
+
+
 def _told(collecting: Collecting) -> Generator[Consult, Any, Staged]:
     """Play on; answers come as bytes, and what is none is no answer."""
-    answer: tuple[Act, ...] | None = None
+    answer: tuple[Act | None, ...] | None = None
     while True:
         try:
             asked = collecting.send(answer)

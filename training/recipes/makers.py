@@ -11,6 +11,7 @@ from shoal.training.algorithms.clone import Clone
 from shoal.training.algorithms.grpo import GRPO
 from shoal.training.algorithms.ppo_takes import PPOTakes
 from shoal.training.algorithms.reinforce_takes import ReinforceTakes
+from shoal.training.algorithms.softq import SoftQ
 from shoal.training.algorithms.takes import TakeObjective
 from shoal.training.models.entities import Entities
 from shoal.training.models.gru import GRU
@@ -23,7 +24,7 @@ from shoal.training.tasks.play import Role
 BODIES: Final[Mapping[str, Callable[..., Any]]] = {"mlp": MLP, "gru": GRU, "entities": Entities}
 """Models that are of a size with what their roles see and how they act."""
 MODELS: Final[Mapping[str, Callable[..., Any]]] = {"hf_lora": HfLora, "tokens": TokenModel, **BODIES}
-OBJECTIVES: Final[dict[str, Any]] = {each.name: each for each in (Clone, GRPO, PPOTakes, ReinforceTakes)}
+OBJECTIVES: Final[dict[str, Any]] = {each.name: each for each in (Clone, GRPO, PPOTakes, ReinforceTakes, SoftQ)}
 """Those that ship with Shoal."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from shoal.protocol.errors import UsageError
 from shoal.training.recipes.recipe import EARNED, Recipe, Scene
-from shoal.training.tasks.cast import Learned, Past, Seat, seated
+from shoal.training.tasks.cast import Learned, Past, Seat, named, seated
 from shoal.training.tasks.play import Role
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Scenario
@@ -24,6 +24,12 @@ def score_of(played: Played, score: str) -> float:
 def seats_of(scene: Scene) -> dict[str, Seat]:
     """Who sits where in the first scenario of all; what a cast gives to whom may depend on the scenario."""
     return seated(scene.game.roles, scene.cast(News(0, 0), Scenario(0), np.random.default_rng(0)))
+
+
+def named_seats(recipe: Recipe) -> tuple[Seat, ...]:
+    """All that the casts of a recipe's scenes and of its probes name, each once."""
+    casts = [*(scene.cast for scene in recipe.scenes), *(probe.cast for probe in recipe.probes)]
+    return tuple(dict.fromkeys(seat for cast in casts if cast is not None for seat in named(cast)))
 
 
 def scene_of(recipe: Recipe, policy: str) -> Scene:

@@ -11,16 +11,20 @@ claim, as a function of what probes said: of this run, and of the baseline that 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shoal.protocol.errors import UsageError
 from shoal.training.manifest import Mode
 from shoal.training.statements import MAX_PART_CHARS
-from shoal.training.tasks.cast import Cast
+from shoal.training.tasks.cast import Actor, Cast
 from shoal.training.tasks.play import Game, Role
+from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import Source
+
+if TYPE_CHECKING:
+    from shoal.training.algorithms.takes import Trainee  # torch, which whoever lists recipes may not have
 
 EARNED: Final = "earned"
 """The score that every play has: the mean of what its roles earned."""
@@ -103,6 +107,7 @@ class Probe:
         cast: who plays; the recipe's, if None.
         score: of `End.scores`, or what the roles earned.
         greedy: whether the likeliest acts are taken.
+        measure: of all plays together, in place of a score: given these, and the trainees by policy.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Probe:
     cast: Cast | None = None
     score: str = EARNED
     greedy: bool = True
+    measure: Callable[[Sequence[Played], Mapping[str, Trainee]], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,7 @@ class Part:
         source: of what they play; likewise.
         cast: who plays there; likewise.
         share: of the nodes that were not told what they are, so many take this part for one that takes a part of 1.
+        shows: whether what they play first, an epoch's worth, is posted for all to learn from, and they play no more.
     """
 
     trains: tuple[str, ...] = ("*",)
@@ -191,6 +198,7 @@ class Part:
     source: Source | None = None
     cast: Cast | None = None
     share: int = 1
+    shows: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.share <= MAX_SHARE:
@@ -222,6 +230,7 @@ class Recipe:
         policies: by name.
         parts: by name, what nodes may be. A node that is not told becomes what is wanted most, with the first update:
             see `shoal.training.recipes.placing`.
+        scripts: actors that `Scripted` seats name, beside those that there are; each is made for the recipe's game.
         topics: of posts that sources and objectives read from `News.posts`.
         heard: probes whose scores, as members sign them, sources and objectives read from `News.evaluations`. Where
             there are such, every node probes.
@@ -251,6 +260,7 @@ class Recipe:
     baseline: Mapping[str, Any] = field(default_factory=dict)
     objectives: tuple[type[Any], ...] = ()
     parts: Mapping[str, Part] = field(default_factory=lambda: {"peer": Part()})
+    scripts: Mapping[str, Callable[[Any], Actor]] = field(default_factory=dict)
     topics: tuple[str, ...] = ()
     heard: tuple[str, ...] = ()
     epochs: int = 50
@@ -272,6 +282,11 @@ class Recipe:
         for name in self.heard:
             if name not in {probe.name for probe in self.probes}:
                 raise UsageError(f"the recipe wants to hear of {name!r:.80}, which is none of its probes")
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether policies learn from what a part shows, beside what they play themselves."""
+        return any(part.shows for part in self.parts.values())
 
     @property
     def is_by_all(self) -> bool:

@@ -24,6 +24,13 @@ from shoal.training.tasks.base import Actions, Continuous, Discrete, Floats
 from shoal.training.tasks.play import Act, Role, Take, Text
 from shoal.training.tasks.source import News, Scenario
 
+MAX_AGE: Final = 2**20
+"""Epochs that a `Past` policy may lie back."""
+MAX_FOREIGN_S: Final = 120.0
+"""For an answer of a `Foreign` seat: its worker, which waits for it, is given up after twice as long and more."""
+MAX_POOL: Final = 16
+"""Ages that `AgainstPast` may draw from: each has a model of its own in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Learned:
@@ -34,10 +41,14 @@ class Learned:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """A policy of the recipe, as it was ``age`` epochs ago."""
+    """A policy of the recipe, as it was ``age`` epochs ago; see `shoal.training.recipes.past` for how exactly."""
 
     policy: str
     age: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.age <= MAX_AGE:
+            raise UsageError(f"a past policy's age is {self.age}; take 0 to {MAX_AGE} epochs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +67,21 @@ class Scripted:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """Another framework, in a process of its own, found by its name in an entry point."""
+    """Another framework, in a process of its own; see `shoal.training.tasks.foreign`.
+
+    Attributes:
+        name: of an entry point of the group ``shoal.seats``.
+        otherwise: who goes on for the rest of a play if it does not answer; none: the play is dropped.
+        seconds: that it has for what it is asked at once.
+    """
 
     name: str
+    otherwise: Here | None = None
+    seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds <= MAX_FOREIGN_S:
+            raise UsageError(f"a foreign seat has {self.seconds} s for an answer; give it up to {MAX_FOREIGN_S:g}")
 
 
 Here: TypeAlias = Learned | Past | Fixed | Scripted | Foreign
@@ -87,8 +110,10 @@ class Person:
     otherwise: Here | None = None
 
 
-Acts: TypeAlias = Sequence[Act] | Actions
-"""One act for each of some takes; an array, ``[n]`` int64 or ``[n, size]`` float32, where they are of one kind."""
+Acts: TypeAlias = Sequence[Act | None] | Actions
+"""One act for each of some takes; an array, ``[n]`` int64 or ``[n, size]`` float32, where they are of one kind.
+
+None where there is none, which only what sits in a `Foreign` seat may say."""
 Seat: TypeAlias = Here | Away | Person
 Seats: TypeAlias = Mapping[str, Seat] | tuple[Seat, ...]
 
@@ -155,6 +180,66 @@ def pair(first: str | Seat, second: str | Seat) -> Cast:
     """The two roles of a game by these two, in the order of its roles: one cell of an evaluation matrix."""
     seats = (as_seat(first), as_seat(second))
     return lambda news, scenario, rng: seats
+
+
+@dataclass(frozen=True, slots=True)
+class AgainstPast:
+    """One role, drawn evenly, is played by a policy as it is, and the others by it as it was: fictitious self-play.
+
+    Playing the average of what all have been so far, and not the last of them, is what keeps self-play from going round
+    in circles (Heinrich et al., arXiv 1603.01121). Deviation: the average is over a pool of ages, evenly, in place of a
+    policy that imitates all of them; and a share of plays is against the present one, as AlphaStar has it (Vinyals et
+    al. 2019).
+
+    Attributes:
+        policy: that learns, from the one role.
+        ages: in epochs, the pool.
+        share: of plays that are against the past; in the others everybody is the present policy.
+        players: roles of the game.
+
+    Raises:
+        UsageError: if the pool is empty, the share is none, or there is nobody to play against.
+    """
+
+    policy: str
+    ages: tuple[int, ...] = (1, 2, 4, 8, 16)
+    share: float = 0.8
+    players: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.ages) <= MAX_POOL or not 0.0 <= self.share <= 1.0 or self.players < 2:
+            raise UsageError(f"AgainstPast takes 1 to {MAX_POOL} ages, a share from 0 to 1, and 2 players or more")
+
+    @property
+    def named(self) -> tuple[Seat, ...]:
+        """See `named`."""
+        return Learned(self.policy), *(Past(self.policy, age) for age in self.ages)
+
+    def __call__(self, news: News, scenario: Scenario, rng: np.random.Generator) -> Seats:
+        """One age for all who are of the past."""
+        now, then = Learned(self.policy), Past(self.policy, self.ages[int(rng.integers(len(self.ages)))])
+        place, is_against = int(rng.integers(self.players)), bool(rng.random() < self.share)
+        others = then if is_against else now
+        return tuple(now if number == place else others for number in range(self.players))
+
+
+def named(cast: Cast) -> tuple[Seat, ...]:
+    """The seats that a cast may give, each once, with those that stand in for others.
+
+    A cast whose seats depend on what it is asked says them itself, in an attribute ``named``; of any other it is what
+    it gives for the first scenario of all.
+    """
+    said = getattr(cast, "named", None)
+    if said is None:
+        said = cast(News(), Scenario(0), np.random.default_rng(0))
+        said = said if isinstance(said, tuple) else said.values()
+    found: dict[Seat, None] = {}
+    for seat in said:
+        each: Seat | None = seat
+        while each is not None and each not in found:
+            found[each] = None
+            each = getattr(each, "otherwise", None)
+    return tuple(found)
 
 
 def seated(roles: Mapping[str, Role], seats: Seats) -> dict[str, Seat]:

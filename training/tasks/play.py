@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shoal.training.tasks.source import Scenario
 
 __all__ = [
+    "AbsentError",
     "Act",
     "ActSpace",
     "Ask",
@@ -76,6 +77,10 @@ class BadPlayError(BadAnswerError):
 
 class BadScenarioError(ShoalError):
     """A scenario cannot be played: its acts do not fit the game, or end it; a game raises it for params of no use."""
+
+
+class AbsentError(ShoalError):
+    """Who sits here does not answer. No game is to blame for it, and no policy."""
 
 
 class BadActError(ShoalError):

@@ -3,6 +3,8 @@
 A step of the stage answers every ask that can be answered here: each actor is called once, for all its asks. Then every
 play that has all its answers goes on. A play that ends makes room for the next scenario that the source draws.
 
+A `shoal.training.tasks.cast.Foreign` seat is here, and may not answer; then it is as with others, next.
+
 Asks to others, `shoal.training.tasks.cast.Away` and ``Person``, are parked, and the play with them. Other plays go on.
 When nothing else can, or the first that is parked has waited for ``PATIENCE`` steps, all that are parked are asked for
 at once, one `shoal.training.effects.Consult` per part and policy. Where nobody answers, or with acts that cannot be,
@@ -29,10 +31,11 @@ import numpy as np
 from shoal.protocol.errors import UsageError
 from shoal.training import watch
 from shoal.training.effects import Consult
-from shoal.training.tasks.cast import Actor, Away, Cast, Person, Scripted, Seat, scripted, seated
+from shoal.training.tasks.cast import Actor, Acts, Away, Cast, Foreign, Person, Scripted, Seat, scripted, seated
 from shoal.training.tasks.desk import Desk, read_acts, read_log_probs
 from shoal.training.tasks.failures import Failures, Place
 from shoal.training.tasks.play import (
+    AbsentError,
     Act,
     BadActError,
     BadPlayError,
@@ -62,7 +65,8 @@ _GONE: Final = -1
 _NAN: Final = float("nan")
 
 T = TypeVar("T")
-Collecting: TypeAlias = Generator[Consult, Sequence[Act] | None, "Staged"]
+Answer: TypeAlias = Sequence[Act | None] | None
+Collecting: TypeAlias = Generator[Consult, Answer, "Staged"]
 
 
 def never() -> bool:
@@ -214,9 +218,7 @@ class Stage:
                     break
                 self._step += 1
                 self._hand_out(tally)
-                for desk in self._local.values():
-                    if desk.plays:
-                        self._answer(desk, greedy)
+                self._answer_all(tally, greedy)
                 self._sort_out()
                 for desk in self._due():
                     yield from self._consult(desk, tally, greedy)
@@ -349,7 +351,17 @@ class Stage:
             if play.missing != _GONE:
                 self._fail(play, error, tally, Doing.STEP)
 
-    def _answer(self, desk: Desk, greedy: bool) -> None:
+    def _answer_all(self, tally: _Tally, greedy: bool) -> None:
+        """Have all answer who are here; and who stands in for one that does not, which may come to sit here by that."""
+        asked = True
+        while asked:
+            asked = False
+            for desk in list(self._local.values()):
+                if desk.plays:
+                    asked = asked or isinstance(desk.seat, Foreign)
+                    self._answer(desk, tally, greedy)
+
+    def _answer(self, desk: Desk, tally: _Tally, greedy: bool) -> None:
         """Have one actor answer all that waits for it.
 
         Raises:
@@ -359,6 +371,12 @@ class Stage:
         actor = desk.actor
         if actor is None:
             raise UsageError(f"nobody here answers for the seat {desk.seat}")
+        if isinstance(desk.seat, Foreign):
+            given: Acts | None = None
+            with suppress(AbsentError):
+                given, _ = actor.act(Table(takes, rows), self._rng, greedy)
+            self._settle(list(zip(plays, positions, takes, strict=True)), given, tally)
+            return
         acts, log_probs = actor.act(Table(takes, rows), self._rng, greedy)
         checked = read_acts(desk, takes, acts)
         numbers = read_log_probs(desk, takes, log_probs)
@@ -381,7 +399,9 @@ class Stage:
         is_time = not self._ready or any(self._step - desk.since >= PATIENCE for desk in asked)
         return asked if is_time else []
 
-    def _consult(self, desk: Desk, tally: _Tally, greedy: bool) -> Generator[Consult, Sequence[Act] | None, None]:
+    def _consult(
+        self, desk: Desk, tally: _Tally, greedy: bool
+    ) -> Generator[Consult, Sequence[Act | None] | None, None]:
         """Ask others for all that waits for one seat, and see to what they leave unanswered."""
         seat = desk.seat
         if not isinstance(seat, Away | Person):
@@ -389,35 +409,39 @@ class Stage:
         policy = seat.policy if isinstance(seat, Away) else None
         while desk.plays:
             given = yield Consult(seat.part, policy, tuple(desk.takes[:MAX_CONSULT]))
-            entries = desk.pop(MAX_CONSULT)
-            acts: Sequence[Act | None] = [None] * len(entries)
-            if given is not None and len(given) == len(entries):
-                acts = given
-            for (play, position, take), act in zip(entries, acts, strict=True):
-                if play.missing == _GONE:
-                    continue
-                checked = None
-                if act is not None:
-                    with suppress(BadActError):  # of another member: it is as good as no answer
-                        checked = read_act(take.spaces.acts, act, take.asked_legal)
-                if checked is None:
-                    tally.unanswered += 1
-                    self._fall_back(play, position, take, tally)
-                    continue
-                take.acts.append(checked)
-                take.log_probs.append(_NAN)
-                play.answers[position] = checked
-                play.missing -= 1
-            for local in self._local.values():
-                if local.plays:
-                    self._answer(local, greedy)
+            self._settle(desk.pop(MAX_CONSULT), given, tally)
+            self._answer_all(tally, greedy)
         self._ready += [play for play in self._waiting if play.missing == 0]
         self._waiting = [play for play in self._waiting if play.missing > 0]
+
+    def _settle(self, entries: Sequence[tuple[Playing, int, Take]], given: Acts | None, tally: _Tally) -> None:
+        """Take what somebody answered who is not of this process, and see to what is left unanswered.
+
+        An act that cannot be is as good as none: no play of the others is to be lost by it.
+        """
+        acts: Acts = [None] * len(entries)
+        if given is not None and len(given) == len(entries):
+            acts = given
+        for (play, position, take), act in zip(entries, acts, strict=True):
+            if play.missing == _GONE:
+                continue
+            checked = None
+            if act is not None:
+                with suppress(BadActError):
+                    checked = read_act(take.spaces.acts, act, take.asked_legal)
+            if checked is None:
+                tally.unanswered += 1
+                self._fall_back(play, position, take, tally)
+                continue
+            take.acts.append(checked)
+            take.log_probs.append(_NAN)
+            play.answers[position] = checked
+            play.missing -= 1
 
     def _fall_back(self, play: Playing, position: int, take: Take, tally: _Tally) -> None:
         """Let somebody here go on for one that did not answer, to the play's end; or drop the play."""
         chair = play.chairs[take.role]
-        otherwise = chair.seat.otherwise if isinstance(chair.seat, Away | Person) else None
+        otherwise = chair.seat.otherwise if isinstance(chair.seat, Away | Person | Foreign) else None
         if otherwise is None:
             self._drop(play, "unanswered", tally)
             return

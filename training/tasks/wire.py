@@ -109,13 +109,13 @@ def decode_takes(data: bytes | memoryview, roles: Mapping[str, Role], seat: Seat
     return tuple(takes)
 
 
-def encode_acts(acts: Sequence[Act]) -> bytes:
-    """The answer to as many takes."""
-    return encode(_Acts(tuple(_out(act) for act in acts)))
+def encode_acts(acts: Sequence[Act | None]) -> bytes:
+    """The answer to as many takes; None where there is none."""
+    return encode(_Acts(tuple(None if act is None else _out(act) for act in acts)))
 
 
-def decode_acts(data: bytes | memoryview, spaces: Sequence[ActSpace]) -> tuple[Act, ...]:
-    """Acts from another node. Whether they are legal now, the stage sees.
+def decode_acts(data: bytes | memoryview, spaces: Sequence[ActSpace]) -> tuple[Act | None, ...]:
+    """Acts from another node, or None for those that are left out. Whether they are legal now, the stage sees.
 
     Raises:
         ProtocolError: if they are not one for each take, of its space.
@@ -124,7 +124,9 @@ def decode_acts(data: bytes | memoryview, spaces: Sequence[ActSpace]) -> tuple[A
     if len(said) != len(spaces):
         raise ProtocolError(f"{len(said)} acts answer {len(spaces)} takes")
     try:
-        return tuple(read_act(space, _in(act), None) for space, act in zip(spaces, said, strict=True))
+        return tuple(
+            None if act is None else read_act(space, _in(act), None) for space, act in zip(spaces, said, strict=True)
+        )
     except BadActError as error:
         raise ProtocolError(f"an answer is no act: {error}") from error
 

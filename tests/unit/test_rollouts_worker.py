@@ -1,0 +1,191 @@
+"""An actor's worker and a learner's, in one process: shards that are learned from, and those that are refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shoal.protocol.errors import RemoteError, UsageError
+from shoal.protocol.ids import Cid, SwarmId
+from shoal.protocol.signing import Signer
+from shoal.training.manifest import Manifest, Mode, Role
+from shoal.training.rollouts.shard import signed
+from shoal.training.worker import Worker
+from shoal.training.worker_calls import Admit, Begin, Collect, Load, Merge, Open, RollOut
+
+LEARNER, ACTOR, OTHER = (Signer(bytes([number]) * 32) for number in range(1, 4))
+SWARM = SwarmId(str(Cid.of_block(b"a swarm")))
+SMALL = {"num_envs": 2, "hidden_sizes": [8], "num_minibatches": 2}
+
+
+def manifest(**settings):
+    return Manifest(
+        owner=LEARNER.peer_id,
+        task="gym:CartPole-v1",
+        algorithm="vtrace",
+        mode=Mode.ROLLOUTS,
+        batch_per_learner=256,
+        max_staleness=1,
+        foreign_ratio=0.5,
+        hyperparameters=SMALL,
+        **settings,
+    )
+
+
+def learner(run=None):
+    worker = Worker()
+    opened = worker.open(Open(run or manifest(), LEARNER.peer_id, swarm=SWARM))
+    return worker, bytes(opened.state), Cid.of_block(bytes(opened.state))
+
+
+def actor(run=None, signer=ACTOR):
+    worker = Worker()
+    worker.open(Open(run or manifest(), signer.peer_id, role=Role.ACTOR, swarm=SWARM, stream=1))
+    return worker
+
+
+def make(worker, samples=64, before=None, signer=ACTOR):
+    made = worker.roll_out(RollOut(samples, before))
+    return made, *signed(signer, bytes(made.head), bytes(made.body))
+
+
+def admit(worker, data, cid, state, *, author=ACTOR, version=0, is_checked=True):
+    return worker.admit(Admit(data, cid, author.peer_id, version, state, is_checked))
+
+
+@pytest.fixture
+def pair():
+    worker, state, name = learner()
+    acting = actor()
+    acting.load(Load(state, cid=name))
+    return worker, acting, name
+
+
+def test_a_learner_learns_from_what_an_actor_made_which_is_true(pair):
+    worker, acting, name = pair
+    before = None
+    for number in range(3):
+        made, cid, data = make(acting, before=before)
+        found = admit(worker, data, cid, name)
+        assert found.verdict == "true", found.words
+        assert found.samples == made.samples == 64
+        assert found.waiting == 64 * (number + 1)
+        before = cid
+    assert found.total == 128, "no more than the half may be others'"
+    worker.collect(Collect(128))
+    answer = worker.begin(Begin(0, name, 0, {}))
+    assert answer.weight == 256
+    done = worker.merge(Merge(bytes(32), (LEARNER.peer_id,), (256,), (1.0,), (answer.contribution,)))
+    assert [(each.author, each.version, each.samples) for each in done.learned_from] == [(ACTOR.peer_id, 0, 64)] * 2
+    assert done.ahead.epoch_samples == 64, "what is left is for the next update"
+
+
+def test_an_update_that_is_given_up_leaves_what_came_from_others(pair):
+    worker, acting, name = pair
+    _, cid, data = make(acting)
+    admit(worker, data, cid, name)
+    worker.collect(Collect(32))
+    worker.begin(Begin(0, name, 0, {}))
+    worker._drop_update(keep_samples=True)
+    assert worker.learner.num_foreign == 64
+
+
+@pytest.mark.parametrize("column", ["rewards", "log_probs", "sights", "actions", "seeds"])
+def test_what_was_edited_is_found_when_it_is_looked_at(pair, column, monkeypatch):
+    worker, acting, name = pair
+    rolled = acting._actor.roll_out
+
+    def edited(samples, before):
+        made = rolled(samples, before)
+        array = getattr(made.rows, column).copy()
+        array[tuple(0 for _ in array.shape)] = 1 - array.flat[0] if column == "actions" else array.flat[0] - 1
+        return replace(made, rows=replace(made.rows, **{column: array}))
+
+    monkeypatch.setattr(acting._actor, "roll_out", edited)
+    _, cid, data = make(acting)
+    found = admit(worker, data, cid, name)
+    assert found.verdict == "false", found
+    assert found.lie
+    assert found.samples == found.waiting == 0
+
+
+def test_what_does_not_fit_is_no_lie_and_is_not_learned_from(pair):
+    worker, acting, name = pair
+    _, cid, data = make(acting)
+    for words in (
+        {"author": OTHER},  # named by who did not make it
+        {"state": Cid.of_block(b"another line")},
+    ):
+        found = admit(worker, data, cid, **{"state": name} | words)
+        assert found.verdict == "does not fit", found
+    found = admit(worker, data, cid, None)
+    assert found.verdict == "cannot be had", found
+    assert worker.learner.num_foreign == 0
+
+
+def test_bytes_that_are_no_shard_or_another_than_was_asked_for_are_false_in_form(pair):
+    worker, acting, name = pair
+    _, cid, data = make(acting)
+    for bad in (b"", b"nonsense", data[:-1], data[:20] + b"x" + data[21:]):
+        found = admit(worker, bad, cid, name)
+        assert found.verdict in ("false", "does not fit"), found
+        assert found.samples == 0
+
+
+def test_what_is_too_old_is_dropped_when_the_policy_changes(pair):
+    worker, acting, name = pair
+    _, cid, data = make(acting)
+    admit(worker, data, cid, name)
+    for epoch in range(2):
+        worker.collect(Collect(256))
+        answer = worker.begin(Begin(epoch, name, 256 * epoch, {}))
+        weight = int(answer.weight)
+        worker.merge(Merge(bytes(32), (LEARNER.peer_id,), (weight,), (1.0,), (answer.contribution,)))
+    found = admit(worker, data, cid, name)
+    assert found.verdict == "does not fit"
+    assert "too old" in found.words
+    assert worker.learner.num_foreign == 0
+
+
+def test_an_actor_needs_a_policy_and_one_that_is_of_its_run():
+    acting = actor()
+    with pytest.raises(UsageError, match="no policy"):
+        make(acting)
+    _, state, _ = learner(replace(manifest(), hyperparameters=SMALL | {"hidden_sizes": [4]}))
+    with pytest.raises(Exception, match="shape"):
+        acting.load(Load(state, cid=Cid.of_block(state)))
+
+
+def test_an_actors_streams_follow_each_other_and_a_shard_that_came_to_nothing_begins_another(pair):
+    worker, acting, name = pair
+    _, first, data = make(acting)
+    assert admit(worker, data, first, name).verdict == "true"
+    _, second, data = make(acting, before=first)
+    assert admit(worker, data, second, name).verdict == "true"
+    stream = acting._actor._stream.stream
+    _, third, data = make(acting)
+    assert acting._actor._stream.stream > stream
+    assert admit(worker, data, third, name).verdict == "true"
+
+
+def test_there_are_actors_in_mode_rollouts_alone():
+    with pytest.raises(UsageError, match="mode rollouts"):
+        actor(replace(manifest(), mode=Mode.LOCAL))
+    worker, _, name = learner()
+    with pytest.raises(RemoteError):
+        worker.roll_out(RollOut(1))
+    local = Worker()
+    local.open(Open(replace(manifest(), mode=Mode.LOCAL), LEARNER.peer_id, swarm=SWARM))
+    with pytest.raises(RemoteError):
+        admit(local, b"", name, name)
+
+
+def test_returns_of_episodes_go_on_over_shards(pair):
+    _, acting, _ = pair
+    returns, before = [], None
+    for _ in range(20):
+        made, before, _ = make(acting, before=before)
+        returns += made.episode_returns
+    assert returns
+    assert all(each >= 8 for each in returns), "no episode of CartPole is shorter"
+    assert np.mean(returns) < 100

@@ -1,0 +1,140 @@
+"""What an actor's worker does: acts by the newest copy of the policy, and makes shards of it. No torch.
+
+It stands where a learner stands in a worker (`shoal.training.worker`) and has nothing of it but the environments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.protocol.errors import ProtocolError, UsageError
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training.exchange.averager import Arrays
+from shoal.training.manifest import Manifest
+from shoal.training.rollouts.acting import Acting, ActorShape, copy_of
+from shoal.training.rollouts.replaying import surroundings
+from shoal.training.rollouts.rows import Rows
+from shoal.training.rollouts.shard import Head
+from shoal.training.rollouts.streams import RowStream
+from shoal.training.tasks import Task
+
+MAX_LEAD: Final = 1024
+"""Steps of a stream before it begins anew: whoever checks a shard takes them all again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What an actor made, to be sealed.
+
+    Attributes:
+        head: of the shard.
+        rows: of it.
+        episode_returns: of the episodes that ended in it.
+    """
+
+    head: Head
+    rows: Rows
+    episode_returns: tuple[float, ...]
+
+
+class Actor:
+    """Of one run and worker.
+
+    Attributes:
+        action_space: of the task.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        task: Task,
+        shape: ActorShape,
+        num_envs: int,
+        *,
+        swarm: SwarmId,
+        peer: PeerId,
+        stream: int,
+    ) -> None:
+        """Make the environments.
+
+        Args:
+            manifest: of the run.
+            task: the manifest's.
+            shape: of the policy.
+            num_envs: that step together.
+            swarm: whose run it is.
+            peer: this node.
+            stream: of its first stream: higher than any that it began in this run before.
+        """
+        self.action_space = task.action_space
+        self._shape, self._num_envs = shape, num_envs
+        self._stream = RowStream(
+            task,
+            num_envs,
+            author=peer,
+            swarm=swarm,
+            surroundings=surroundings(task),
+            stream=stream,
+            max_lead=MAX_LEAD,
+            is_shown=True,
+        )
+        self._acting: Acting | None = None
+        self._version, self._state = 0, Cid("")
+        self._is_open = False
+        self._returns = [0.0] * num_envs
+
+    def take(self, arrays: Arrays, version: int, state: Cid) -> None:
+        """Act by this policy from now on.
+
+        Args:
+            arrays: of a whole state of the run.
+            version: its epoch.
+            state: its name.
+
+        Raises:
+            ProtocolError: if it is none of this run. Nothing has changed.
+        """
+        try:
+            acting = Acting(self._shape, copy_of(self._shape, arrays))
+        except UsageError as error:
+            raise ProtocolError(str(error)) from error
+        self._acting, self._version, self._state = acting, version, state
+
+    def roll_out(self, samples: int, before: Cid | None) -> Made:
+        """Act for about so many environment steps.
+
+        Args:
+            samples: at least one step of all environments.
+            before: what the shard before was named; None: it came to nothing, or there was none.
+
+        Raises:
+            UsageError: if there is no policy yet.
+            TaskFailedError: if too many environments failed.
+        """
+        if self._acting is None:
+            raise UsageError("there is no policy to act by yet; load one")
+        if self._is_open:
+            if before is None:
+                self._stream.drop()
+                self._returns = [0.0] * self._num_envs
+            else:
+                self._stream.sealed(before)
+            self._is_open = False
+        stream = self._stream.stream
+        head, rows = self._stream.collect(self._acting, self._version, self._state, -(-samples // self._num_envs))
+        if self._stream.stream != stream:
+            self._returns = [0.0] * self._num_envs
+        self._is_open = True
+        return Made(head, rows, tuple(self._finished(rows)))
+
+    def _finished(self, rows: Rows) -> list[float]:
+        found: list[float] = []
+        ended = rows.terminated | rows.truncated
+        for step in range(rows.steps):
+            for env in range(self._num_envs):
+                self._returns[env] += float(rows.rewards[step, env])
+                if ended[step, env]:
+                    found.append(self._returns[env])
+                    self._returns[env] = 0.0
+        return found

@@ -1,0 +1,138 @@
+"""What others collected, on its way into a learner: opened, held to the task, looked into now and then, handed over.
+
+A learner's worker keeps the acting copies of the last policies of the run, as many as shards may be old, so that a
+shard can be judged by the policy that it names. Which name a policy has, its node knows; a shard that names another one
+is of another line of the run and is not used.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+import numpy as np
+
+from shoal.protocol.errors import LimitError, ProtocolError
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training.algorithms.rollouts import Rollout
+from shoal.training.exchange.averager import Arrays
+from shoal.training.rollouts.acting import Acting, ActorShape, Words, copy_of
+from shoal.training.rollouts.checking import check_rows
+from shoal.training.rollouts.evidence import Finding, Lie, Verdict
+from shoal.training.rollouts.replaying import CannotReplayError, surroundings, with_sights
+from shoal.training.rollouts.rows import DoesNotFitError, Rows, rows_of
+from shoal.training.rollouts.shard import Shard, open_shard
+from shoal.training.tasks import Task
+from shoal.training.tasks.base import Floats
+
+_FINE: Final = Finding(Verdict.TRUE)
+
+
+class Admits(Protocol):
+    """A learner that learns from what others collected."""
+
+    def admit(self, author: PeerId, rollout: Rollout, log_probs: Floats, version: int) -> None:
+        """See `shoal.training.algorithms.engine.PolicyLearner.admit`."""
+        ...
+
+    def forget_older(self, version: int) -> int:
+        """Drop what was collected by policies of earlier epochs; how many samples that were."""
+        ...
+
+
+class Admission:
+    """Of one learner."""
+
+    def __init__(
+        self, learner: Admits, task: Task, shape: ActorShape, gamma: float, swarm: SwarmId, max_staleness: int
+    ) -> None:
+        """Hold no policy.
+
+        Args:
+            learner: that learns from them.
+            task: the manifest's.
+            shape: of the run's policy.
+            gamma: its discount.
+            swarm: the run's name.
+            max_staleness: policy versions.
+        """
+        self._learner, self._task, self._shape, self._gamma = learner, task, shape, np.float32(gamma)
+        self._swarm, self._max_staleness = swarm, max_staleness
+        self._surroundings: bytes | None = None
+        self._copies: dict[int, Words] = {}
+
+    def holds(self, epoch: int, policy: Arrays) -> None:
+        """The learner holds another policy now: what is too old for it is dropped."""
+        self._copies[epoch] = copy_of(self._shape, policy)
+        for old in [each for each in self._copies if not epoch - self._max_staleness <= each <= epoch]:
+            del self._copies[old]
+        self._learner.forget_older(epoch - self._max_staleness)
+
+    def admit(
+        self, data: bytes | memoryview, cid: Cid, author: PeerId, state: Cid | None, epoch: int, *, is_checked: bool
+    ) -> tuple[Finding, int, bytes]:
+        """Take a shard.
+
+        Args:
+            data: its bytes.
+            cid: by which it was asked for.
+            author: who named it.
+            state: what the policy of its version is called; None, if that is not known.
+            epoch: of the policy that the learner holds.
+            is_checked: whether it is to be replayed first.
+
+        Returns:
+            What is found of it, how many samples are learned from, and its author's signed head if it is false.
+        """
+        try:
+            shard = open_shard(data, cid=cid, swarm=self._swarm)
+            rows = rows_of(shard, self._task.observation_size, self._task.action_space)
+        except (DoesNotFitError, LimitError) as error:
+            return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b""
+        except ProtocolError as error:  # of whom it is, is not proven
+            return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b""
+        found = self._of_this_run(shard, author, state, epoch)
+        if found is None:
+            found = self._check(shard) if is_checked else _FINE
+        if found.verdict is not Verdict.TRUE:
+            return found, 0, shard.proof if found.verdict is Verdict.FALSE else b""
+        try:
+            rollout = self._rollout(with_sights(rows, self._task.make))
+        except CannotReplayError as error:
+            return Finding(Verdict.CANNOT_BE_HAD, str(error)), 0, b""
+        self._learner.admit(author, rollout, rows.log_probs, shard.head.version)
+        return found, rows.samples, b""
+
+    def _of_this_run(self, shard: Shard, author: PeerId, state: Cid | None, epoch: int) -> Finding | None:
+        """Why it is not to be used, whether it is true or not."""
+        head = shard.head
+        if shard.author != author:
+            return Finding(Verdict.DOES_NOT_FIT, f"it is {shard.author}'s, and was named by another")
+        if not epoch - self._max_staleness <= head.version <= epoch:
+            return Finding(
+                Verdict.DOES_NOT_FIT,
+                f"its policy is of epoch {head.version}, which is too old, or none yet, at {epoch}",
+            )
+        if state is None or head.version not in self._copies:
+            return Finding(Verdict.CANNOT_BE_HAD, f"the policy of epoch {head.version} is not here")
+        if head.state != state:
+            return Finding(Verdict.DOES_NOT_FIT, f"its policy is not this run's of epoch {head.version}")
+        return None
+
+    def _check(self, shard: Shard) -> Finding:
+        if self._surroundings is None:
+            self._surroundings = surroundings(self._task)
+        acting = Acting(self._shape, self._copies[shard.head.version])
+        return check_rows(shard, self._task, self._surroundings, acting)
+
+    def _rollout(self, rows: Rows) -> Rollout:
+        if rows.sights is None or rows.finals is None:
+            raise CannotReplayError("what it met is not known")
+        discounted = np.empty_like(rows.rewards)
+        running = np.zeros(rows.num_envs, np.float32)
+        for step in range(rows.steps):  # of the first episodes, what came before is not known
+            running = running * self._gamma + rows.rewards[step]
+            discounted[step] = running
+            running = running * ~(rows.terminated[step] | rows.truncated[step])
+        return Rollout(
+            rows.sights, rows.actions, rows.rewards, rows.terminated, rows.truncated, discounted, rows.finals
+        )
