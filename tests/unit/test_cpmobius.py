@@ -114,7 +114,9 @@ def test_a_coach_that_is_killed_is_paid_for_what_it_wrote_before(
     epoch(company)
     assert len({each._trainees["coach"].model.flat.tobytes() for each in company.learners.values()}) == 1
     assert [each["epoch"] for each in before["waiting"]] == [2, 3]
-    assert waiting(again) == [3, 4]
+    assert waiting(again) == [2, 3, 4], "what players said of it is heard with its first update"
+    epoch(company)
+    assert waiting(again) == [4, 5]
 
 
 def test_an_update_that_fails_leaves_what_is_remembered() -> None:
