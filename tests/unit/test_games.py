@@ -356,6 +356,28 @@ def test_a_messenger_sees_all_and_its_words_reach_each() -> None:
     played(silent, 1)
 
 
+@needs("mpe2")
+def test_a_messenger_sees_what_those_do_not_that_it_talks_to() -> None:
+    inner = PettingZooGame("mpe2:simple_spread_v3", local_sight=True, max_cycles=5)
+    game = Messenger(inner, 2, local=4)
+    assert game.roles[MESSENGER] == Role(Box(30), Continuous(6))
+    assert game.roles["agent_1"] == Role(Box(6), inner.roles["agent_1"].acts)
+    (one,) = played(game, 1, ByRole(messenger=Scripted("random"), agent=Scripted("random"))).plays
+    messenger, *agents = one.takes
+    shown = np.stack(messenger.sights).reshape(5, 3, 10)
+    for number, agent in enumerate(agents):
+        assert np.array_equal(np.stack(agent.sights)[:, :4], shown[:, number, :4])
+        assert agent.final is not None
+        assert len(agent.final) == 6
+
+
+def test_who_is_told_nothing_sees_all() -> None:
+    with pytest.raises(UsageError, match="sees all"):
+        Messenger(TextTask(sums), 0, local=4)
+    with pytest.raises(UsageError, match="local"):
+        Messenger(TextTask(sums), 2, local=-1)
+
+
 def test_a_messenger_needs_numbers() -> None:
     with pytest.raises(UsageError, match="reads text"):
         _ = Messenger(TextTask(sums), 2).roles

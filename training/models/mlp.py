@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shoal.training.models.bodies import BodyModel, Turns
+from shoal.training.models.bodies import INDIFFERENT, BodyModel, Turns
 from shoal.training.tasks.play import Role
 
 
@@ -23,11 +23,22 @@ class MLP(BodyModel):
         hidden_sizes: Sequence[int] = (64, 64),
         central: int = 0,
         initial_log_std: float = 0.0,
+        initial_gain: float = INDIFFERENT,
         seed: int = 0,
     ) -> None:
-        """Initialise it; see `BodyModel`."""
+        """Initialise it; see `BodyModel`.
+
+        Args:
+            roles: whose sights and acts it is for.
+            hidden_sizes: of the network that decides, and of the one that values.
+            central: numbers that values see beside.
+            initial_log_std: of a continuous policy.
+            initial_gain: of the layer that acts. At 1, what it does depends on what it sees from the first act on: for
+                acts that others have to read, such as messages.
+            seed: of the initial values.
+        """
         super().__init__(roles, central)
-        self._begin({}, self.sizes[0], hidden_sizes, initial_log_std, seed)
+        self._begin({}, self.sizes[0], hidden_sizes, initial_log_std, seed, initial_gain)
 
     def see(self, turns: Turns) -> torch.Tensor:
         """The sights."""

@@ -19,15 +19,13 @@ from typing import Final
 
 from shoal.training.recipes.recipe import Policy, Probe, Recipe, Report, Verdict
 from shoal.training.tasks.cast import ByRole
-from shoal.training.tasks.games.deferred import Deferred
+
 from shoal.training.tasks.games.messenger import Messenger
-from shoal.training.tasks.games.pettingzoo import PettingZooGame
+from shoal.training.tasks.games.spread import Spread
 from shoal.training.tasks.source import FreshSeeds, SharedPrompts
 
-SPREAD: Final = "mpe2:simple_spread_v3"
 BAR: Final = 0.03
 """Of what the silent ones lose, what messages have to save."""
-
 
 def judge(run: Report, baseline: Report) -> Verdict:
     """Agents that are told something earn more than those that are told nothing."""
@@ -38,13 +36,12 @@ def judge(run: Report, baseline: Report) -> Verdict:
     )
     return Verdict(told >= silent + BAR * abs(silent), told, silent, text)
 
-
 RECIPE: Final = Recipe(
     name="hammer",
     summary="one that sees everything learns what to tell many that see little",
     paper="arXiv 2102.00824",
     claim="learned messages beat no messages in cooperative navigation with local sight",
-    game=Messenger(Deferred(SPREAD, lambda: PettingZooGame(SPREAD, local_sight=True)), size=4),
+    game=Messenger(Spread(), size=4, local=10),
     source=FreshSeeds(),
     cast=ByRole(messenger="messenger", agent="local"),
     policies={
