@@ -1,9 +1,9 @@
-"""Cooperative navigation (Lowe et al., arXiv 1706.02275), in plain numbers: agents are to cover landmarks and not to bump.
+"""Cooperative navigation (Lowe et al., arXiv 1706.02275), in plain numbers: agents cover landmarks and do not bump.
 
-The particles, rewards and sights are those of ``mpe2:simple_spread_v3`` (https://mpe2.farama.org), and a test holds every
-step to it; without its layers of wrappers a step takes a tenth of the time, so that a recipe learns in minutes. Sights
-are an agent's motion, its place, where each landmark is, and, where ``sees_others``, where each other agent is; the
-latter's silence, which mpe2 shows as zeros, is left out.
+The particles, rewards and sights are those of ``mpe2:simple_spread_v3`` (https://mpe2.farama.org), and a test holds
+every step to it; mpe2's layers of wrappers are left out, which take most of a step's time. Sights are an agent's
+motion, its place, where each landmark is, and, where ``sees_others``, where each other agent is; the latter's silence,
+which mpe2 shows as zeros, is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shoal.training.tasks.play import Ask, Box, End, Play, Role
 from shoal.training.tasks.source import Scenario
 
 MAX_AGENTS: Final = 16
-_PUSHES: Final = ((0.0, 0.0), (-5.0, 0.0), (5.0, 0.0), (0.0, -5.0), (0.0, 5.0))
+PUSHES: Final = ((0.0, 0.0), (-5.0, 0.0), (5.0, 0.0), (0.0, -5.0), (0.0, 5.0))
 """By act: nothing, left, right, down, up; mpe2 multiplies by a sensitivity of 5."""
 _STEP_S: Final = 0.1
 _KEPT: Final = 0.75
@@ -61,7 +61,7 @@ class Spread:
     def roles(self) -> Mapping[str, Role]:
         """``agent_0`` and so on."""
         things = self.count + (self.count - 1 if self.sees_others else 0)
-        return {f"agent_{number}": Role(Box(4 + 2 * things), Discrete(len(_PUSHES))) for number in range(self.count)}
+        return {f"agent_{number}": Role(Box(4 + 2 * things), Discrete(len(PUSHES))) for number in range(self.count)}
 
     def play(self, scenario: Scenario, rng: np.random.Generator) -> Play:
         """One episode."""
@@ -72,7 +72,7 @@ class Spread:
         for _ in range(self.turns):
             sights = self.sights(places, motions, landmarks)
             acts = yield tuple(map(Ask, self.roles, sights, earned))
-            places, motions = moved(places, motions, [_PUSHES[int(act)] for act in acts])  # type: ignore[arg-type]
+            places, motions = moved(places, motions, [PUSHES[int(act)] for act in acts])  # type: ignore[arg-type]
             earned = self.rewards(places, landmarks)
         cut = dict(zip(self.roles, self.sights(places, motions, landmarks), strict=True))
         return End(dict(zip(self.roles, earned, strict=True)), cut)
@@ -102,10 +102,8 @@ class Spread:
         return found
 
 
-def moved(
-    places: list[_Place], motions: list[_Place], pushes: list[_Place]
-) -> tuple[list[_Place], list[_Place]]:
-    """Places and motions after one step: as they moved, then slower, then pushed by themselves and by who is too near."""
+def moved(places: list[_Place], motions: list[_Place], pushes: list[_Place]) -> tuple[list[_Place], list[_Place]]:
+    """Places and motions after one step: as they moved; slower, and pushed by themselves and by who is too near."""
     forces = [list(push) for push in pushes]
     for one, place in enumerate(places):
         for other in range(one + 1, len(places)):
