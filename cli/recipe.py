@@ -7,10 +7,11 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from shoal.cli.common import AsJson, console, hyperparameters, print_json
@@ -20,6 +21,8 @@ from shoal.node.api.schemas import SwarmDetail
 from shoal.protocol.errors import ShoalError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from shoal.training.recipes.recipe import Recipe, Report
 
 recipe_app = typer.Typer(help="Ways of learning together, each with a claim.", no_args_is_help=True)
@@ -80,20 +83,31 @@ def run(  # the options of one command; Typer wants them as arguments
     keep: Annotated[bool, typer.Option(help="Keep the nodes' folders.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run it with real nodes on this machine, then what it is held against, and say whether its claim holds."""
+    """Run it with real nodes on this machine, then what it is held against, and say whether its claim holds.
+
+    Progress goes to stderr with --json, and one line of JSON to stdout at the end. Exit code: 0, if the claim holds; 1,
+    if it does not, or if there is no verdict, as the message says then.
+    """
     from shoal.training.recipes.installed import load_recipe
     from shoal.training.recipes.overriding import overridden
 
     given = hyperparameters(setting or ())
     recipe = overridden(load_recipe(name), given)
-    out = Console(highlight=False, quiet=as_json)
+    out = console(stderr=as_json)
+    wanted = epochs or recipe.epochs
     began = time.monotonic()
     reports = []
-    for noun, settings in (("run", given), ("baseline", {**given, **recipe.baseline})):
-        out.print(f"[bold]{noun}[/] of {recipe.name}")
-        with school("recipe", peers, lambda text: out.print(text, soft_wrap=True), timeout, keep=keep) as nodes:
-            reports.append(_report(nodes, recipe, settings, seed, epochs or recipe.epochs, out))
+    for noun, settings, number in (
+        ("run", given, wanted),
+        ("baseline", {**given, **recipe.baseline}, recipe.epochs_of_baseline(wanted)),
+    ):
+        out.print(f"[bold]{noun}[/] of {recipe.name}: {number} epochs on {peers} nodes")
+        say = partial(out.print, soft_wrap=True)
+        with school("recipe", peers, say, timeout, keep=keep, seed=seed) as nodes:
+            reports.append(_report(nodes, recipe, settings, seed, number, out))
     verdict = recipe.verdict(*reports)
+    word = "[green]holds[/]" if verdict.holds else "[red]does not hold here[/]"
+    out.print(f"\n{recipe.claim}: {word}\n{verdict.text}", soft_wrap=True)
     if as_json:
         print_json(
             {
@@ -104,10 +118,10 @@ def run(  # the options of one command; Typer wants them as arguments
                 "baseline": verdict.baseline,
                 "seconds": round(time.monotonic() - began, 1),
                 "peers": peers,
+                "seed": seed,
+                "epochs": [each.epochs for each in reports],
             }
         )
-    word = "[green]holds[/]" if verdict.holds else "[red]does not hold here[/]"
-    out.print(f"\n{recipe.claim}: {word}\n{verdict.text}", soft_wrap=True)
     if not verdict.holds:
         raise typer.Exit(1)
 
@@ -129,24 +143,42 @@ def _report(nodes: School, recipe: Recipe, settings: Mapping[str, Any], seed: in
     created = nodes.begin(request, parts_of(len(nodes.pupils), recipe.parts))
     last = epochs - epochs % request.eval_interval
     began, shown = time.monotonic(), 0
+    wanted = len(nodes.pupils) if recipe.is_by_all else 1
 
     def is_over(detail: SwarmDetail) -> bool:
         nonlocal shown
-        heard = {each.author for each in detail.scores if each.epoch >= last}  # who was late probes the next time
-        probed = max((each.epoch for each in detail.scores), default=0)
-        if probed > shown:
-            shown = probed
-            points = {name: of for name, of in sorted(_points(detail).items()) if "." not in name}
-            words = ", ".join(f"{name} {of[-1][1]:.3f}" for name, of in points.items())
-            out.print(f"epoch {probed}: {words}", soft_wrap=True)
-        wanted = len(nodes.pupils) if recipe.is_by_all else 1
-        return len(heard) >= wanted
+        for epoch, heard in sorted(_authors(detail).items()):
+            newer = len(_authors(detail, since=epoch + 1))
+            if shown < epoch <= last and (len(heard) >= wanted or newer):
+                shown = epoch
+                took = timedelta(seconds=round(time.monotonic() - began))
+                of = "" if len(heard) >= wanted else f" ({len(heard)} of {wanted} nodes)"
+                words = ", ".join(f"{name} {score:.3f}" for name, score in _probed(detail, epoch).items())
+                out.print(f"epoch {epoch} of {last}, after {took}: {words}{of}", soft_wrap=True)
+        heard = {author for authors in _authors(detail, since=last).values() for author in authors}
+        return len(heard) >= wanted  # who was late probes the next time
 
     detail = nodes.follow(nodes.pupils[0], created.swarm, is_over)
-    if detail.error and not detail.scores:
-        raise ShoalError(f"the run ended as {detail.phase}: {detail.error}")
+    if not is_over(detail):
+        why = detail.error or "its nodes' logs say why: see them with --keep"
+        raise ShoalError(f"the run ended as {detail.phase} in epoch {detail.epoch} of {last}, with no verdict: {why}")
     scores = {name: tuple(points) for name, points in _points(detail).items()}
     return Report(scores, last, detail.env_steps, time.monotonic() - began, len(nodes.pupils))
+
+
+def _authors(detail: SwarmDetail, since: int = 0) -> dict[int, set[str]]:
+    """Who probed, by epoch."""
+    found: defaultdict[int, set[str]] = defaultdict(set)
+    for each in detail.scores:
+        if each.epoch >= since:
+            found[each.epoch].add(each.author)
+    return found
+
+
+def _probed(detail: SwarmDetail, epoch: int) -> dict[str, float]:
+    """What probes found at an epoch, by name; what updates say of themselves is left out."""
+    points = {name: dict(of) for name, of in sorted(_points(detail).items()) if "." not in name}
+    return {name: of[epoch] for name, of in points.items() if epoch in of}
 
 
 def _points(detail: SwarmDetail) -> dict[str, list[tuple[int, float]]]:

@@ -24,6 +24,7 @@ from shoal.node.api.client import Client
 from shoal.node.api.requests import CreateSwarm, JoinSwarm
 from shoal.node.api.schemas import CreatedSwarm, SwarmDetail
 from shoal.node.config import NodeConfig
+from shoal.node.identity import create_known_identity
 from shoal.protocol.errors import RefusedError, ShoalError
 from shoal.training.keeper import descendants
 
@@ -129,7 +130,14 @@ class School:
 
 @contextmanager
 def school(
-    command: str, peers: int, say: Callable[[str], None], timeout_s: float, *, keep: bool, profile: str = "peer"
+    command: str,
+    peers: int,
+    say: Callable[[str], None],
+    timeout_s: float,
+    *,
+    keep: bool,
+    profile: str = "peer",
+    seed: int | None = None,
 ) -> Iterator[School]:
     """So many nodes that are up.
 
@@ -140,6 +148,7 @@ def school(
         timeout_s: for whatever they are followed in.
         keep: the folder stays.
         profile: what their names begin with.
+        seed: from which their identities come, the same again each time; none: new ones.
 
     Raises:
         RefusedError: if they could not learn here.
@@ -157,6 +166,8 @@ def school(
             say(f"the nodes' folders stay in {home}")
         else:
             stack.callback(shutil.rmtree, home, ignore_errors=True)
+        for config in configs if seed is not None else ():
+            create_known_identity(config.paths.identity, f"{command}/{seed}/{config.profile}")
         found = School(say, stack, timeout_s)
         found.start(configs)
         yield found

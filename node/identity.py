@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
@@ -47,8 +48,16 @@ def load_or_create_identity(path: Path) -> Identity:
     return Identity(Signer(secret), secret)
 
 
-def _create(path: Path) -> Identity:
+def create_known_identity(path: Path, seed: str) -> Identity:
+    """Make a key that anybody can make who knows the seed: for nodes that live for one command on one machine.
+
+    What a node learns from may depend on its name, so such a command comes to the same again.
+    """
+    return _create(path, hashlib.sha256(f"shoal known identity/{seed}".encode()).digest())
+
+
+def _create(path: Path, secret: bytes | None = None) -> Identity:
     make_own_folder(path.parent)
-    secret = secrets.token_bytes(SECRET_BYTES)
+    secret = secrets.token_bytes(SECRET_BYTES) if secret is None else secret
     write_private(path, secret)
     return Identity(Signer(secret), secret)

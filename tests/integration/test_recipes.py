@@ -1,5 +1,8 @@
 """Recipes among real nodes: policies of everybody's and of one's own, and nodes that are killed and come back."""
 
+import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -81,3 +84,18 @@ def test_a_recipe_that_is_not_there_or_not_so_is_refused_with_what_could_be_mean
         failed = node.run("swarm", "create", *words, check=False)
         assert failed.returncode != 0
         assert reason in failed.stderr
+
+
+def test_recipe_run_ends_with_its_verdict_and_comes_to_the_same_with_the_same_seed():
+    words = [word for name, value in (TINY | OWN).items() for word in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "shoal.cli.main", "recipe", "run", "rlccf", "--peers", "2", "--epochs", "1"]
+    found = []
+    for _ in range(2):
+        ran = subprocess.run([*command, "--seed", "5", "--json", *words], capture_output=True, text=True, check=False)
+        assert ran.stdout.count("\n") == 1, ran.stderr
+        said = json.loads(ran.stdout)
+        assert said.keys() >= {"recipe", "verdict", "holds", "figure", "baseline", "seconds", "peers"}
+        assert ran.returncode == (0 if said["holds"] else 1)
+        assert "epoch 1 of 1" in ran.stderr
+        found.append((said["figure"], said["baseline"], said["verdict"]))
+    assert found[0] == found[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from shoal.training.tasks.games.oneof import OneOf
 from shoal.training.tasks.games.openspiel import OpenSpielGame
 from shoal.training.tasks.games.pettingzoo import PettingZooGame
 from shoal.training.tasks.games.reasoning import ReasoningGym
+from shoal.training.tasks.games.spread import PUSHES, Spread, moved
 from shoal.training.tasks.games.takeover import EXPERT, TakeOver, go_on
 from shoal.training.tasks.games.text import (
     Products,
@@ -354,6 +356,63 @@ def test_a_messenger_sees_all_and_its_words_reach_each() -> None:
     silent = Messenger(inner, 0)
     assert silent.roles == inner.roles
     played(silent, 1)
+
+
+@needs("mpe2")
+@pytest.mark.parametrize("near", [1.0, 0.2])
+def test_spread_is_mpe2s_step_by_step(near: float) -> None:
+    """Places, motions, sights and rewards; once with agents that bump."""
+    simple_spread = importlib.import_module("mpe2.simple_spread_v3")
+    game, rng, bumps = Spread(sees_others=True), np.random.default_rng(3), 0
+    for seed in range(5):
+        env = simple_spread.parallel_env()
+        env.reset(seed=seed)
+        world = env.unwrapped.world
+        for agent in world.agents:
+            agent.state.p_pos *= near
+        places, landmarks = ([tuple(each.state.p_pos) for each in own] for own in (world.agents, world.landmarks))
+        motions = [(0.0, 0.0)] * 3
+        for _ in range(25):
+            acts = rng.integers(5, size=3)
+            shown, earned, *_ = env.step({f"agent_{number}": int(act) for number, act in enumerate(acts)})
+            places, motions = moved(places, motions, [PUSHES[act] for act in acts])
+            sights, rewards = game.sights(places, motions, landmarks), game.rewards(places, landmarks)
+            for number, role in enumerate(game.roles):
+                np.testing.assert_allclose(sights[number], shown[role][:14], atol=1e-5)
+                assert rewards[number] == pytest.approx(earned[role], abs=1e-9)
+            bumps += len(set(rewards)) > 1
+        env.close()
+    assert bumps or near == 1
+
+
+def test_spread_is_played_and_cut_off_at_its_end() -> None:
+    (one,) = played(Spread(turns=4), 1).plays
+    assert one.turns == 4
+    assert all(take.cut and take.final is not None and len(take.final) == 10 for take in one.takes)
+    with pytest.raises(UsageError, match="16 agents"):
+        Spread(17)
+
+
+@needs("mpe2")
+def test_a_messenger_sees_what_those_do_not_that_it_talks_to() -> None:
+    inner = PettingZooGame("mpe2:simple_spread_v3", local_sight=True, max_cycles=5)
+    game = Messenger(inner, 2, local=4)
+    assert game.roles[MESSENGER] == Role(Box(30), Continuous(6))
+    assert game.roles["agent_1"] == Role(Box(6), inner.roles["agent_1"].acts)
+    (one,) = played(game, 1, ByRole(messenger=Scripted("random"), agent=Scripted("random"))).plays
+    messenger, *agents = one.takes
+    shown = np.stack(messenger.sights).reshape(5, 3, 10)
+    for number, agent in enumerate(agents):
+        assert np.array_equal(np.stack(agent.sights)[:, :4], shown[:, number, :4])
+        assert agent.final is not None
+        assert len(agent.final) == 6
+
+
+def test_who_is_told_nothing_sees_all() -> None:
+    with pytest.raises(UsageError, match="sees all"):
+        Messenger(TextTask(sums), 0, local=4)
+    with pytest.raises(UsageError, match="local"):
+        Messenger(TextTask(sums), 2, local=-1)
 
 
 def test_a_messenger_needs_numbers() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node.identity import load_or_create_identity
+from shoal.node.identity import create_known_identity, load_or_create_identity
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.signing import Signer, verify
 
@@ -22,6 +22,14 @@ def test_the_first_start_makes_a_name_and_every_later_one_finds_it(tmp_path: Pat
 def test_two_profiles_are_two_nodes(tmp_path: Path) -> None:
     first, second = load_or_create_identity(tmp_path / "a"), load_or_create_identity(tmp_path / "b")
     assert first.signer.peer_id != second.signer.peer_id
+
+
+def test_a_known_identity_is_the_same_by_the_same_seed_and_is_found_by_the_node(tmp_path: Path) -> None:
+    one, again, other = (
+        create_known_identity(tmp_path / name, seed) for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
+    )
+    assert one.signer.peer_id == again.signer.peer_id != other.signer.peer_id
+    assert load_or_create_identity(tmp_path / "a").secret == one.secret
 
 
 def test_the_key_is_for_its_owner_alone(tmp_path: Path) -> None:

@@ -90,6 +90,19 @@ def test_policies_that_are_the_nodes_own_stay_apart_and_only_answers_cross() -> 
     update.close()
 
 
+def test_the_ballots_of_an_epoch_are_ten_kilobytes_of_all_three_together() -> None:
+    """With as many prompts and plays as the recipe has; it is all that crosses in an exchange, whatever the models."""
+    tiny_models = {path: value for path, value in TINY.items() if path.startswith("policies.own.sizes")}
+    company = run(overridden(RECIPE, {**tiny_models, "policies.own.warm.max_steps": 1}), 1)
+    company.collect()
+    offered = 0
+    for name, learner in company.learners.items():
+        update = learner.update()
+        offered += len(company._merging[name].offer(next(update)) or b"")
+        update.close()
+    assert 3 * 48 * 8 * 8 < offered < 10_000
+
+
 @pytest.mark.parametrize("mode", list(Mode))
 def test_a_policy_of_all_is_the_same_bits_everywhere(mode: Mode) -> None:
     """Taught by each, begun with one's, then averaged."""
@@ -244,6 +257,13 @@ def test_the_verdict_is_the_claim() -> None:
     assert not judge(report(0.7, 0.9), report(0.7, 0.95)).holds
     with pytest.raises(UsageError, match="said nothing"):
         Report({}, 1, 1, 1.0, 1).last("accuracy")
+
+
+def test_a_baseline_has_epochs_of_its_own_and_never_more_than_the_run() -> None:
+    """As many, if nothing is said."""
+    assert RECIPE.epochs_of_baseline(60) == 60
+    fewer = replace(RECIPE, baseline_epochs=10)
+    assert (fewer.epochs_of_baseline(60), fewer.epochs_of_baseline(5)) == (10, 5)
 
 
 def test_a_whole_run_in_one_process_reports_its_probes() -> None:

@@ -35,10 +35,13 @@ from shoal.training.tasks.play import Box, Role, Take, newest
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 
+INDIFFERENT: Final = 0.01
+"""The gain of a layer that acts, so that all acts are about as likely at first."""
 _HALF_LOG_TAU: Final = 0.5 * math.log(2 * math.pi)
 _NEVER: Final = -1e9
 """The logit of what is not legal: finite, so that a gradient through it is 0 and not NaN."""
 _MAX_LAYERS: Final = 8
+_MAX_GAIN: Final = 100.0
 _MAX_WIDTH: Final = 4096
 
 Columns: TypeAlias = Mapping[str, npt.NDArray[Any]]
@@ -131,7 +134,13 @@ class BodyModel(OnFlat, ABC):
         self._outputs = space.count if isinstance(space, Discrete) else space.size
 
     def _begin(
-        self, seen: Mapping[str, Spec], features: int, hidden_sizes: Sequence[int], log_std: float, seed: int
+        self,
+        seen: Mapping[str, Spec],
+        features: int,
+        hidden_sizes: Sequence[int],
+        log_std: float,
+        seed: int,
+        gain: float = INDIFFERENT,
     ) -> None:
         """Initialise all parameters, to the same bits on every machine.
 
@@ -141,12 +150,15 @@ class BodyModel(OnFlat, ABC):
             hidden_sizes: of the network that decides, and of the one that values.
             log_std: of a continuous policy, at first.
             seed: of all of them.
+            gain: of the layer that acts: small, and what is done at first hardly depends on what is seen.
         """
+        if not 0 <= gain <= _MAX_GAIN:
+            raise UsageError(f"the gain of the layer that acts is 0 to {_MAX_GAIN}, not {gain}")
         if len(hidden_sizes) > _MAX_LAYERS or not all(1 <= size <= _MAX_WIDTH for size in hidden_sizes):
             raise UsageError(f"hidden_sizes are at most {_MAX_LAYERS}, each 1 to {_MAX_WIDTH}, not {hidden_sizes}")
         specs = {
             **seen,
-            **layers("decide", [features, *hidden_sizes, self._outputs], last_gain=0.01),
+            **layers("decide", [features, *hidden_sizes, self._outputs], last_gain=gain),
             **layers("value", [features + self.central, *hidden_sizes, 1], last_gain=1.0),
         }
         if isinstance(self.acts, Continuous):

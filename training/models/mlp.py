@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from shoal.training.models.bodies import BodyModel, Turns, layers, through, whole
+from shoal.training.models.bodies import INDIFFERENT, BodyModel, Turns, layers, through, whole
 from shoal.training.tasks.play import Role
 
 _MAX_OTHERS: Final = 1024
@@ -29,6 +29,7 @@ class MLP(BodyModel):
         central: int = 0,
         others: int = 0,
         initial_log_std: float = 0.0,
+        initial_gain: float = INDIFFERENT,
         seed: int = 0,
     ) -> None:
         """Initialise it; see `BodyModel`.
@@ -39,13 +40,15 @@ class MLP(BodyModel):
             central: how many numbers its values see beside the features.
             others: how many kinds of acts all others have together; 0: what they do is nothing to it.
             initial_log_std: of a continuous policy.
+            initial_gain: of the layer that acts. At 1, what it does depends on what it sees from the first act on: for
+                acts that others have to read, such as messages.
             seed: of all parameters.
         """
         super().__init__(roles, central)
         self.others = whole("others", others, 0, _MAX_OTHERS)
         sizes = [self.sizes[0], *hidden_sizes, self._outputs * others]
         beside = layers("beside", sizes, last_gain=0.01) if others else {}
-        self._begin(beside, self.sizes[0], hidden_sizes, initial_log_std, seed)
+        self._begin(beside, self.sizes[0], hidden_sizes, initial_log_std, seed, initial_gain)
 
     def beside(self, turns: Turns, others: torch.Tensor) -> torch.Tensor:
         """What others add to each of the own acts, ``[S, T, count]``.

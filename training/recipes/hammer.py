@@ -2,15 +2,19 @@
 
 In cooperative navigation (Lowe et al., arXiv 1706.02275) three agents are to cover three landmarks and not to bump into
 each other. Each sees its own place, its motion and the landmarks, and nobody sees the others; but a messenger sees what
-all see, and tells each agent four numbers in every step, before they act. Both are policies of the swarm's, learned by
+all see, and tells each agent two numbers in every step, before they act. Both are policies of the swarm's, learned by
 PPO and averaged each among its own kind: the messenger's earns the mean of what the agents earn, the agents' is one for
-all of them.
+all of them. What messages can give is who goes where: agents that go to what is nearest lose 16.7 an episode, those of
+whom each has a landmark of its own 11.2, the best assignment 7.9 (by hand; who stays where it is loses 25.5).
 
-Held against the same without a word: the messenger speaks, and what arrives are zeros. A messenger that says anything
-is ``--set policies.messenger.is_frozen=true``.
+What decides whether it is learned: that messages say something from the first step on (``initial_gain``), as noise
+teaches agents not to listen; and that the messenger's steps are small beside the agents', so that words keep their
+meaning. Held against the same without a word: zeros arrive. A messenger that says what it said at first is
+``--set policies.messenger.is_frozen=true``; one without which agents know no landmark, ``--set game.local=4``.
 
-Deviations: agents share one policy, as in the paper, but every node plays and trains both; in the paper the messenger
-is the strong node's. Messages are numbers from -1 to 1. Shorter training than the paper's half million episodes.
+Deviations: the messenger learns by its own reward alone, where the authors' code sends the agents' gradients through
+the messages. Agents share one policy, and every node plays and trains both; in the paper the messenger is the strong
+node's. Messages are numbers from -1 to 1. Half a million steps in place of half a million episodes.
 """
 
 from __future__ import annotations
@@ -19,13 +23,13 @@ from typing import Final
 
 from shoal.training.recipes.recipe import Policy, Probe, Recipe, Report, Verdict
 from shoal.training.tasks.cast import ByRole
-from shoal.training.tasks.games.deferred import Deferred
 from shoal.training.tasks.games.messenger import Messenger
-from shoal.training.tasks.games.pettingzoo import PettingZooGame
+from shoal.training.tasks.games.spread import Spread
 from shoal.training.tasks.source import FreshSeeds, SharedPrompts
 
-SPREAD: Final = "mpe2:simple_spread_v3"
-BAR: Final = 0.03
+LOCAL: Final = 10
+"""Numbers that an agent sees: its motion, its place, where the landmarks are."""
+BAR: Final = 0.05
 """Of what the silent ones lose, what messages have to save."""
 
 
@@ -34,37 +38,50 @@ def judge(run: Report, baseline: Report) -> Verdict:
     told, silent = (each.last("return", of=3) for each in (run, baseline))
     text = (
         f"with messages an agent earns {told:.2f} an episode, greedily, and {silent:.2f} without (the mean of the last "
-        f"three probes; the bar is {BAR:.0%} less lost)"
+        f"three probes): {(told - silent) / abs(silent):+.1%}; the bar is {BAR:.0%} less lost"
     )
     return Verdict(told >= silent + BAR * abs(silent), told, silent, text)
 
 
 RECIPE: Final = Recipe(
     name="hammer",
+    version=2,
     summary="one that sees everything learns what to tell many that see little",
     paper="arXiv 2102.00824",
     claim="learned messages beat no messages in cooperative navigation with local sight",
-    game=Messenger(Deferred(SPREAD, lambda: PettingZooGame(SPREAD, local_sight=True)), size=4),
+    game=Messenger(Spread(), size=2, local=LOCAL),
     source=FreshSeeds(),
     cast=ByRole(messenger="messenger", agent="local"),
     policies={
         "messenger": Policy(
             model="mlp",
-            sizes={"hidden_sizes": (64, 64), "initial_log_std": -1.0},
+            sizes={"hidden_sizes": (64, 64), "initial_log_std": -1.5, "initial_gain": 1.0},
             objective="ppo",
-            settings={"gamma": 0.95, "learning_rate": 2e-3, "reward_scale": 0.1, "entropy_coefficient": 0.0},
+            settings={
+                "gamma": 0.95,
+                "learning_rate": 5e-4,
+                "reward_scale": 0.1,
+                "entropy_coefficient": 0.0,
+                "num_minibatches": 8,
+            },
         ),
         "local": Policy(
             model="mlp",
             sizes={"hidden_sizes": (64, 64)},
             objective="ppo",
-            settings={"gamma": 0.95, "learning_rate": 2e-3, "reward_scale": 0.1},
+            settings={
+                "gamma": 0.95,
+                "learning_rate": 1.5e-3,
+                "reward_scale": 0.1,
+                "entropy_coefficient": 0.003,
+                "num_minibatches": 8,
+            },
         ),
     },
-    probes=(Probe("return", SharedPrompts(64, seed=1, is_fixed=True)),),
+    probes=(Probe("return", SharedPrompts(128, seed=1, is_fixed=True)),),
     verdict=judge,
     baseline={"game.is_mute": True},
-    epochs=100,
+    epochs=120,
     turns=3200,
     plays=64,
 )

@@ -82,6 +82,7 @@ RECIPE: Final = Recipe(
     verdict=judge,
     baseline={"policies.model.is_frozen": True, "source.per_epoch": 1, "source.plays": 1},
     epochs=10,
+    baseline_epochs=5,
     turns=PROMPTS * PLAYS,
     plays=PROMPTS * PLAYS,
     eval_interval=5,

@@ -239,6 +239,8 @@ class Recipe:
         baseline: what the baseline overrides, by paths as `shoal.training.recipes.overriding` says.
         objectives: classes of its own, which its policies name by their ``name``.
         epochs: of a run.
+        baseline_epochs: of the run that it is held against, if that needs others: one that learns nothing is probed
+            and done. No more than the run's.
         turns: that a node collects per epoch; a source that ends in an epoch ends it earlier.
         plays: that go on side by side.
         eval_interval: epochs between probes.
@@ -264,6 +266,7 @@ class Recipe:
     topics: tuple[str, ...] = ()
     heard: tuple[str, ...] = ()
     epochs: int = 50
+    baseline_epochs: int | None = None
     turns: int = 256
     plays: int = 64
     eval_interval: int = 10
@@ -287,6 +290,10 @@ class Recipe:
     def is_shown(self) -> bool:
         """Whether policies learn from what a part shows, beside what they play themselves."""
         return any(part.shows for part in self.parts.values())
+
+    def epochs_of_baseline(self, epochs: int) -> int:
+        """How many the baseline of a run of so many has."""
+        return epochs if self.baseline_epochs is None else min(epochs, self.baseline_epochs)
 
     @property
     def is_by_all(self) -> bool:

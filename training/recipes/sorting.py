@@ -50,7 +50,8 @@ RECIPE: Final = Recipe(
     ),
     verdict=judge,
     baseline={"policies.solver.is_frozen": True},
-    epochs=40,
+    epochs=80,
+    baseline_epochs=10,
     turns=PROMPTS * PLAYS,
     plays=PROMPTS * PLAYS,
 )

@@ -2,8 +2,9 @@
 
 ``Messenger(game, size)`` puts one more role, ``messenger``, before any parallel game: it sees what all see, one after
 the other, acts ``size`` numbers for each role, and these are added to what that role sees. It earns the mean of what
-they earn. Baselines are ``is_mute``, which tells zeros to roles that are as large, ``size=0``, without anybody to tell
-anything, and a messenger that says anything (``Scripted("random")``, or a frozen policy).
+they earn. With ``local`` a role sees the first numbers of its sight alone, and the messenger all of them. Baselines are
+``is_mute``, which tells zeros to roles that are as large, ``size=0``, without anybody to tell anything, and a messenger
+that says anything (``Scripted("random")``, or a frozen policy).
 
 Deviation: who has left the game is seen as zeros, and is told nothing.
 """
@@ -33,16 +34,20 @@ class Messenger:
     Attributes:
         inner: the other game.
         size: numbers that each role is told; 0: there is no messenger.
+        local: numbers of its own sight that each role sees, the first ones; 0: all. The messenger sees all in any case.
         is_mute: whether all are told zeros, whatever the messenger says: what messages are worth shows beside that.
     """
 
     inner: Game
     size: int
     is_mute: bool = False
+    local: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 0:
             raise UsageError(f"a messenger tells 0 numbers or more, not {self.size}")
+        if self.local < 0 or (self.local and not self.size):
+            raise UsageError("who is told nothing sees all of its sight, 0 in local; else local is how much of it")
 
     @property
     def name(self) -> str:
@@ -64,7 +69,8 @@ class Messenger:
         if MESSENGER in self._sizes:
             raise UsageError(f"a messenger needs to be the only role called {MESSENGER!r}")
         roles = {
-            role: Role(Box(self._sizes[role] + self.size), spaces.acts) for role, spaces in self.inner.roles.items()
+            role: Role(Box(len(range(self._sizes[role])[: self._shown]) + self.size), spaces.acts)
+            for role, spaces in self.inner.roles.items()
         }
         if not self.size:
             return roles
@@ -80,7 +86,7 @@ class Messenger:
             while True:
                 (said,) = yield (Ask(MESSENGER, self._together({ask.role: ask.sight for ask in asks}), paid),)
                 words = self._words(said)
-                told = tuple(replace(ask, sight=np.append(ask.sight, words[ask.role])) for ask in asks)
+                told = tuple(replace(ask, sight=self._told(ask.sight, words[ask.role])) for ask in asks)
                 try:
                     asks = inner.send((yield told))
                 except StopIteration as stop:
@@ -88,7 +94,7 @@ class Messenger:
                 paid = _mean([ask.reward for ask in asks])
 
     def _end(self, end: End, words: Mapping[str, Floats]) -> End:
-        cut: dict[str, Sight] = {role: np.append(sight, words[role]) for role, sight in end.cut.items()}
+        cut: dict[str, Sight] = {role: self._told(sight, words[role]) for role, sight in end.cut.items()}
         if cut:
             cut[MESSENGER] = self._together(end.cut)
         return replace(end, rewards={**end.rewards, MESSENGER: _mean(list(end.rewards.values()))}, cut=cut)
@@ -96,6 +102,16 @@ class Messenger:
     def _together(self, sights: Mapping[str, Any]) -> Floats:
         shown = (sights.get(role, np.zeros(size, np.float32)) for role, size in self._sizes.items())
         return np.concatenate(list(shown)).astype(np.float32)
+
+    @property
+    def _shown(self) -> int | None:
+        """How many numbers of its sight a role sees; None: all."""
+        return self.local or None
+
+    def _told(self, sight: Any, words: Floats) -> Floats:
+        """What a role sees: of its sight as much as is shown it, and what it is told."""
+        seen: Floats = np.append(sight[: self._shown], words)
+        return seen
 
     def _words(self, said: Act) -> dict[str, Floats]:
         told = np.zeros_like(said) if self.is_mute else np.tanh(said)
