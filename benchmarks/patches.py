@@ -76,7 +76,7 @@ def copies(task: Task, rate: float, epochs: int) -> Iterator[tuple[ActorShape, W
     learner = PPO().learner(run, task, peer=OWNER)
     config = learner.config
     shape = ActorShape(
-        task.observation_size, task.action_space, tuple(config.hidden_sizes), config.normalize_observations
+        task.observation_space.size, task.action_space, tuple(config.hidden_sizes), config.normalize_observations
     )
     for _ in range(epochs):
         learner.collect(BATCH)

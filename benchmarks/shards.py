@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 def a_policy(task: Task, seed: int, units: int = 64) -> tuple[ActorShape, Words]:
     """One whose actions depend on what it sees."""
-    shape = ActorShape(task.observation_size, task.action_space, (units, units), False)
+    shape = ActorShape(task.observation_space.size, task.action_space, (units, units), False)
     rng = np.random.default_rng(seed)
     flat = (rng.standard_normal(shape.num_parameters) * rng.choice([0.05, 0.15, 0.4])).astype(np.float32)
     return shape, (flat.view(np.uint32) >> 16).astype(np.uint16)
@@ -72,7 +72,7 @@ def of_task(name: str) -> str:
             (cid, data), seal_s = timed(seal, me, head, columns)
             stream.sealed(cid)
             shard, open_s = timed(open_shard, data, cid=cid, swarm=SWARM)
-            opened = rows_of(shard, task.observation_size, task.action_space)
+            opened = rows_of(shard, task.observation_space.size, task.action_space)
             _, replay_s = timed(replay, opened, task.make)
             found, check_s = timed(check_rows, shard, task, here, acting)
             assert found.verdict is Verdict.TRUE, found
@@ -82,7 +82,7 @@ def of_task(name: str) -> str:
         if not is_shown:
             seconds = [statistics.median(column) for column in list(zip(*some, strict=True))[1:]]
     act_s, seal_s, open_s, replay_s, check_s = seconds
-    sights = 4 * task.observation_size
+    sights = 4 * task.observation_space.size
     samples = STEPS * ENVS
     return (
         f"| {name} | {sizes[0]:.2f} | {sizes[1]:.1f} | {sights} | {1e6 * act_s / samples:.1f} "

@@ -60,12 +60,12 @@ def policy_of(model: ActorCritic, observation_size: int) -> dict[str, npt.NDArra
 
 
 def a_shape(task: Task, *, is_normalized: bool = True) -> ActorShape:
-    return ActorShape(task.observation_size, task.action_space, HIDDEN, is_normalized)
+    return ActorShape(task.observation_space.size, task.action_space, HIDDEN, is_normalized)
 
 
 def a_copy(task: Task, seed: int = 1) -> Words:
-    model = a_model(task.observation_size, task.action_space, seed=seed)
-    return copy_of(a_shape(task), policy_of(model, task.observation_size))
+    model = a_model(task.observation_space.size, task.action_space, seed=seed)
+    return copy_of(a_shape(task), policy_of(model, task.observation_space.size))
 
 
 def an_actor(task: Task, seed: int = 1) -> Acting:

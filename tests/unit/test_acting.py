@@ -136,7 +136,7 @@ from shoal.training.tasks import load_task
 import numpy as np
 me, swarm = Signer(b"a" * 32), SwarmId.of_manifest(b"swarm")
 task = load_task("gym:CartPole-v1")
-form = acting.ActorShape(task.observation_size, task.action_space, (64, 64), True)
+form = acting.ActorShape(task.observation_space.size, task.action_space, (64, 64), True)
 words = patches.apply(None, patches.key_of(np.zeros(form.num_words, np.uint16), 0), form.num_words)
 stream = streams.RowStream(
     task, 4, author=me.peer_id, swarm=swarm, surroundings=replaying.surroundings(task), stream=0

@@ -48,7 +48,7 @@ def test_every_setting_is_told_with_its_default(name: str, capsys: pytest.Captur
         assert list(row) == ["name", "summary", "default", "defaults", "low", "high"]
         assert row["summary"]
     rates = next(row for row in shown["settings"] if row["name"] == "learning_rate")
-    assert rates["defaults"] == {"mode gradient": algorithm.in_gradient["learning_rate"]}
+    assert rates["defaults"]["mode gradient"] == algorithm.in_gradient["learning_rate"]
     assert "Deviations" in shown["about"]
 
 

@@ -191,8 +191,8 @@ def test_an_eased_copy_is_near_and_changes_less() -> None:
 
 def test_the_copy_of_a_policy_is_its_actor_rounded_and_its_normaliser_exact() -> None:
     task = a_task()
-    model = a_model(task.observation_size, task.action_space)
-    policy = policy_of(model, task.observation_size)
+    model = a_model(task.observation_space.size, task.action_space)
+    policy = policy_of(model, task.observation_space.size)
     words = copy_of(a_shape(task), policy)
     assert words.tobytes() == a_copy(task).tobytes()
     actor = np.concatenate([policy[name].ravel() for name in a_shape(task).shapes()])

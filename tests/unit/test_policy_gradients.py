@@ -30,6 +30,7 @@ from shoal.training.manifest import Manifest, Mode
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.state import digest, encode_arrays
 from shoal.training.tasks import Continuous, Discrete, load_task
+from shoal.training.tasks.base import Box
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +86,7 @@ def an_experience(rng: np.random.Generator, num_steps: int, num_envs: int) -> tu
     nothing = np.zeros((0, 1), np.float32)
     rewards, log_probs, acted = rng.normal(size=(3, *shape)).astype(np.float32)
     rollout = Rollout(nothing, nothing, rewards, terminated, truncated, nothing, nothing)
-    normalizers = Normalizers(1, A2CSettings())
+    normalizers = Normalizers(Box(1), A2CSettings())
     experience = Experience(rollout, nothing, nothing, nothing, nothing, acted.ravel(), rewards, normalizers)
     values = rng.normal(size=(num_steps + 1, num_envs)).astype(np.float32)
     finals = rng.normal(size=int(truncated.sum())).astype(np.float32)

@@ -100,7 +100,7 @@ def test_the_ballots_of_an_epoch_are_ten_kilobytes_of_all_three_together() -> No
         update = learner.update()
         offered += len(company._merging[name].offer(next(update)) or b"")
         update.close()
-    assert 3 * 48 * 8 * 8 < offered < 10_000
+    assert 3 * 48 * 8 * 8 < offered < 10_240
 
 
 @pytest.mark.parametrize("mode", list(Mode))

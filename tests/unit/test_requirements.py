@@ -93,7 +93,7 @@ def test_what_any_member_needs_is_checked_without_loading_anything(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["algorithm__dqn", "task__atari"])
+@pytest.mark.parametrize("name", ["algorithm__td3", "task__atari"])
 def test_a_learner_needs_what_is_named_and_a_store_does_not(name: str) -> None:
     with pytest.raises(UnmetError, match="not installed here"):
         check_here(run(**{name: 1}), Role.LEARNER)

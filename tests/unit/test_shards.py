@@ -219,7 +219,7 @@ def test_rows_come_back_as_they_were_played(name: str, is_shown: bool) -> None:
     task = a_task(name)
     head, rows = made(task, steps=220, is_shown=is_shown)
     shard = signed(task, head, rows)
-    found = rows_of(shard, task.observation_size, task.action_space)
+    found = rows_of(shard, task.observation_space.size, task.action_space)
     assert (found.steps, found.num_envs, found.samples) == (220, 2, 440) == (rows.steps, 2, shard.head.samples)
     for part in ("seeds", "lead", "actions", "rewards", "log_probs", "terminated", "truncated", "sights", "finals"):
         left, right = getattr(rows, part), getattr(found, part)
