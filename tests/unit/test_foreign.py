@@ -265,7 +265,7 @@ def test_a_policy_does_not_train_on_what_another_framework_did() -> None:
     """Nor on what stood in for it."""
     recipe = quartet(ByRole(player_0="agent", player=Foreign("echo", otherwise=Learned("agent"))))
     name = peers(1)[0]
-    learner = RecipeLearner(recipe, manifest_of(recipe, name), Failures("x"), peer=name)
+    learner = RecipeLearner(recipe, manifest_of(recipe, name), Failures("x"), peer=name, part="peer")
     learner.collect(24)
     assert {take.role for take in learner._takes("agent")} == {"player_0"}
     learner.close()
