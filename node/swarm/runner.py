@@ -315,7 +315,7 @@ class Runner:
         if statement is None:
             log.info("swarm %s: %s says something on %s that makes no sense", self.swarm, author, topic)
         elif isinstance(statement, GivenShards):
-            if self.role is Role.LEARNER:
+            if self.role is Role.LEARNER and self.manifest.mode is Mode.ROLLOUTS:
                 self.shards.heard(author, statement)
         elif not isinstance(statement, Addresses | Postings):
             self.post(events.Heard(author, statement, name))

@@ -129,6 +129,8 @@ class Shards:
 
     def holds(self, policy: Policy) -> None:
         """This node's worker holds a policy."""
+        if self._names.get(policy.epoch) == policy.cid:
+            return
         self._names[policy.epoch] = policy.cid
         for old in [each for each in self._names if each < policy.epoch - self._max_staleness]:
             del self._names[old]

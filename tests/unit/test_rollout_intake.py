@@ -86,6 +86,13 @@ def test_nothing_is_fetched_while_enough_waits():
     assert len(mine.next(5, [])) == 1
 
 
+def test_accounts_are_of_so_many_actors_at_most():
+    mine = Intake(ME, 2)
+    for number in range(intake.MAX_TALLIES + 10):
+        mine.tally(PeerId.of_public_key(number.to_bytes(32, "big")))
+    assert len(mine.tallies) == intake.MAX_TALLIES
+
+
 def test_names_that_are_remembered_are_bounded():
     mine = Intake(ME, 2)
     for number in range(intake.MAX_REMEMBERED + 50):

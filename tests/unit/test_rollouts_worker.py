@@ -90,6 +90,33 @@ def test_an_update_that_is_given_up_leaves_what_came_from_others(pair):
     assert worker.learner.num_foreign == 64
 
 
+@pytest.mark.parametrize(("reward", "taken"), [(9e8, 64), (3e38, 0)])
+def test_a_lie_that_nobody_looked_at_costs_an_update_and_not_the_run(pair, monkeypatch, reward, taken):
+    worker, acting, name = pair
+    rolled = acting._actor.roll_out
+
+    def absurd(samples, before):
+        made = rolled(samples, before)
+        return replace(made, rows=replace(made.rows, rewards=made.rows.rewards + np.float32(reward)))
+
+    monkeypatch.setattr(acting._actor, "roll_out", absurd)
+    _, cid, data = make(acting)
+    assert admit(worker, data, cid, name, is_checked=False).samples == taken
+    for _ in range(2):
+        worker.collect(Collect(64))
+        with np.errstate(all="ignore"):
+            answer = worker.begin(Begin(0, name, 0, {}))
+            weight = int(answer.weight)
+            merge = Merge(bytes(32), (LEARNER.peer_id,), (weight,), (1.0,), (answer.contribution,))
+            try:
+                done = worker.merge(merge)
+            except RemoteError:
+                continue
+        assert done.state is not None
+        return
+    pytest.fail("the run cannot go on")
+
+
 @pytest.mark.parametrize("column", ["rewards", "log_probs", "sights", "actions", "seeds"])
 def test_what_was_edited_is_found_when_it_is_looked_at(pair, column, monkeypatch):
     worker, acting, name = pair

@@ -25,7 +25,7 @@ from shoal.training.tasks import Task
 
 # In mode gradient every optimiser step is a round over the network.
 IN_GRADIENT: Final[dict[str, Any]] = {"num_minibatches": 8, "learning_rate": 1e-3}
-# A pass over images costs a thousand times one over vectors, and these networks take smaller steps.
+# A pass over images costs far more than one over vectors, and these networks take smaller steps.
 ON_IMAGES: Final[dict[str, Any]] = {"num_minibatches": 4, "learning_rate": 2.5e-4}
 
 

@@ -299,8 +299,10 @@ class PolicyLearner:
         self._sources[:] = [*self._streams, *self._pool.use()]
         try:
             stats = yield from self._update()
-        except BaseException:
+        except BaseException as error:
             self._load(before)
+            if isinstance(error, DivergedError | ProtocolError):
+                self._pool.used()  # what others collected may be why, and would be again
             raise
         finally:
             self._running = None

@@ -59,5 +59,5 @@ class PPOConfig(OnPolicySettings):
 # In mode gradient every optimiser step is a round over the network, so a tenth as many, three times as long.
 IN_GRADIENT: Final[dict[str, Any]] = {"update_epochs": 8, "num_minibatches": 4, "learning_rate": 3e-3}
 
-# The paper's for Atari, where a pass over images costs a thousand times one over vectors.
+# OpenAI Baselines' for Atari: a pass over images costs far more than one over vectors.
 ON_IMAGES: Final[dict[str, Any]] = {"update_epochs": 4, "num_minibatches": 4, "learning_rate": 2.5e-4}

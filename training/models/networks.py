@@ -4,7 +4,7 @@ Both see the same features (`shoal.training.models.cnn`) through one linear laye
 of 0.01 and 1, as "The 37 Implementation Details of PPO" (Huang et al., ICLR blog track 2022) has it for Atari. The
 head, and so the loss, is that of every policy (`shoal.training.models.heads`): autograd begins below the outputs.
 
-Images go through in parts of 64: of 256 at once each took twice as long on one core, as arrays left its cache.
+Images go through in parts of 64: on one core 256 at once took more than twice as long for each.
 """
 
 from __future__ import annotations

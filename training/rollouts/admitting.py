@@ -24,6 +24,8 @@ from shoal.training.rollouts.shard import Shard, open_shard
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Floats
 
+MAX_REWARD: Final = 1e9
+"""Sums of such rewards, and squares of these sums, are numbers still."""
 _FINE: Final = Finding(Verdict.TRUE)
 
 
@@ -90,6 +92,8 @@ class Admission:
             return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b""
         except ProtocolError as error:  # of whom it is, is not proven
             return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b""
+        if float(np.abs(rows.rewards).max()) > MAX_REWARD:
+            return Finding(Verdict.DOES_NOT_FIT, f"rewards beyond {MAX_REWARD:g} are not learned from"), 0, b""
         found = self._of_this_run(shard, author, state, epoch)
         if found is None:
             found = self._check(shard) if is_checked else _FINE

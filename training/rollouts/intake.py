@@ -19,6 +19,8 @@ from shoal.training.statements import GivenShard, RoundKey, first_after, turn_ra
 MAX_COMING: Final = 16
 MAX_COMING_OF_ONE: Final = 4
 MAX_COMING_BYTES: Final = 64 * 1024 * 1024
+MAX_TALLIES: Final = 1024
+"""Actors of which accounts are kept."""
 MAX_REMEMBERED: Final = 4096
 """Shards that were taken or refused, by name."""
 
@@ -126,7 +128,9 @@ class Intake:
         self._remember(cid)
 
     def tally(self, author: PeerId) -> Tally:
-        """Of an actor."""
+        """Of an actor; of very many, the first that was met is forgotten."""
+        if author not in self.tallies and len(self.tallies) >= MAX_TALLIES:
+            del self.tallies[next(iter(self.tallies))]
         return self.tallies.setdefault(author, Tally())
 
     def _falls_to_me(self, cid: Cid, learners: Sequence[PeerId]) -> bool:
