@@ -370,7 +370,8 @@ class Worker:
             done = MergeAnswer(state=state, stats=stats.metrics, rejected=rejected, ahead=ahead)
             if self._admission is None or not isinstance(self.learner, PolicyLearner):
                 return done
-            return replace(done, learned_from=tuple(LearnedFrom(*each) for each in self.learner.learned_from))
+            used = tuple(LearnedFrom(*each) for each in self.learner.learned_from)
+            return replace(done, learned_from=used, waiting=self.learner.num_foreign)
         except DivergedError as error:
             self._update = None
             merged = [author for author in authors if author not in rejected]

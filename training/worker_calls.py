@@ -407,6 +407,7 @@ class MergeAnswer:
         latest: likewise, what was posted is to be found.
         scores: likewise, what members have signed.
         learned_from: with ``state``: what of others' the update was made from.
+        waiting: likewise, samples of others that wait for a later one.
     """
 
     weight: float = 0.0
@@ -422,6 +423,7 @@ class MergeAnswer:
     latest: LatestAsked | None = None
     scores: ScoresAsked | None = None
     learned_from: tuple[LearnedFrom, ...] = ()
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -702,7 +702,7 @@ class Runner:
         if answer.state is not None:
             cid = await self._put_state(answer.state)
             self._num_lost = 0
-            self.shards.learned(answer.learned_from, epoch)
+            self.shards.learned(answer.learned_from, answer.waiting, epoch)
             ahead = None if answer.ahead is None else self._collected(answer.ahead)
             part = answer.state.part
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats, ahead, part))

@@ -145,14 +145,14 @@ class Shards:
         """A member is no longer heard of."""
         self.intake.gone(author)
 
-    def learned(self, used: Iterable[LearnedFrom], version: int) -> None:
-        """An update was made from these, of the policy of an epoch."""
+    def learned(self, used: Iterable[LearnedFrom], waiting: int, version: int) -> None:
+        """An update was made from these, of the policy of an epoch; so many samples wait for a later one."""
+        self.intake.waiting = waiting
         for each in used:
             tally = self.intake.tally(each.author)
             tally.used += 1
             tally.samples += each.samples
             tally.staleness += each.samples * max(0, version - each.version)
-            self.intake.waiting -= each.samples
 
     def look(self, version: int) -> None:
         """Fetch what is to be taken now."""

@@ -84,6 +84,40 @@ def test_an_actor_that_lies_is_found_out_and_named_and_nobody_else(make_node, tm
     assert member(later, liar)["shards_used"] == member(shown, liar)["shards_used"] == 0
 
 
+FAILING = '''
+"""The first fetches of shards fail before they have begun."""
+import itertools
+
+from shoal.node.swarm import shards
+
+honest, calls = shards.Shards._take, itertools.count()
+
+
+async def take(self, author, given):
+    if next(calls) < 6:
+        raise ZeroDivisionError("it was made to fail")
+    await honest(self, author, given)
+
+
+shards.Shards._take = take
+'''
+
+
+def test_fetches_of_shards_that_fail_end_nothing_but_themselves(make_node, tmp_path, monkeypatch):
+    learner, actor = make_node(), make_node()
+    site = tmp_path / "failing"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(FAILING)
+    learner.run("down")
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
+        learner.up()
+    created = learner.ask(*CREATE, *ENDLESS)
+    actor.ask("join", created["ticket"], "-d", "--role", "actor")
+    learner.wait_for(created["swarm"], "it learns from them", lambda shown: member(shown, actor)["shards_used"] > 3)
+    assert "it was made to fail" in learner.log()
+
+
 def test_there_are_actors_in_mode_rollouts_alone_and_it_is_said(make_node):
     learner, other = make_node(), make_node()
     created = learner.create("--max-env-steps", "1000000")

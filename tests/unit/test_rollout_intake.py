@@ -86,6 +86,15 @@ def test_nothing_is_fetched_while_enough_waits():
     assert len(mine.next(5, [])) == 1
 
 
+def test_what_never_came_takes_no_room_once_it_would_be_too_old():
+    mine = Intake(ME, 2)
+    mine.named(ACTOR, [shard(number) for number in range(intake.MAX_COMING_OF_ONE)])
+    assert len(mine.next(5, [])) == intake.MAX_COMING_OF_ONE
+    mine.named(ACTOR, [shard(number, version=8) for number in range(20, 24)])
+    assert not mine.next(7, [])
+    assert len(mine.next(8, [])) == intake.MAX_COMING_OF_ONE
+
+
 def test_accounts_are_of_so_many_actors_at_most():
     mine = Intake(ME, 2)
     for number in range(intake.MAX_TALLIES + 10):

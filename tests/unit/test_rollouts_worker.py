@@ -77,7 +77,7 @@ def test_a_learner_learns_from_what_an_actor_made_which_is_true(pair):
     assert answer.weight == 256
     done = worker.merge(Merge(bytes(32), (LEARNER.peer_id,), (256,), (1.0,), (answer.contribution,)))
     assert [(each.author, each.version, each.samples) for each in done.learned_from] == [(ACTOR.peer_id, 0, 64)] * 2
-    assert done.ahead.epoch_samples == 64, "what is left is for the next update"
+    assert done.ahead.epoch_samples == done.waiting == 64, "what is left is for the next update"
 
 
 def test_an_update_that_is_given_up_leaves_what_came_from_others(pair):

@@ -58,6 +58,7 @@ class _Coming:
     author: PeerId
     num_bytes: int
     samples: int
+    version: int
 
 
 @dataclass(slots=True)
@@ -103,6 +104,8 @@ class Intake:
             version: epoch of the policy that this node holds.
             learners: the others that are there.
         """
+        for cid in [cid for cid, each in self._coming.items() if each.version < version - self.max_staleness]:
+            self.came(cid)  # it is of no use any more, whatever became of it
         open_ones = [
             (author, each)
             for author, given in self._named.items()
@@ -118,7 +121,7 @@ class Intake:
             elif each.version > version:
                 continue  # this node is behind, or that one lies
             elif self._falls_to_me(each.cid, learners) and self._has_room(author, each):
-                self._coming[each.cid] = _Coming(author, each.num_bytes, each.samples)
+                self._coming[each.cid] = _Coming(author, each.num_bytes, each.samples, each.version)
                 found.append((author, each))
         return found
 
