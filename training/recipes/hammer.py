@@ -8,8 +8,8 @@ all of them. What messages can give is who goes where: agents that go to what is
 whom each has a landmark of its own 11.2, the best assignment 7.9 (by hand; who stays where it is loses 25.5).
 
 Messages say something from the first step on (``initial_gain``), and the messenger's steps are smaller than the
-agents', so that words keep their meaning. With neither, and larger messages, there was no advantage; which of it decides was not
-separated. Held against the same without a word: zeros arrive. A messenger that never learns is
+agents', so that words keep their meaning. With neither, and larger messages, there was no advantage; which of it
+decides was not separated. Held against the same without a word: zeros arrive. A messenger that never learns is
 ``--set policies.messenger.is_frozen=true``; agents that see no landmark, and so need to be told, are
 ``--set game.local=4``.
 

@@ -72,7 +72,7 @@ class Spread:
         for _ in range(self.turns):
             sights = self.sights(places, motions, landmarks)
             acts = yield tuple(map(Ask, self.roles, sights, earned))
-            places, motions = moved(places, motions, [PUSHES[int(act)] for act in acts])  # type: ignore[arg-type]
+            places, motions = moved(places, motions, [PUSHES[int(act)] for act in acts])
             earned = self.rewards(places, landmarks)
         cut = dict(zip(self.roles, self.sights(places, motions, landmarks), strict=True))
         return End(dict(zip(self.roles, earned, strict=True)), cut)
