@@ -7,10 +7,11 @@ PPO and averaged each among its own kind: the messenger's earns the mean of what
 all of them. What messages can give is who goes where: agents that go to what is nearest lose 16.7 an episode, those of
 whom each has a landmark of its own 11.2, the best assignment 7.9 (by hand; who stays where it is loses 25.5).
 
-What decides whether it is learned: that messages say something from the first step on (``initial_gain``), as noise
-teaches agents not to listen; and that the messenger's steps are small beside the agents', so that words keep their
-meaning. Held against the same without a word: zeros arrive. A messenger that says what it said at first is
-``--set policies.messenger.is_frozen=true``; one without which agents know no landmark, ``--set game.local=4``.
+Messages say something from the first step on (``initial_gain``), and the messenger's steps are smaller than the
+agents', so that words keep their meaning. With neither, and larger messages, there was no advantage; which of it
+decides was not separated. Held against the same without a word: zeros arrive. A messenger that never learns is
+``--set policies.messenger.is_frozen=true``; agents that see no landmark, and so need to be told, are
+``--set game.local=4``.
 
 Deviations: the messenger learns by its own reward alone, where the authors' code sends the agents' gradients through
 the messages. Agents share one policy, and every node plays and trains both; in the paper the messenger is the strong

@@ -7,6 +7,9 @@ needs and no more.
 Deviations: both are small transformers from scratch in place of pretrained models, taught to add three numbers step by
 step, the running sums being the thought; GRPO on the price of words in place of the paper's reward on length and its
 distilled data. All nodes hold the small model, so a play goes on by the own copy where nobody answers.
+
+The claim does not hold here, in the one seed that was run over three nodes: thoughts keep their length, and the
+accuracy falls.
 """
 
 from __future__ import annotations
