@@ -102,6 +102,11 @@ class Shards:
         self._names: dict[int, Cid] = {}
         self._fetches: Domain | None = None
 
+    @property
+    def _version(self) -> int:
+        """The newest that this node's worker held."""
+        return max(self._names, default=0)
+
     # An actor's.
 
     async def give(self, made: RolledOut, version: int) -> Cid | None:
@@ -139,7 +144,7 @@ class Shards:
     def heard(self, author: PeerId, said: GivenShards) -> None:
         """An actor says what it has."""
         self.intake.named(author, said.given)
-        self.look(max(self._names, default=0))
+        self.look(self._version)
 
     def gone(self, author: PeerId) -> None:
         """A member is no longer heard of."""
@@ -184,7 +189,7 @@ class Shards:
             self._taken.pop(given.cid, None)
             self.intake.came(given.cid)
             self._hold()
-            self.look(max(self._names, default=0))
+            self.look(self._version)
         if is_checked:
             tally.checked += 1
             self._found_true[author] += found.verdict == Verdict.TRUE
@@ -218,7 +223,7 @@ class Shards:
             return
         try:
             said = accuse(self._signer, self._swarm, shard, found.proof, Lie(found.lie), found.step, found.part)
-            entry = {"epoch": max(self._names, default=0), "kind": found.lie, "said": base64.b64encode(said).decode()}
+            entry = {"epoch": self._version, "kind": found.lie, "said": base64.b64encode(said).decode()}
             await self._replica.write(**{REGISTER: own | {author: entry}})
         except ShoalError as error:
             log.warning("that %s lies could not be written: %s", author, error)

@@ -92,7 +92,7 @@ class OnEngine(ABC, Generic[S]):
     def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
         """That of `shoal.training.models.actor_critic`."""
         settings, box = self.configured(manifest, task), task.observation_space
-        if box.is_image or box.dtype != "float32":
+        if not box.is_vector:
             raise UsageError(f"{task.name} shows images or bytes, by which actors do not act yet; take the mode local")
         space = acted_in(task.action_space)
         return ActorShape(box.size, space, settings.hidden_sizes, settings.normalize_observations)

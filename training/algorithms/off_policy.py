@@ -132,7 +132,7 @@ def vector_size(task: Task) -> int:
     Raises:
         UsageError: if it shows something else.
     """
-    if task.observation_space.is_image or task.observation_space.dtype != "float32":
+    if not task.observation_space.is_vector:
         raise UsageError(f"{task.name} shows images or bytes, and this algorithm sees vectors of numbers; take ppo")
     return task.observation_space.size
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from shoal.training.models.heads import likeliest, num_outputs, sample
 from shoal.training.models.normals import orthogonal
 from shoal.training.models.passes import Layers, Passes
+from shoal.training.models.policy import judge_in_parts
 from shoal.training.models.seen import as_vectors
 from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Floats, Observations
 
@@ -117,13 +118,7 @@ class ActorCritic:
         Returns:
             The log-probabilities of the actions and the values of the observations, each ``[S]``.
         """
-        log_probs, values = (np.empty(len(observations), np.float32) for _ in range(2))
-        for start in range(0, len(observations), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            passes = self.passes(len(log_probs[part]))
-            log_probs[part] = passes.judge(observations[part], actions[..., part])
-            values[part] = passes.values
-        return log_probs, values
+        return judge_in_parts(self, observations, actions, _CHUNK)
 
     def values(self, observations: Observations) -> Floats:
         """The value ``[N]`` of a few observations ``[N, *shape]``."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 from shoal.training.models.cnn import Image, as_planes
 from shoal.training.models.flat import FlatParameters, OnFlat, Spec
 from shoal.training.models.heads import head_of, likeliest, num_outputs, sample
+from shoal.training.models.policy import judge_in_parts
 from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Floats, Observations
 
 _CHUNK: Final = 64
@@ -56,14 +57,8 @@ class ImagePolicy(OnFlat):
 
     def judge(self, observations: Observations, actions: Actions) -> tuple[Floats, Floats]:
         """The log-probabilities of actions and the values of observations, each ``[S]``; no gradient can follow."""
-        log_probs, values = (np.empty(len(observations), np.float32) for _ in range(2))
         with torch.no_grad():
-            for start in range(0, len(observations), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                passes = self.passes(len(log_probs[part]))
-                log_probs[part] = passes.judge(observations[part], actions[..., part])
-                values[part] = passes.values
-        return log_probs, values
+            return judge_in_parts(self, observations, actions, _CHUNK)
 
     def values(self, observations: Observations) -> Floats:
         """The values ``[N]`` of observations ``[N, *shape]``."""

@@ -49,6 +49,17 @@ class Passes(Protocol):
         ...
 
 
+def judge_in_parts(policy: Policy, observations: Observations, actions: Actions, size: int) -> tuple[Floats, Floats]:
+    """`Policy.judge`, by passes of ``size`` observations at a time."""
+    log_probs, values = (np.empty(len(observations), np.float32) for _ in range(2))
+    for start in range(0, len(observations), size):
+        part = slice(start, start + size)
+        passes = policy.passes(len(log_probs[part]))
+        log_probs[part] = passes.judge(observations[part], actions[..., part])
+        values[part] = passes.values
+    return log_probs, values
+
+
 class Policy(Protocol):
     """A policy and values, in one vector of parameters.
 

@@ -82,20 +82,17 @@ class Intake:
     shunned: set[PeerId] = field(default_factory=set)
     _named: dict[PeerId, tuple[GivenShard, ...]] = field(default_factory=dict)
     _seen: dict[Cid, None] = field(default_factory=dict)
-    _counted: dict[PeerId, frozenset[Cid]] = field(default_factory=dict)
     _coming: dict[Cid, _Coming] = field(default_factory=dict)
 
     def named(self, author: PeerId, given: Sequence[GivenShard]) -> None:
         """An actor says what it has."""
-        before = self._counted.get(author, frozenset())
+        before = {each.cid for each in self._named.get(author, ())}
         self._named[author] = tuple(given)
-        self._counted[author] = frozenset(each.cid for each in given)
-        self.tally(author).made += len(self._counted[author] - before)
+        self.tally(author).made += len({each.cid for each in given} - before)
 
     def gone(self, author: PeerId) -> None:
         """An actor is no longer heard of."""
         self._named.pop(author, None)
-        self._counted.pop(author, None)
 
     def next(self, version: int, learners: Sequence[PeerId]) -> list[tuple[PeerId, GivenShard]]:
         """What to fetch now, newest versions first.

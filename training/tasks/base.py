@@ -40,6 +40,11 @@ class Box:
         return math.prod(self.shape)
 
     @property
+    def is_vector(self) -> bool:
+        """Whether it is one axis of float32."""
+        return not self.is_image and self.dtype == "float32"
+
+    @property
     def is_image(self) -> bool:
         """Whether what is near in it belongs together: rows and columns, with channels first, last, or only one."""
         return len(self.shape) > 1
