@@ -238,7 +238,13 @@ class Worker:
             raise RemoteError(Status.FAILED_PRECONDITION, "nothing that others collected is learned from here")
         began = time.monotonic()
         found, samples, proof = self._admission.admit(
-            request.shard, request.cid, request.author, request.state, self._epoch, is_checked=request.is_checked
+            request.shard,
+            request.cid,
+            request.author,
+            request.state,
+            self._epoch,
+            is_checked=request.is_checked,
+            chance=request.chance,
         )
         seconds, lie = time.monotonic() - began, "" if found.lie is None else str(found.lie)
         learner = self.learner

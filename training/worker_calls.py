@@ -213,7 +213,8 @@ class Admit:
         author: who named it.
         version: of the policy, as its author said when it named it.
         state: what this node calls that policy; None, if it does not know.
-        is_checked: whether it is to be replayed first.
+        is_checked: whether it is to be replayed first:
+        chance: one of its environments, by this number; None: all.
     """
 
     shard: Attachment
@@ -222,6 +223,7 @@ class Admit:
     version: int
     state: Cid | None
     is_checked: bool = False
+    chance: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import logging
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
@@ -27,6 +26,7 @@ from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest
 from shoal.training.rollouts.intake import Intake
+from shoal.training.rollouts.trust import Look, Trust
 from shoal.training.run_events import Admitted, Policy
 from shoal.training.statements import MAX_GIVEN, MAX_SHARD_BYTES, TOPIC_OF, GivenShard, GivenShards
 from shoal.training.worker_calls import ADMIT, Admit, LearnedFrom, RolledOut
@@ -52,6 +52,7 @@ class Shards:
 
     Attributes:
         intake: what is taken.
+        trust: how closely what is taken is looked at.
         worker: that learns from them; None while there is none.
         num_given: that this node made.
         check_s: seconds of looking into shards before they are learned from, of this node's worker.
@@ -84,7 +85,7 @@ class Shards:
         self.worker: Channel | None = None
         self.num_given = 0
         self.check_s = 0.0
-        self._check_rate = manifest.check_rate
+        self.trust = Trust(manifest.check_rate)
         self._max_staleness = manifest.max_staleness
         self._signer = signer
         self._replica = replica
@@ -93,8 +94,6 @@ class Shards:
         self._learners = learners
         self._post = post
         self._swarm = swarm
-        self._found_true: Counter[PeerId] = Counter()
-        self._suspects: set[PeerId] = set()
         self._owner = f"{swarm}/shards"
         self._rng = random.SystemRandom()  # nobody is to know which shard is looked into
         self._given: list[GivenShard] = []
@@ -179,8 +178,11 @@ class Shards:
             if worker is None:
                 return
             self._taken[given.cid] = None
-            is_checked = self._rng.random() < self._rate(author)
-            request = Admit(data, given.cid, author, given.version, self._names.get(given.version), is_checked)
+            look = self.trust.look(author, self._rng.random())
+            is_checked = look is not Look.NONE
+            chance = self._rng.getrandbits(32) if look is Look.ONE else None
+            state = self._names.get(given.version)
+            request = Admit(data, given.cid, author, given.version, state, is_checked, chance)
             found = await worker.call(ADMIT, request)
         except (ShoalError, RemoteError) as error:
             log.info("a shard of %s is not learned from: %s", author, error)
@@ -192,7 +194,8 @@ class Shards:
             self.look(self._version)
         if is_checked:
             tally.checked += 1
-            self._found_true[author] += found.verdict == Verdict.TRUE
+            if found.verdict == Verdict.TRUE:
+                self.trust.found_true(author)
             self.check_s += found.seconds
         match found.verdict:
             case Verdict.TRUE:
@@ -205,14 +208,6 @@ class Shards:
                 await self._accuse(author, given.cid, found)
             case _:
                 log.info("a shard of %s is not learned from: %s", author, found.words)
-
-    def _rate(self, author: PeerId) -> float:
-        """The part of an actor's shards that is looked into: all of those whom anybody accuses, or nobody knows."""
-        from shoal.training.rollouts.evidence import rate_of  # likewise
-
-        if author in self._suspects or not self._check_rate:
-            return 1.0 if self._check_rate else 0.0
-        return rate_of(self._found_true[author], least=self._check_rate)
 
     async def _accuse(self, author: PeerId, shard: Cid, found: Admitting) -> None:
         """Write into this node's document what its author signed and is not so: a word that anybody can check."""
@@ -233,7 +228,7 @@ class Shards:
         for writer, document in self._replica.documents().items():
             accused = document.get(REGISTER)
             if isinstance(accused, Mapping):
-                (self.intake.shunned if writer == self._signer.peer_id else self._suspects).update(
+                (self.intake.shunned if writer == self._signer.peer_id else self.trust.suspects).update(
                     list(accused)[:MAX_ACCUSED]
                 )
 

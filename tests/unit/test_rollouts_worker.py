@@ -49,8 +49,8 @@ def make(worker, samples=64, before=None, signer=ACTOR):
     return made, *signed(signer, bytes(made.head), bytes(made.body))
 
 
-def admit(worker, data, cid, state, *, author=ACTOR, version=0, is_checked=True):
-    return worker.admit(Admit(data, cid, author.peer_id, version, state, is_checked))
+def admit(worker, data, cid, state, *, author=ACTOR, version=0, is_checked=True, chance=None):
+    return worker.admit(Admit(data, cid, author.peer_id, version, state, is_checked, chance))
 
 
 @pytest.fixture
@@ -134,6 +134,22 @@ def test_what_was_edited_is_found_when_it_is_looked_at(pair, column, monkeypatch
     assert found.verdict == "false", found
     assert found.lie
     assert found.samples == found.waiting == 0
+
+
+def test_who_looks_at_one_environment_finds_what_is_false_there(pair, monkeypatch):
+    worker, acting, name = pair
+    rolled = acting._actor.roll_out
+
+    def edited(samples, before):
+        made = rolled(samples, before)
+        made.rows.rewards[5, 1] += 1
+        return made
+
+    monkeypatch.setattr(acting._actor, "roll_out", edited)
+    _, cid, data = make(acting)
+    found = admit(worker, data, cid, name, chance=2**32 - 1)
+    assert (found.verdict, found.lie, found.step, found.part) == ("false", "rewards", 5, 1)
+    assert admit(worker, data, cid, name, chance=2).samples == 64
 
 
 def test_what_does_not_fit_is_no_lie_and_is_not_learned_from(pair):

@@ -26,11 +26,9 @@ from shoal.training.rollouts.evidence import (
     Finding,
     Lie,
     Verdict,
-    caught_after,
     disproved,
     forked,
     hear,
-    rate_of,
     say,
     who_checks,
 )
@@ -209,6 +207,31 @@ def test_a_log_probability_that_was_edited_is_found_where_it_is(step: int, env: 
     head, rows = made(task)
     found = looked_into(signed(task, head, edited("log_probs", lambda x: x - change, step, env)(rows)), task)
     assert (found.verdict, found.lie, found.step, found.part) == (Verdict.FALSE, Lie.LOG_PROBS, step, env)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_one_environment_of_an_honest_shard_is_true_and_nothing_is_known_of_the_others(name: str) -> None:
+    task = a_task(name)
+    shard = a_shard(task, steps=120, num_envs=3)
+    for env in range(3):
+        found = looked_into(shard, task, env=env)
+        assert found.verdict is Verdict.TRUE, found
+        assert not found.looked
+        assert not found.seen
+
+
+@pytest.mark.parametrize(("poison", "lie"), [(each[1], each[2]) for each in POISONS], ids=[each[0] for each in POISONS])
+def test_what_is_false_in_one_environment_is_found_by_who_looks_there(poison: Callable[[Rows], Rows], lie: Lie) -> None:
+    task = a_task()
+    head, rows = made(task)
+    shard = signed(task, head, poison(rows))
+    whole, there, elsewhere = (looked_into(shard, task, env=env) for env in (None, 1, 0))
+    assert there.verdict is Verdict.FALSE
+    if whole.part == 1:
+        assert (there.lie, there.step, there.part) == (whole.lie, whole.step, 1)
+        assert elsewhere.verdict is Verdict.TRUE
+    else:  # it is false in all of them, or as a whole
+        assert elsewhere.verdict is Verdict.FALSE
 
 
 def test_a_copied_shard_is_false_under_another_name() -> None:
@@ -476,12 +499,3 @@ def test_as_many_shards_are_looked_into_as_the_rate_says_by_all_alike() -> None:
     assert min(by) > 0.6 * count / len(by)
     other = [who_checks(shard, MEMBERS[0], MEMBERS, b"another", 0.25) for shard in shards]
     assert looked != other, "whoever does not know the beacon does not know who looks"
-
-
-def test_trust_grows_with_what_was_found_true_and_never_ends_the_looking() -> None:
-    rates = [rate_of(found) for found in (0, 8, 100, 10_000)]
-    assert rates[0] == 1.0
-    assert rates[1] == 0.5
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == 0.05
-    assert caught_after(0.5, 0.05, 100) > 0.9

@@ -296,3 +296,19 @@ class Noise:
         """Between 0 and 1, both left out."""
         raw: npt.NDArray[np.uint64] = self._raw.random_raw(count)
         return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * _TO_UNIT
+
+
+class NoiseOfOne(Noise):
+    """That by which one of several environments was acted in, which step together and share a noise."""
+
+    def __init__(self, noise: Noise, env: int, count: int) -> None:
+        """Take every ``count``-th row of ``noise``, from the row ``env`` on."""
+        self._noise, self._env, self._count = noise, env, count
+
+    def gumbel(self, shape: tuple[int, ...]) -> _Wide:
+        """See `Noise.gumbel`."""
+        return self._noise.gumbel((shape[0] * self._count, *shape[1:]))[self._env :: self._count]
+
+    def normal(self, shape: tuple[int, ...]) -> _Wide:
+        """See `Noise.normal`."""
+        return self._noise.normal((shape[0] * self._count, *shape[1:]))[self._env :: self._count]

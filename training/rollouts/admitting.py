@@ -70,7 +70,15 @@ class Admission:
         self._learner.forget_older(epoch - self._max_staleness)
 
     def admit(
-        self, data: bytes | memoryview, cid: Cid, author: PeerId, state: Cid | None, epoch: int, *, is_checked: bool
+        self,
+        data: bytes | memoryview,
+        cid: Cid,
+        author: PeerId,
+        state: Cid | None,
+        epoch: int,
+        *,
+        is_checked: bool,
+        chance: int | None = None,
     ) -> tuple[Finding, int, bytes]:
         """Take a shard.
 
@@ -80,7 +88,8 @@ class Admission:
             author: who named it.
             state: what the policy of its version is called; None, if that is not known.
             epoch: of the policy that the learner holds.
-            is_checked: whether it is to be replayed first.
+            is_checked: whether it is to be replayed first:
+            chance: one of its environments, by this number, which nobody else knows; None: all.
 
         Returns:
             What is found of it, how many samples are learned from, and its author's signed head if it is false.
@@ -96,7 +105,7 @@ class Admission:
             return Finding(Verdict.DOES_NOT_FIT, f"rewards beyond {MAX_REWARD:g} are not learned from"), 0, b""
         found = self._of_this_run(shard, author, state, epoch)
         if found is None:
-            found = self._check(shard) if is_checked else _FINE
+            found = self._check(shard, rows, chance) if is_checked else _FINE
         if found.verdict is not Verdict.TRUE:
             return found, 0, shard.proof if found.verdict is Verdict.FALSE else b""
         try:
@@ -122,11 +131,12 @@ class Admission:
             return Finding(Verdict.DOES_NOT_FIT, f"its policy is not this run's of epoch {head.version}")
         return None
 
-    def _check(self, shard: Shard) -> Finding:
+    def _check(self, shard: Shard, rows: Rows, chance: int | None) -> Finding:
         if self._surroundings is None:
             self._surroundings = surroundings(self._task)
         acting = Acting(self._shape, self._copies[shard.head.version])
-        return check_rows(shard, self._task, self._surroundings, acting)
+        env = None if chance is None else chance % rows.num_envs
+        return check_rows(shard, self._task, self._surroundings, acting, env=env)
 
     def _rollout(self, rows: Rows) -> Rollout:
         if rows.sights is None or rows.finals is None:

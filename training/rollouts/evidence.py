@@ -11,7 +11,7 @@ accused it, or both the author and whoever said that all was well (`disproved`).
 `shoal.training.exchange.audits`, nobody is believed: what a node acts on is what it found itself.
 
 Who looks at a shard follows from a hash that its author could not know when it announced the shard (`who_checks`), and
-how often an author is looked at from how many of its shards were found true (`rate_of`).
+how often an author is looked at from how many of its shards were found true (`shoal.training.rollouts.trust`).
 
 What this does not stop: an author may throw away shards that it does not like. It cannot choose seeds, but it can begin
 streams until one is lucky; that costs it as much as doing the work, and shows as numbers of streams that nobody saw.
@@ -223,7 +223,7 @@ def who_checks(
         members: all who can.
         beacon: what nobody knew when the shard was announced, such as the name of the policy after it. An author that
             knew it could make shards until one is looked into by nobody.
-        rate: the share of shards that is looked into, by `rate_of`.
+        rate: the share of shards that is looked into, by `shoal.training.rollouts.trust.rate_of`.
         checkers: how many look into one, at most `MAX_CHECKERS`.
     """
     if _unit("whether", shard, beacon) >= rate:
@@ -231,22 +231,6 @@ def who_checks(
     others = [member for member in members if member != author]
     ranked = sorted(others, key=lambda member: (_unit(f"who {member}", shard, beacon), member))
     return tuple(ranked[: min(checkers, MAX_CHECKERS)])
-
-
-def rate_of(found_true: int, *, least: float = 0.05, patience: int = 8) -> float:
-    """The share of an author's shards that is looked into: all at first, then fewer, and never fewer than ``least``.
-
-    Args:
-        found_true: how many were looked into and found true.
-        least: of anybody's.
-        patience: after how many the share has halved.
-    """
-    return max(least, patience / (patience + found_true))
-
-
-def caught_after(false_share: float, rate: float, shards: int) -> float:
-    """How likely one who falsifies a share of its shards is found out within so many of them."""
-    return 1 - (1 - false_share * rate) ** shards
 
 
 def _unit(purpose: str, shard: Cid, beacon: bytes) -> float:
