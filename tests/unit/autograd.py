@@ -9,7 +9,8 @@ import torch
 from torch.distributions import Categorical, Independent, Normal
 
 from shoal.training.algorithms.on_policy import Batch
-from shoal.training.algorithms.ppo_config import PPOConfig
+from shoal.training.algorithms.ppo_config import Correction, PPOConfig
+from shoal.training.algorithms.ppo_corrected import MAX_WEIGHT
 from shoal.training.models.actor_critic import ActorCritic
 
 
@@ -39,13 +40,20 @@ def loss(parameters: Mapping[str, torch.Tensor], batch: Batch, config: PPOConfig
         torch.from_numpy(each.astype(np.float64))
         for each in (batch.log_probs, batch.advantages, batch.returns, batch.values)
     )
-    ratios = (log_probs - old).exp()
+    near, weights = old, torch.ones(())
+    if config.correction is not Correction.NONE:
+        near = torch.from_numpy(batch.proximal.astype(np.float64))
+        if config.correction is Correction.A3PO:
+            alpha = torch.from_numpy(1 / np.maximum(batch.ages, 1))
+            near = (alpha * old + (1 - alpha) * log_probs).detach()
+        weights = (near - old).exp().clamp(max=MAX_WEIGHT)
+    ratios = (log_probs - near).exp()
     clipped = ratios.clamp(1 - config.clip_range, 1 + config.clip_range)
-    policy_loss = -torch.min(ratios * advantages, clipped * advantages).mean()
+    policy_loss = -(weights * torch.min(ratios * advantages, clipped * advantages)).mean()
     errors = (values - returns).square()
     if config.value_clip_range is not None:
-        near = old_values + (values - old_values).clamp(-config.value_clip_range, config.value_clip_range)
-        errors = torch.max(errors, (near - returns).square())
+        kept = old_values + (values - old_values).clamp(-config.value_clip_range, config.value_clip_range)
+        errors = torch.max(errors, (kept - returns).square())
     value_loss = 0.5 * errors.mean()
     entropy = entropies.mean()
     whole = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * entropy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from tests.unit import autograd
 from shoal.training.algorithms.adam import Adam, clip_by_norm, shorten
 from shoal.training.algorithms.objective import Measures
 from shoal.training.algorithms.on_policy import Batch
-from shoal.training.algorithms.ppo_config import PPOConfig
+from shoal.training.algorithms.ppo_config import Correction, PPOConfig
+from shoal.training.algorithms.ppo_corrected import CorrectedLoss
 from shoal.training.algorithms.ppo_loss import ClippedLoss
 from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.tasks import Continuous, Discrete
@@ -40,11 +43,29 @@ def a_batch(model: ActorCritic, size: int, seed: int = 0) -> Batch:
     moved = rng.choice([-1.5, -0.4, -0.1, 0.0, 0.1, 0.15, 0.3, 1.5], size).astype(np.float32)
     log_probs = model.judge(observations, actions)[0] - moved
     advantages, returns, values = rng.normal(size=(3, size)).astype(np.float32)
-    return Batch(observations, actions, log_probs, advantages, returns, values)
+    proximal = log_probs + rng.choice([-0.5, 0.0, 0.05, 2.0], size).astype(np.float32)
+    return Batch(
+        observations, actions, log_probs, advantages, returns, values, proximal, rng.integers(0, 9, size, np.int64)
+    )
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-6 * (1 + np.abs(expected).max()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(SPACES, st.sampled_from([Correction.DECOUPLED, Correction.A3PO]), st.integers(1, 40), st.integers(0, 2**32))
+def test_it_is_autograds_where_old_samples_are_corrected_for(
+    space: Discrete | Continuous, correction: Correction, size: int, seed: int
+) -> None:
+    model, config = a_model(space, seed=seed), replace(CONFIG, correction=correction)
+    batch = a_batch(model, size, seed)
+    loss = CorrectedLoss(model, config, size)
+    assert_close(loss.gradient(batch), autograd.gradient(model, batch, config))
+    parts = autograd.loss(autograd.leaves(model), batch, config)
+    assert loss.measures() == pytest.approx(
+        {name: parts[name].item() for name in parts if name != "loss"}, rel=1e-4, abs=1e-5
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,7 +102,7 @@ def test_at_an_edge_of_the_clip_the_gradient_is_that_from_within(
     assert exact.sum() > 20
     columns = (batch.observations[exact], batch.actions[..., exact], own[exact] - np.float32(edge))
     advantages = sign * np.abs(batch.advantages[exact])
-    rest = (batch.returns[exact], batch.values[exact])
+    rest = (each[exact] for each in (batch.returns, batch.values, batch.proximal, batch.ages))
     at_edge = Batch(columns[0], np.ascontiguousarray(columns[1]), columns[2], advantages, *rest)
     size = len(at_edge)
     clip_range = abs(float(np.exp(np.float32(edge))) - 1)

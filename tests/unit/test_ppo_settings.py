@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from tests.unit.test_gradients import SPACES, a_batch, a_model
 from tests.unit.test_gradients import assert_close as assert_gradient
 
 from shoal.protocol.errors import ProtocolError, UsageError
-from shoal.training.algorithms.on_policy import Batch
 from shoal.training.algorithms.ppo import PPO, Clipped
 from shoal.training.algorithms.ppo_config import Over, PPOConfig
 from shoal.training.algorithms.ppo_loss import ClippedLoss
@@ -43,11 +43,11 @@ def test_values_stop_where_they_are_clipped() -> None:
     model = a_model(Discrete(2))
     batch = a_batch(model, 50)
     values = model.values(batch.observations)
-    far = Batch(batch.observations, batch.actions, batch.log_probs, batch.advantages, values + 5, values + 3)
+    far = replace(batch, returns=values + 5, values=values + 3)
     gradient = ClippedLoss(model, PPOConfig(value_clip_range=0.5), 50).gradient(far)
     critic = slice(sum(each.size for name, each in model.parameters.items() if name.startswith("actor")), None)
     assert np.abs(gradient[critic]).max() > 0  # kept near its old, a value would be nearer to its return
-    passed = Batch(batch.observations, batch.actions, batch.log_probs, batch.advantages, values - 1, values - 3)
+    passed = replace(batch, returns=values - 1, values=values - 3)
     held = ClippedLoss(model, PPOConfig(value_clip_range=0.5), 50).gradient(passed)
     assert np.abs(held[critic]).max() == 0
 
@@ -57,7 +57,7 @@ def test_advantages_normalised_over_the_minibatch_give_autograds_gradient() -> N
     batch = a_batch(model, 64)
     wide = batch.advantages.astype(np.float64)
     normal = ((wide - wide.mean()) / (wide.std() + 1e-8)).astype(np.float32)
-    normalized = Batch(batch.observations, batch.actions, batch.log_probs, normal, batch.returns, batch.values)
+    normalized = replace(batch, advantages=normal)
     objective = Clipped(config, model)
     assert objective.with_moments(batch, objective.moments(batch)) is batch
     assert_gradient(objective.gradient(batch), autograd.gradient(model, normalized, config))

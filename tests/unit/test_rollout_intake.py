@@ -161,5 +161,5 @@ def test_the_oldest_go_first_when_there_is_no_room_and_what_is_too_old_goes():
     for version in (1, 2, 3):
         pool.add(foreign(50, version))
     assert [each.version for each in pool.use()] == [3, 2]
-    assert pool.forget_older(3) == 50
+    assert pool.at(5, oldest=3) == 50
     assert pool.waiting == 50

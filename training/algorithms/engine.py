@@ -61,7 +61,8 @@ class OnEngine(ABC, Generic[S]):
         summary: half a sentence for people.
         paper: its source.
         settings: its own.
-        in_gradient: which of them have other defaults in mode ``gradient``.
+        in_gradient: which of them have other defaults in mode ``gradient``,
+        in_rollouts: and in mode ``rollouts``.
         on_images: likewise for tasks that show images, in every mode.
     """
 
@@ -71,6 +72,7 @@ class OnEngine(ABC, Generic[S]):
     paper: ClassVar[str]
     settings: type[S]
     in_gradient: ClassVar[Mapping[str, Any]] = {}
+    in_rollouts: ClassVar[Mapping[str, Any]] = {}
     on_images: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
@@ -81,13 +83,18 @@ class OnEngine(ABC, Generic[S]):
             UsageError: if it can't learn such a task, or not so.
         """
 
+    @property
+    def in_mode(self) -> Mapping[Mode, Mapping[str, Any]]:
+        """Defaults that are others in some modes."""
+        return {Mode.GRADIENT: self.in_gradient, Mode.ROLLOUTS: self.in_rollouts}
+
     def configured(self, manifest: Manifest, task: Task) -> S:
         """The settings of a run.
 
         Raises:
             UsageError: if one is unknown, of the wrong type or out of range.
         """
-        return read_settings(self.settings, self.name, manifest, task, self.in_gradient, self.on_images)
+        return read_settings(self.settings, self.name, manifest, task, self.in_mode, self.on_images)
 
     def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
         """That of `shoal.training.models.actor_critic`."""
@@ -212,9 +219,14 @@ class PolicyLearner:
         """
         self._pool.add(Foreign(author, rollout, log_probs, version, self._streams[0].rng))
 
-    def forget_older(self, version: int) -> int:
-        """Drop what others collected by policies of earlier epochs; how many samples that were."""
-        return self._pool.forget_older(version)
+    def holds(self, version: int, oldest: int) -> int:
+        """This is the policy of an epoch: drop what others collected by those before ``oldest``; how much that was.
+
+        Args:
+            version: the epoch.
+            oldest: the earliest whose samples are learned from.
+        """
+        return self._pool.at(version, oldest)
 
     def collect(self, num_steps: int, is_over: Callable[[], bool] = never) -> Collected:
         """Take steps, shared evenly by the streams; see `Learner.collect`."""
@@ -358,6 +370,7 @@ class PolicyLearner:
             source.log_probs.ravel(),
             self._normalizers.rewards(rollout.rewards),
             self._normalizers,
+            source.age,
         )
 
     def _log_probs(self, stream: Stream, first: int = 0) -> Floats:

@@ -26,6 +26,7 @@ class Foreign:
         samples: environment steps.
         log_probs: ``[T, N]``, what that policy gave to its actions.
         rng: shuffles.
+        age: by how many versions that policy is older than the present one, as `Pool.at` was told.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Foreign:
         self.author = author
         self.version, self.samples, self.log_probs = version, rollout.samples, log_probs
         self._rollout, self.rng = rollout, rng
+        self.age = 0
 
     def rollout(self) -> Rollout:
         """All of it."""
@@ -61,6 +63,7 @@ class Pool:
         """
         self.most = most
         self._capacity = capacity
+        self._version = 0  # that the learner holds
         self._waiting: list[Foreign] = []  # newest version first
         self._used: list[Foreign] = []
 
@@ -81,15 +84,18 @@ class Pool:
         while self.waiting > self._capacity:
             self._waiting.pop()
 
-    def forget_older(self, version: int) -> int:
-        """Drop what was made by earlier policies; how many samples that were."""
-        old = [each for each in self._waiting if each.version < version]
-        self._waiting = [each for each in self._waiting if each.version >= version]
+    def at(self, version: int, oldest: int) -> int:
+        """The learner holds another policy: drop what is older than ``oldest``; how many samples that were."""
+        self._version = version
+        old = [each for each in self._waiting if each.version < oldest]
+        self._waiting = [each for each in self._waiting if each.version >= oldest]
         return sum(each.samples for each in old)
 
     def use(self) -> Sequence[Foreign]:
         """An update begins; what it is made from."""
         self._used = self._next()
+        for each in self._used:
+            each.age = max(0, self._version - each.version)
         return self._used
 
     def used(self) -> Sequence[Foreign]:

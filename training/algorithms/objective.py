@@ -68,6 +68,7 @@ class Experience:
             present one.
         rewards: ``[T, N]``, scaled.
         normalizers: by which that was done, of this state: for who keeps the rollout as it is, and looks at it later.
+        age: by how many versions the policy that acted is older than the present one, where it is another.
     """
 
     rollout: Rollout
@@ -78,6 +79,7 @@ class Experience:
     acted: Floats
     rewards: Floats
     normalizers: Normalizers
+    age: int = 1
 
 
 class Samples(Protocol):

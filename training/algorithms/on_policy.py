@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Final, Generic, Protocol, Self, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from shoal.training.models.actor_critic import ActorCritic
 from shoal.training.models.policy import Policy
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Floats, Observations
+
+Ints = npt.NDArray[np.int64]
 
 _MAX_SIZES: Final = 8  # of minibatches, whose arrays are kept
 
@@ -79,6 +81,8 @@ class Batch:
         advantages: ``[S]``.
         returns: ``[S]``, what the values are to be.
         values: ``[S]``, what they were when the update began.
+        proximal: ``[S]``, the log-probabilities that the policy gave then.
+        ages: int64 ``[S]``, by how many versions the policy that acted is older than that one.
     """
 
     observations: Observations
@@ -87,6 +91,8 @@ class Batch:
     advantages: Floats
     returns: Floats
     values: Floats
+    proximal: Floats
+    ages: Ints
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -96,14 +102,8 @@ class Batch:
         """The samples of all, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        return cls(
-            np.concatenate([part.observations for part in parts]),
-            np.concatenate([part.actions for part in parts], axis=-1),
-            np.concatenate([part.log_probs for part in parts]),
-            np.concatenate([part.advantages for part in parts]),
-            np.concatenate([part.returns for part in parts]),
-            np.concatenate([part.values for part in parts]),
-        )
+        columns = zip(*(part._columns() for part in parts), strict=True)
+        return cls(*(np.concatenate(each, axis=0 if number == 0 else -1) for number, each in enumerate(columns)))
 
     def normalized(self, moments: Moments) -> Batch:
         """With advantages of mean 0 and deviation 1, by the moments of those of all learners."""
@@ -119,15 +119,13 @@ class Batch:
             self.advantages[start:end],
             self.returns[start:end],
             self.values[start:end],
+            self.proximal[start:end],
+            self.ages[start:end],
         )
 
     def empty(self) -> Batch:
         """Room for as many samples."""
-        return Batch(
-            np.empty_like(self.observations),
-            np.empty_like(self.actions),
-            *(np.empty_like(each) for each in (self.log_probs, self.advantages, self.returns, self.values)),
-        )
+        return Batch(*map(np.empty_like, self._columns()))
 
     def reorder(self, order: npt.NDArray[np.int64], out: Batch) -> None:
         """Put the samples into ``out`` in this order."""
@@ -135,8 +133,8 @@ class Batch:
             axis = 0 if column is self.observations else -1
             np.take(column, order, axis=axis, out=place, mode="clip")  # the default, "raise", goes by way of a copy
 
-    def _columns(self) -> tuple[Observations, Actions, Floats, Floats, Floats, Floats]:
-        return self.observations, self.actions, self.log_probs, self.advantages, self.returns, self.values
+    def _columns(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +245,13 @@ class OnPolicy(ABC, Generic[S]):
 
     def _samples(self, experience: Experience) -> Batch:
         judged = Judged.by(self.model, experience)
-        acted = np.where(np.isnan(experience.acted), judged.log_probs, experience.acted)
+        is_present = np.isnan(experience.acted)
+        acted = np.where(is_present, judged.log_probs, experience.acted)
         advantage, returns = self.estimate(experience, judged, acted)
         values = judged.values[:-1].ravel()
-        return Batch(experience.observations, experience.actions, acted, advantage, returns, values)
+        ages = np.where(is_present, 0, experience.age)
+        seen, done = experience.observations, experience.actions
+        return Batch(seen, done, acted, advantage, returns, values, judged.log_probs, ages)
 
     def moments(self, batch: Batch) -> Moments:
         """Of the advantages."""

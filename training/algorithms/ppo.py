@@ -6,9 +6,9 @@ normalised advantage (GAE) and R = A + V the return. All else is the engine's (`
 Deviations from the paper and its usual implementations: advantages are normalised over the joint batch, not per
 minibatch; the value loss isn't clipped; nothing is annealed and no update stopped early. Each of these is a setting
 (`ppo_config`). An episode that hits a time limit is worth the value of its final observation. The early stop looks at
-the minibatch that is about to be stepped by, as Stable-Baselines3 does. Samples that are one policy version old keep
-the log-probabilities of the policy that acted, so r is the ratio that the paper means; there is no other correction
-(V-trace, a decoupled objective) at this age. Their advantages are GAE with the values of the new critic.
+the minibatch that is about to be stepped by, as Stable-Baselines3 does. Samples of earlier policies keep the
+log-probabilities of the policy that acted, so r is the ratio that the paper means; ``correction`` makes more of them
+(`ppo_corrected`), in mode ``rollouts`` by default. Their advantages are GAE with the values of the new critic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from typing import Final
 from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.engine import OnEngine
 from shoal.training.algorithms.on_policy import Batch, OnPolicy, actor_critic
-from shoal.training.algorithms.ppo_config import IN_GRADIENT, MIN_CLIP_RANGE, ON_IMAGES, Over, PPOConfig
+from shoal.training.algorithms.ppo_config import (
+    IN_GRADIENT,
+    IN_ROLLOUTS,
+    MIN_CLIP_RANGE,
+    ON_IMAGES,
+    Correction,
+    Over,
+    PPOConfig,
+)
+from shoal.training.algorithms.ppo_corrected import CorrectedLoss
 from shoal.training.algorithms.ppo_loss import ClippedLoss
 from shoal.training.exchange.averager import Moments
 from shoal.training.manifest import Manifest, Mode
@@ -34,11 +43,12 @@ class PPO(OnEngine[PPOConfig]):
     """The algorithm called ``ppo``."""
 
     name = "ppo"
-    version = 3
+    version = 4
     summary = "proximal policy optimisation with a clipped objective"
     paper = "https://arxiv.org/abs/1707.06347"
     settings = PPOConfig
     in_gradient = IN_GRADIENT
+    in_rollouts = IN_ROLLOUTS
     on_images = ON_IMAGES
 
     def objective(self, settings: PPOConfig, manifest: Manifest, task: Task) -> Clipped:
@@ -77,6 +87,8 @@ class Clipped(OnPolicy[PPOConfig]):
 
     def make_loss(self, size: int) -> ClippedLoss:
         """The loss on minibatches of ``size`` samples."""
+        if self.settings.correction is not Correction.NONE:
+            return CorrectedLoss(self.model, self._config, size)
         return ClippedLoss(self.model, self._config, size)
 
     def with_moments(self, batch: Batch, moments: Moments) -> Batch:

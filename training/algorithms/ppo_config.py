@@ -1,4 +1,4 @@
-"""The settings of PPO, and their defaults in mode ``gradient``.
+"""The settings of PPO, and their defaults in the modes ``gradient`` and ``rollouts``.
 
 Those that are off by default are for published settings: "The 37 Implementation Details of PPO" (Huang et al., ICLR
 blog track 2022) has value clipping, annealing and normalisation per minibatch from OpenAI Baselines' PPO2, and the
@@ -26,6 +26,14 @@ class Over(StrEnum):
     NOTHING = "nothing"
 
 
+class Correction(StrEnum):
+    """For samples that an earlier policy made."""
+
+    NONE = "none"
+    DECOUPLED = "decoupled"
+    A3PO = "a3po"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOConfig(OnPolicySettings):
     """How PPO learns. The defaults are those for discrete actions in mode ``local``; see `settings` for the others."""
@@ -49,6 +57,9 @@ class PPOConfig(OnPolicySettings):
     normalize_advantages: Over = setting(
         Over.BATCH, "over which samples advantages get mean 0 and deviation 1: batch (of all), minibatch or nothing"
     )
+    correction: Correction = setting(
+        Correction.NONE, "for samples of earlier policies: none, decoupled (2505.24298) or a3po (2512.06547)"
+    )
 
     @property
     def is_annealed(self) -> bool:
@@ -58,6 +69,9 @@ class PPOConfig(OnPolicySettings):
 
 # In mode gradient every optimiser step is a round over the network, so a tenth as many, three times as long.
 IN_GRADIENT: Final[dict[str, Any]] = {"update_epochs": 8, "num_minibatches": 4, "learning_rate": 3e-3}
+
+# Nearly all samples are several versions old; see docs/rollouts.md.
+IN_ROLLOUTS: Final[dict[str, Any]] = {"correction": "decoupled"}
 
 # OpenAI Baselines' for Atari: a pass over images costs far more than one over vectors.
 ON_IMAGES: Final[dict[str, Any]] = {"update_epochs": 4, "num_minibatches": 4, "learning_rate": 2.5e-4}

@@ -35,24 +35,28 @@ class ClippedLoss:
 
     def gradient(self, batch: Batch) -> Floats:
         """``[num_parameters]``; overwritten by the next one of the same model, of whatever size."""
-        config, ratios, clipped = self._config, self._ratios, self._clipped
+        config = self._config
         with np.errstate(all="ignore"):  # what is not finite is found when the update is done
-            log_probs = self._passes.judge(batch.observations, batch.actions)
-            np.subtract(log_probs, batch.log_probs, out=self._log_ratios)
-            np.exp(self._log_ratios, out=ratios)
-            np.maximum(ratios, 1 - config.clip_range, out=clipped)
-            np.minimum(clipped, 1 + config.clip_range, out=clipped)
-            np.multiply(ratios, batch.advantages, out=self._own)
-            np.multiply(clipped, batch.advantages, out=self._held)
-            np.greater(self._own, self._held, out=self._is_held)
-            np.multiply(self._own, -1 / self._size, out=self._d_log_probs)
-            np.copyto(self._d_log_probs, 0, where=self._is_held)
+            self._hold(self._passes.judge(batch.observations, batch.actions), batch)
             np.subtract(self._passes.values, batch.returns, out=self._errors)
             np.multiply(self._errors, config.value_coefficient / self._size, out=self._d_values)
             if config.value_clip_range is not None:
                 self._hold_values(batch, np.float32(config.value_clip_range))
             self._passes.backward(self._d_log_probs, self._d_values, -config.entropy_coefficient / self._size)
         return self._gradient
+
+    def _hold(self, log_probs: Floats, batch: Batch) -> None:
+        """Find the derivatives by ``log_probs`` ``[S]``, and stop those of actions that left their old too far."""
+        ratios, clipped, clip_range = self._ratios, self._clipped, self._config.clip_range
+        np.subtract(log_probs, batch.log_probs, out=self._log_ratios)
+        np.exp(self._log_ratios, out=ratios)
+        np.maximum(ratios, 1 - clip_range, out=clipped)
+        np.minimum(clipped, 1 + clip_range, out=clipped)
+        np.multiply(ratios, batch.advantages, out=self._own)
+        np.multiply(clipped, batch.advantages, out=self._held)
+        np.greater(self._own, self._held, out=self._is_held)
+        np.multiply(self._own, -1 / self._size, out=self._d_log_probs)
+        np.copyto(self._d_log_probs, 0, where=self._is_held)
 
     def _hold_values(self, batch: Batch, most: np.float32) -> None:
         """Stop the gradient of values that left their old, where that would be further from the return."""

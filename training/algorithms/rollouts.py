@@ -83,6 +83,11 @@ class Source(Protocol):
         """``[T, N]``, what the policy that acted gave to its actions; NaN where that is the present one."""
         ...
 
+    @property
+    def age(self) -> int:
+        """By how many versions the policy that acted is older than the present one, where it is another."""
+        ...
+
     def rollout(self) -> Rollout:
         """All of them."""
         ...
@@ -183,6 +188,11 @@ class Stream:
     def log_probs(self) -> Floats:
         """``[T, N]``, what the policy that acted gave to its actions; NaN where that is the present one."""
         return self._columns[-1][: self._length]
+
+    @property
+    def age(self) -> int:
+        """Nothing is kept for longer than one version."""
+        return 1
 
     def know(self, log_probs: Floats) -> None:
         """The policy changes: where it is not known yet what the one that acted gave, it was the present one.

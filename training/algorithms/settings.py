@@ -107,7 +107,7 @@ def read_settings(
     algorithm: str,
     manifest: Manifest,
     task: Task,
-    in_gradient: Mapping[str, Any],
+    in_mode: Mapping[Mode, Mapping[str, Any]],
     on_images: Mapping[str, Any] | None = None,
 ) -> S:
     """The manifest's hyperparameters over the defaults for the task, its action space and the exchange mode.
@@ -117,7 +117,7 @@ def read_settings(
         algorithm: whose they are, for people.
         manifest: of the run.
         task: the manifest's.
-        in_gradient: the algorithm's defaults in mode ``gradient``.
+        in_mode: the algorithm's defaults in some modes.
         on_images: likewise for tasks that show images, in every mode.
 
     Raises:
@@ -130,8 +130,7 @@ def read_settings(
     if task.observation_space.dtype == "uint8":
         given |= _BYTES
     given |= _TASKS.get(manifest.task, {})
-    if manifest.mode is Mode.GRADIENT:
-        given |= in_gradient
+    given |= in_mode.get(manifest.mode, {})
     if task.observation_space.is_image:
         given |= on_images or {}
     if manifest.codec is Codec.TOPK:
@@ -168,11 +167,10 @@ class Described:
 
 
 def described(
-    kind: type[Settings], in_gradient: Mapping[str, Any], on_images: Mapping[str, Any] | None = None
+    kind: type[Settings], in_mode: Mapping[Mode, Mapping[str, Any]], on_images: Mapping[str, Any] | None = None
 ) -> list[Described]:
-    """All settings of an algorithm, whose defaults in mode ``gradient`` and for images are given."""
-    special = {
-        "mode gradient": in_gradient,
+    """All settings of an algorithm, whose defaults in some modes and for images are given."""
+    special = {f"mode {mode}": given for mode, given in in_mode.items()} | {
         "codec topk": _LATE,
         "continuous actions": kind.continuous,
         "bytes": _BYTES,

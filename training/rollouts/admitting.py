@@ -36,8 +36,8 @@ class Admits(Protocol):
         """See `shoal.training.algorithms.engine.PolicyLearner.admit`."""
         ...
 
-    def forget_older(self, version: int) -> int:
-        """Drop what was collected by policies of earlier epochs; how many samples that were."""
+    def holds(self, version: int, oldest: int) -> int:
+        """See `shoal.training.algorithms.engine.PolicyLearner.holds`."""
         ...
 
 
@@ -67,7 +67,7 @@ class Admission:
         self._copies[epoch] = copy_of(self._shape, policy)
         for old in [each for each in self._copies if not epoch - self._max_staleness <= each <= epoch]:
             del self._copies[old]
-        self._learner.forget_older(epoch - self._max_staleness)
+        self._learner.holds(epoch, epoch - self._max_staleness)
 
     def admit(
         self,
