@@ -34,6 +34,7 @@ _COMMANDS: Final = {
     "join": "swarm",
     "leave": "swarm",
     "watch": "swarm",
+    "sit": "sit",
     "recipe": "recipe",
     "algorithm": "algorithm",
     "demo": "demo",

@@ -10,17 +10,20 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 import shoal
-from shoal.node.api.requests import BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
+from shoal.node.api.requests import AnswerAsk, BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
 from shoal.node.api.schemas import (
+    ActsInfo,
+    AskInfo,
     BenchReduceResult,
     BenchResult,
+    ConsultInfo,
     CreatedSwarm,
     CurvePoint,
     DoctorInfo,
@@ -411,6 +414,10 @@ class Node:
             SwarmSummary.model_validate(self._detail(joined).model_dump()) for joined in self._swarms.joined.values()
         ]
 
+    def details(self) -> list[SwarmDetail]:
+        """The same swarms in detail."""
+        return [self._detail(joined) for joined in self._swarms.joined.values()]
+
     def swarm(self, swarm: SwarmId) -> SwarmDetail:
         """One of them; `UsageError` if it is in no such swarm."""
         return self._detail(self._swarms.get(swarm))
@@ -436,6 +443,29 @@ class Node:
     async def leave_swarm(self, swarm: SwarmId) -> None:
         """Say goodbye to the members and forget the run."""
         await self._swarms.leave(swarm)
+
+    async def asks(self, swarm: SwarmId, wait_s: float) -> list[AskInfo]:
+        """What the person at this node is asked in a swarm; if nothing, wait for so long."""
+        asked = await self._swarms.get(swarm).run.consulting.sitting.look(wait_s)
+        now = trio.current_time()
+        return [
+            AskInfo(
+                id=each.number,
+                peer=each.peer,
+                role=each.take.role,
+                tag=each.take.scenario.tag,
+                turn=len(each.take.acts),
+                sight=each.sight,
+                acts=ActsInfo(kind=each.acts.kind, size=each.acts.size),
+                legal=each.legal,
+                seconds_left=round(max(0.0, each.until - now), 1),
+            )
+            for each in asked
+        ]
+
+    def answer_ask(self, swarm: SwarmId, request: AnswerAsk) -> None:
+        """What the person does; `UsageError` if nobody waits for it, or it cannot be done."""
+        self._swarms.get(swarm).run.consulting.sitting.answer(request.id, request.act)
 
     async def serve_api(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the local API; started when it answers. When it begins again, it is at the same port."""
@@ -514,6 +544,8 @@ class Node:
                 if each.scores
             ],
             evidence=_evidence(joined.replica.documents()),
+            consults={part: ConsultInfo(**asdict(tally)) for part, tally in sorted(run.consulting.asked.items())},
+            num_asks=run.consulting.sitting.num_waiting,
             results=None if run.results is None else str(run.results),
             error=joined.error,
             loop_socket=None if run.loop_socket is None else str(run.loop_socket),

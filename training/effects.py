@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shoal.protocol.errors import UsageError
+from shoal.protocol.ids import Cid
 from shoal.training.exchange.averager import Arrays
 from shoal.training.scored import check_probes
 from shoal.training.statements import MAX_TOPIC_CHARS
@@ -108,8 +109,44 @@ class Consult:
         part: which part of the swarm plays it.
         policy: by which of its policies; none: a person.
         takes: with the sights that wait for acts.
+        seconds: for the answer; none: as long as a policy of another member has.
+        falls_back: whether somebody else plays on where none comes.
     """
 
     part: str
     policy: str | None
     takes: tuple[Take, ...]
+    seconds: float | None = None
+    falls_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Have a content, by its CID, from whoever gives it. The answer: `Fetched`, or None where there is nobody to ask.
+
+    Attributes:
+        cid: of the content.
+        max_bytes: a larger one is refused before any of it comes.
+        waits: whether nothing can be played without it, so that there is no hurry to go on.
+    """
+
+    cid: Cid
+    max_bytes: int
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What came of it.
+
+    Attributes:
+        data: the content; none: nobody gives it now, which may change.
+        refusal: why it can never be had so; empty: it can.
+    """
+
+    data: bytes | None
+    refusal: str = ""
+
+
+Wanted: TypeAlias = Consult | Fetch
+"""What plays ask for."""

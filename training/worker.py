@@ -28,11 +28,11 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training import watch
 from shoal.training.algorithms import DivergedError, Exchange, Learner, UpdateStats, load_algorithm
-from shoal.training.algorithms.base import Algorithm, AnyUpdate, Consulting, Joint, Parted, Probing, Settled
+from shoal.training.algorithms.base import Algorithm, AnyUpdate, Consulting, Hosting, Joint, Parted, Probing, Settled
 from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.algorithms.engine import ActedFor, PolicyLearner
 from shoal.training.arena import Arena, Region
-from shoal.training.effects import Consult, Effect, Latest, Post, Scores
+from shoal.training.effects import Effect, Fetch, Fetched, Latest, Post, Scores, Wanted
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.rules import Aggregator, Codec
@@ -47,6 +47,7 @@ from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
 from shoal.training.tasks import Task, load_task
 from shoal.training.tasks.failures import FILE, Failures, TaskFailedError, append
+from shoal.training.tasks.plain import plain_roles
 from shoal.training.tasks.source import Posted
 from shoal.training.tasks.wire import encode_takes
 from shoal.training.watch import Slot
@@ -79,9 +80,9 @@ from shoal.training.worker_calls import (
     Collect,
     Collected,
     ConsultAsked,
-    Consulted,
     Evaluate,
     Evaluated,
+    FetchAsked,
     Finish,
     GoOn,
     LargeArray,
@@ -92,6 +93,7 @@ from shoal.training.worker_calls import (
     Merge,
     MergeAnswer,
     Open,
+    PlayOn,
     PostAsked,
     RolledOut,
     RollOut,
@@ -138,7 +140,8 @@ class Worker:
         self._next = _Descent()
         self._is_counted = False
         self._asked: Effect | None = None
-        self._playing: tuple[Generator[Consult, Any, Any], float] | None = None  # and when it was begun
+        self._playing: tuple[Generator[Wanted, Any, Any], float] | None = None  # and when it was begun
+        self._play_waits: Wanted | None = None
         self._rejected: tuple[PeerId, ...] = ()  # by the merge before
         self._max_env_steps = 0
         self._merging = Merging(Aggregator(), Codec.FP32, self._arena)
@@ -256,9 +259,9 @@ class Worker:
         if self._admission is not None:
             self._admission.holds(self._epoch, self.learner.policy_arrays())
 
-    def collect_on(self, request: Consulted) -> Collected:
-        """Go on collecting, with what another member answered."""
-        return self._play(request.acts, lambda: Collected(0, self.learner.samples, ()))
+    def collect_on(self, request: PlayOn) -> Collected:
+        """Go on collecting, with what was waited for."""
+        return self._play(request, lambda: Collected(0, self.learner.samples, ()))
 
     def act(self, request: Act) -> Acted:
         """Answer another member."""
@@ -267,20 +270,30 @@ class Worker:
             raise RemoteError(Status.FAILED_PRECONDITION, "what is learned here answers nobody")
         return Acted(learner.answer(request.policy, request.takes))
 
-    def _play(self, acts: bytes | memoryview | None, waiting: Callable[[], P]) -> P:
-        """Go on with what is played until it waits for another member, or is done."""
+    def _play(self, reply: PlayOn | None, waiting: Callable[[], P]) -> P:
+        """Go on with what is played until it waits for another member or a content, or is done."""
         if self._playing is None:
             raise RemoteError(Status.FAILED_PRECONDITION, "nothing is played that waits for anybody")
         playing, began = self._playing
         try:
-            asked = playing.send(None if acts is None else bytes(acts))
+            asked = playing.send(None if reply is None else self._as_asked(reply))
         except StopIteration as end:
             self._playing = None
             return cast(P, end.value if isinstance(end.value, Evaluated) else self._collected(end.value, began))
         except BaseException:
             self._playing = None
             raise
-        return replace(waiting(), consult=ConsultAsked(asked.part, asked.policy, encode_takes(asked.takes)))
+        self._play_waits = asked
+        if isinstance(asked, Fetch):
+            return replace(waiting(), fetch=FetchAsked(asked.cid, asked.max_bytes, asked.waits))
+        takes = encode_takes(asked.takes)
+        consult = ConsultAsked(asked.part, asked.policy, takes, len(asked.takes), asked.seconds, asked.falls_back)
+        return replace(waiting(), consult=consult)
+
+    def _as_asked(self, reply: PlayOn) -> Fetched | bytes | None:
+        """What was waited for, as it is sent to what is played."""
+        data = None if reply.data is None else bytes(reply.data)
+        return Fetched(data, reply.refusal) if isinstance(self._play_waits, Fetch) else data
 
     def _collected(self, collected: LearnerCollected, began: float) -> Collected:
         returns = tuple(float(value) for value in collected.episode_returns)
@@ -454,16 +467,16 @@ class Worker:
         learner = self.learner
         if isinstance(learner, Consulting):
 
-            def evaluating() -> Generator[Consult, Any, Evaluated]:
+            def evaluating() -> Generator[Wanted, Any, Evaluated]:
                 return self._evaluated((yield from learner.evaluating(request.episodes, request.seed)))
 
             self._playing = evaluating(), time.monotonic()
             return self._play(None, lambda: Evaluated(()))
         return self._evaluated(learner.evaluate(request.episodes, request.seed))
 
-    def evaluate_on(self, request: Consulted) -> Evaluated:
-        """Go on evaluating, with what another member answered."""
-        return self._play(request.acts, lambda: Evaluated(()))
+    def evaluate_on(self, request: PlayOn) -> Evaluated:
+        """Go on evaluating, with what was waited for."""
+        return self._play(request, lambda: Evaluated(()))
 
     def _evaluated(self, returns: Sequence[float]) -> Evaluated:
         failed = self._failures
@@ -500,9 +513,10 @@ class Worker:
         data = encode_arrays(learner.export_state(), descent.meta())
         policy = digest(learner.policy_arrays())
         part = learner.part if isinstance(learner, Parted) else ""
+        roles = plain_roles(learner.seats_for_people) if isinstance(learner, Hosting) else ()
         if self._lend(Region.STATE, data):
-            return replace(descent.answer(policy), state_bytes=len(data), part=part)
-        return replace(descent.answer(policy, state=data), part=part)
+            return replace(descent.answer(policy), state_bytes=len(data), part=part, roles=roles)
+        return replace(descent.answer(policy, state=data), part=part, roles=roles)
 
     def _lend(self, region: Region, data: bytes) -> bool:
         """Put something into the arena, if it is large."""

@@ -13,6 +13,7 @@ from shoal.protocol.errors import Status
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import Empty, Method
 from shoal.training.manifest import Manifest, Role
+from shoal.training.plain_roles import PlainRole
 from shoal.training.scored import Scored
 from shoal.training.statements import NO_BALLOT
 
@@ -56,6 +57,7 @@ class StateAnswer:
         state_bytes: of it, if it is large and lies in the arena.
         part: what this node is in a recipe by now; empty: nothing yet.
         epoch_samples: environment steps that wait for the next update, kept from the policy before.
+        roles: that a person at this node may play; none: there is no seat for anybody.
     """
 
     epoch: int
@@ -68,6 +70,7 @@ class StateAnswer:
     epoch_samples: int = 0
     state_bytes: int = 0
     part: str = ""
+    roles: tuple[PlainRole, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +113,39 @@ class ConsultAsked:
         part: that the member plays.
         policy: by which it is to answer; None: a person.
         takes: as `shoal.training.tasks.wire` writes them.
+        num_takes: how many.
+        seconds: for the answer; None: as long as a policy of another member has.
+        falls_back: whether somebody else plays on where none comes.
     """
 
     part: str
     policy: str | None
     takes: Attachment
+    num_takes: int
+    seconds: float | None = None
+    falls_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Consulted:
-    """The answer, as `shoal.training.tasks.wire` writes acts; None if nobody gave any."""
+class FetchAsked:
+    """Plays wait for a content; see `shoal.training.effects.Fetch`."""
 
-    acts: Attachment | None
+    cid: Cid
+    max_bytes: int
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlayOn:
+    """What plays waited for.
+
+    Attributes:
+        data: acts as `shoal.training.tasks.wire` writes them, or a content; None if nobody gave any.
+        refusal: of a content, why it can never be had; empty: it can.
+    """
+
+    data: Attachment | None
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +163,7 @@ class Act:
 
 @dataclass(frozen=True, slots=True)
 class Acted:
-    """What it does, as in `Consulted`."""
+    """What it does, as in `PlayOn`."""
 
     acts: Attachment
 
@@ -156,6 +180,7 @@ class Collected:
         failures: environments that have failed since the worker was opened.
         failure: the last of them, in one line.
         consult: nothing is collected yet: plays wait for another member; `COLLECT_ON` answers.
+        fetch: likewise, for a content.
     """
 
     samples: int
@@ -165,6 +190,7 @@ class Collected:
     failures: int = 0
     failure: str = ""
     consult: ConsultAsked | None = None
+    fetch: FetchAsked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,6 +471,7 @@ class Evaluated:
         failure: likewise.
         scores: what else was found, by name; finite.
         consult: as in `Collected`; `EVALUATE_ON` answers.
+        fetch: likewise.
     """
 
     returns: tuple[float, ...]
@@ -452,6 +479,7 @@ class Evaluated:
     failure: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     consult: ConsultAsked | None = None
+    fetch: FetchAsked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -498,7 +526,7 @@ MAX_COUNT: Final = 2**53
 OPEN: Final = Method("worker.open", Open, StateAnswer, timeout_s=None)
 LOAD: Final = Method("worker.load", Load, StateAnswer, timeout_s=None)
 COLLECT: Final = Method("worker.collect", Collect, Collected, timeout_s=None)
-COLLECT_ON: Final = Method("worker.collect_on", Consulted, Collected, timeout_s=None)
+COLLECT_ON: Final = Method("worker.collect_on", PlayOn, Collected, timeout_s=None)
 ACT: Final = Method("worker.act", Act, Acted, timeout_s=None)
 ROLL_OUT: Final = Method("worker.roll_out", RollOut, RolledOut, timeout_s=None)
 ADMIT: Final = Method("worker.admit", Admit, Admitted, timeout_s=None)
@@ -507,6 +535,6 @@ MERGE: Final = Method("worker.merge", Merge, MergeAnswer, timeout_s=None)
 GO_ON: Final = Method("worker.go_on", GoOn, MergeAnswer, timeout_s=None)
 ABANDON: Final = Method("worker.abandon", Abandon, Empty, timeout_s=None)
 EVALUATE: Final = Method("worker.evaluate", Evaluate, Evaluated, timeout_s=None)
-EVALUATE_ON: Final = Method("worker.evaluate_on", Consulted, Evaluated, timeout_s=None)
+EVALUATE_ON: Final = Method("worker.evaluate_on", PlayOn, Evaluated, timeout_s=None)
 LOG: Final = Method("worker.log", Log, Empty, timeout_s=None)
 FINISH: Final = Method("worker.finish", Finish, Empty, timeout_s=None)

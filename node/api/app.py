@@ -8,17 +8,19 @@ since the usual page loads its scripts from another site. Who may ask is `server
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
 import trio
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from shoal import __version__
-from shoal.node.api.requests import BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
+from shoal.node.api.prometheus import CONTENT_TYPE, exposition
+from shoal.node.api.requests import AnswerAsk, BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
 from shoal.node.api.schemas import (
+    AskInfo,
     BenchReduceResult,
     BenchResult,
     CreatedSwarm,
@@ -86,6 +88,9 @@ class NodeView(Protocol):
     def state(self, swarm: SwarmId) -> StateInfo:
         """The shared state of one of them; `UsageError` if it is in no such swarm."""
 
+    def details(self) -> list[SwarmDetail]:
+        """The same swarms in detail."""
+
     def metrics(self) -> MetricsInfo:
         """What was called, how often and how fast."""
 
@@ -103,6 +108,12 @@ class NodeView(Protocol):
 
     async def leave_swarm(self, swarm: SwarmId) -> None:
         """Say goodbye to the members and forget the run."""
+
+    async def asks(self, swarm: SwarmId, wait_s: float) -> list[AskInfo]:
+        """What the person at this node is asked in a swarm; if nothing, wait for so long."""
+
+    def answer_ask(self, swarm: SwarmId, request: AnswerAsk) -> None:
+        """What the person does; `UsageError` if nobody waits for it, or it cannot be done."""
 
     def stop(self) -> None:
         """Begin to end the node; returns at once."""
@@ -198,6 +209,11 @@ def _add_node_routes(app: FastAPI, node: NodeView) -> None:
         """Calls by method: how many, how fast, how much."""
         return node.metrics()
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def get_exposition() -> PlainTextResponse:
+        """The same and how each swarm goes, as Prometheus reads it."""
+        return PlainTextResponse(exposition(node.node(), node.metrics(), node.details()), media_type=CONTENT_TYPE)
+
     @app.post("/v1/bench/allreduce")
     async def bench_reduce(request: BenchReduceRequest) -> BenchReduceResult:
         """Take part in all-reduces that are measured; answers when they are done."""
@@ -241,6 +257,17 @@ def _add_swarm_routes(app: FastAPI, node: NodeView) -> None:
         found = _resolve_or_404(node, swarm)
         await node.leave_swarm(found)
         return {"swarm": str(found)}
+
+    @app.get("/v1/swarms/{swarm}/asks")
+    async def get_asks(swarm: str, wait_s: Annotated[float, Query(ge=0, le=30)] = 0) -> list[AskInfo]:
+        """What the person at this node is asked, the oldest first; if nothing, waits so long. Who looks sits here."""
+        return await node.asks(_resolve_or_404(node, swarm), wait_s)
+
+    @app.post("/v1/swarms/{swarm}/asks")
+    async def answer_ask(swarm: str, request: AnswerAsk) -> dict[str, int]:
+        """Answer one; what cannot be done is refused with the reason, and can be answered again."""
+        node.answer_ask(_resolve_or_404(node, swarm), request)
+        return {"id": request.id}
 
     @app.get("/v1/state/{swarm}")
     async def get_state(swarm: str) -> StateInfo:

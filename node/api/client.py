@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from shoal.node.api.asking import Answer, GarbledError, connect
 from shoal.node.api.schemas import (
+    AskInfo,
     BenchReduceResult,
     BenchResult,
     CreatedSwarm,
@@ -34,7 +35,7 @@ from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, Sho
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from shoal.node.api.requests import BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm
+    from shoal.node.api.requests import AnswerAsk, BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm
     from shoal.node.profile import ProfilePaths
 
 T = TypeVar("T")
@@ -142,6 +143,15 @@ class Client:
         """Leave a swarm; gives its full name."""
         answer = self._ask(dict[str, str], "DELETE", f"/v1/swarms/{_in_path(swarm)}", timeout_s=WORK_TIMEOUT_S)
         return answer["swarm"]
+
+    def asks(self, swarm: str, wait_s: float = 0.0) -> list[AskInfo]:
+        """What the person at this node is asked in a swarm; if nothing, wait for so long."""
+        path = f"/v1/swarms/{_in_path(swarm)}/asks?wait_s={wait_s:g}"
+        return self._ask(list[AskInfo], "GET", path, timeout_s=ANSWER_TIMEOUT_S + wait_s)
+
+    def answer_ask(self, swarm: str, request: AnswerAsk) -> None:
+        """Answer one."""
+        self._ask(dict[str, int], "POST", f"/v1/swarms/{_in_path(swarm)}/asks", request)
 
     def stop(self) -> int:
         """Begin to end the node; gives its process id."""

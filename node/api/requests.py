@@ -158,6 +158,14 @@ class CreateSwarm(Asked):
         return default if self.batch_size is None else self.batch_size
 
 
+class AnswerAsk(Asked):
+    """A person's answer to an ask."""
+
+    id: int = Field(ge=0, le=MAX_INT)
+    act: Any
+    """A whole number, a list of numbers or a text, as the role acts."""
+
+
 class JoinSwarm(Asked):
     """Take part in a run that somebody else started."""
 

@@ -419,6 +419,19 @@ class EvidenceInfo(Model):
     epoch: int
 
 
+class ConsultInfo(Model):
+    """What came of this node's asks of one part, since it started."""
+
+    asked: int = 0
+    """Acts that its plays asked other members, or people, for."""
+    answered: int = 0
+    unanswered: int = 0
+    fell_back: int = 0
+    """Of these, those where the seat's stand-in played on; the other plays were dropped."""
+    seconds: float = 0.0
+    """That its plays waited."""
+
+
 class SwarmDetail(SwarmSummary):
     """Everything about one swarm."""
 
@@ -452,6 +465,10 @@ class SwarmDetail(SwarmSummary):
     curve: list[CurvePoint] = []
     scores: list[Scores] = []
     """What recipes' probes found, by epoch and author; the newest, if they are very many."""
+    consults: dict[str, ConsultInfo] = {}
+    """By the part that was asked."""
+    num_asks: int = 0
+    """What waits for the person at this node: ``GET /v1/swarms/ID/asks``."""
     results: str | None = None
     """The folder with curve.png, policy.safetensors and result.json, once the run is done."""
     loop_socket: str | None = None
@@ -468,6 +485,44 @@ class StateInfo(Model):
     version: dict[str, int]
     """How many ops of each author are held."""
     documents: dict[str, dict[str, Any]]
+
+
+class ActsInfo(Model):
+    """How a role acts.
+
+    Attributes:
+        kind: ``discrete`` (a whole number, from 0), ``continuous`` (a list of numbers) or ``text``.
+        size: how many acts, numbers or, at most, characters.
+    """
+
+    kind: str
+    size: int
+
+
+class AskInfo(Model):
+    """What a person at this node is asked: what to do where a play of another member stands.
+
+    Attributes:
+        id: by which it is answered; of this swarm at this node.
+        peer: whose play it is.
+        role: that the person plays.
+        tag: of the scenario; may be empty.
+        turn: how often the role has acted in this play.
+        sight: what it sees: a text or numbers.
+        acts: how it acts.
+        legal: which acts are legal, where acts are numbers.
+        seconds_left: for the answer.
+    """
+
+    id: int
+    peer: PeerName
+    role: str
+    tag: str = ""
+    turn: int = 0
+    sight: str | list[float]
+    acts: ActsInfo
+    legal: list[int] | None = None
+    seconds_left: float
 
 
 class CreatedSwarm(Model):

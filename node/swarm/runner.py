@@ -39,6 +39,7 @@ from shoal.node.swarm.records import Records, read_stored
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.shards import Shards
+from shoal.node.swarm.weights import Weights
 from shoal.node.swarm.workers import WorkerLostError, open_worker
 from shoal.node.wire.channel import Channel
 from shoal.protocol.codec import encode, to_plain
@@ -77,8 +78,8 @@ from shoal.training.worker_calls import (
     Begin,
     Collect,
     Collected,
-    Consulted,
     Evaluate,
+    Evaluated,
     Finish,
     LargeArray,
     Load,
@@ -86,6 +87,7 @@ from shoal.training.worker_calls import (
     Merge,
     MergeAnswer,
     Open,
+    PlayOn,
     RollOut,
     StateAnswer,
 )
@@ -192,6 +194,7 @@ class Runner:
         self.consulting = Consulting(swarm, host, replica, self._connect, lambda peer: peer in self.core.live)
         self._part = ""
         self._posts = Posts(swarm, me, replica, content, self._reachable)
+        self.weights = Weights(swarm, host, replica, content, self._reachable)
         self.shards = Shards(
             *(manifest, swarm, replica.signer, replica, content),
             *(self._reachable, lambda: self.core.learners, self.post),
@@ -287,6 +290,7 @@ class Runner:
                 await self._records.write_last()
             self._content.hold(self.swarm, ())
             self._posts.close()
+            self.weights.close()
             self.shards.close()
 
     def _new_records(self) -> Records:
@@ -600,6 +604,7 @@ class Runner:
         if self.role is Role.ACTOR:
             return events.Opened(None)
         self._state_bytes = answer.state_bytes or len(answer.state or b"")
+        self.consulting.sitting.seat(answer.roles)
         return events.Opened(_policy(answer, await self._put_state(answer)), answer.part)
 
     async def _put(self, data: bytes | memoryview | None, region: Region, num_bytes: int) -> Cid:
@@ -625,8 +630,8 @@ class Runner:
             match self._job:
                 case events.Collect(samples, max_seconds):
                     done = await worker.call(COLLECT, Collect(samples, max_seconds))
-                    while done.consult is not None:
-                        done = await worker.call(COLLECT_ON, Consulted(await self.consulting.ask(done.consult)))
+                    while (waited := await self._waited_for(done)) is not None:
+                        done = await worker.call(COLLECT_ON, waited)
                     self.post(self._collected(done))
                 case events.Rollout(samples):
                     made = await worker.call(ROLL_OUT, RollOut(samples, before))
@@ -646,6 +651,12 @@ class Runner:
                     await self._finish(worker, final)
                 case events.Abandon(keep_samples):
                     await worker.call(ABANDON, Abandon(keep_samples))
+
+    async def _waited_for(self, done: Collected | Evaluated) -> PlayOn | None:
+        """What plays wait for; None, if they do not."""
+        if done.consult is not None:
+            return PlayOn(await self.consulting.ask(done.consult))
+        return None if done.fetch is None else await self.weights.fetch(done.fetch)
 
     def _collected(self, done: Collected) -> events.Collected:
         self._note_failures(done.failures, done.failure)
@@ -705,6 +716,7 @@ class Runner:
             self.shards.learned(answer.learned_from, answer.waiting, epoch)
             ahead = None if answer.ahead is None else self._collected(answer.ahead)
             part = answer.state.part
+            self.consulting.sitting.seat(answer.state.roles)
             self.post(events.Updated(_policy(answer.state, cid), answer.rejected, answer.stats, ahead, part))
             return
         offered: Cid | None = None
@@ -752,8 +764,8 @@ class Runner:
         seed = seed_of(self.manifest.seed, "" if held is None else held.cid)
         request = Evaluate(self.manifest.eval_episodes, seed)
         evaluated = await worker.call(EVALUATE, request)
-        while evaluated.consult is not None:
-            evaluated = await worker.call(EVALUATE_ON, Consulted(await self.consulting.ask(evaluated.consult)))
+        while (waited := await self._waited_for(evaluated)) is not None:
+            evaluated = await worker.call(EVALUATE_ON, waited)
         self._note_failures(evaluated.failures, evaluated.failure)
         mean = sum(evaluated.returns) / len(evaluated.returns)
         env_steps = 0 if self.policy is None else self.policy.env_steps

@@ -93,7 +93,7 @@ class Joined:
     @property
     def error(self) -> str | None:
         """What is wrong, if something is."""
-        return self.failure or self.replica.problem or self.run.error
+        return self.failure or self.replica.problem or self.run.weights.problem or self.run.error
 
 
 class Swarms:
@@ -509,8 +509,9 @@ class _SwarmCalls(SwarmService):
         return Empty()
 
     async def consult(self, request: ConsultRequest) -> ConsultAnswer:
-        consulting = self._swarms.running(request.swarm).run.consulting
-        return ConsultAnswer(await consulting.answer(current_call().peer, request.policy, bytes(request.takes)))
+        consulting, call = self._swarms.running(request.swarm).run.consulting, current_call()
+        acts = await consulting.answer(call.peer, request.policy, bytes(request.takes), call.deadline)
+        return ConsultAnswer(acts)
 
 
 def _named(name: str) -> Role | None:

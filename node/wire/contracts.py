@@ -104,11 +104,11 @@ class GossipPush:
 
 @dataclass(frozen=True, slots=True)
 class ConsultRequest:
-    """The caller's plays wait for one of the callee's policies (`shoal.training.effects.Consult`).
+    """The caller's plays wait for one of the callee's policies, or its person (`shoal.training.effects.Consult`).
 
     Attributes:
         swarm: of which.
-        policy: by which.
+        policy: by which; empty: the person who sits there.
         takes: as `shoal.training.tasks.wire` writes them.
     """
 
@@ -119,7 +119,7 @@ class ConsultRequest:
 
 @dataclass(frozen=True, slots=True)
 class ConsultAnswer:
-    """What the policy does, as `shoal.training.tasks.wire` writes acts."""
+    """What the policy or the person does, as `shoal.training.tasks.wire` writes acts."""
 
     acts: Attachment
 
@@ -206,7 +206,11 @@ class SwarmService(Service, name="swarm"):
 
     @unary(idempotent=True, timeout_s=CONSULT_S, max_answer_bytes=MAX_CONSULT_BYTES, max_calls_per_s=50)
     async def consult(self, request: ConsultRequest) -> ConsultAnswer:
-        """Say what a policy of this node does; FAILED_PRECONDITION if it does not answer the caller, or not by it."""
+        """Say what a policy of this node does, or the person who sits here.
+
+        What the person does not answer by the call's deadline is left out. FAILED_PRECONDITION if this node does not
+        answer the caller, or not by this policy.
+        """
         raise NotImplementedError
 
 

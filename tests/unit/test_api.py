@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
@@ -17,9 +18,12 @@ import trio
 
 from shoal.node.api.app import NodeView
 from shoal.node.api.client import Client
-from shoal.node.api.requests import BenchRequest, CreateSwarm, JoinSwarm
+from shoal.node.api.requests import AnswerAsk, BenchRequest, CreateSwarm, JoinSwarm
 from shoal.node.api.schemas import (
+    ActsInfo,
+    AskInfo,
     BenchResult,
+    ConsultInfo,
     CreatedSwarm,
     CurvePoint,
     Event,
@@ -84,6 +88,20 @@ class FakeNode:
             mean_return=12.5, mode="local", owner=OTHER, members=[MemberInfo(peer_id=ME, role="learner", is_self=True)],
             curve=[CurvePoint(epoch=1, env_steps=100, mean_return=9.0)],
         )  # fmt: skip
+
+    def details(self) -> list[SwarmDetail]:
+        odd = {'gu"est\n': ConsultInfo(asked=5, answered=3, unanswered=2, fell_back=1, seconds=2.5)}
+        return [self.swarm(swarm).model_copy(update={"consults": odd}) for swarm in self.joined]
+
+    async def asks(self, swarm: SwarmId, wait_s: float) -> list[AskInfo]:
+        self.asked.append(wait_s)
+        acts = ActsInfo(kind="discrete", size=4)
+        return [AskInfo(id=7, peer=OTHER, role="r", sight=[0.5], acts=acts, legal=[1, 3], seconds_left=9)]
+
+    def answer_ask(self, swarm: SwarmId, request: AnswerAsk) -> None:
+        self.asked.append(request.act)
+        if request.id != 7:
+            raise UsageError("nobody waits for that")
 
     def state(self, swarm: SwarmId) -> StateInfo:
         return StateInfo(version={ME: 3}, documents={ME: {"member": {"role": "learner"}}})
@@ -240,6 +258,51 @@ def test_an_error_of_the_node_is_the_same_error_at_the_client(paths: ProfilePath
         node.failure = kind("the reason")
 
     asked(paths, ask, prepare)
+
+
+def test_a_person_is_shown_what_is_asked_and_answers(paths: ProfilePaths) -> None:
+    """An act is whatever JSON says; the node knows what the role can do."""
+
+    def ask(node: FakeNode, address: ApiAddress) -> list[object]:
+        with Client(paths, "p") as client:
+            (shown,) = client.asks(SWARM, 2.5)
+            assert (shown.id, shown.peer, shown.sight, shown.legal) == (7, OTHER, [0.5], [1, 3])
+            for act in (3, [0.5, 1], "a word"):
+                client.answer_ask(SWARM, AnswerAsk(id=7, act=act))
+            with pytest.raises(UsageError, match="nobody waits"):
+                client.answer_ask(SWARM, AnswerAsk(id=8, act=1))
+            with pytest.raises(UsageError, match="less than or equal to 30"):
+                client.asks(SWARM, 31)
+        return node.asked
+
+    assert served(paths, ask) == [2.5, 3, [0.5, 1], "a word", 1]
+
+
+def test_prometheus_reads_what_is_counted(paths: ProfilePaths) -> None:
+    """Names, labels and what has to be escaped in them."""
+
+    def ask(node: FakeNode, address: ApiAddress) -> httpx.Response:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(address.socket)), base_url="http://localhost") as http:
+            return http.get("/metrics")
+
+    answer = served(paths, ask)
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = answer.text.splitlines()
+    part = f'swarm="{SWARM}",part="gu\\"est\\n"'
+    for line in (
+        "shoal_uptime_seconds 1.5",
+        "# TYPE shoal_calls_total counter",
+        'shoal_calls_total{side="called",method="node.ping"} 3',
+        'shoal_call_errors_total{side="called",method="node.ping",status="UNAVAILABLE"} 1',
+        f'shoal_swarm_epoch{{swarm="{SWARM}"}} 3',
+        f"shoal_consults_asked_total{{{part}}} 5",
+        f"shoal_consults_fell_back_total{{{part}}} 1",
+        f"shoal_consults_seconds_total{{{part}}} 2.5",
+    ):
+        assert line in lines, answer.text
+    for line in lines:
+        assert re.fullmatch(r"# (HELP|TYPE) \w+ .+|\w+(\{.*\})? [-+.e0-9]+", line), line
+    assert len(lines) == len(set(lines))
 
 
 @pytest.mark.filterwarnings("default")

@@ -130,8 +130,8 @@ def test_each_actor_is_called_once_a_step_for_all_its_asks() -> None:
             return End()
 
     shared, other = Echo(), Echo()
-    actors: dict[Seat, Actor] = {Learned("x"): shared, Past("x", 0): shared, Fixed("bafy"): other}  # type: ignore[arg-type]
-    cast = ByRole(a="x", b=Past("x", 0), c=Fixed("bafy"))  # type: ignore[arg-type]
+    actors: dict[Seat, Actor] = {Learned("x"): shared, Past("x", 0): shared, Fixed("x", "bafy"): other}  # type: ignore[arg-type]
+    cast = ByRole(a="x", b=Past("x", 0), c=Fixed("x", "bafy"))  # type: ignore[arg-type]
     alone(stage_of(Both(), SharedPrompts(4), 4, cast, actors).collect(News()))
     assert shared.calls == [8] * 3  # one actor, whatever its seats are called
     assert other.calls == [4] * 3

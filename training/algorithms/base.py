@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId
-from shoal.training.effects import Consult, Effect
+from shoal.training.effects import Effect, Wanted
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.exchange.outliers import Scale
 from shoal.training.exchange.rules import Codec
 from shoal.training.manifest import Manifest
 from shoal.training.tasks import Task
+from shoal.training.tasks.play import Role
 
 
 class DivergedError(ShoalError):
@@ -227,11 +228,14 @@ class Parted(Protocol):
 class Consulting(Protocol):
     """A learner whose plays may wait for other members, and which answers theirs."""
 
-    def collecting(self, num_steps: int, is_over: Callable[[], bool]) -> Generator[Consult, Any, Collected]:
-        """As `Learner.collect`; what it asks is answered by acts, or None."""
+    def collecting(self, num_steps: int, is_over: Callable[[], bool]) -> Generator[Wanted, Any, Collected]:
+        """As `Learner.collect`. What it asks is answered by acts, as `shoal.training.tasks.wire` writes them, or None.
+
+        A `Fetch` is answered by a `Fetched`, or None.
+        """
         ...
 
-    def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
+    def evaluating(self, episodes: int, seed: int) -> Generator[Wanted, Any, list[float]]:
         """As `Learner.evaluate`; likewise."""
         ...
 
@@ -242,6 +246,16 @@ class Consulting(Protocol):
             UsageError: if this node does not answer by this policy.
             ProtocolError: if these are no takes of this game.
         """
+        ...
+
+
+@runtime_checkable
+class Hosting(Protocol):
+    """A learner in whose plays a person may take part, at this node."""
+
+    @property
+    def seats_for_people(self) -> Mapping[str, Role]:
+        """The roles that a person may play; none: there is no seat for anybody."""
         ...
 
 

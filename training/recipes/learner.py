@@ -40,10 +40,11 @@ from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, E
 from shoal.training.algorithms.joint import together
 from shoal.training.algorithms.rollouts import never
 from shoal.training.algorithms.takes import Mindful, Trainee
-from shoal.training.effects import Consult, Effect, Latest, Post, Scores
+from shoal.training.effects import Effect, Latest, Post, Scores, Wanted
 from shoal.training.exchange.averager import Arrays, Contribution
 from shoal.training.manifest import Manifest
 from shoal.training.plugins import suggest
+from shoal.training.recipes.fixed import SLACK_BYTES, Fixeds
 from shoal.training.recipes.makers import make_model, objective_of
 from shoal.training.recipes.past import Pasts
 from shoal.training.recipes.placing import NOWHERE, check_said, number_of, part_of, place_of
@@ -54,9 +55,9 @@ from shoal.training.recipes.warming import teach
 from shoal.training.scored import MAX_EPOCHS, Scored
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
 from shoal.training.tasks import shown
-from shoal.training.tasks.cast import Foreign, Learned, Past, Scripted
+from shoal.training.tasks.cast import Fixed, Foreign, Learned, Past, Person, Scripted
 from shoal.training.tasks.failures import Failures, TaskFailedError
-from shoal.training.tasks.play import Act, Table, Take
+from shoal.training.tasks.play import Act, Role, Table, Take
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Posted, seed_of
 from shoal.training.tasks.stage import Collecting, Stage, Staged, alone
@@ -114,10 +115,14 @@ class RecipeLearner:
         self._seed = seed_of(manifest.seed, peer, life)
         self._answers = np.random.default_rng(seed_of(self._seed, "answers"))
         named = named_seats(recipe)
-        self._pasts = Pasts(
-            [seat for seat in named if isinstance(seat, Past)],
-            {name: trainee.model for name, trainee in self._trainees.items()},
-            partial(_model, recipe, manifest.seed),
+        self._people = frozenset(seat.part for seat in named if isinstance(seat, Person))
+        make = partial(_model, recipe, manifest.seed)
+        self._pasts = Pasts([seat for seat in named if isinstance(seat, Past)], self._models, make)
+        self._fixed = Fixeds(
+            [seat for seat in named if isinstance(seat, Fixed)],
+            self._models,
+            make,
+            SLACK_BYTES + sum(map(_state_bytes, self._trainees.values())),
         )
         self._kept_at = -1  # the epoch that was kept last
         self._actors = Seating(
@@ -126,6 +131,7 @@ class RecipeLearner:
                 **{Scripted(name): make(recipe.game) for name, make in recipe.scripts.items()},
             },
             self._pasts,
+            self._fixed,
             lambda: self._epoch,
             recipe.roles,
             [seat for seat in named if isinstance(seat, Foreign)],
@@ -148,6 +154,11 @@ class RecipeLearner:
     def part(self) -> str:
         """What this node is; empty: nothing yet."""
         return self._part
+
+    @property
+    def seats_for_people(self) -> Mapping[str, Role]:
+        """The roles that a person at this node may play; none, unless a cast has people play this node's part."""
+        return self._recipe.roles if self._part in self._people else {}
 
     def _be(self, part: str) -> None:
         """Play and train what this part does from now on."""
@@ -211,7 +222,7 @@ class RecipeLearner:
         """Play so many turns on; see `Learner.collect`. Who sits at another node does not answer."""
         return alone(self.collecting(num_steps, is_over))
 
-    def collecting(self, num_steps: int, is_over: Callable[[], bool] = never) -> Generator[Consult, Any, Collected]:
+    def collecting(self, num_steps: int, is_over: Callable[[], bool] = never) -> Generator[Wanted, Any, Collected]:
         """The same; see `shoal.training.algorithms.base.Consulting`."""
         self._require_idle()
         if not all(self._taught.values()):
@@ -227,6 +238,8 @@ class RecipeLearner:
             return Collected(0, self.samples, ())
         if self._turns > _MAX_BACKLOG * self._share:
             raise UsageError(f"{self._turns} turns wait for an update; call update() or abandon() first")
+        if not (yield from self._fixed.fetching()):
+            return Collected(0, self.samples, ())
         self._keep_past()
         staged = yield from _told(stage.collect(self._news, num_steps, is_over=is_over))
         self._turns += staged.turns
@@ -462,8 +475,10 @@ class RecipeLearner:
         """
         return alone(self.evaluating(episodes, seed))
 
-    def evaluating(self, episodes: int, seed: int) -> Generator[Consult, Any, list[float]]:
-        """The same; see `shoal.training.algorithms.base.Consulting`."""
+    def evaluating(self, episodes: int, seed: int) -> Generator[Wanted, Any, list[float]]:
+        """The same; see `shoal.training.algorithms.base.Consulting`. Waits until it has what is fixed."""
+        while not (yield from self._fixed.fetching()):
+            pass
         self._keep_past()
         first: list[float] = []
         for number, probe in enumerate(self._recipe.probes):
@@ -488,7 +503,7 @@ class RecipeLearner:
         acts, _ = self._trainees[policy].actor.act(Table(waiting), self._answers, greedy=False)
         return encode_acts(list(acts))
 
-    def _probe(self, probe: Probe, seed: int) -> Generator[Consult, Any, list[float]]:
+    def _probe(self, probe: Probe, seed: int) -> Generator[Wanted, Any, list[float]]:
         recipe = self._recipe
         cast = recipe.cast if probe.cast is None else probe.cast
         stage = Stage(recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures)
@@ -519,13 +534,18 @@ def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_
     )
 
 
+def _state_bytes(trainee: Trainee) -> int:
+    """Of a policy with what its optimiser, and that of mode ``diloco``, remember."""
+    return sum(array.nbytes for array in trainee.private().values()) + trainee.model.flat.nbytes
+
+
 def _model(recipe: Recipe, seed: int, name: str) -> Any:
     """Of a policy's kind, as it begins."""
     policy = recipe.policies[name]
     return make_model(policy.model, policy.sizes, seed_of(seed, "model", name), partial(roles_of, recipe, name))
 
 
-def _told(collecting: Collecting) -> Generator[Consult, Any, Staged]:
+def _told(collecting: Collecting) -> Generator[Wanted, Any, Staged]:
     """Play on; answers come as bytes, and what is none is no answer."""
     answer: tuple[Act | None, ...] | None = None
     while True:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from shoal.crdt.views import Evaluation
+from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.algorithms.base import AnyUpdate, DivergedError, Exchange, Joint
 from shoal.training.arena import Arena
@@ -94,11 +95,21 @@ class Company:
         }
 
     def collect(self) -> int:
-        """Everybody plays its share of an epoch; how many turns that were."""
+        """Everybody plays its share of an epoch; how many turns that were.
+
+        Raises:
+            UsageError: if the recipe needs weights that would have to be fetched.
+        """
         turns = 0
         for learner in self.learners.values():
             while learner.samples < self._recipe.turns:
-                turns += learner.collect(self._recipe.turns - learner.samples).samples
+                brought = learner.collect(self._recipe.turns - learner.samples).samples
+                if not brought and learner.samples < self._recipe.turns:
+                    raise UsageError(
+                        f"{self._recipe.name} waits for weights that a CID names, and nobody gives them here; "
+                        "run it by `shoal recipe run`"
+                    )
+                turns += brought
         return turns
 
     def update(self) -> None:

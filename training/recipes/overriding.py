@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from shoal.protocol.errors import UsageError
+from shoal.protocol.ids import Cid
 from shoal.training.plugins import suggest
 from shoal.training.recipes.recipe import Recipe
 
@@ -82,6 +83,8 @@ def _fitting(before: Any, value: Any, path: str) -> Any:
             return type(before)(value)
         except ValueError as error:
             raise UsageError(f"{path[:80]!r} cannot be {value[:40]!r}; {suggest(value, type(before))}") from error
+    if isinstance(before, Cid) and isinstance(value, str):
+        return Cid.parse(value)
     if isinstance(before, tuple) and isinstance(value, list | tuple) and all(isinstance(each, str) for each in before):
         return tuple(str(each) for each in value)
     if type(before) is float and type(value) is int:

@@ -87,4 +87,5 @@ def parts_of(count: int, parts: Mapping[str, Part]) -> list[str]:
 
 def _wanted(counts: Sequence[int], parts: Mapping[str, Part]) -> int:
     shares = [part.share for part in parts.values()]
-    return min(range(len(shares)), key=lambda index: (counts[index] / shares[index], index))
+    able = [index for index, share in enumerate(shares) if share]
+    return min(able, key=lambda index: (counts[index] / shares[index], index))

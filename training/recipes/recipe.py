@@ -187,7 +187,8 @@ class Part:
         game: that they play; the recipe's, if None.
         source: of what they play; likewise.
         cast: who plays there; likewise.
-        share: of the nodes that were not told what they are, so many take this part for one that takes a part of 1.
+        share: of the nodes that were not told what they are, so many take this part for one that takes a part of 1; 0:
+            none do, as for a part that is a person's.
         shows: whether what they play first, an epoch's worth, is posted for all to learn from, and they play no more.
     """
 
@@ -201,8 +202,8 @@ class Part:
     shows: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.share <= MAX_SHARE:
-            raise UsageError(f"the share of a part is 1 to {MAX_SHARE}, not {self.share}")
+        if not 0 <= self.share <= MAX_SHARE:
+            raise UsageError(f"the share of a part is 0 to {MAX_SHARE}, not {self.share}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +277,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 1 <= len(self.policies) <= MAX_POLICIES or not 1 <= len(self.probes) <= MAX_PROBES:
             raise UsageError(f"a recipe has 1 to {MAX_POLICIES} policies and 1 to {MAX_PROBES} probes")
-        if not self.parts:
-            raise UsageError("a recipe has at least one part; leave parts out for one that does everything")
+        if not any(part.share for part in self.parts.values()):
+            raise UsageError("a recipe has a part that nodes take untold; leave parts out for one that does everything")
         if len({probe.name for probe in self.probes}) < len(self.probes):
             raise UsageError("two probes of a recipe are called alike")
         if any(not 1 <= len(name) <= MAX_PART_CHARS for name in self.parts):

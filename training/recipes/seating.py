@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
+from shoal.training.recipes.fixed import Fixeds
 from shoal.training.recipes.past import Pasts
-from shoal.training.tasks.cast import Actor, Foreign, Past, Seat
+from shoal.training.tasks.cast import Actor, Fixed, Foreign, Past, Scripted, Seat, scripted
 from shoal.training.tasks.foreign import ForeignActor, check_seat
 from shoal.training.tasks.play import Role
 
@@ -18,6 +19,7 @@ class Seating(Mapping[Seat, Actor]):
         self,
         present: Mapping[Seat, Actor],
         pasts: Pasts,
+        fixed: Fixeds,
         epoch: Callable[[], int],
         roles: Mapping[str, Role],
         foreign: Iterable[Foreign],
@@ -28,6 +30,7 @@ class Seating(Mapping[Seat, Actor]):
         Args:
             present: the recipe's policies as they are, and scripts of its own.
             pasts: the policies as they were.
+            fixed: those that never change.
             epoch: that it is now.
             roles: of the game.
             foreign: seats that the casts name.
@@ -42,12 +45,22 @@ class Seating(Mapping[Seat, Actor]):
         self._foreign: dict[str, ForeignActor] = {}
         self._present: Final = present
         self._pasts: Final = pasts
+        self._fixed: Final = fixed
         self._epoch: Final = epoch
 
     def __getitem__(self, seat: Seat) -> Actor:
         match seat:
             case Past():
                 return self._pasts.actor(seat, self._epoch())
+            case Fixed():
+                found = self._fixed.actor(seat)
+                if found is None and seat.otherwise is not None:
+                    found = self[seat.otherwise]
+                if found is None:
+                    raise KeyError(seat)
+                return found
+            case Scripted(name) if seat not in self._present:
+                return scripted(name)
             case Foreign(name):
                 if name not in self._foreign:
                     self._foreign[name] = ForeignActor(seat, self._roles, seed=self._seed)

@@ -28,6 +28,9 @@ MAX_AGE: Final = 2**20
 """Epochs that a `Past` policy may lie back."""
 MAX_FOREIGN_S: Final = 120.0
 """For an answer of a `Foreign` seat: its worker, which waits for it, is given up after twice as long and more."""
+MIN_PERSON_S: Final = 2.0
+MAX_PERSON_S: Final = 600.0
+"""For an answer of a `Person`: the plays of a whole node wait for it."""
 MAX_POOL: Final = 16
 """Ages that `AgainstPast` may draw from: each has a model of its own in memory."""
 
@@ -53,9 +56,23 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """A policy that never changes, by the CID of its state."""
+    """A policy that never changes, by the CID of its weights; see `shoal.training.recipes.fixed`.
 
+    Attributes:
+        policy: of the recipe, whose model it is.
+        cid: of a state of a run, or of the ``policy.safetensors`` of one.
+        otherwise: who plays in its place while nobody gives the weights; none: nothing is played until they are here.
+    """
+
+    policy: str
     cid: Cid
+    otherwise: Learned | Past | Fixed | Scripted | None = None
+
+    def __post_init__(self) -> None:
+        if self.otherwise is not None and not isinstance(self.otherwise, OF_POLICIES):
+            raise UsageError(
+                "only a policy or a script plays in place of fixed weights; take Learned, Past or Scripted"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +121,19 @@ class Away:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody who sits at a node that plays this part; ``otherwise`` as in `Away`."""
+    """Somebody who sits at a node that plays this part; ``otherwise`` as in `Away`.
+
+    Attributes:
+        seconds: that a person has for what is asked at once.
+    """
 
     part: str
     otherwise: Here | None = None
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not MIN_PERSON_S <= self.seconds <= MAX_PERSON_S:
+            raise UsageError(f"a person has {self.seconds} s for an answer; give {MIN_PERSON_S:g} to {MAX_PERSON_S:g}")
 
 
 Acts: TypeAlias = Sequence[Act | None] | Actions

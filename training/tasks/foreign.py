@@ -35,23 +35,21 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.codec import Attachment, decode_message, encode_message
-from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
+from shoal.protocol.errors import RemoteError, ShoalError, Status
 from shoal.protocol.rpc import Answered, Failed, RpcConnection
 from shoal.protocol.services import Empty, Method
 from shoal.training import watch
+from shoal.training.plain_roles import PlainRole
 from shoal.training.plugins import check_plugin
-from shoal.training.tasks.base import Continuous, Discrete, Floats
+from shoal.training.tasks.base import Floats
 from shoal.training.tasks.cast import Foreign
+from shoal.training.tasks.plain import plain_roles
 from shoal.training.tasks.play import (
     AbsentError,
     Act,
-    ActSpace,
     BadActError,
-    Box,
     Role,
-    SightSpace,
     Take,
-    Text,
     read_act,
 )
 from shoal.training.tasks.wire import MAX_TAKES, decode_acts, encode_takes
@@ -75,23 +73,6 @@ class Program:
     """
 
     argv: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlainSpace:
-    """A space in plain words: ``box``, ``discrete``, ``continuous`` or ``text``, and its size."""
-
-    kind: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlainRole:
-    """A role in plain words."""
-
-    name: str
-    sights: PlainSpace
-    acts: PlainSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,40 +114,6 @@ class SeatActed:
 
 SIT: Final = Method("seat.sit", Sit, Empty, timeout_s=START_S)
 ACT: Final = Method("seat.act", SeatAct, SeatActed)
-
-_KINDS: Final[Mapping[str, type[Any]]] = {"box": Box, "discrete": Discrete, "continuous": Continuous, "text": Text}
-
-
-def plain_roles(roles: Mapping[str, Role]) -> tuple[PlainRole, ...]:
-    """Roles in plain words, in their order."""
-    return tuple(PlainRole(name, _plain(role.sights), _plain(role.acts)) for name, role in roles.items())
-
-
-def read_roles(said: Sequence[PlainRole]) -> dict[str, Role]:
-    """The inverse.
-
-    Raises:
-        ProtocolError: if a space is none.
-    """
-    try:
-        return {
-            each.name: Role(_KINDS[each.sights.kind](each.sights.size), _KINDS[each.acts.kind](each.acts.size))
-            for each in said
-        }
-    except (KeyError, UsageError) as error:
-        raise ProtocolError(f"a role has a space that is none: {error}") from error
-
-
-def _plain(space: SightSpace | ActSpace) -> PlainSpace:
-    match space:
-        case Box():
-            return PlainSpace("box", space.size)
-        case Discrete(count):
-            return PlainSpace("discrete", count)
-        case Continuous(size):
-            return PlainSpace("continuous", size)
-        case Text(max_chars):
-            return PlainSpace("text", max_chars)
 
 
 def check_seat(seat: Foreign) -> None:

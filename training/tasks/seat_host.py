@@ -22,7 +22,8 @@ from shoal.protocol.rpc import Called, RpcConnection
 from shoal.protocol.services import Empty
 from shoal.training.plugins import load_plugin
 from shoal.training.tasks.cast import Actor, Foreign
-from shoal.training.tasks.foreign import ACT, GROUP, SIT, Program, SeatAct, SeatActed, Sit, read_roles
+from shoal.training.tasks.foreign import ACT, GROUP, SIT, Program, SeatAct, SeatActed, Sit
+from shoal.training.tasks.plain import read_roles
 from shoal.training.tasks.play import Role, Table
 from shoal.training.tasks.wire import decode_takes, encode_acts
 

@@ -406,9 +406,10 @@ class Stage:
         seat = desk.seat
         if not isinstance(seat, Away | Person):
             raise UsageError(f"the seat {seat} is here; it is not asked of others")
-        policy = seat.policy if isinstance(seat, Away) else None
+        policy, seconds = (seat.policy, None) if isinstance(seat, Away) else (None, seat.seconds)
         while desk.plays:
-            given = yield Consult(seat.part, policy, tuple(desk.takes[:MAX_CONSULT]))
+            takes = tuple(desk.takes[:MAX_CONSULT])
+            given = yield Consult(seat.part, policy, takes, seconds, falls_back=seat.otherwise is not None)
             self._settle(desk.pop(MAX_CONSULT), given, tally)
             self._answer_all(tally, greedy)
         self._ready += [play for play in self._waiting if play.missing == 0]

@@ -131,6 +131,18 @@ def decode_acts(data: bytes | memoryview, spaces: Sequence[ActSpace]) -> tuple[A
         raise ProtocolError(f"an answer is no act: {error}") from error
 
 
+def count_acts(data: bytes | memoryview, num_takes: int) -> int:
+    """How many of so many takes an answer has acts for; whether these are acts of the game, `decode_acts` sees.
+
+    Raises:
+        ProtocolError: if it is no answer to so many.
+    """
+    said = _read(_Acts, data).acts
+    if len(said) != num_takes:
+        raise ProtocolError(f"{len(said)} acts answer {num_takes} takes")
+    return sum(act is not None for act in said)
+
+
 def _read(kind: type[Any], data: bytes | memoryview) -> Any:
     try:
         return decode(kind, data, max_bytes=MAX_BYTES, strict=True)
