@@ -270,7 +270,7 @@ def swarm(detail: SwarmDetail) -> RenderableType:
     if detail.curve:
         parts += ["", curve(detail.curve, detail.target_return)]
     if detail.members:
-        parts += ["", _members(detail.members, detail.batch_per_learner)]
+        parts += ["", _members(detail.members, detail.batch_per_learner), *_waiting(detail.members)]
     if detail.error:
         parts.append(Text(detail.error, style="bold red"))
     if detail.digest:
@@ -301,10 +301,11 @@ def plain_line(detail: SwarmDetail) -> str:
     """A run on one line, for logs."""
     alone = "  ALONE: nobody else is in the swarm" if detail.alone and detail.phase not in ENDED else ""
     error = f"  {' '.join(detail.error.split())}" if detail.error else ""
+    waits = f"  waits {detail.waits}" if detail.waits and detail.role != "learner" else ""
     return (
         f"{duration(detail.elapsed_s):>8}  epoch {detail.epoch:<4} {detail.phase:<10}  "
         f"return {number(detail.mean_return)} of {number(detail.target_return)}  {detail.env_steps:,} steps  "
-        f"{detail.steps_per_s:,.0f} steps/s  {sum(member.live for member in detail.members)} live{alone}{error}"
+        f"{detail.steps_per_s:,.0f} steps/s  {sum(member.live for member in detail.members)} live{alone}{waits}{error}"
     )
 
 
@@ -374,6 +375,15 @@ def _members(members: Sequence[MemberInfo], batch_per_learner: int) -> Table:
             style="" if member.live else "dim",
         )
     return table
+
+
+def _waiting(members: Sequence[MemberInfo]) -> list[Text]:
+    """What members wait for, in words; a learner that waits for others in a round does so all the time."""
+    waiting: dict[str, list[str]] = {}
+    for member in members:
+        if member.live and member.waits and member.role != "learner":
+            waiting.setdefault(member.waits, []).append(short_peer(member.peer_id))
+    return [Text(f"{', '.join(names)}: waits {words}", style="yellow") for words, names in waiting.items()]
 
 
 def _shards(member: MemberInfo) -> tuple[str, ...]:

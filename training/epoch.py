@@ -249,9 +249,9 @@ class Epoch:
 
     def told(self, author: PeerId, facts: Facts, now: float, outputs: list[Output]) -> None:
         """A member says how it is: whether it will offer anything, and that it is there at all."""
-        if facts.phase in BUSY:
+        if facts.phase in BUSY or facts.role is not Role.LEARNER:
             self.take(Busy(author), now, outputs)
-        elif facts.role is Role.LEARNER and author not in self._shunned:
+        elif author not in self._shunned:
             equal = self.equal_stake
             if equal is not None:
                 self.take(Joined(author, equal), now, outputs)

@@ -10,7 +10,7 @@ from shoal.crdt.views import Contributed, Evaluation
 from shoal.protocol.ids import PeerId
 from shoal.training.manifest import Role
 from shoal.training.run_events import Collected, Policy
-from shoal.training.statements import MAX_RATE, Facts, Phase
+from shoal.training.statements import MAX_RATE, Facts, Phase, Wait
 
 FACTS_GAP_S: Final = 2.0
 """Between two reports of progress, in a small swarm; as many reports reach a member of a large one."""
@@ -38,6 +38,8 @@ class Progress:
         lost_env_steps: of the own part of the swarm, given up for a policy of another part.
         rejected: members whose contributions were left out as malformed or absurd, and how often.
         metrics: of the last update.
+        wait: what for, while the phase is ``waiting``.
+        stands_by: whether this node would learn if it were needed.
     """
 
     policy: Policy | None = None
@@ -58,6 +60,8 @@ class Progress:
     rejected: dict[PeerId, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     part: str = ""
+    wait: Wait = Wait.NOTHING
+    stands_by: bool = False
     recent_returns: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
     _still_s: float = 0.0
     _rate_since: float = 0.0
@@ -75,6 +79,10 @@ class Progress:
     def has_made_nothing(self) -> bool:
         """Whether this node, in this life, made no policy yet."""
         return self.rounds == self.rounds_before
+
+    def wait_for(self, what: Wait) -> None:
+        """There is nothing to do until this comes."""
+        self.phase, self.wait = Phase.WAITING, what
 
     def count_on(self, own: Contributed) -> None:
         """Go on counting from what this node's document says, where that is more than what was kept on this disk."""
@@ -114,6 +122,8 @@ class Progress:
             steps_per_s=0.0 if self.phase is Phase.DONE else round(min(self.steps_per_s, MAX_RATE), 1),
             speed=round(min(self.speed, MAX_RATE), 1),
             part=self.part,
+            wait=self.wait if self.phase is Phase.WAITING else Wait.NOTHING,
+            stands_by=self.stands_by,
         )
 
     def to_tell(self, role: Role, epoch: int, num_live: int, now: float) -> Facts | None:

@@ -37,6 +37,7 @@ from shoal.training.others import Others
 from shoal.training.pacing import Pace
 from shoal.training.progress import Progress
 from shoal.training.rationing import Rationing
+from shoal.training.roles import Choosing, View
 from shoal.training.run_events import (
     Admitted,
     Collect,
@@ -68,6 +69,7 @@ from shoal.training.run_events import (
     Rollout,
     Said,
     Say,
+    TakeRole,
     TaskFailed,
     Tick,
     Update,
@@ -86,6 +88,7 @@ from shoal.training.statements import (
     Proposal,
     Result,
     Vote,
+    Wait,
     first_after,
 )
 from shoal.training.taking import Taking
@@ -114,6 +117,7 @@ class Run:
         own_env_steps: int = 0,
         rounds: int = 0,
         part: str = "",
+        is_chosen: bool = False,
     ) -> None:
         """Begin.
 
@@ -129,6 +133,7 @@ class Run:
             own_env_steps: that an earlier life put in.
             rounds: that an earlier life was part of.
             part: what this node is in a recipe.
+            is_chosen: whether the role is this node's own choice, which it may change.
         """
         self.progress = Progress(own_env_steps=own_env_steps, rounds=rounds, rounds_before=rounds, part=part)
         self.claims = Claims(me, manifest.target_return, liars)
@@ -149,6 +154,10 @@ class Run:
         self._role = role
         self._fetching = fetching
         self.rationing = Rationing(manifest.batch.largest_share)
+        self._choosing = Choosing(me, role, now) if is_chosen else None
+        self._has_chosen = False
+        self._state_bytes = 0
+        self.progress.stands_by = is_chosen
         self._saving = Saving(self.progress)
         self._kept = None if stored is None else stored.cid
         self._collect_s = 0.0  # collecting in this epoch
@@ -224,6 +233,7 @@ class Run:
             case NotFetched():
                 self._not_fetched(event, now, outputs)
             case Opened(policy, part):
+                self._state_bytes = event.state_bytes
                 self.progress.part = part or self.progress.part
                 self._opened(policy, now, outputs)
             case Admitted(total):
@@ -239,11 +249,34 @@ class Run:
                 self._job_done(event, now, outputs)
         self.taking.look_if_due(now, outputs)
         self._next(now, outputs)
+        self._choose_role(now, outputs)
         facts = self.progress.to_tell(self._role, self.progress.epoch, len(self.others.live), now)
         if facts is not None:
             outputs.append(Say(facts))
         self._set_wake(now, outputs)
         return outputs
+
+    def _choose_role(self, now: float, outputs: list[Output]) -> None:
+        """Take another role, if that is better by now; this run is begun anew in it, from what is on disk."""
+        policy = self.policy
+        if self._choosing is None or self._has_chosen or policy is None or self.others.have_ended:
+            return
+        if self.progress.phase in (Phase.DONE, Phase.FAILED):
+            return
+        view = View(
+            self.live,
+            policy.electorate,
+            self.facts(),
+            policy.epoch,
+            self._manifest.min_learners,
+            self.epoch.uplink,
+            self._state_bytes,
+        )
+        chosen = self._choosing.look(view, now)
+        if chosen is not None:
+            self._has_chosen = True
+            self._saving.write(policy, now, outputs, at_once=True)
+            outputs.append(TakeRole(*chosen))
 
     def _heard(self, event: Heard, now: float, outputs: list[Output]) -> None:
         author, statement = event.author, event.statement
@@ -401,7 +434,7 @@ class Run:
         if num_kept and self.progress.speed:
             self._collect_s = self.epoch.work_s = num_kept / self.progress.speed
         self._saving.keep(policy, now, outputs)
-        if self._role is Role.LEARNER:
+        if self._role is Role.LEARNER or self.progress.stands_by:
             self._saving.write(policy, now, outputs)
 
     def _load_refused(self, job: Job, reason: str, now: float, outputs: list[Output]) -> None:
@@ -494,7 +527,7 @@ class Run:
         elif self.ending.is_to_evaluate(policy):
             jobs.start(Evaluate(), Phase.EVALUATING, now, outputs)
         elif policy.epoch == 0 and self.others.num_learners + 1 < self._manifest.min_learners:
-            self.progress.phase = Phase.WAITING
+            self.progress.wait_for(Wait.MEMBERS)
         else:
             self._collect_or_update(policy, now, outputs)
 
@@ -506,7 +539,7 @@ class Run:
         if taken is not None:
             jobs.start(Load(taken.result, keep_samples=False), Phase.FETCHING, now, outputs)
         elif policy is None:
-            self.progress.phase = Phase.WAITING
+            self.progress.wait_for(Wait.POLICY)
         elif jobs.in_worker is None or jobs.in_worker.cid != policy.cid:
             jobs.start(Load(policy.result, keep_samples=False), Phase.FETCHING, now, outputs)
         elif self.others.have_ended:
@@ -514,7 +547,7 @@ class Run:
         elif samples := self._ration(policy):
             jobs.start(Rollout(samples), Phase.COLLECTING, now, outputs)
         else:
-            self.progress.phase = Phase.WAITING
+            self.progress.wait_for(Wait.OUTRUN if self.others.num_learners else Wait.LEARNERS)
 
     def _ration(self, policy: Policy) -> int:
         actors = sum(facts.role is Role.ACTOR for facts in self.live.values())
@@ -534,7 +567,7 @@ class Run:
         elif self.ending.is_to_evaluate(policy):
             jobs.start(Evaluate(), Phase.EVALUATING, now, outputs)
         else:
-            self.progress.phase = Phase.WAITING
+            self.progress.wait_for(Wait.NEWER)
 
     def _collect_or_update(self, policy: Policy, now: float, outputs: list[Output]) -> None:
         pace = self._pace(policy)
@@ -549,7 +582,7 @@ class Run:
         elif samples < share:
             self.jobs.start(Collect(share - samples, CHUNK_S), Phase.COLLECTING, now, outputs)
         else:
-            self.progress.phase = Phase.WAITING
+            self.progress.wait_for(Wait.OTHERS)
 
     def _pace(self, policy: Policy) -> Pace:
         return Pace(
@@ -587,7 +620,7 @@ class Run:
             outputs.append(Say(policy.result))
         if policy is not None and policy.epoch > 0:
             self._saving.keep(policy, now, outputs)
-            if self._role is Role.LEARNER:
+            if self._role is Role.LEARNER or self.progress.stands_by:
                 self._saving.write(policy, now, outputs)
 
     def _set_wake(self, now: float, outputs: list[Output]) -> None:

@@ -15,6 +15,7 @@ from shoal.protocol.ids import Cid, PeerId
 from shoal.training.electorate import Electorate
 from shoal.training.exchange.ballots import Ballot
 from shoal.training.exchange.direct import Part
+from shoal.training.manifest import Role
 from shoal.training.statements import Result, RoundKey, Statement
 
 
@@ -56,12 +57,13 @@ class Policy:
 class Opened:
     """The worker is there, with the run's initial state; also after a restart of the worker.
 
-    No ``policy``: it is an actor's, which has none until it loads one. ``part``: what this node is in a recipe; empty,
-    if it is nothing yet.
+    ``state_bytes``: of a policy. No ``policy``: it is an actor's, which has none until it loads one. ``part``: what
+    this node is in a recipe; empty, if it is nothing yet.
     """
 
     policy: Policy | None
     part: str = ""
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,6 +413,14 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeRole:
+    """Begin the run anew in another role, from what is written; nothing that follows from this one is of use."""
+
+    role: Role
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """Hand in a `Tick` at this time at the latest; a later `Wake` replaces this one."""
 
@@ -435,5 +445,6 @@ Output: TypeAlias = (
     | WriteEvaluation
     | WriteLie
     | Note
+    | TakeRole
     | Wake
 )

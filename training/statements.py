@@ -75,6 +75,34 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
+class Wait(StrEnum):
+    """What a member waits for; a code, since words of a stranger are shown to nobody."""
+
+    NOTHING = ""
+    POLICY = "policy"
+    NEWER = "newer"
+    LEARNERS = "learners"
+    OUTRUN = "outrun"
+    MEMBERS = "members"
+    OTHERS = "others"
+
+    @property
+    def words(self) -> str:
+        """The same, for people."""
+        return _WAITS[self]
+
+
+_WAITS: Final = {
+    Wait.NOTHING: "",
+    Wait.POLICY: "for the first policy: no learner has given it one yet",
+    Wait.NEWER: "for a newer policy to evaluate",
+    Wait.LEARNERS: "for a learner: nobody learns from what it would make",
+    Wait.OUTRUN: "for a newer policy: it outruns the learners, and of this version it has made what they can use",
+    Wait.MEMBERS: "for more learners, without whom the run does not begin",
+    Wait.OTHERS: "for the other learners of this round",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What a member does now.
@@ -87,6 +115,8 @@ class Facts:
         steps_per_s: its recent rate of environment steps, pauses included.
         speed: environment steps per second while it collects.
         part: what it is in a recipe; empty: nothing, or nothing yet.
+        wait: what for, while its phase is ``waiting``.
+        stands_by: whether it would learn if it were needed: its role is its own choice, and it can learn.
     """
 
     role: Role
@@ -98,6 +128,8 @@ class Facts:
     steps_per_s: float = 0.0
     speed: float = 0.0
     part: str = ""
+    wait: Wait = Wait.NOTHING
+    stands_by: bool = False
 
     def __post_init__(self) -> None:
         if len(self.part) > MAX_PART_CHARS:

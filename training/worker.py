@@ -233,7 +233,8 @@ class Worker:
         made = self._actor.roll_out(request.samples, request.before)
         head, body = unsigned(made.head, made.rows.columns(self._actor.action_space))
         seconds, failed = time.monotonic() - began, self._failures
-        return RolledOut(head, body, made.rows.samples, made.episode_returns, seconds, failed.count, failed.summary)
+        counted = (made.rows.samples, made.episode_returns, seconds, failed.count, failed.summary)
+        return RolledOut(head, body, *counted, stream=made.head.stream)
 
     def admit(self, request: Admit) -> Admitted:
         """Learn from what another member made."""

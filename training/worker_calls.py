@@ -218,6 +218,7 @@ class RolledOut:
         seconds: that it took.
         failures: as in `Collected`.
         failure: likewise.
+        stream: that it is of.
     """
 
     head: Attachment
@@ -227,6 +228,7 @@ class RolledOut:
     seconds: float = 0.0
     failures: int = 0
     failure: str = ""
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -347,9 +347,11 @@ class SwarmSummary(Model):
     task: str
     algorithm: str
     role: str
-    """What this node does in it: ``learner`` or ``storage``."""
+    """What this node does in it now: ``learner``, ``actor``, ``evaluator`` or ``storage``."""
     phase: str
     """``starting waiting fetching collecting updating exchanging evaluating storing done failed left``."""
+    waits: str = ""
+    """While it waits: what for."""
     epoch: int
     mean_return: float | None = _named("mean_return", "return", default=None)
     """Of the newest evaluation."""
@@ -372,6 +374,8 @@ class MemberInfo(Model):
     live: bool = True
     epoch: int = 0
     phase: str = ""
+    waits: str = ""
+    """While it waits: what for."""
     env_steps: int = 0
     """Over the whole run."""
     samples: int = 0

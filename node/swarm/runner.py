@@ -34,6 +34,7 @@ from shoal.node.swarm.giving import Giving
 from shoal.node.swarm.holding import NoRoomError
 from shoal.node.swarm.loops import open_door
 from shoal.node.swarm.needs import Needs
+from shoal.node.swarm.numbering import Numbering
 from shoal.node.swarm.posting import Posts
 from shoal.node.swarm.records import Records, read_stored
 from shoal.node.swarm.reducing import Reductions
@@ -116,10 +117,6 @@ MAX_QUEUED: Final = 65_536
 """Events that wait; what is heard beyond that is dropped, and said again by those who said it."""
 EVENTS_AT_ONCE: Final = 64
 """Handled before other tasks have their turn; what they make this node say goes out together."""
-STREAMS_PER_S: Final = 16
-"""More than an actor ever begins, so that the streams of a worker have higher numbers than those of the one before."""
-STREAMS_SINCE: Final = 1_700_000_000
-"""Unix seconds."""
 CAN_BE_DROPPED: Final = (events.Heard, events.Tick)
 
 
@@ -128,6 +125,8 @@ class Runner:
 
     Attributes:
         core: decides.
+        role: what this node does in it.
+        is_chosen: whether that is its own choice, which it may change.
         is_new: this node has just created it, and whoever wanted that waits to hear whether it works.
         changed: set when what `core` says of its progress may have changed.
         error: what went wrong last, while it lasts.
@@ -152,11 +151,13 @@ class Runner:
         domain: Domain,
         *,
         is_new: bool = False,
+        is_chosen: bool = False,
     ) -> None:
         self.manifest = manifest
         self.swarm = swarm
         self.role = role
         self.is_new = is_new
+        self.is_chosen = is_chosen
         self.replica = replica
         self.changed = Signal()
         self.error: str | None = None
@@ -190,9 +191,12 @@ class Runner:
         self._curve: tuple[object, float, tuple[tuple[float, ...], ...]] = (None, 0.0, ())
         self._told: tuple[object, object] = (None, None)
         self.core = Run(manifest, swarm, me, role, 0.0)
-        self.giving = Giving(swarm, host, self.post, lambda peer: role is Role.LEARNER and peer in self.core.live)
+        self.giving = Giving(swarm, host, self.post, lambda peer: self.role is Role.LEARNER and peer in self.core.live)
         self.consulting = Consulting(swarm, host, replica, self._connect, lambda peer: peer in self.core.live)
+        self._taken: Role | None = None
+        self._in_role = trio.CancelScope()
         self._part = ""
+        self._numbering = Numbering(storage, swarm)
         self._posts = Posts(swarm, me, replica, content, self._reachable)
         self.weights = Weights(swarm, host, replica, content, self._reachable)
         self.shards = Shards(
@@ -242,6 +246,16 @@ class Runner:
             UsageError: before it is started, if a new run is one that this node cannot take part in.
             ShoalError: likewise, if there can be no worker.
         """
+        while True:
+            with trio.CancelScope() as self._in_role:
+                await self._run_in_role(task_status)
+            if self._taken is None:
+                return
+            self.role, self._taken = self._taken, None
+            await self.replica.write(member={"role": str(self.role), "left": False})
+            task_status = trio.TASK_STATUS_IGNORED
+
+    async def _run_in_role(self, task_status: TaskStatus[None]) -> None:
         stored = await trio.to_thread.run_sync(read_stored, self._storage, self.swarm)
         part = await trio.to_thread.run_sync(self._storage.get_fact, part_fact(self.swarm))
         self._part = "" if part is None else part.decode(errors="replace")
@@ -257,6 +271,7 @@ class Runner:
             own_env_steps=stored.env_steps,
             rounds=stored.rounds,
             part=self._part,
+            is_chosen=self.is_chosen,
         )
         self._told = (None, None)
         self._queue.clear()
@@ -286,12 +301,13 @@ class Runner:
             self.replica.on_heard = lambda *_: None
             self.replica.on_gone = lambda _: None
             self.replica.on_documents = lambda: None
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + (1 if self._taken is None else 10)):
                 await self._records.write_last()
             self._content.hold(self.swarm, ())
             self._posts.close()
             self.weights.close()
-            self.shards.close()
+            if self._taken is None:  # else what this node gave while it acted is still learned from
+                self.shards.close()
 
     def _new_records(self) -> Records:
         def say(error: str) -> None:
@@ -398,6 +414,10 @@ class Runner:
                 self._wake_at = at
                 if is_sooner:  # else it is seen when the time comes that was asked for before
                     self._retimed.set()
+            case events.TakeRole(role, reason):
+                log.warning("swarm %s: from %s to %s, since %s", self.swarm, self.role, role, reason)
+                self._taken = role
+                self._in_role.cancel()
             case events.Note(text, is_warning):
                 log.log(logging.WARNING if is_warning else logging.INFO, "swarm %s: %s", self.swarm, text)
                 self._note_company()
@@ -593,7 +613,9 @@ class Runner:
 
     async def _open(self, worker: Channel) -> events.Opened:
         self._job, self._num_failures = None, 0
-        life, stream = secrets.token_hex(8), int((time.time() - STREAMS_SINCE) * STREAMS_PER_S)
+        life, stream = secrets.token_hex(8), 0
+        if self.role is Role.ACTOR:
+            stream = await trio.to_thread.run_sync(self._numbering.begin)
         request = Open(self.manifest, self._me, str(self._folder), life, self._part, self.role, self.swarm, stream)
         try:
             answer = await worker.call(OPEN, request)
@@ -605,7 +627,7 @@ class Runner:
             return events.Opened(None)
         self._state_bytes = answer.state_bytes or len(answer.state or b"")
         self.consulting.sitting.seat(answer.roles)
-        return events.Opened(_policy(answer, await self._put_state(answer)), answer.part)
+        return events.Opened(_policy(answer, await self._put_state(answer)), answer.part, self._state_bytes)
 
     async def _put(self, data: bytes | memoryview | None, region: Region, num_bytes: int) -> Cid:
         """Hold what the worker gives: as many bytes of the arena, or, if that is none, the data."""
@@ -636,6 +658,7 @@ class Runner:
                 case events.Rollout(samples):
                     made = await worker.call(ROLL_OUT, RollOut(samples, before))
                     self._note_failures(made.failures, made.failure)
+                    await trio.to_thread.run_sync(self._numbering.used, made.stream)
                     before = await self.shards.give(made, self.core.progress.epoch)
                     self.post(events.RolledOut(made.samples, made.seconds, made.episode_returns))
                 case events.Update(policy):

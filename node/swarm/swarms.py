@@ -34,6 +34,7 @@ from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.journal import load_docs
 from shoal.node.swarm.lookup import LookedUp, look_up
 from shoal.node.swarm.members import by_peer
+from shoal.node.swarm.memory import memory_limit
 from shoal.node.swarm.reducing import Reductions
 from shoal.node.swarm.replica import Replica
 from shoal.node.swarm.runner import Runner, part_fact
@@ -56,6 +57,7 @@ from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import LOOP_SCHEME, Manifest, Mode, Role, open_manifest, sign_manifest
 from shoal.training.requirements import check_here, loop_requirements
+from shoal.training.roles import Machine, first_role
 from shoal.training.statements import TOPIC_RULES, Phase
 from shoal.training.ticket import Ticket, in_turns
 
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AUTO: Final = "auto"
+"""In place of a role: whatever suits this node."""
 LOOKUPS: Final = 3
 LOOKUP_PAUSE_S: Final = 1.0
 
@@ -150,7 +154,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         is_loop = request.task.partition(":")[0] == LOOP_SCHEME
-        role = _role(request.role, is_loop=is_loop, mode=request.mode)
+        role, is_chosen = _role(request.role, is_loop=is_loop, mode=request.mode)
         asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
@@ -192,7 +196,7 @@ class Swarms:
         self._created.add(swarm)
         async with self._alone_in(swarm):
             await trio.to_thread.run_sync(self._storage.put_fact, part_fact(swarm), request.part.encode())
-            await self._enter(self._entry(swarm, data, role), is_new=True)
+            await self._enter(self._entry(swarm, data, AUTO if is_chosen else role), is_new=True)
         return swarm
 
     async def join(self, ticket: Ticket, role_name: str, part: str = "") -> tuple[SwarmId, Role]:
@@ -216,13 +220,13 @@ class Swarms:
         peers = await self._reach(ticket, must=stored is None)
         data = stored.manifest if stored is not None else await self._fetch_manifest(ticket.swarm, peers)
         manifest = open_manifest(ticket.swarm, data)
-        role = _role(role_name, is_loop=manifest.is_loop, mode=manifest.mode)
+        role, is_chosen = _role(role_name, is_loop=manifest.is_loop, mode=manifest.mode)
         if known is not None:
             known.home.cancel()
             await known.home.wait_gone()
         before = () if stored is None else stored.addresses
         addresses = tuple(dict.fromkeys((*ticket.addresses, *before)))
-        entry = self._entry(ticket.swarm, data, role, addresses)
+        entry = self._entry(ticket.swarm, data, AUTO if is_chosen else role, addresses)
         await trio.to_thread.run_sync(self._storage.put_fact, part_fact(ticket.swarm), part.encode())
         await self._enter(entry, is_new=stored is None or stored.has_left)
         return ticket.swarm, role
@@ -282,7 +286,7 @@ class Swarms:
         return await look_up(task, algorithm)
 
     @staticmethod
-    def _entry(swarm: SwarmId, data: bytes, role: Role, addresses: tuple[str, ...] = ()) -> StoredSwarm:
+    def _entry(swarm: SwarmId, data: bytes, role: str, addresses: tuple[str, ...] = ()) -> StoredSwarm:
         return StoredSwarm(swarm=swarm, manifest=data, role=str(role), joined_at=time.time(), addresses=addresses)
 
     async def _enter(self, entry: StoredSwarm, *, is_new: bool) -> None:
@@ -328,7 +332,7 @@ class Swarms:
         # Shown from now on; nothing may be written before what is stored has been read.
         membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, None, home, 0)
         try:
-            check_here(manifest, Role(entry.role))
+            check_here(manifest, _role(entry.role, is_loop=manifest.is_loop, mode=manifest.mode)[0])
             docs = await load_docs(entry.swarm, self._signer.peer_id, self._storage)
             incarnation = await trio.to_thread.run_sync(self._remembered.next_incarnation)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
@@ -361,7 +365,8 @@ class Swarms:
         domain: Domain,
         incarnation: int,
     ) -> Joined:
-        swarm, role, me = entry.swarm, Role(entry.role), self._signer.peer_id
+        swarm, me = entry.swarm, self._signer.peer_id
+        role, is_chosen = _role(entry.role, is_loop=manifest.is_loop, mode=manifest.mode)
         docs = SwarmDocs(swarm, me) if docs is None else docs
         presence = PresenceTable(swarm, me, incarnation, TOPIC_RULES)
         replica = Replica(
@@ -380,6 +385,7 @@ class Swarms:
             *(manifest, swarm, me, role, replica, self._content, self._storage, self._host, self.reductions),
             *(folder, loop_socket, domain),
             is_new=swarm in self._created,
+            is_chosen=is_chosen,
         )
         replica.changed = run.changed = self.changed
         return Joined(manifest, run, replica, home)
@@ -516,7 +522,7 @@ class _SwarmCalls(SwarmService):
 
 def _named(name: str) -> Role | None:
     """The role of a name; None: whatever suits this node."""
-    if name == "auto":
+    if name == AUTO:
         return None
     try:
         return Role(name)
@@ -524,8 +530,10 @@ def _named(name: str) -> Role | None:
         raise UsageError(f"there is no role {name[:40]!r}; take auto, {', '.join(Role)}") from error
 
 
-def _role(name: str, *, is_loop: bool, mode: Mode) -> Role:
-    """The role that is meant; a training loop of the user brings with it what it needs.
+def _role(name: str, *, is_loop: bool, mode: Mode) -> tuple[Role, bool]:
+    """The role that is meant, and whether it is this node's own choice, which it may change while the run goes on.
+
+    A training loop of the user brings with it what it needs.
 
     Raises:
         UsageError: if there is none of this name in such a run.
@@ -533,9 +541,10 @@ def _role(name: str, *, is_loop: bool, mode: Mode) -> Role:
     """
     role = _named(name)
     if role is None:
-        if is_loop or can_train():
-            return Role.LEARNER
-        return Role.ACTOR if mode is Mode.ROLLOUTS and can_act() else Role.STORAGE
+        if is_loop:
+            return Role.LEARNER, False
+        here = Machine(can_train(), can_act(), memory_limit())
+        return first_role(here, mode), mode is Mode.ROLLOUTS and here.can_learn and here.can_act
     if role is Role.ACTOR and (is_loop or mode is not Mode.ROLLOUTS):
         raise UsageError("there are actors in mode rollouts alone; take the role learner, evaluator or storage")
     if role in (Role.LEARNER, Role.EVALUATOR) and not is_loop:
@@ -544,4 +553,4 @@ def _role(name: str, *, is_loop: bool, mode: Mode) -> Role:
         raise MissingTrainingError(
             "this installation cannot act: install it with  pip install 'shoal[act]'  or take --role storage"
         )
-    return role
+    return role, False

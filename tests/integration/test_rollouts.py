@@ -133,3 +133,65 @@ def test_settings_that_cannot_be_are_refused(make_node, option, value, said):
     failed = make_node().run(*CREATE, option, value, check=False)
     assert failed.returncode != 0
     assert said in failed.stderr
+
+
+BEGINS_AS_ACTOR = '''
+"""A node whose machine could learn, and that begins as an actor."""
+from shoal.node.swarm import swarms
+from shoal.training.manifest import Role
+
+swarms.first_role = lambda machine, mode: Role.ACTOR
+'''
+
+
+def test_an_actor_that_chose_its_role_learns_when_the_only_learner_is_killed(make_node, tmp_path, monkeypatch):
+    learner, standby = make_node(), make_node()
+    created = learner.ask(*CREATE, *ENDLESS, "--role", "learner")
+    swarm = created["swarm"]
+    site = tmp_path / "acting"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(BEGINS_AS_ACTOR)
+    standby.run("down")
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
+        standby.up()
+    assert standby.ask("join", created["ticket"], "-d")["role"] == "actor"
+    learner.wait_for(swarm, "it learns from the actor", lambda shown: member(shown, standby)["shards_used"] > 2)
+    held = standby.wait_for(swarm, "the actor is at some epoch", lambda shown: shown["epoch"] >= 3)
+    learner.kill()
+    alone = standby.wait_for(
+        swarm,
+        "it learns in its place, from what it held",
+        lambda shown: shown["role"] == "learner" and shown["epoch"] > held["epoch"] + 2,
+    )
+    assert alone["env_steps"] > held["env_steps"]
+    learner.up()
+    back = learner.wait_for(swarm, "it has come to where the other is", lambda shown: shown["epoch"] > alone["epoch"])
+    assert back["env_steps"] > alone["env_steps"]
+    assert {each["peer_id"]: each["role"] for each in back["members"]}[standby.peer_id] == "learner"
+
+
+def test_the_run_goes_on_when_all_learners_are_killed_and_one_comes_back(make_node):
+    first, second, actor, evaluator = (make_node() for _ in range(4))
+    created = first.ask(*CREATE, *ENDLESS, "--eval-interval", "1")
+    swarm = created["swarm"]
+    for node, role in ((second, "learner"), (actor, "actor"), (evaluator, "evaluator")):
+        node.ask("join", created["ticket"], "-d", "--role", role)
+    for node in (first, second):
+        node.wait_for(swarm, "it learns from the actor", lambda shown: member(shown, actor)["shards_used"] > 2)
+    first.wait_for(swarm, "it is evaluated", lambda shown: shown["return"] is not None)
+    evaluator.kill()
+    held = first.wait_for(swarm, "it is gone", lambda shown: not member(shown, evaluator)["live"])
+    seen = len(held["curve"])
+    first.wait_for(swarm, "learners evaluate in its place", lambda shown: len(shown["curve"]) > seen + 1)
+    first.kill()
+    second.kill()
+    waits = actor.wait_for(swarm, "the actor says what it waits for", lambda shown: "a learner" in shown["waits"])
+    second.up()
+    back = second.wait_for(
+        swarm,
+        "it goes on from what the actor holds, and learns from it again",
+        lambda shown: shown["epoch"] > waits["epoch"] and member(shown, actor)["shards_used"] > 0,
+    )
+    assert back["env_steps"] > waits["env_steps"]
+    assert not back["evidence"]
