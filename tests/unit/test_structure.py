@@ -425,7 +425,7 @@ NURSERIES = {
     "shoal.node.swarm.reducing._audit": "one all-reduce, as above",
     "shoal.node.swarm.exchanging.reduced": "one all-reduce, as above: its members are connected to",
     "shoal.node.swarm.following.follow": "what came of one all-reduce: its parts are asked for",
-    "shoal.node.swarm.runner._run_in_role": "a run, which is a task as a whole: what fails in one part of it leaves no other",
+    "shoal.node.swarm.runner._run_in_role": "a run, a task as a whole: what fails in one part leaves no other",
     "shoal.node.swarm.swarms._connect_any": "one attempt to reach a member",
     "shoal.node.swarm.telling._push_loop": "what one peer is told, which is a task as a whole",
     "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
