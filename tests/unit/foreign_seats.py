@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,14 @@ def _end(self: Acting, acts: list[Any]) -> list[Any]:
     return acts
 
 
+def _end_once(self: Acting, acts: list[Any]) -> list[Any]:
+    mark = Path(__file__).with_name("has_ended")
+    if not mark.exists():
+        mark.touch()
+        os._exit(3)
+    return [0] * len(acts)
+
+
 def _odd(self: Acting, acts: list[Any]) -> list[Any]:
     return [0] * len(acts)  # not always legal
 
@@ -68,6 +77,7 @@ def _odd(self: Acting, acts: list[Any]) -> list[Any]:
 echo = seat(lambda self, acts: acts)
 sleeps = seat(_sleep)
 ends = seat(_end)
+ends_once = seat(_end_once)
 odd = seat(_odd)
 few = seat(lambda self, acts: acts[1:])
 program = Program((sys.executable, "-P", "-m", "shoal.training.tasks.seat_host", "echo"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from shoal.training.effects import Consult
 from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.local import manifest_of, peers
 from shoal.training.recipes.recipe import Part, Policy, Probe, Recipe, Verdict
-from shoal.training.tasks.cast import Actor, Away, ByRole, Foreign, Learned, Scripted, Seat
-from shoal.training.tasks.failures import Failures
+from shoal.training.tasks.cast import Actor, Away, ByRole, Everyone, Foreign, Learned, Scripted, Seat
+from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.foreign import MAX_LOST, ForeignActor
 from shoal.training.tasks.play import AbsentError, Act, Ask, Box, Discrete, End, Play, Role, Take
 from shoal.training.tasks.playing import Played
@@ -30,7 +31,20 @@ from shoal.training.tasks.wire import encode_acts, encode_takes
 
 from .plays import Echo, Tangle
 
-SEATS = ["echo", "random", "broken", "sleeps", "ends", "odd", "few", "program", "nonsense", "missing", "neither"]
+SEATS = [
+    "echo",
+    "random",
+    "ends_once",
+    "broken",
+    "sleeps",
+    "ends",
+    "odd",
+    "few",
+    "program",
+    "nonsense",
+    "missing",
+    "neither",
+]
 GAME = Tangle((0, 0, 1, 3))
 
 
@@ -259,6 +273,21 @@ def test_a_seat_that_nobody_offers_is_refused_before_anything_is_played() -> Non
         RecipeLearner(recipe, manifest_of(recipe, name), Failures("x"), peer=name)
     with pytest.raises(UsageError, match="up to 120"):
         Foreign("echo", seconds=1e9)
+
+
+def test_a_probe_in_which_a_seat_dies_is_played_again_and_one_that_never_answers_says_so() -> None:
+    """A process that is killed in an evaluation is no reason to end a run."""
+    name = peers(1)[0]
+    for seat, holds in (("ends_once", True), ("broken", False)):
+        cast = ByRole(player_0="agent", player=Foreign(seat))
+        recipe = replace(quartet(Everyone("agent")), probes=(Probe("earned", SharedPrompts(2, seed=1), cast),))
+        learner = RecipeLearner(recipe, manifest_of(recipe, name), Failures("x"), peer=name, part="peer")
+        if holds:
+            assert len(learner.evaluate(1, 1)) == 2
+        else:
+            with pytest.raises(TaskFailedError, match="give its seats of others an otherwise"):
+                learner.evaluate(1, 1)
+        learner.close()
 
 
 def test_a_policy_does_not_train_on_what_another_framework_did() -> None:

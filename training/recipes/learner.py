@@ -70,6 +70,8 @@ PRIVATE: Final = "private.safetensors"
 NEWS: Final = "news"
 """The section of an exchange that says how far the run is."""
 _MAX_BACKLOG: Final = 8
+_PROBE_TRIES: Final = 3
+"""For a probe of which every play was lost since nobody answered, as while the process of another framework died."""
 _MAX_EPOCH: Final = 2**53
 
 
@@ -506,9 +508,18 @@ class RecipeLearner:
     def _probe(self, probe: Probe, seed: int) -> Generator[Wanted, Any, list[float]]:
         recipe = self._recipe
         cast = recipe.cast if probe.cast is None else probe.cast
-        stage = Stage(recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures)
         news = replace(self._news, place=max(0, self._place))
-        staged = yield from _told(stage.collect(news, greedy=probe.greedy))
+        for _ in range(_PROBE_TRIES):
+            stage = Stage(
+                recipe.game, probe.source, cast, self._actors, recipe.plays, seed=seed, failures=self._failures
+            )
+            staged = yield from _told(stage.collect(news, greedy=probe.greedy))
+            if staged.plays or not staged.dropped.get("unanswered"):
+                break
+        else:
+            raise TaskFailedError(
+                f"nobody answers in any play of the probe {probe.name!r}; give its seats of others an otherwise"
+            )
         if probe.measure is not None and staged.plays:
             return [probe.measure(staged.plays, self._trainees)]
         found = [score_of(played, probe.score) for played in staged.plays]
