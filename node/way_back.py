@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from shoal.node.mesh.host import Host
-from shoal.node.store.database import StorageError
+from shoal.node.store.errors import StorageError
 from shoal.node.store.remembered import MAX_RELAYS, Remembered
 from shoal.protocol.errors import NoPeersError, UsageError
 

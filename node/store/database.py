@@ -1,9 +1,9 @@
-"""What a node keeps: swarms, ops, blocks and small facts, in one SQLite file.
+"""What a node keeps: swarms, ops and small facts in one SQLite file, and blocks in a folder beside it (`blocks`).
 
 What a method has written when it returns survives a kill and a power cut: the file is in WAL mode with
 ``synchronous=FULL``, and each method is one transaction. All methods block, except where it is said that they do not;
 the daemon calls them from worker threads. One connection behind one lock serves them all, so calls from several threads
-wait for each other and never mix; another one reads blocks, and waits for no writer.
+wait for each other and never mix.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from shoal.crdt.oplog import Fork, open_op, prove
+from shoal.node.store.blocks import BlockStore
+from shoal.node.store.errors import StorageError, StorageFullError
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.errors import LimitError, ProtocolError, ResourceError, ShoalError
+from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import Cid, SwarmId
-from shoal.protocol.limits import BLOCK_BYTES, MAX_OP_BYTES
+from shoal.protocol.limits import MAX_OP_BYTES
 from shoal.protocol.signing import Signed
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
+_BLOCKS_IN_FILE: Final = 3
+"""The schema that had blocks as rows; they become files once."""
+KEPT: Final = "kept/"
+"""Facts that begin so name, by who keeps them, what of the blocks is to stay."""
 MAX_WAL_BYTES: Final = 4 * 1024 * 1024
 """What is kept of the write-ahead log's file once all of it is in the file itself."""
-VACUUM_PAGES: Final = 1024
-"""Given back to the disk at a time."""
 
 _SCHEMA: Final = """
 CREATE TABLE swarms (
@@ -40,11 +43,6 @@ CREATE TABLE ops (
     swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, seq INTEGER NOT NULL, sealed BLOB NOT NULL,
     PRIMARY KEY (swarm, author, seq)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE blocks (
-    cid TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL, last_used REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0,
-    data BLOB NOT NULL
-) STRICT;
-CREATE INDEX blocks_by_use ON blocks (pinned, last_used);
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 CREATE TABLE forks (
     swarm TEXT NOT NULL REFERENCES swarms (swarm), author TEXT NOT NULL, one BLOB NOT NULL, other BLOB NOT NULL,
@@ -52,14 +50,6 @@ CREATE TABLE forks (
 ) STRICT, WITHOUT ROWID;
 """
 """Of an author's ops, those from its newest snapshot on are kept; of one who signed two logs, the proof."""
-
-
-class StorageError(ShoalError):
-    """The node's file cannot be read or written; what was written before is still there, unless it is damaged."""
-
-
-class StorageFullError(StorageError, ResourceError):
-    """There is no space to write into the node's file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,23 +76,21 @@ class StoredSwarm:
 class Storage:
     """One open file. Close it, or use it as a context manager."""
 
-    __slots__ = ("_clock", "_db", "_lock", "_names", "_read_lock", "_reader", "_used", "path")
+    __slots__ = ("_db", "_lock", "blocks", "path")
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Open the file; create it, with mode 0600, if there is none.
 
         Args:
-            path: of the file; its folder must exist. SQLite puts ``-wal`` and ``-shm`` beside it.
+            path: of the file; its folder must exist. SQLite puts ``-wal`` and ``-shm`` beside it, and ``blocks`` is
+                the folder of blocks.
             clock: Unix seconds, for the order of use of blocks.
 
         Raises:
             StorageError: if it cannot be opened, is no such file, or was written by a newer or an older Shoal.
         """
         self.path = path
-        self._clock = clock
         self._lock = threading.Lock()
-        self._read_lock = threading.Lock()  # taken after the other one, by who takes both
-        self._used: dict[Cid, float] = {}  # reads of blocks, written with the next change
         with self._explained():
             try:
                 path.touch(mode=0o600)
@@ -110,17 +98,14 @@ class Storage:
                 raise StorageError(f"{path} cannot be opened: {error.strerror}; check the folder's rights") from error
             self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
             try:
-                self._prepare()
-                self._names = {Cid(cid) for (cid,) in self._db.execute("SELECT cid FROM blocks")}
-                self._reader = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+                self._prepare(clock)
             except BaseException:
                 self._db.close()
                 raise
 
     def close(self) -> None:
         """Close the file; nothing works afterwards."""
-        with self._lock, self._read_lock, self._explained():
-            self._reader.close()
+        with self._lock, self._explained():
             self._db.close()
 
     def __enter__(self) -> Self:
@@ -224,129 +209,17 @@ class Storage:
         with self._explained():
             return [prove(*(decode(Signed, sealed, max_bytes=MAX_OP_BYTES) for sealed in row)) for row in rows]
 
-    # --- blocks ---
-
-    def put_block(self, cid: Cid, data: bytes, *, pinned: bool = False) -> None:
-        """Keep one block; see `put_blocks`."""
-        self.put_blocks({cid: data}, pinned=pinned)
-
-    def put_blocks(
-        self, blocks: Mapping[Cid, bytes | memoryview], *, pinned: bool = False, is_checked: bool = False
-    ) -> None:
-        """Keep blocks, all or none; those kept already are used, and pinned if asked for.
-
-        Args:
-            blocks: by name.
-            pinned: whether they are never to be forgotten.
-            is_checked: whether it is known that each is what its name says.
-
-        Raises:
-            ProtocolError: if a block is not what its name says, or too big.
-        """
-        now = self._clock()
-        rows = []
-        for cid, data in blocks.items():
-            if len(data) > BLOCK_BYTES:
-                raise LimitError(f"block {cid} of {len(data)} bytes exceeds the limit of {BLOCK_BYTES}")
-            if not is_checked and not cid.matches(data):
-                raise ProtocolError(f"these bytes are not block {cid}")
-            rows.append((str(cid), len(data), now, int(pinned), data))
-        with self._transaction() as db:
-            db.executemany(
-                "INSERT INTO blocks (cid, num_bytes, last_used, pinned, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (cid)"
-                " DO UPDATE SET last_used = excluded.last_used, pinned = max(pinned, excluded.pinned)",
-                rows,
-            )
-        self._names.update(blocks)
-
-    def get_block(self, cid: Cid) -> bytes | None:
-        """A block, checked against its name; None if it is not kept, or was damaged and is now forgotten."""
-        if cid not in self._names:
-            return None
-        with self._read_lock, self._explained():
-            row = self._reader.execute("SELECT data FROM blocks WHERE cid = ?", (str(cid),)).fetchone()
-            self._used[cid] = self._clock()
-        if row is None:
-            return None
-        data: bytes = row[0]
-        if not cid.matches(data):
-            self._delete([cid])
-            return None
-        return data
-
-    def has_block(self, cid: Cid) -> bool:
-        """Whether a block is kept; not a use of it. Does not block."""
-        return cid in self._names
-
-    def pin(self, cids: Iterable[Cid]) -> None:
-        """Never evict these blocks; those that are not kept are left out."""
-        self._set_pinned(cids, 1)
-
-    def unpin(self, cids: Iterable[Cid]) -> None:
-        """Allow these blocks to be evicted again."""
-        self._set_pinned(cids, 0)
-
-    def blocks_size(self) -> int:
-        """Bytes of all blocks."""
-        return int(self._rows("SELECT coalesce(sum(num_bytes), 0) FROM blocks")[0][0])
-
     def disk_bytes(self) -> int:
-        """What the file and its write-ahead log take on disk. Does not block."""
+        """What the file, its write-ahead log and the blocks take on disk. Does not block."""
+        return self.log_bytes() + self.blocks.num_bytes
+
+    def log_bytes(self) -> int:
+        """The same without the blocks. Does not block."""
         found = 0
         for name in (self.path, self.path.with_name(f"{self.path.name}-wal")):
             with suppress(FileNotFoundError):
                 found += name.stat().st_size
         return found
-
-    def evict(self, max_bytes: int, spared: AbstractSet[Cid] = frozenset()) -> int:
-        """Forget blocks until all have at most ``max_bytes``: the least recently used first, pinned and spared never.
-
-        Returns:
-            How many bytes were forgotten; the rest over the limit is to stay.
-        """
-        excess = self.blocks_size() - max_bytes
-        if excess <= 0:
-            return 0
-        freed, doomed = 0, []
-        self._write_uses()
-        for cid, num_bytes in self._rows(
-            "SELECT cid, num_bytes FROM blocks WHERE pinned = 0 ORDER BY last_used, cid LIMIT ?", (len(self._names),)
-        ):
-            if freed >= excess:
-                break
-            if cid not in spared:
-                doomed.append(Cid(cid))
-                freed += num_bytes
-        self._delete(doomed)
-        return freed
-
-    def forget_unused(self, spared: AbstractSet[Cid], before: float) -> int:
-        """Forget blocks that were last used before a time (Unix seconds), except pinned ones and those to be spared.
-
-        Returns:
-            How many bytes were forgotten.
-        """
-        self._write_uses()
-        rows = self._rows("SELECT cid, num_bytes FROM blocks WHERE pinned = 0 AND last_used < ?", (before,))
-        doomed = [(Cid(cid), num_bytes) for cid, num_bytes in rows if cid not in spared]
-        self._delete([cid for cid, _ in doomed])
-        return sum(num_bytes for _, num_bytes in doomed)
-
-    def _write_uses(self) -> None:
-        with self._transaction():
-            pass
-
-    def _delete(self, cids: Sequence[Cid]) -> None:
-        if not cids:
-            return
-        with self._transaction() as db:
-            db.executemany("DELETE FROM blocks WHERE cid = ?", [(str(cid),) for cid in cids])
-        self._names.difference_update(cids)
-        is_free = True
-        while is_free:  # in pieces, so that whoever else writes comes in between
-            with self._lock, self._explained():  # `execute` would give back one page only
-                self._db.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
-                is_free = self._db.execute("PRAGMA freelist_count").fetchone()[0] > 0
 
     # --- facts ---
 
@@ -369,14 +242,14 @@ class Storage:
 
     # --- the file ---
 
-    def _prepare(self) -> None:
+    def _prepare(self, clock: Callable[[], float]) -> None:
         db = self._db
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
         if version > SCHEMA_VERSION:
             raise StorageError(
                 f"{self.path} is of schema {version}, newer than this Shoal's {SCHEMA_VERSION}; update Shoal"
             )
-        if 0 < version < SCHEMA_VERSION:
+        if 0 < version < _BLOCKS_IN_FILE:
             raise StorageError(
                 f"{self.path} was written by an older Shoal (schema {version}, now {SCHEMA_VERSION}), which kept "
                 "swarms in another way; move it away, and the node starts afresh: join its runs anew"
@@ -391,10 +264,24 @@ class Storage:
             if db.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 raise StorageError(f"{self.path} is a database of something else; choose another place for it")
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        self.blocks = BlockStore(self.path.with_name("blocks"), clock)
+        if version == _BLOCKS_IN_FILE:
+            self._move_blocks_out()
 
-    def _set_pinned(self, cids: Iterable[Cid], pinned: int) -> None:
-        with self._transaction() as db:
-            db.executemany("UPDATE blocks SET pinned = ? WHERE cid = ?", [(pinned, str(cid)) for cid in cids])
+    def _move_blocks_out(self) -> None:
+        """Once: rows become files, then the table goes. A kill in between leaves both, and it begins again."""
+        db = self._db
+        for cid, data in db.execute("SELECT cid, data FROM blocks"):
+            if Cid(cid).matches(data):  # one that was damaged is fetched again
+                self.blocks.put({Cid(cid): data}, is_checked=True)
+        rows = db.execute("SELECT cid FROM blocks WHERE pinned")
+        pinned = [(f"{KEPT}pinned/{cid}", encode((cid,))) for (cid,) in rows]
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", pinned)
+        db.execute("DROP TABLE blocks")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
+        db.executescript("PRAGMA incremental_vacuum")
 
     def _rows(self, query: str, arguments: Sequence[Any] = ()) -> list[Any]:
         with self._lock, self._explained():
@@ -405,11 +292,6 @@ class Storage:
         with self._lock, self._explained():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                with self._read_lock:
-                    uses, self._used = self._used, {}  # a use that is not written down, for want of space, say, is lost
-                if uses:
-                    rows = [(used, str(cid)) for cid, used in uses.items()]
-                    self._db.executemany("UPDATE blocks SET last_used = ? WHERE cid = ?", rows)
                 yield self._db
                 self._db.execute("COMMIT")
             finally:

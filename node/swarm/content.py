@@ -45,7 +45,7 @@ from shoal.dht.fetch import (
 )
 from shoal.dht.manifests import open_content_manifest
 from shoal.node.mesh.host import Host
-from shoal.node.store.database import Storage
+from shoal.node.store.database import KEPT, Storage
 from shoal.node.supervise import open_plain_nursery
 from shoal.node.swarm.holding import FILE_BYTES, MEMORY_BYTES, Held, Holding, NoRoomError, open_file, open_memory
 from shoal.node.wire.contracts import Block, BlockRequest, ContentService
@@ -75,7 +75,6 @@ MAX_WAITING: Final = 256
 """Peers' requests that wait for the disk; more are refused."""
 MAX_UNFIT: Final = 1024
 """Names of what is no content that are remembered."""
-_KEPT: Final = "kept/"
 
 
 class UnavailableError(ShoalError):
@@ -156,13 +155,14 @@ class ContentStore(ContentService):
         self._max_file_bytes = file_bytes
         self.num_refused = 0
         self._storage = storage
+        self._blocks = storage.blocks
         self._host = host
         self._flights: dict[Cid, _Flight] = {}
         self._unfit: OrderedDict[Cid, tuple[int, str]] = OrderedDict()
         self._hashing = trio.CapacityLimiter(2)
         self._disk = trio.CapacityLimiter(2)
         self._writing = trio.Lock()
-        self._kept = {fact[len(_KEPT) :]: _read_kept(data) for fact, data in storage.list_facts(_KEPT).items()}
+        self._kept = {fact[len(KEPT) :]: _read_kept(data) for fact, data in storage.list_facts(KEPT).items()}
         self._next_sweep = 0.0
 
     @property
@@ -211,7 +211,8 @@ class ContentStore(ContentService):
             StorageError: if the disk cannot be written.
         """
         cid = Cid.of_manifest(data)
-        await self._in_thread(partial(self._storage.put_blocks, {cid: data}, pinned=True), self._disk)
+        await self._in_thread(partial(self._blocks.put, {cid: data}), self._disk)
+        await self.keep(f"pinned/{cid}", (cid,))
         return cid
 
     def hold(self, owner: str, cids: Iterable[Cid]) -> None:
@@ -233,17 +234,17 @@ class ContentStore(ContentService):
                 raise UnavailableError(f"{cid} is not here, so it cannot be kept")
         kept = tuple(cids)
         if self._kept.get(owner) != kept:
-            await self._in_thread(partial(self._storage.put_fact, _KEPT + owner, encode(kept)), self._disk)
+            await self._in_thread(partial(self._storage.put_fact, KEPT + owner, encode(kept)), self._disk)
             self._kept[owner] = kept
         await self._sweep()
 
     async def _write(self, held: Held) -> None:
         """Onto disk, in pieces; the manifest last, so that what it names is there."""
         async with self._writing:
-            todo = [cid for cid in [*held.places, held.cid] if not self._storage.has_block(cid)]
+            todo = [cid for cid in [*held.places, held.cid] if not self._blocks.has(cid)]
             for start in range(0, len(todo), BATCH_BLOCKS):
                 blocks = {cid: block for cid in todo[start : start + BATCH_BLOCKS] if (block := held.block(cid))}
-                write = partial(self._storage.put_blocks, blocks, is_checked=True)
+                write = partial(self._blocks.put, blocks, is_checked=True)
                 await self._in_thread(write, self._disk)
 
     async def _sweep(self) -> None:
@@ -259,7 +260,7 @@ class ContentStore(ContentService):
     def find(self, cid: Cid) -> bytes | memoryview | None:
         """A block that is here. Reads the disk."""
         block = self.holding.find(cid)
-        return self._storage.get_block(cid) if block is None else block
+        return self._blocks.get(cid) if block is None else block
 
     async def block(self, request: BlockRequest) -> Block:
         """Answer a peer that asks for a block."""
@@ -268,11 +269,11 @@ class ContentStore(ContentService):
         if block is not None:
             self.holding.lease(cid, trio.current_time())
             return await self._give(block)
-        if self._storage.has_block(cid):
+        if self._blocks.has(cid):
             if self._disk.statistics().tasks_waiting >= MAX_WAITING:
                 self.num_refused += 1
                 raise RemoteError(Status.RESOURCE_EXHAUSTED, "this node's disk is busy; ask again in a while")
-            block = await self._in_thread(partial(self._storage.get_block, cid), self._disk)
+            block = await self._in_thread(partial(self._blocks.get, cid), self._disk)
         if block is None:
             raise RemoteError(Status.NOT_FOUND, f"this node does not hold {cid}")
         return await self._give(block)
@@ -418,8 +419,8 @@ class ContentStore(ContentService):
                 here[cid] = 0 if block is None else len(block)
                 continue
             found = self.holding.find(cid)
-            if found is None and self._storage.has_block(cid):
-                found = await self._in_thread(partial(self._storage.get_block, cid), self._disk)
+            if found is None and self._blocks.has(cid):
+                found = await self._in_thread(partial(self._blocks.get, cid), self._disk)
             if found is None:
                 continue
             if flight.fetch.is_manifest(cid):
@@ -527,23 +528,22 @@ def _copy_to_file(storage: Storage, data: bytes | memoryview) -> memoryview:
 
 def _names_on_disk(storage: Storage, cid: Cid) -> set[Cid] | None:
     """The blocks of a content that is whole on disk."""
-    data = storage.get_block(cid)
+    data = storage.blocks.get(cid)
     if data is None:
         return None
     names = {cid}
     if cid.is_manifest:
         with contextlib.suppress(ProtocolError):  # the manifest of a run, which is one block
             names |= set(open_content_manifest(cid, data).blocks)
-    return names if all(storage.has_block(each) for each in names) else None
+    return names if all(storage.blocks.has(each) for each in names) else None
 
 
 def _sweep(storage: Storage, roots: Iterable[Cid], max_bytes: int) -> None:
     kept: set[Cid] = set()
     for cid in roots:
         kept |= _names_on_disk(storage, cid) or {cid}
-    storage.forget_unused(kept, before=time.time() - GRACE_S)
-    logs = storage.disk_bytes() - storage.blocks_size()
-    storage.evict(max(0, max_bytes - max(0, logs)), kept)
+    storage.blocks.forget_unused(kept, before=time.time() - GRACE_S)
+    storage.blocks.evict(max(0, max_bytes - storage.log_bytes()), kept)
 
 
 def _read_kept(data: bytes) -> tuple[Cid, ...]:

@@ -13,7 +13,8 @@ import trio
 from shoal.crdt.document import GROWING, Document
 from shoal.crdt.oplog import Fork
 from shoal.crdt.sync import Received, SwarmDocs, Version
-from shoal.node.store.database import Storage, StorageError
+from shoal.node.store.database import Storage
+from shoal.node.store.errors import StorageError
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.signing import Signed, Signer

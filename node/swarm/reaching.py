@@ -17,7 +17,8 @@ import trio
 
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal, about
-from shoal.node.store.database import Storage, StorageError
+from shoal.node.store.database import Storage
+from shoal.node.store.errors import StorageError
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm import members as core
 from shoal.protocol.errors import NoPeersError, UsageError

@@ -24,7 +24,8 @@ from shoal.crdt.snapshots import thinned
 from shoal.crdt.views import Evaluation
 from shoal.node.mesh.host import Host
 from shoal.node.signals import Signal
-from shoal.node.store.database import Storage, StorageError
+from shoal.node.store.database import Storage
+from shoal.node.store.errors import StorageError
 from shoal.node.supervise import Backoff, Domain
 from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.consulting import Consulting

@@ -15,7 +15,7 @@ import trio
 from shoal.crdt.gossip_messages import ITEM_ID_BYTES, ItemId
 from shoal.crdt.oplog import op_hash
 from shoal.crdt.sync import Received, Version
-from shoal.node.store.database import StorageError
+from shoal.node.store.errors import StorageError
 from shoal.node.supervise import Domain, Policy
 from shoal.node.swarm.counters import ReplicaStatistics
 from shoal.node.swarm.journal import Journal

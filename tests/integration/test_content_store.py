@@ -221,7 +221,7 @@ async def test_more_than_fits_into_memory_lies_in_a_file_and_more_than_fits_ther
         await scene.store.put(some_bytes(3 * BLOCK_BYTES, 9), owner="run")  # what nobody holds makes way
         assert await scene.store.get(name, []) == one
         scene.store.hold("run", ())
-        assert {path.name for path in tmp_path.iterdir()} <= {"node.db", "node.db-wal", "node.db-shm"}
+        assert {path.name for path in tmp_path.iterdir()} <= {"node.db", "node.db-wal", "node.db-shm", "blocks"}
 
 
 @pytest.mark.trio
@@ -239,7 +239,7 @@ async def test_what_no_run_holds_or_keeps_goes_from_memory_and_from_the_disk(tmp
             store.hold("run", [cid])
             if epoch % 20 == 0:
                 await store.keep("run", [cid])
-                sizes.append((scene.disk.blocks_size(), store.holding.memory_bytes))
+                sizes.append((scene.disk.blocks.num_bytes, store.holding.memory_bytes))
         assert max(sizes[5:]) <= max(sizes[1:5])
         assert sizes[-1][0] < 5 * BLOCK_BYTES
         assert sizes[-1][1] < 12 * BLOCK_BYTES
@@ -294,7 +294,9 @@ async def test_no_more_goes_in_a_second_than_is_allowed(tmp_path, limited):
     }[limited]
     data = some_bytes(8 * BLOCK_BYTES)
     routers = Router(), Router()
-    with trio.fail_after(60), Storage(tmp_path / "a.db") as disk_a, Storage(tmp_path / "b.db") as disk_b:
+    folder_b = tmp_path / "b"
+    folder_b.mkdir()
+    with trio.fail_after(60), Storage(tmp_path / "a.db") as disk_a, Storage(folder_b / "b.db") as disk_b:
         async with (
             open_host(
                 secret=b"a" * 32, listen=LISTEN, bootstrap=[], mdns=False, router=routers[0], budget_limits=limits[0]

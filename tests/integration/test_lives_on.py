@@ -29,7 +29,8 @@ from shoal.node.mesh.connections import ClosePath, LetGo
 from shoal.node.mesh.host import Host, PeerDown, PeerUp, open_host
 from shoal.node.reach.punch import DCUTR_PROTOCOL, PunchError
 from shoal.node.reach.webrtc import open_webrtc
-from shoal.node.store.database import Storage, StorageError
+from shoal.node.store.blocks import BlockStore
+from shoal.node.store.errors import StorageError
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Policy, Supervisor
 from shoal.node.swarm.content import ContentStore
@@ -389,8 +390,8 @@ async def test_content_that_cannot_be_read_is_one_error_and_not_a_group(
         def get_block(*_: object) -> bytes:
             raise StorageError("the disk failed")
 
-        monkeypatch.setattr(Storage, "get_block", get_block)
-        monkeypatch.setattr(Storage, "has_block", lambda *_: True)
+        monkeypatch.setattr(BlockStore, "get", get_block)
+        monkeypatch.setattr(BlockStore, "has", lambda *_: True)
         with pytest.raises(StorageError, match="the disk failed"):
             await content.get(Cid.of_block(b"x"), ())
 

@@ -16,7 +16,7 @@ from shoal.crdt.presence import KIND as PRESENCE
 from shoal.crdt.presence import PresenceTable, open_record, record_hash
 from shoal.crdt.sync import Head, SwarmDocs, Version
 from shoal.node import supervise
-from shoal.node.store.database import StorageError
+from shoal.node.store.errors import StorageError
 from shoal.node.swarm import own_log
 from shoal.node.swarm.journal import SLICE_OPS
 from shoal.node.swarm.telling import MAX_UNANSWERED

@@ -7,30 +7,21 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from shoal.crdt import oplog
 from shoal.crdt.sync import SwarmDocs
-from shoal.node.store.database import SCHEMA_VERSION, Storage, StorageError, StoredSwarm
-from shoal.protocol.errors import ProtocolError
+from shoal.node.store.database import KEPT, SCHEMA_VERSION, Storage, StoredSwarm
+from shoal.node.store.errors import StorageError
+from shoal.protocol.codec import encode
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.signing import Signed, Signer
 
 ANN, BOB = Signer(b"a" * 32), Signer(b"b" * 32)
 SWARM, OTHER = SwarmId.of_manifest(b"one"), SwarmId.of_manifest(b"two")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1
-        return self.now
 
 
 @pytest.fixture
@@ -137,7 +128,7 @@ def test_a_snapshot_takes_the_place_of_what_is_before_it(path: Path, monkeypatch
         assert again.documents() == {ANN.peer_id: {"policy": "34"}, BOB.peer_id: {"policy": "2"}}
 
 
-@pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
+@pytest.mark.parametrize("version", range(1, 3))
 def test_a_file_of_an_older_shoal_is_told_in_one_line(path: Path, version: int) -> None:
     Storage(path).close()
     with sqlite3.connect(path) as db:
@@ -146,65 +137,6 @@ def test_a_file_of_an_older_shoal_is_told_in_one_line(path: Path, version: int) 
     with pytest.raises(StorageError, match="written by an older Shoal") as told:
         Storage(path)
     assert "\n" not in str(told.value)
-
-
-def test_blocks(path: Path) -> None:
-    cid, data = a_block(b"data")
-    with Storage(path) as storage:
-        assert storage.get_block(cid) is None
-        storage.put_block(cid, data)
-        storage.put_blocks({cid: data, Cid.of_manifest(b"m"): b"m"})
-        assert storage.has_block(cid)
-        assert storage.blocks_size() == 5
-    with Storage(path) as storage:
-        assert storage.get_block(cid) == data
-        assert storage.get_block(Cid.of_manifest(b"m")) == b"m"
-
-
-def test_a_block_is_what_its_name_says(path: Path) -> None:
-    cid, data = a_block(b"data")
-    with Storage(path) as storage:
-        with pytest.raises(ProtocolError):
-            storage.put_blocks({Cid.of_block(b"x"): b"x", cid: b"other"})
-        with pytest.raises(ProtocolError):
-            storage.put_block(*a_block(bytes(BLOCK_BYTES + 1)))
-        assert storage.blocks_size() == 0
-        storage.put_block(cid, data)
-    with sqlite3.connect(path) as db:
-        db.execute("UPDATE blocks SET data = x'00'")
-    db.close()
-    with Storage(path) as storage:
-        assert storage.get_block(cid) is None
-        assert not storage.has_block(cid)
-        storage.put_block(cid, data)
-        assert storage.get_block(cid) == data
-
-
-def test_the_least_recently_used_goes_first_and_the_pinned_never(path: Path) -> None:
-    blocks = [a_block(bytes([n]) * 100) for n in range(5)]
-    cids = [cid for cid, _ in blocks]
-    with Storage(path, Clock()) as storage:
-        for cid, data in blocks:
-            storage.put_block(cid, data)
-        storage.pin([cids[0], Cid.of_block(b"not here")])
-        storage.get_block(cids[1])
-        assert storage.evict(500) == 0
-        assert storage.evict(250) == 300
-        assert [storage.has_block(cid) for cid in cids] == [True, True, False, False, False]
-        assert storage.evict(0) == 100
-        assert storage.blocks_size() == 100
-        storage.put_block(*blocks[0])  # stays pinned
-        assert storage.evict(0) == 0
-        storage.unpin([cids[0]])
-        assert storage.evict(0) == 100
-
-
-def test_evicted_space_goes_back_to_the_disk(path: Path) -> None:
-    with Storage(path) as storage:
-        for n in range(8):
-            storage.put_block(*a_block(bytes([n]) * BLOCK_BYTES))
-        storage.evict(0)
-    assert path.stat().st_size < BLOCK_BYTES
 
 
 def test_facts(path: Path) -> None:
@@ -224,22 +156,25 @@ def test_the_file_is_private_and_durable(path: Path) -> None:
         assert values == ["wal", 2, 1, SCHEMA_VERSION]
 
 
-def test_many_threads_share_it(path: Path) -> None:
-    with Storage(path) as storage:
-
-        def work(number: int) -> None:
-            for step in range(10):
-                cid, data = a_block(f"{number} {step}".encode())
-                storage.put_block(cid, data)
-                assert storage.get_block(cid) == data
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert storage.evict(0) > 0
-        assert storage.blocks_size() == 0
+def test_blocks_of_a_file_of_schema_3_become_files_once(path: Path) -> None:
+    Storage(path).close()
+    blocks = [a_block(f"block {n}".encode()) for n in range(5)]
+    with sqlite3.connect(path) as db:
+        db.execute(
+            "CREATE TABLE blocks (cid TEXT PRIMARY KEY, num_bytes INTEGER, last_used REAL, pinned INTEGER, data BLOB)"
+        )
+        db.executemany(
+            "INSERT INTO blocks VALUES (?, 0, 0, ?, ?)", [(cid, n == 2, d) for n, (cid, d) in enumerate(blocks)]
+        )
+        db.execute("INSERT INTO blocks VALUES (?, 0, 0, 0, x'00')", (Cid.of_block(b"damaged"),))
+        db.execute("PRAGMA user_version = 3")
+    db.close()
+    for _ in range(2):
+        with Storage(path) as storage:
+            assert [storage.blocks.get(cid) for cid, _ in blocks] == [data for _, data in blocks]
+            assert len(storage.blocks) == 5
+            assert storage.list_facts(KEPT) == {f"{KEPT}pinned/{blocks[2][0]}": encode((blocks[2][0],))}
+            assert storage._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
 
 
 def test_a_newer_schema_is_refused_and_left_alone(path: Path) -> None:
@@ -275,13 +210,13 @@ def test_damage_is_told_with_the_path(path: Path) -> None:
 
 def test_a_full_disk_is_told_and_nothing_is_lost(path: Path) -> None:
     with Storage(path) as storage:
-        storage.put_block(*a_block(b"before"))
+        storage.put_fact("before", b"x")
         pages = storage._db.execute("PRAGMA page_count").fetchone()[0]
         storage._db.execute(f"PRAGMA max_page_count = {pages + 20}")
         with pytest.raises(StorageError, match="disk is full"):
-            storage.put_block(*a_block(bytes(BLOCK_BYTES)))
-        assert storage.get_block(Cid.of_block(b"before")) == b"before"
-        storage.put_block(*a_block(b"after"))
+            storage.put_fact("more", bytes(BLOCK_BYTES))
+        assert storage.get_fact("before") == b"x"
+        storage.put_fact("after", b"x")
 
 
 def test_a_file_that_cannot_be_written_is_told(path: Path, tmp_path: Path) -> None:
@@ -307,7 +242,7 @@ docs = SwarmDocs(swarm, signer.peer_id, storage.load_ops(swarm))
 while True:
     number = docs.seqs().get(signer.peer_id, 0)
     block = str(number + 1).encode()
-    storage.put_block(Cid.of_block(block), block)
+    storage.blocks.put({Cid.of_block(block): block})
     op = docs.write(signer, policy={"epoch": number})
     storage.append_ops(swarm, [op])
     print(number + 1, flush=True)
@@ -334,4 +269,4 @@ def test_a_writer_that_is_killed_loses_nothing_that_it_acknowledged(path: Path) 
             assert acknowledged <= number <= acknowledged + 1
             assert docs.documents()[ANN.peer_id] == {"policy": {"epoch": number - 1}}
             for each in range(1, acknowledged + 1):
-                assert storage.has_block(Cid.of_block(str(each).encode()))
+                assert storage.blocks.has(Cid.of_block(str(each).encode()))
