@@ -71,7 +71,7 @@ class ByStream:
 
     def run(self, steps: int) -> int:
         """Take so many."""
-        taken, _ = self.stream.collect(steps, lambda sights, rng: self.actor.policy(sights, rng)[0])
+        taken, _ = self.stream.collect(steps, lambda sights, rng, memory: self.actor.policy(sights, rng)[0])
         self.stream.drop()
         return taken
 

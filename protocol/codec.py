@@ -345,7 +345,8 @@ def _check_enum(kind: type[enum.Enum], value: Any, where: str) -> enum.Enum:
     try:
         return kind(value)
     except ValueError as error:
-        raise ProtocolError(f"{where}: {value!r:.80} is not a {kind.__name__}") from error
+        known = ", ".join(str(each.value) for each in kind)
+        raise ProtocolError(f"{where}: {value!r:.80} is none of {known:.200}") from error
 
 
 def _check_parsed(kind: Any, value: Any, where: str) -> Any:

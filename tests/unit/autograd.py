@@ -22,7 +22,7 @@ def leaves(model: ActorCritic) -> dict[str, torch.Tensor]:
 
 
 def judge(
-    parameters: Mapping[str, torch.Tensor], observations: np.ndarray, actions: np.ndarray
+    parameters: Mapping[str, torch.Tensor], observations: np.ndarray | torch.Tensor, actions: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities, entropies and values, each ``[B]``; actions are ``[B]`` or ``[size, B]``."""
     outputs, values = (_through(parameters, network, observations) for network in ("actor", "critic"))
@@ -33,9 +33,11 @@ def judge(
     return policy.log_prob(torch.from_numpy(actions.T.copy())), policy.entropy(), values.squeeze(1)
 
 
-def loss(parameters: Mapping[str, torch.Tensor], batch: Batch, config: PPOConfig) -> dict[str, torch.Tensor]:
-    """The loss and its parts."""
-    log_probs, entropies, values = judge(parameters, batch.observations, batch.actions)
+def loss(
+    parameters: Mapping[str, torch.Tensor], batch: Batch, config: PPOConfig, seen: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The loss and its parts; ``seen`` stands for the observations, where something lies below the networks."""
+    log_probs, entropies, values = judge(parameters, batch.observations if seen is None else seen, batch.actions)
     old, advantages, returns, old_values = (
         torch.from_numpy(each.astype(np.float64))
         for each in (batch.log_probs, batch.advantages, batch.returns, batch.values)
@@ -76,9 +78,11 @@ def gradient(model: ActorCritic, batch: Batch, config: PPOConfig) -> np.ndarray:
     return np.concatenate([part.numpy().ravel() for part in parts])
 
 
-def _through(parameters: Mapping[str, torch.Tensor], network: str, observations: np.ndarray) -> torch.Tensor:
+def _through(
+    parameters: Mapping[str, torch.Tensor], network: str, observations: np.ndarray | torch.Tensor
+) -> torch.Tensor:
     layers = sum(name.startswith(f"{network}/") and name.endswith("/weight") for name in parameters)
-    hidden = torch.from_numpy(observations.astype(np.float64))
+    hidden = torch.as_tensor(observations, dtype=torch.float64)
     for layer in range(layers):
         hidden = torch.tanh(hidden) if layer else hidden
         hidden = hidden @ parameters[f"{network}/{layer}/weight"].T + parameters[f"{network}/{layer}/bias"]

@@ -114,7 +114,11 @@ def test_advantages_are_those_of_the_recursion_step_by_step(
 
 def test_a_stream_continues_its_episodes_from_call_to_call() -> None:
     task, whole, parts = load_task("gym:Pendulum-v1"), None, None
-    policy = ActorCritic(3, task.action_space, (8,), initial_log_std=0.0, seed=0).act
+    model = ActorCritic(3, task.action_space, (8,), initial_log_std=0.0, seed=0)
+
+    def policy(shown: np.ndarray, rng: np.random.Generator, memory: np.ndarray) -> np.ndarray:
+        return model.act(shown, rng)
+
     streams = [Stream(task, num_envs=2, gamma=0.9, seed=1, name="a") for _ in range(2)]
     _, finished = streams[0].collect(600, policy)
     assert len(finished) == 2

@@ -36,11 +36,13 @@ from shoal.training.algorithms.normalizers import Normalizers
 from shoal.training.algorithms.objective import Experience, Objective, Samples
 from shoal.training.algorithms.plausible import COARSE_TRAVEL_FACTOR, MAX_COUNT, TRAVEL_FACTOR, Limits
 from shoal.training.algorithms.rollouts import Rollout, Source, Stream, never
+from shoal.training.algorithms.sequences import remembered
 from shoal.training.algorithms.settings import Settings, read_settings
 from shoal.training.exchange.averager import Arrays
 from shoal.training.exchange.outer import Outer
 from shoal.training.exchange.rules import ROUNDING, Codec
 from shoal.training.manifest import Manifest, Mode
+from shoal.training.models.policy import Recurrent
 from shoal.training.rollouts.acting import ActorShape, acted_in
 from shoal.training.state import check_fit
 from shoal.training.tasks import Task
@@ -92,9 +94,19 @@ class OnEngine(ABC, Generic[S]):
         """The settings of a run.
 
         Raises:
-            UsageError: if one is unknown, of the wrong type or out of range.
+            UsageError: if one is unknown, of the wrong type or out of range, or it doesn't go with the mode.
         """
+<<<<<<< HEAD
         return read_settings(self.settings, self.name, manifest, task, self.in_mode, self.on_images)
+=======
+        settings = read_settings(self.settings, self.name, manifest, task, self.in_gradient, self.on_images)
+        if manifest.mode is Mode.ROLLOUTS and settings.is_recurrent:
+            raise UsageError(
+                "in mode rollouts nodes act that remember nothing yet; leave memory out, or take the mode local, "
+                "diloco or gradient"
+            )
+        return settings
+>>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
 
     def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
         """That of `shoal.training.models.actor_critic`."""
@@ -165,8 +177,17 @@ class PolicyLearner:
         self._largest_share = len(streams) * max(manifest.batch.largest_share, config.num_envs)
         self._max_samples = _MAX_BACKLOG * self._largest_share
         self._adam = Adam(self._model.flat.size, learning_rate=config.learning_rate, epsilon=config.adam_epsilon)
+        self._recurrent = objective.model if isinstance(objective.model, Recurrent) else None
+        self._memory_size = 0 if self._recurrent is None else self._recurrent.memory_size
         self._streams = [
-            Stream(task, num_envs=config.num_envs, gamma=config.gamma, seed=manifest.seed, name=name)
+            Stream(
+                task,
+                num_envs=config.num_envs,
+                gamma=config.gamma,
+                seed=manifest.seed,
+                name=name,
+                memory_size=self._memory_size,
+            )
             for name in streams
         ]
         self._normalizers = Normalizers(task.observation_space, config)
@@ -297,9 +318,7 @@ class PolicyLearner:
 
     def evaluate(self, episodes: int, seed: int) -> list[float]:
         """Undiscounted returns of greedy episodes; an episode is cut after 100,000 steps, left out if it fails."""
-        return self._evaluation.returns(
-            lambda shown: self._model.act_greedily(self._normalizers.observations(shown)), episodes, seed
-        )
+        return self._evaluation.returns(self._greedy, episodes, seed)
 
     # --- an update ---------------------------------------------------------------------------------------------------
 
@@ -382,11 +401,25 @@ class PolicyLearner:
         if not self._objective.has_log_probs:
             return np.full_like(rollout.rewards[first:], np.nan)
         observations = _flat(self._normalizers.observations(rollout.observations[first:-1]))
-        log_probs = self._model.judge(observations, _by_column(rollout.actions[first:]))[0]
+        actions = _by_column(rollout.actions[first:])
+        if self._recurrent is None:
+            log_probs = self._model.judge(observations, actions)[0]
+        else:
+            memory, _ = remembered(self._recurrent, rollout, observations, first)
+            log_probs = self._recurrent.judge(observations, actions, memory.reshape(-1, self._memory_size))[0]
         return log_probs.reshape(rollout.rewards[first:].shape)
 
-    def _act(self, observations: Observations, rng: np.random.Generator) -> Actions:
-        return self._model.act(self._normalizers.observations(observations), rng)
+    def _act(self, observations: Observations, rng: np.random.Generator, memory: Floats) -> Actions:
+        normal = self._normalizers.observations(observations)
+        return self._model.act(normal, rng) if self._recurrent is None else self._recurrent.act(normal, rng, memory)
+
+    def _greedy(self, num_envs: int) -> Callable[[Observations], Actions]:
+        """Who acts in so many environments, greedily, from the beginnings of their episodes on."""
+        normal, recurrent = self._normalizers.observations, self._recurrent
+        if recurrent is None:
+            return lambda shown: self._model.act_greedily(normal(shown))
+        memory = np.zeros((num_envs, self._memory_size), np.float32)
+        return lambda shown: recurrent.act_greedily(normal(shown), memory)
 
     # --- the state ---------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,15 @@ class Evaluation:
         self._make = task.make_plain if isinstance(task, Lenient) else task.make
         self._envs: dict[int, VectorEnv] = {}
 
-    def returns(self, act: Callable[[Observations], Actions], episodes: int, seed: int) -> list[float]:
+    def returns(
+        self, acting: Callable[[int], Callable[[Observations], Actions]], episodes: int, seed: int
+    ) -> list[float]:
         """Undiscounted returns; an episode is cut after 100,000 steps, left out if it fails.
+
+        Args:
+            acting: who acts in so many environments, of which each begins an episode.
+            episodes: how many.
+            seed: of all of them.
 
         Raises:
             TaskFailedError: if all failed, or too many environments did.
@@ -38,6 +45,7 @@ class Evaluation:
                 self._envs[count] = self._make(count)
             env = self._envs[count]
             observations = env.reset([seed_of(seed, "evaluation", begun + i) for i in range(count)])
+            act = acting(count)
             totals, live = np.zeros(count), np.ones(count, np.bool_)
             failed: set[int] = set()
             for _ in range(_MAX_STEPS):

@@ -15,13 +15,16 @@ from typing import Any, Final, Generic, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.objective import Experience
 from shoal.training.algorithms.rollouts import Source, advantages
+from shoal.training.algorithms.sequences import Ids, Runs, Sequences, remembered
 from shoal.training.algorithms.settings import Settings, setting
 from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.manifest import Manifest
 from shoal.training.models.actor_critic import ActorCritic
-from shoal.training.models.policy import Policy
+from shoal.training.models.policy import Course, Policy, Recurrent
+from shoal.training.models.recurrent import RecurrentActorCritic
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, Floats, Observations
 
@@ -37,6 +40,13 @@ class Network(StrEnum):
     MLP = "mlp"
     NATURE = "nature"
     IMPALA = "impala"
+
+
+class Memory(StrEnum):
+    """What is remembered in an episode."""
+
+    NONE = "none"
+    GRU = "gru"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +73,24 @@ class OnPolicySettings(Settings):
         "mlp (of hidden_sizes), nature or impala (of images); auto: mlp for vectors, nature for images, or impala for "
         "those that are too small for it",
     )
+    memory: Memory = setting(
+        Memory.NONE,
+        "gru: a gated recurrent unit below both networks, for tasks that do not show all that matters; of vectors",
+    )
+    memory_size: int = setting(64, "units of a memory", 1, 4096)
+    sequence_length: int = setting(
+        16, "steps through which gradients go back at most, where there is a memory", 1, 65536
+    )
 
     @property
     def num_steps(self) -> int:
         """Of the optimiser, per update."""
         return self.update_epochs * self.num_minibatches
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the policy remembers."""
+        return self.memory is not Memory.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +104,12 @@ class Batch:
         advantages: ``[S]``.
         returns: ``[S]``, what the values are to be.
         values: ``[S]``, what they were when the update began.
+<<<<<<< HEAD
         proximal: ``[S]``, the log-probabilities that the policy gave then.
         ages: int64 ``[S]``, by how many versions the policy that acted is older than that one.
+=======
+        course: in which the samples follow each other, in a minibatch of a policy that remembers.
+>>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
     """
 
     observations: Observations
@@ -91,8 +118,12 @@ class Batch:
     advantages: Floats
     returns: Floats
     values: Floats
+<<<<<<< HEAD
     proximal: Floats
     ages: Ints
+=======
+    course: Course | None = None
+>>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -125,7 +156,18 @@ class Batch:
 
     def empty(self) -> Batch:
         """Room for as many samples."""
+<<<<<<< HEAD
         return Batch(*map(np.empty_like, self._columns()))
+=======
+        return Batch(
+            np.empty_like(self.observations),
+            np.empty_like(self.actions),
+            np.empty_like(self.log_probs),
+            np.empty_like(self.advantages),
+            np.empty_like(self.returns),
+            np.empty_like(self.values),
+        )
+>>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
 
     def reorder(self, order: npt.NDArray[np.int64], out: Batch) -> None:
         """Put the samples into ``out`` in this order."""
@@ -145,21 +187,31 @@ class Judged:
         log_probs: ``[T * N]``, of its actions.
         values: ``[T + 1, N]``, of its observations and of the last ones.
         final_values: ``[K]``, of the last observations of the K truncated episodes.
+        memory: ``[T * N, memory_size]``, what a policy that remembers does before each observation.
     """
 
     log_probs: Floats
     values: Floats
     final_values: Floats
+    memory: Floats | None = None
 
     @classmethod
     def by(cls, model: Policy, experience: Experience) -> Self:
         """Judge."""
         shape = experience.rewards.shape
-        log_probs, judged = model.judge(experience.observations, experience.actions)
         values = np.empty((shape[0] + 1, shape[1]), np.float32)
+        if not isinstance(model, Recurrent):
+            log_probs, judged = model.judge(experience.observations, experience.actions)
+            values[:-1], values[-1] = judged.reshape(shape), model.values(experience.last)
+            return cls(log_probs, values, model.values(experience.finals))
+        rollout = experience.rollout
+        before, after = remembered(model, rollout, experience.observations)
+        memory = before.reshape(-1, model.memory_size)
+        log_probs, judged = model.judge(experience.observations, experience.actions, memory)
+        ended = rollout.terminated[-1] | rollout.truncated[-1]
         values[:-1] = judged.reshape(shape)
-        values[-1] = model.values(experience.last)
-        return cls(log_probs, values, model.values(experience.finals))
+        values[-1] = model.values(experience.last, after[-1] * ~ended[:, None])
+        return cls(log_probs, values, model.values(experience.finals, after[rollout.truncated]), memory)
 
 
 class Loss(Protocol):
@@ -188,6 +240,7 @@ class OnPolicy(ABC, Generic[S]):
         self.model = model
         self._losses: dict[int, Loss] = {}  # by size of the minibatch
         self._last: Loss | None = None
+        self._sequences: Sequences | None = None  # of the update under way, by a policy that remembers
 
     @abstractmethod
     def make_loss(self, size: int) -> Loss:
@@ -241,12 +294,23 @@ class OnPolicy(ABC, Generic[S]):
 
     def prepare(self, experience: Sequence[Experience]) -> Batch:
         """Judge and estimate."""
-        return Batch.join([self._samples(each) for each in experience])
+        judged = [Judged.by(self.model, each) for each in experience]
+        memories = [each.memory for each in judged if each.memory is not None]
+        if memories:
+            longest = self.settings.sequence_length
+            runs = [Runs.of(each.rollout.terminated | each.rollout.truncated, longest) for each in experience]
+            self._sequences = Sequences(runs, np.concatenate(memories))
+        return Batch.join([self._samples(*pair) for pair in zip(experience, judged, strict=True)])
 
+<<<<<<< HEAD
     def _samples(self, experience: Experience) -> Batch:
         judged = Judged.by(self.model, experience)
         is_present = np.isnan(experience.acted)
         acted = np.where(is_present, judged.log_probs, experience.acted)
+=======
+    def _samples(self, experience: Experience, judged: Judged) -> Batch:
+        acted = np.where(np.isnan(experience.acted), judged.log_probs, experience.acted)
+>>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
         advantage, returns = self.estimate(experience, judged, acted)
         values = judged.values[:-1].ravel()
         ages = np.where(is_present, 0, experience.age)
@@ -267,19 +331,29 @@ class OnPolicy(ABC, Generic[S]):
         if batch is None:
             yield from ((None, number == passes) for number in range(1, passes + 1) for _ in range(parts))
             return
-        offsets = np.cumsum([0, *(stream.samples for stream in streams)])
         mixed = batch.empty()
         for number in range(1, passes + 1):
             if number > 1:
                 self.refresh(batch)
-            shuffled = [stream.shuffled(parts) for stream in streams]
-            order = [own[part] + offsets[i] for part in range(parts) for i, own in enumerate(shuffled)]
-            batch.reorder(np.concatenate(order), mixed)
+            shuffled = self._shuffled(streams)
+            batch.reorder(np.concatenate([order for order, _ in shuffled]), mixed)
             start = 0
-            for part in range(parts):
-                end = start + sum(len(own[part]) for own in shuffled)
-                yield mixed.part(start, end) if end > start else None, number == passes
+            for order, course in shuffled:
+                end = start + len(order)
+                yield replace(mixed.part(start, end), course=course) if end > start else None, number == passes
                 start = end
+
+    def _shuffled(self, streams: Sequence[Source]) -> list[tuple[Ids, Course | None]]:
+        """The samples of each minibatch of a pass, and how they follow each other."""
+        parts = self.settings.num_minibatches
+        if self._sequences is not None:
+            return list(self._sequences.shuffled(streams, parts))
+        offsets = np.cumsum([0, *(stream.samples for stream in streams)])
+        shuffled = [stream.shuffled(parts) for stream in streams]
+        return [
+            (np.concatenate([own[part] + offset for own, offset in zip(shuffled, offsets[:-1], strict=True)]), None)
+            for part in range(parts)
+        ]
 
     def refresh(self, batch: Batch) -> None:
         """Before each pass but the first: write into ``batch`` what has changed since. Nothing, by default."""
@@ -312,9 +386,20 @@ def actor_critic(settings: OnPolicySettings, manifest: Manifest, task: Task) -> 
     """The networks of a run, in their initial state.
 
     Raises:
-        UsageError: if the network cannot see what the task shows.
+        UsageError: if the network cannot see what the task shows, or nobody could act or remember so.
     """
     box, network = task.observation_space, settings.network
+    if settings.memory is Memory.GRU:
+        if network not in (Network.MLP, Network.AUTO) or (network is Network.AUTO and box.is_image):
+            raise UsageError("memory=gru is below networks of vectors, not of images; take network=mlp or memory=none")
+        return RecurrentActorCritic(
+            box.size,
+            task.action_space,
+            settings.hidden_sizes,
+            memory_size=settings.memory_size,
+            initial_log_std=settings.initial_log_std,
+            seed=manifest.seed,
+        )
     if network is Network.MLP or (network is Network.AUTO and not box.is_image):
         return ActorCritic(
             box.size,

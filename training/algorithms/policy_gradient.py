@@ -41,7 +41,7 @@ class PolicyGradientLoss:
         """``[num_parameters]``; overwritten by the next one of the same model, of whatever size."""
         settings, size = self._settings, self._size
         with np.errstate(all="ignore"):  # what is not finite is found when the update is done
-            log_probs = self._passes.judge(batch.observations, batch.actions)
+            log_probs = self._passes.judge(batch.observations, batch.actions, batch.course)
             np.subtract(log_probs, batch.log_probs, out=self._log_ratios)
             np.copyto(self._weighted, batch.advantages)
             if self._max_weight is not None:

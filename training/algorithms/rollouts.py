@@ -16,7 +16,7 @@ observation from there on (Pardo et al., arXiv 1712.00378), and so is one that s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ from shoal.training.tasks import Task
 from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Discrete, Floats, MultiDiscrete, Observations
 from shoal.training.tasks.source import seed_of
 
-Policy = Callable[[Observations, np.random.Generator], Actions]
+Policy = Callable[[Observations, np.random.Generator, Floats], Actions]
+"""Acts on what is shown, and overwrites what is remembered, ``[N, memory_size]``."""
 IsOver = Callable[[], bool]
 
 
@@ -49,6 +50,7 @@ class Rollout:
         truncated: ``[T, N]``.
         discounted_returns: ``[T, N]``, what the running episode has earned so far, older rewards discounted.
         final_observations: ``[K, *shape]`` of the K truncated episodes, in the order of ``truncated``.
+        memories: ``[T, N, memory_size]``, what a policy that remembers did before each step.
     """
 
     observations: Observations
@@ -58,6 +60,7 @@ class Rollout:
     truncated: npt.NDArray[np.bool_]
     discounted_returns: Floats
     final_observations: Observations
+    memories: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
 
     @property
     def samples(self) -> int:
@@ -105,7 +108,7 @@ class Stream:
         samples: environment steps since the last update.
     """
 
-    def __init__(self, task: Task, *, num_envs: int, gamma: float, seed: int, name: str) -> None:
+    def __init__(self, task: Task, *, num_envs: int, gamma: float, seed: int, name: str, memory_size: int = 0) -> None:
         self.rng = np.random.default_rng(seed_of(seed, name, "actions"))
         self.samples = 0
         self._num_envs = num_envs
@@ -114,6 +117,7 @@ class Stream:
         self._observations = self._env.reset([seed_of(seed, name, "env", index) for index in range(num_envs)])
         self._episode_returns = np.zeros(num_envs)
         self._discounted = np.zeros(num_envs, np.float32)
+        self._memory = np.zeros((num_envs, memory_size), np.float32)
         self._finals: list[Observations] = []
         self._length = 0
         self._num_old = 0  # of the first steps, that another policy made than the present one
@@ -127,6 +131,7 @@ class Stream:
             np.empty(empty, np.bool_),
             np.empty(empty, np.bool_),
             np.empty(empty, np.float32),
+            np.empty((*empty, memory_size), np.float32),
             np.empty(empty, np.float32),
         ]
 
@@ -137,10 +142,11 @@ class Stream:
             How many it took, and the returns of the episodes that ended.
         """
         vector_steps = -(-num_steps // self._num_envs)
-        observations, acts, rewards, terminated, truncated, discounted, log_probs = self._room(vector_steps)
+        observations, acts, rewards, terminated, truncated, discounted, memories, log_probs = self._room(vector_steps)
         before, finished = self.samples, list[float]()
         for index in range(self._length, self._length + vector_steps):
-            actions = policy(self._observations, self.rng)
+            memories[index] = self._memory
+            actions = policy(self._observations, self.rng, self._memory)
             if actions.dtype == np.float32 and not np.isfinite(actions).all():
                 raise DivergedError("the policy acts in numbers that are not finite; no environment is to blame for it")
             step = self._env.step(actions)
@@ -157,6 +163,7 @@ class Stream:
                     finished.append(float(self._episode_returns[ended]))
                 self._episode_returns[ended] = 0.0
                 self._discounted[ended] = 0.0
+                self._memory[ended] = 0.0
                 if step.truncated[ended]:
                     self._finals.append(observation)
             self._length = index + 1
@@ -176,8 +183,8 @@ class Stream:
         observations, *others = self._room(1)
         observations[end] = self._observations
         finals: Any = np.stack(self._finals) if self._finals else np.zeros_like(self._observations[:0])
-        actions, rewards, terminated, truncated, discounted, _ = (column[:end] for column in others)
-        return Rollout(observations[: end + 1], actions, rewards, terminated, truncated, discounted, finals)
+        actions, rewards, terminated, truncated, discounted, memories, _ = (column[:end] for column in others)
+        return Rollout(observations[: end + 1], actions, rewards, terminated, truncated, discounted, finals, memories)
 
     @property
     def num_steps(self) -> int:
@@ -231,7 +238,7 @@ class Stream:
         """Forget the first steps."""
         if not first:
             return
-        _, _, _, _, truncated, _, _ = self._columns
+        truncated = self._columns[4]
         del self._finals[: int(truncated[:first].sum())]
         for column in self._columns:
             column[: self._length - first] = column[first : self._length]

@@ -79,6 +79,11 @@ class Settings(ABC):
         """Whether anything depends on how far the run is, so that this has to be known."""
         return self.anneal_learning_rate
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the policy remembers."""
+        return False
+
 
 def check_ranges(settings: Any) -> None:
     """Check each field of a dataclass of settings against its range.

@@ -90,8 +90,11 @@ class VTraceObjective(ActorCriticObjective[VTraceSettings]):
         start = 0
         for each in self._experience:
             end = start + each.rewards.size
-            estimates = self.estimate(each, Judged.by(self.model, each), batch.log_probs[start:end])
+            judged = Judged.by(self.model, each)
+            estimates = self.estimate(each, judged, batch.log_probs[start:end])
             batch.advantages[start:end], batch.returns[start:end] = estimates
+            if self._sequences is not None:
+                self._sequences.memory[start:end] = judged.memory
             start = end
         if self._moments is not None:
             batch.advantages[:] = batch.normalized(self._moments).advantages

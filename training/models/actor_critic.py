@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -52,7 +52,18 @@ class ActorCritic:
         *,
         initial_log_std: float,
         seed: int,
+        more: Mapping[str, npt.NDArray[np.float64]] | None = None,
     ) -> None:
+        """Initialise them.
+
+        Args:
+            observation_size: how many numbers are seen.
+            action_space: how it acts.
+            hidden_sizes: of each network.
+            initial_log_std: of a continuous policy.
+            seed: of both networks.
+            more: initial values of what lies below them, of whoever has that in the same vector.
+        """
         self.action_space = action_space
         outputs = num_outputs(action_space)
         raw = np.random.PCG64(seed)
@@ -65,16 +76,14 @@ class ActorCritic:
                 values[f"{network}/{layer}/bias"] = np.zeros(fan_out)
         if isinstance(action_space, Continuous):
             values["actor/log_std"] = np.full(action_space.size, initial_log_std)
+        values |= more or {}
         self.flat: Floats = np.concatenate([value.ravel() for value in values.values()]).astype(np.float32)
         self.gradient: Floats = np.zeros_like(self.flat)
         shapes = {name: value.shape for name, value in values.items()}
         self.layers, self.gradient_layers = Layers(self.flat, shapes), Layers(self.gradient, shapes)
         self._passes: dict[int, Passes] = {}
-        ends = list(itertools.accumulate(value.size for value in values.values()))
-        self.parameters: dict[str, Floats] = {
-            name: self.flat[end - value.size : end].reshape(value.shape)
-            for (name, value), end in zip(values.items(), ends, strict=True)
-        }
+        self._shapes = shapes
+        self.parameters: dict[str, Floats] = self.views_of(self.flat)
         self._actor, self._critic = (
             [
                 (self.parameters[f"{network}/{layer}/weight"].T, self.parameters[f"{network}/{layer}/bias"])
@@ -82,6 +91,14 @@ class ActorCritic:
             ]
             for network in ("actor", "critic")
         )
+
+    def views_of(self, vector: Floats) -> dict[str, Floats]:
+        """By name, the parts of a vector ``[num_parameters]``."""
+        ends = itertools.accumulate(math.prod(shape) for shape in self._shapes.values())
+        return {
+            name: vector[end - math.prod(shape) : end].reshape(shape)
+            for (name, shape), end in zip(self._shapes.items(), ends, strict=True)
+        }
 
     def act(self, observations: Observations, rng: np.random.Generator) -> Actions:
         """Sample actions.

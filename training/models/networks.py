@@ -18,7 +18,7 @@ from torch.nn import functional
 from shoal.training.models.cnn import Image, as_planes
 from shoal.training.models.flat import FlatParameters, OnFlat, Spec
 from shoal.training.models.heads import head_of, likeliest, num_outputs, sample
-from shoal.training.models.policy import judge_in_parts
+from shoal.training.models.policy import Course, judge_in_parts
 from shoal.training.tasks.base import Actions, ActionSpace, Continuous, Floats, Observations
 
 _CHUNK: Final = 64
@@ -108,8 +108,11 @@ class ImagePasses:
         self._outputs, self._d_outputs = (np.empty(shape, np.float32) for _ in range(2))
         self._graph: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def judge(self, observations: Observations, actions: Actions) -> Floats:
-        """Log-probabilities ``[B]`` of actions; they and `values` are overwritten by the next call."""
+    def judge(self, observations: Observations, actions: Actions, course: Course | None = None) -> Floats:
+        """Log-probabilities ``[B]`` of actions; they and `values` are overwritten by the next call.
+
+        A course is nothing to networks without memory.
+        """
         outputs, values = self._graph = self._model.forward(observations)
         self._outputs[:] = outputs.detach().numpy().T
         self.values[:] = values.detach().numpy()

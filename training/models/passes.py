@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.training.models.heads import head_of
+from shoal.training.models.policy import Course
 from shoal.training.models.seen import as_vectors
 from shoal.training.tasks.base import Actions, Floats, Observations
 
@@ -88,13 +89,15 @@ class Passes:
         self.values: Floats = self._value_row[0]
         self._ones: Floats = np.ones((1, size), np.float32)
         self._observations: Floats = np.empty((size, 0), np.float32)
+        self._d_values: Floats = self.values  # of the loss that came last
 
-    def judge(self, observations: Observations, actions: Actions) -> Floats:
+    def judge(self, observations: Observations, actions: Actions, course: Course | None = None) -> Floats:
         """Log-probabilities ``[B]`` of actions; they and `values` are overwritten by the next call.
 
         Args:
             observations: ``[B, *shape]``.
             actions: ``[B]``, or ``[size, B]`` of a policy that gives several numbers.
+            course: nothing to networks without memory.
         """
         self._forward(as_vectors(observations))
         self._head.judge(self._outputs, actions)
@@ -114,7 +117,7 @@ class Passes:
             d_entropy: by the entropy at each observation, the same for all.
         """
         self._head.backward(d_log_probs, d_entropy, self._d_outputs)
-        d_value_row = d_values[None]
+        self._d_values, d_value_row = d_values, d_values[None]
         of_actor, of_critic = self._hidden[-1] if self._hidden else (self._observations, self._observations)
         (actions, _), (d_actions, d_actions_bias) = self._parameters.actions, self._gradient.actions
         (value, _), (d_value, d_value_bias) = self._parameters.value, self._gradient.value
@@ -137,6 +140,14 @@ class Passes:
             np.matmul(self._ones, d_hidden, out=d_bias)
             if layer:
                 np.matmul(d_hidden, weight, out=self._d_hidden[layer - 1])
+
+    def d_observations(self) -> Floats:
+        """By the observations ``[B, size]``: the derivative of the loss that `backward` was given last."""
+        if not self._hidden:
+            of_actions: Floats = self._d_outputs.T @ self._parameters.actions[0]
+            return of_actions + self._d_values[:, None] * self._parameters.value[0]
+        d_both = np.matmul(self._d_hidden[0], self._parameters.hidden[0][0])
+        return d_both[0] + d_both[1]  # type: ignore[no-any-return]  # NumPy's
 
     def _forward(self, observations: Floats) -> None:
         self._observations = observations

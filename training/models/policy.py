@@ -8,11 +8,27 @@ is written once, for networks whose gradient is written out (`shoal.training.mod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from shoal.training.tasks.base import Actions, Floats, Observations
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How samples follow each other, for a policy that remembers: sequences side by side, the longest first.
+
+    The samples are the first ones of all sequences, then the second ones of those that have one, and so on.
+
+    Attributes:
+        counts: how many sequences have a first sample, a second one, and so on; they never rise.
+        memory: ``[counts[0], memory_size]``, what is remembered before the first of each.
+    """
+
+    counts: tuple[int, ...]
+    memory: Floats
 
 
 class Passes(Protocol):
@@ -24,12 +40,13 @@ class Passes(Protocol):
 
     values: Floats
 
-    def judge(self, observations: Observations, actions: Actions) -> Floats:
+    def judge(self, observations: Observations, actions: Actions, course: Course | None = None) -> Floats:
         """Log-probabilities ``[B]`` of actions; they and `values` are overwritten by the next call.
 
         Args:
             observations: ``[B, *shape]``.
             actions: ``[B]``, or ``[size, B]`` of a policy that gives several numbers.
+            course: in which they follow each other, for a policy that remembers.
         """
         ...
 
@@ -97,4 +114,37 @@ class Policy(Protocol):
 
     def passes(self, size: int) -> Passes:
         """Forward and backward on batches of this size, with arrays that serve again."""
+        ...
+
+
+@runtime_checkable
+class Recurrent(Policy, Protocol):
+    """A policy that remembers. Where no memory is given, an episode begins.
+
+    Attributes:
+        memory_size: how many numbers it remembers; zeros, where an episode begins.
+    """
+
+    memory_size: int
+
+    def act(self, observations: Observations, rng: np.random.Generator, memory: Floats | None = None) -> Actions:
+        """Draw actions. What is remembered after is put into ``memory`` ``[N, memory_size]``."""
+        ...
+
+    def act_greedily(self, observations: Observations, memory: Floats | None = None) -> Actions:
+        """The likeliest actions, likewise."""
+        ...
+
+    def remember(self, observations: Observations, course: Course) -> Floats:
+        """``[S, memory_size]``, what is remembered after each of samples in the order of a course."""
+        ...
+
+    def judge(
+        self, observations: Observations, actions: Actions, memory: Floats | None = None
+    ) -> tuple[Floats, Floats]:
+        """As `Policy.judge`, given what was remembered before each, ``[S, memory_size]``."""
+        ...
+
+    def values(self, observations: Observations, memory: Floats | None = None) -> Floats:
+        """As `Policy.values`, likewise."""
         ...
