@@ -65,7 +65,8 @@ def a_batch(model: RecurrentActorCritic, counts: tuple[int, ...], seed: int = 0)
     moved = rng.choice([-1.5, -0.4, -0.1, 0.0, 0.1, 0.15, 0.3, 1.5], size).astype(np.float32)
     log_probs = model.passes(size).judge(observations, actions, course) - moved
     advantages, returns, values = rng.normal(size=(3, size)).astype(np.float32)
-    return Batch(observations, actions, log_probs, advantages, returns, values, course)
+    ages = np.zeros(size, np.int64)
+    return Batch(observations, actions, log_probs, advantages, returns, values, log_probs, ages, course)
 
 
 def torch_features(parameters: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:

@@ -96,17 +96,13 @@ class OnEngine(ABC, Generic[S]):
         Raises:
             UsageError: if one is unknown, of the wrong type or out of range, or it doesn't go with the mode.
         """
-<<<<<<< HEAD
-        return read_settings(self.settings, self.name, manifest, task, self.in_mode, self.on_images)
-=======
-        settings = read_settings(self.settings, self.name, manifest, task, self.in_gradient, self.on_images)
+        settings = read_settings(self.settings, self.name, manifest, task, self.in_mode, self.on_images)
         if manifest.mode is Mode.ROLLOUTS and settings.is_recurrent:
             raise UsageError(
                 "in mode rollouts nodes act that remember nothing yet; leave memory out, or take the mode local, "
                 "diloco or gradient"
             )
         return settings
->>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
 
     def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
         """That of `shoal.training.models.actor_critic`."""

@@ -104,12 +104,9 @@ class Batch:
         advantages: ``[S]``.
         returns: ``[S]``, what the values are to be.
         values: ``[S]``, what they were when the update began.
-<<<<<<< HEAD
         proximal: ``[S]``, the log-probabilities that the policy gave then.
         ages: int64 ``[S]``, by how many versions the policy that acted is older than that one.
-=======
         course: in which the samples follow each other, in a minibatch of a policy that remembers.
->>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
     """
 
     observations: Observations
@@ -118,12 +115,9 @@ class Batch:
     advantages: Floats
     returns: Floats
     values: Floats
-<<<<<<< HEAD
     proximal: Floats
     ages: Ints
-=======
     course: Course | None = None
->>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -134,7 +128,8 @@ class Batch:
         if len(parts) == 1:
             return parts[0]
         columns = zip(*(part._columns() for part in parts), strict=True)
-        return cls(*(np.concatenate(each, axis=0 if number == 0 else -1) for number, each in enumerate(columns)))
+        joined: list[Any] = [np.concatenate(each, axis=0 if number == 0 else -1) for number, each in enumerate(columns)]
+        return cls(*joined)
 
     def normalized(self, moments: Moments) -> Batch:
         """With advantages of mean 0 and deviation 1, by the moments of those of all learners."""
@@ -156,18 +151,7 @@ class Batch:
 
     def empty(self) -> Batch:
         """Room for as many samples."""
-<<<<<<< HEAD
         return Batch(*map(np.empty_like, self._columns()))
-=======
-        return Batch(
-            np.empty_like(self.observations),
-            np.empty_like(self.actions),
-            np.empty_like(self.log_probs),
-            np.empty_like(self.advantages),
-            np.empty_like(self.returns),
-            np.empty_like(self.values),
-        )
->>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
 
     def reorder(self, order: npt.NDArray[np.int64], out: Batch) -> None:
         """Put the samples into ``out`` in this order."""
@@ -176,7 +160,7 @@ class Batch:
             np.take(column, order, axis=axis, out=place, mode="clip")  # the default, "raise", goes by way of a copy
 
     def _columns(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, each.name) for each in fields(self))
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "course")
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,15 +286,9 @@ class OnPolicy(ABC, Generic[S]):
             self._sequences = Sequences(runs, np.concatenate(memories))
         return Batch.join([self._samples(*pair) for pair in zip(experience, judged, strict=True)])
 
-<<<<<<< HEAD
-    def _samples(self, experience: Experience) -> Batch:
-        judged = Judged.by(self.model, experience)
+    def _samples(self, experience: Experience, judged: Judged) -> Batch:
         is_present = np.isnan(experience.acted)
         acted = np.where(is_present, judged.log_probs, experience.acted)
-=======
-    def _samples(self, experience: Experience, judged: Judged) -> Batch:
-        acted = np.where(np.isnan(experience.acted), judged.log_probs, experience.acted)
->>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
         advantage, returns = self.estimate(experience, judged, acted)
         values = judged.values[:-1].ravel()
         ages = np.where(is_present, 0, experience.age)

@@ -37,20 +37,7 @@ class ClippedLoss:
         """``[num_parameters]``; overwritten by the next one of the same model, of whatever size."""
         config = self._config
         with np.errstate(all="ignore"):  # what is not finite is found when the update is done
-<<<<<<< HEAD
-            self._hold(self._passes.judge(batch.observations, batch.actions), batch)
-=======
-            log_probs = self._passes.judge(batch.observations, batch.actions, batch.course)
-            np.subtract(log_probs, batch.log_probs, out=self._log_ratios)
-            np.exp(self._log_ratios, out=ratios)
-            np.maximum(ratios, 1 - config.clip_range, out=clipped)
-            np.minimum(clipped, 1 + config.clip_range, out=clipped)
-            np.multiply(ratios, batch.advantages, out=self._own)
-            np.multiply(clipped, batch.advantages, out=self._held)
-            np.greater(self._own, self._held, out=self._is_held)
-            np.multiply(self._own, -1 / self._size, out=self._d_log_probs)
-            np.copyto(self._d_log_probs, 0, where=self._is_held)
->>>>>>> 8351b1b (Policies that remember: a GRU below the actor and the critic, over sequences of each environment)
+            self._hold(self._passes.judge(batch.observations, batch.actions, batch.course), batch)
             np.subtract(self._passes.values, batch.returns, out=self._errors)
             np.multiply(self._errors, config.value_coefficient / self._size, out=self._d_values)
             if config.value_clip_range is not None:
