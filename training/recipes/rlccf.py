@@ -1,9 +1,10 @@
 """RLCCF, collective feedback (arXiv 2508.12338): models that differ improve each other by voting, without labels.
 
 Every node has a policy of its own, and answers the same prompts several times. What crosses the wire are the answers,
-as hashes of 52 bits. Every node then computes, from the same ballots, the answer of the crowd: each policy votes for
-what it said, by how much its own answers agree (its self-consistency). GRPO on that answer as the label follows, each
-by itself. Averaging the policies would end the diversity that the method lives of.
+as hashes of 26 bits, two to a number: 1.5 kB for 48 prompts of 8 plays. Every node then computes, from the same
+ballots, the answer of the crowd: each policy votes for what it said, by how much its own answers agree (its
+self-consistency). GRPO on that answer as the label follows, each by itself. Averaging the policies would end the
+diversity that the method lives of.
 
 Deviations: a small transformer from scratch in place of pretrained models, which is taught to sort digits until it is
 right now and then; answers of no form count for nobody. Ballots carry the samples and no weights, so nobody can claim
@@ -35,6 +36,7 @@ from shoal.training.tasks.source import News, SharedPrompts
 PROMPTS: Final = 48
 PLAYS: Final = 8
 HELD_OUT: Final = 256
+HASH_BITS: Final = 26
 NOBODY: Final = 0
 """The hash of no answer at all, and of one of no form."""
 
@@ -73,12 +75,11 @@ class CrowdGRPO(GRPO):
             places.append((prompt, play) if is_asked and prompt is not None else None)
             if is_asked:
                 own[prompt, play] = hash_of(take.acts[-1])
-        ballots: Arrays = {"each/answers": own}
+        ballots: Arrays = {"each/answers": packed(own)}
         merged = yield Exchange(ballots if takes else {}, float(len(takes)), ballots)
         if not merged or not takes:
             return None
-        answers: Any = merged["each/answers"]
-        labels = crowd(answers)
+        labels = crowd(unpacked(merged["each/answers"].astype(np.int64), settings.plays))
         rewards = [float(place is not None and own[place] == labels[place[0]] != NOBODY) for place in places]
         return self.batch(takes, np.array(rewards, np.float32), model)
 
@@ -131,11 +132,26 @@ def crowd(answers: Ballots) -> npt.NDArray[np.int64]:
 
 
 def hash_of(answer: str) -> int:
-    """Of an answer, 52 bits; `NOBODY` of one that is empty."""
+    """Of an answer, 26 bits; `NOBODY` of one that is empty.
+
+    Two of the answers to one prompt, of which there are dozens, look alike once in some 10,000 epochs.
+    """
     text = answer.strip()
     if not text:
         return NOBODY
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 12 or 1
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 32 - HASH_BITS or 1
+
+
+def packed(answers: Ballots) -> Ballots:
+    """Hashes ``[P, plays]``, two in each number of at most 52 bits, ``[P, ceil(plays / 2)]``."""
+    even = np.pad(answers, ((0, 0), (0, answers.shape[1] % 2)), constant_values=NOBODY)
+    return even[:, ::2] << HASH_BITS | even[:, 1::2]
+
+
+def unpacked(ballots: Ballots, plays: int) -> Ballots:
+    """The inverse of all authors' ``[authors, P, ceil(plays / 2)]``: ``[authors, P, plays]``, of any numbers."""
+    both = np.stack([ballots >> HASH_BITS, ballots & (1 << HASH_BITS) - 1], axis=-1)
+    return both.reshape(*ballots.shape[:2], -1)[:, :, :plays]
 
 
 def demonstrate(take: Take) -> str:
@@ -155,6 +171,7 @@ def judge(run: Report, baseline: Report) -> Verdict:
 
 RECIPE: Final = Recipe(
     name="rlccf",
+    version=2,
     summary="models that differ improve each other by voting, without labels",
     paper="arXiv 2508.12338",
     claim="three models that vote improve each other without labels, more than each does by its own vote",

@@ -1,0 +1,32 @@
+"""Ballots of RLCCF, as they cross the wire."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from shoal.training.exchange.averager import Contribution, validate
+from shoal.training.recipes.local import peers
+from shoal.training.recipes.rlccf import HASH_BITS, packed, unpacked
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
+HASHES = st.integers(0, 2**HASH_BITS - 1)
+
+
+@given(arrays(np.int64, SHAPES, elements=HASHES))
+def test_ballots_hold_two_hashes_in_a_number(answers: npt.NDArray[np.int64]) -> None:
+    """Of any number of plays; an exchange carries all of them."""
+    ballots = np.stack([packed(each) for each in answers])
+    assert ballots.shape[2] == (answers.shape[2] + 1) // 2
+    np.testing.assert_array_equal(unpacked(ballots, answers.shape[2]), answers)
+    of_one = {"each/answers": ballots[0]}
+    validate(Contribution(peers(1)[0], 1.0, of_one), of_one)
+
+
+@given(arrays(np.int64, (2, 3, 2), elements=st.integers(-(2**53), 2**53)))
+def test_any_numbers_are_some_answers(ballots: npt.NDArray[np.int64]) -> None:
+    """What a liar sends is read as votes for something, and as no more of them than there are plays."""
+    assert unpacked(ballots, 3).shape == (2, 3, 3)
