@@ -83,7 +83,7 @@ def run(  # the options of one command; Typer wants them as arguments
     keep: Annotated[bool, typer.Option(help="Keep the nodes' folders.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run it with real nodes on this machine, then what it is held against, and say whether its claim holds.
+    """Run it with real nodes on this machine, then all that it is held against, and say whether its claim holds.
 
     Progress goes to stderr with --json, and one line of JSON to stdout at the end. Exit code: 0, if the claim holds; 1,
     if it does not, or if there is no verdict, as the message says then.
@@ -99,7 +99,10 @@ def run(  # the options of one command; Typer wants them as arguments
     reports = []
     for noun, settings, number in (
         ("run", given, wanted),
-        ("baseline", {**given, **recipe.baseline}, recipe.epochs_of_baseline(wanted)),
+        *(
+            ("baseline", {**given, **each}, recipe.epochs_of_baseline(wanted))
+            for each in (recipe.baseline, *recipe.further)
+        ),
     ):
         out.print(f"[bold]{noun}[/] of {recipe.name}: {number} epochs on {peers} nodes")
         say = partial(out.print, soft_wrap=True)
@@ -211,6 +214,6 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
             found[path] = str(value) if isinstance(value, str) else value
 
     for field in fields(recipe):
-        if field.name not in ("name", "version", "summary", "paper", "claim", "objectives", "baseline", "verdict"):
+        if field.name not in ("name", "version", "summary", "paper", "claim", "objectives", "baseline", "further", "verdict"):
             walk(field.name, getattr(recipe, field.name))
     return found

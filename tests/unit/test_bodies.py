@@ -498,6 +498,23 @@ def test_a_messenger_whose_words_do_not_arrive_changes_nothing_for_the_others() 
             assert not np.any([sight[2:] for sight in take.sights])
 
 
+def test_messages_at_random_are_told_whatever_the_messenger_says() -> None:
+    """Numbers from -1 to 1, other ones for each role and step."""
+    game = Messenger(Gather(), 2, is_random=True)
+    seats = ByRole(messenger=Scripted("random"), walker=Scripted("random"))
+    told = [
+        float(number)
+        for take in alone(Stage(game, SharedPrompts(2), seats, {}, 2).collect(News())).takes
+        if take.role != MESSENGER
+        for sight in take.sights
+        for number in sight[2:]
+    ]
+    assert max(map(abs, told)) < 1
+    assert len(set(told)) == len(told)
+    with pytest.raises(UsageError, match="leave is_mute or is_random out"):
+        Messenger(Gather(), 2, is_mute=True, is_random=True)
+
+
 def test_a_policy_has_the_roles_that_the_cast_gives_it_or_that_it_names() -> None:
     """Each space once."""
     recipe = two_policies()
@@ -603,8 +620,9 @@ def test_a_recipe_of_bodies_and_its_baseline_run_and_are_judged(recipe: Recipe, 
     pytest.importorskip("mpe2", reason="the games extra brings it")
     pytest.importorskip("pettingzoo", reason="the games extra brings it")
     small = tiny(recipe, probes)
-    run, baseline = (play_locally(overridden(small, each), 3, epochs=3) for each in ({}, recipe.baseline))
-    verdict = recipe.verdict(run, baseline)
+    held_against = ({}, recipe.baseline, *recipe.further)
+    run, *baselines = (play_locally(overridden(small, each), 3, epochs=3) for each in held_against)
+    verdict = recipe.verdict(run, *baselines)
     assert math.isfinite(verdict.figure)
     assert math.isfinite(verdict.baseline)
     assert "return" in run.scores
@@ -616,7 +634,10 @@ def test_the_verdicts_are_the_claims() -> None:
     def report(*scores: float) -> Report:
         return Report({"return": tuple(enumerate(scores, 1))}, len(scores), 1, 1.0, 3)
 
-    assert hammer.judge(report(-40, -20, -20, -20), report(-40, -25, -25, -25)).holds
-    assert not hammer.judge(report(-40, -25, -25, -25), report(-40, -25, -25, -25)).holds
+    good, bad = report(-40, -20, -20, -20), report(-40, -25, -25, -25)
+    assert hammer.judge(good, bad, bad).holds
+    assert not hammer.judge(bad, bad, bad).holds
+    assert not hammer.judge(good, bad, good).holds, "no better than messages at random"
+    assert not hammer.judge(good, good, bad).holds, "no better than none"
     assert shared_layers.judge(report(-3, -1, -1), report(-3, -2, -1)).holds
     assert not shared_layers.judge(report(-3, -2, -1), report(-3, -2, -1)).holds

@@ -236,8 +236,9 @@ class Recipe:
         heard: probes whose scores, as members sign them, sources and objectives read from `News.evaluations`. Where
             there are such, every node probes.
         probes: the first is what the run's curve shows.
-        verdict: of this run and of the baseline.
+        verdict: of this run, of the baseline, and of each further one.
         baseline: what the baseline overrides, by paths as `shoal.training.recipes.overriding` says.
+        further: what other baselines override, each after the first; of as many epochs.
         objectives: classes of its own, which its policies name by their ``name``.
         epochs: of a run.
         baseline_epochs: of the run that it is held against, if that needs others: one that learns nothing is probed
@@ -259,8 +260,9 @@ class Recipe:
     cast: Cast
     policies: Mapping[str, Policy]
     probes: tuple[Probe, ...]
-    verdict: Callable[[Report, Report], Verdict]
+    verdict: Callable[..., Verdict]
     baseline: Mapping[str, Any] = field(default_factory=dict)
+    further: tuple[Mapping[str, Any], ...] = ()
     objectives: tuple[type[Any], ...] = ()
     parts: Mapping[str, Part] = field(default_factory=lambda: {"peer": Part()})
     scripts: Mapping[str, Callable[[Any], Actor]] = field(default_factory=dict)

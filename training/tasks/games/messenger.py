@@ -3,8 +3,8 @@
 ``Messenger(game, size)`` puts one more role, ``messenger``, before any parallel game: it sees what all see, one after
 the other, acts ``size`` numbers for each role, and these are added to what that role sees. It earns the mean of what
 they earn. With ``local`` a role sees the first numbers of its sight alone, and the messenger all of them. Baselines are
-``is_mute``, which tells zeros to roles that are as large, ``size=0``, without anybody to tell anything, and a messenger
-that says anything (``Scripted("random")``, or a frozen policy).
+``is_mute``, which tells zeros to roles that are as large, ``is_random``, which tells them numbers drawn evenly from -1
+to 1, and ``size=0``, without anybody to tell anything.
 
 Deviation: who has left the game is seen as zeros, and is told nothing.
 """
@@ -34,6 +34,7 @@ class Messenger:
     Attributes:
         inner: the other game.
         size: numbers that each role is told; 0: there is no messenger.
+        is_random: whether they are told numbers at random, likewise.
         local: numbers of its own sight that each role sees, the first ones; 0: all. The messenger sees all in any case.
         is_mute: whether all are told zeros, whatever the messenger says: what messages are worth shows beside that.
     """
@@ -41,11 +42,14 @@ class Messenger:
     inner: Game
     size: int
     is_mute: bool = False
+    is_random: bool = False
     local: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 0:
             raise UsageError(f"a messenger tells 0 numbers or more, not {self.size}")
+        if self.is_mute and self.is_random:
+            raise UsageError("who is told zeros is not told numbers at random; leave is_mute or is_random out")
         if self.local < 0 or (self.local and not self.size):
             raise UsageError("who is told nothing sees all of its sight, 0 in local; else local is how much of it")
 
@@ -85,7 +89,7 @@ class Messenger:
             asks, paid = next(inner), 0.0
             while True:
                 (said,) = yield (Ask(MESSENGER, self._together({ask.role: ask.sight for ask in asks}), paid),)
-                words = self._words(said)
+                words = self._words(said, rng)
                 told = tuple(replace(ask, sight=self._told(ask.sight, words[ask.role])) for ask in asks)
                 try:
                     asks = inner.send((yield told))
@@ -113,8 +117,10 @@ class Messenger:
         seen: Floats = np.append(sight[: self._shown], words)
         return seen
 
-    def _words(self, said: Act) -> dict[str, Floats]:
+    def _words(self, said: Act, rng: np.random.Generator) -> dict[str, Floats]:
         told = np.zeros_like(said) if self.is_mute else np.tanh(said)
+        if self.is_random:
+            told = rng.uniform(-1, 1, len(said)).astype(np.float32)
         return dict(zip(self._sizes, told.reshape(-1, self.size), strict=True))
 
 
