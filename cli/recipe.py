@@ -214,6 +214,16 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
             found[path] = str(value) if isinstance(value, str) else value
 
     for field in fields(recipe):
-        if field.name not in ("name", "version", "summary", "paper", "claim", "objectives", "baseline", "further", "verdict"):
+        if field.name not in (
+            "name",
+            "version",
+            "summary",
+            "paper",
+            "claim",
+            "objectives",
+            "baseline",
+            "further",
+            "verdict",
+        ):
             walk(field.name, getattr(recipe, field.name))
     return found

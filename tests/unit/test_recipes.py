@@ -248,10 +248,15 @@ def test_the_crowd_says_what_those_say_who_agree_with_themselves() -> None:
 def test_the_verdict_is_the_claim() -> None:
     """A gain that is large enough, and larger than by one's own vote."""
 
-    def report(first: float, last: float) -> Report:
-        return Report({"accuracy": ((1, first), (10, last), (20, last))}, 20, 1, 1.0, 3)
+    def report(first: float, last: float, *votes: float) -> Report:
+        told = {f"own.{name}": ((20, vote),) for name, vote in zip(("vote_first", "vote"), votes, strict=False)}
+        return Report({"accuracy": ((1, first), (10, last), (20, last)), **told}, 20, 1, 1.0, 3)
 
-    assert judge(report(0.7, 0.9), report(0.7, 0.75)).holds
+    alone = report(0.7, 0.75, 0.7, 0.8)
+    assert judge(report(0.7, 0.9, 0.8, 0.9), alone).holds
+    assert not judge(report(0.7, 0.9, 0.9, 0.9), alone).holds, "the vote has to gain as well"
+    assert not judge(report(0.7, 0.9, 0.8, 0.9), report(0.7, 0.75, 0.9, 0.95)).holds
+    assert not judge(report(0.7, 0.9), alone).holds, "nobody voted"
     assert not judge(report(0.7, 0.75), report(0.7, 0.7)).holds
     assert not judge(report(0.7, 0.9), report(0.7, 0.95)).holds
     with pytest.raises(UsageError, match="said nothing"):

@@ -10,8 +10,8 @@ whom each has a landmark of its own 11.2, the best assignment 7.9 (by hand; who 
 Messages say something from the first step on (``initial_gain``), and the messenger's steps are smaller than the
 agents', so that words keep their meaning. With neither, and larger messages, there was no advantage; which of it
 decides was not separated. Held against the same without a word, where zeros arrive, and with words at random, numbers
-from -1 to 1. A messenger that never learns is ``--set policies.messenger.is_frozen=true``; agents that see no landmark, and so need to be told, are
-``--set game.local=4``.
+from -1 to 1. A messenger that never learns is ``--set policies.messenger.is_frozen=true``; agents that see no
+landmark, and so need to be told, are ``--set game.local=4``.
 
 Deviations: the messenger learns by its own reward alone, where the authors' code sends the agents' gradients through
 the messages. Agents share one policy, and every node plays and trains both; in the paper the messenger is the strong

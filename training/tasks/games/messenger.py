@@ -120,7 +120,7 @@ class Messenger:
     def _words(self, said: Act, rng: np.random.Generator) -> dict[str, Floats]:
         told = np.zeros_like(said) if self.is_mute else np.tanh(said)
         if self.is_random:
-            told = rng.uniform(-1, 1, len(said)).astype(np.float32)
+            told = rng.uniform(-1, 1, np.shape(said)).astype(np.float32)
         return dict(zip(self._sizes, told.reshape(-1, self.size), strict=True))
 
 
