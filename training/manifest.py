@@ -190,6 +190,11 @@ class Manifest:
         """How much goes into an epoch."""
         return Batch(self.batch_per_learner, self.batch_size)
 
+    @property
+    def most_foreign(self) -> int:
+        """Environment steps that a learner's update takes of what others collected, at most: no shard is larger."""
+        return round(self.foreign_ratio * self.batch.largest_share)
+
 
 def sign_manifest(manifest: Manifest, signer: Signer) -> tuple[SwarmId, bytes]:
     """The swarm's name and the bytes that it names.

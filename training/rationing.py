@@ -25,7 +25,7 @@ class Rationing:
     __slots__ = ("_made", "_share", "_version")
 
     def __init__(self, share: int) -> None:
-        """Nothing is made yet; ``share``: samples of one learner's update, at most."""
+        """Nothing is made yet; ``share``: samples of others that one learner's update takes, at most."""
         self._share = share
         self._version = -1
         self._made = 0

@@ -153,7 +153,7 @@ class Run:
         self._me = me
         self._role = role
         self._fetching = fetching
-        self.rationing = Rationing(manifest.batch.largest_share)
+        self.rationing = Rationing(manifest.most_foreign)
         self._choosing = Choosing(me, role, now) if is_chosen else None
         self._has_chosen = False
         self._state_bytes = 0

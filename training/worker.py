@@ -556,8 +556,8 @@ def make_admission(request: Open, learner: Learner) -> Admission:
     if request.swarm is None or not isinstance(learner, PolicyLearner):
         raise UsageError(f"what {manifest.algorithm} learns from, others cannot collect; take the mode local")
     task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
-    shape, _, gamma = _acted_for(algorithm, manifest, task)
-    return Admission(learner, task, shape, gamma, request.swarm, manifest.max_staleness)
+    shape, num_envs, gamma = _acted_for(algorithm, manifest, task)
+    return Admission(learner, manifest, task, shape, num_envs=num_envs, gamma=gamma, swarm=request.swarm)
 
 
 def _acted_for(algorithm: Algorithm, manifest: Manifest, task: Task) -> tuple[ActorShape, int, float]:

@@ -81,7 +81,9 @@ class Shards:
             learners: the others that learn now.
             post: is told what was taken.
         """
-        self.intake = Intake(signer.peer_id, manifest.max_staleness, 2 * manifest.batch.largest_share)
+        self.intake = Intake(
+            signer.peer_id, manifest.max_staleness, 2 * manifest.batch.largest_share, most_samples=manifest.most_foreign
+        )
         self.worker: Channel | None = None
         self.num_given = 0
         self.check_s = 0.0
@@ -207,6 +209,7 @@ class Shards:
                 log.warning("%s gave a shard that is false (%s): %s; no more are taken", author, found.lie, found.words)
                 await self._accuse(author, given.cid, found)
             case _:
+                tally.refused += found.verdict == Verdict.DOES_NOT_FIT
                 log.info("a shard of %s is not learned from: %s", author, found.words)
 
     async def _accuse(self, author: PeerId, shard: Cid, found: Admitting) -> None:

@@ -59,6 +59,16 @@ def test_no_shard_is_taken_twice_and_none_of_who_was_found_out():
     assert not mine.next(5, [])
 
 
+def test_what_is_more_than_an_update_takes_is_refused_before_it_is_fetched():
+    mine = Intake(ME, 2, most_samples=100)
+    mine.named(LIAR, [shard(0, samples=101), shard(1, samples=2**31)])
+    mine.named(ACTOR, [shard(2, samples=100)])
+    assert [author for author, _ in mine.next(5, [])] == [ACTOR]
+    assert mine.tally(LIAR).refused == 2
+    assert not mine.next(5, [])
+    assert mine.tally(LIAR).refused == 2
+
+
 def test_what_is_on_its_way_is_bounded_of_one_actor_and_of_all():
     mine = Intake(ME, 2, most_waiting=10**9)
     for number in range(32):

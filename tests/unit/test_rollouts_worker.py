@@ -152,6 +152,26 @@ def test_who_looks_at_one_environment_finds_what_is_false_there(pair, monkeypatc
     assert admit(worker, data, cid, name, chance=2).samples == 64
 
 
+def test_what_costs_more_to_look_at_than_an_honest_shard_is_not_looked_at():
+    worker, state, name = learner()
+    large, many, long = actor(), actor(replace(manifest(), hyperparameters=SMALL | {"num_envs": 32})), actor()
+    for liar in (large, many, long):
+        liar.load(Load(state, cid=name))
+    _, cid, data = make(large, samples=256)  # true, and more than an update takes: it would wait for ever
+    found = admit(worker, data, cid, name)
+    assert (found.verdict, found.samples, found.waiting) == ("does not fit", 0, 0)
+    assert "256 samples" in found.words
+    long._actor._stream._max_lead = 10**6
+    _, cid, data = make(many)
+    assert "of 32 environments" in admit(worker, data, cid, name).words
+    before = None
+    for _ in range(18):
+        _, before, data = make(long, samples=128, before=before)
+    found = admit(worker, data, before, name)
+    assert found.verdict == "does not fit", found
+    assert "1088 steps" in found.words
+
+
 def test_what_does_not_fit_is_no_lie_and_is_not_learned_from(pair):
     worker, acting, name = pair
     _, cid, data = make(acting)

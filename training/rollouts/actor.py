@@ -6,7 +6,6 @@ It stands where a learner stands in a worker (`shoal.training.worker`) and has n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
@@ -16,11 +15,8 @@ from shoal.training.rollouts.acting import Acting, ActorShape, copy_of
 from shoal.training.rollouts.replaying import surroundings
 from shoal.training.rollouts.rows import Rows
 from shoal.training.rollouts.shard import Head
-from shoal.training.rollouts.streams import RowStream
+from shoal.training.rollouts.streams import MAX_LEAD, RowStream
 from shoal.training.tasks import Task
-
-MAX_LEAD: Final = 1024
-"""Steps of a stream before it begins anew: whoever checks a shard takes them all again."""
 
 
 @dataclass(frozen=True, slots=True)

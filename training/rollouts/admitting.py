@@ -15,12 +15,14 @@ from shoal.protocol.errors import LimitError, ProtocolError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training.algorithms.rollouts import Rollout
 from shoal.training.exchange.averager import Arrays
+from shoal.training.manifest import Manifest
 from shoal.training.rollouts.acting import Acting, ActorShape, Words, copy_of
 from shoal.training.rollouts.checking import check_rows
 from shoal.training.rollouts.evidence import Finding, Lie, Verdict
 from shoal.training.rollouts.replaying import CannotReplayError, surroundings, with_sights
 from shoal.training.rollouts.rows import DoesNotFitError, Rows, rows_of
 from shoal.training.rollouts.shard import Shard, open_shard
+from shoal.training.rollouts.streams import MAX_LEAD
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Floats
 
@@ -45,20 +47,30 @@ class Admission:
     """Of one learner."""
 
     def __init__(
-        self, learner: Admits, task: Task, shape: ActorShape, gamma: float, swarm: SwarmId, max_staleness: int
+        self,
+        learner: Admits,
+        manifest: Manifest,
+        task: Task,
+        shape: ActorShape,
+        *,
+        num_envs: int,
+        gamma: float,
+        swarm: SwarmId,
     ) -> None:
         """Hold no policy.
 
         Args:
             learner: that learns from them.
+            manifest: of the run.
             task: the manifest's.
             shape: of the run's policy.
-            gamma: its discount.
-            swarm: the run's name.
-            max_staleness: policy versions.
+            num_envs: that an actor steps together, at most.
+            gamma: the run's discount.
+            swarm: its name.
         """
         self._learner, self._task, self._shape, self._gamma = learner, task, shape, np.float32(gamma)
-        self._swarm, self._max_staleness = swarm, max_staleness
+        self._swarm, self._max_staleness = swarm, manifest.max_staleness
+        self._most_samples, self._most_envs = manifest.most_foreign, num_envs
         self._surroundings: bytes | None = None
         self._copies: dict[int, Words] = {}
 
@@ -96,11 +108,20 @@ class Admission:
         """
         try:
             shard = open_shard(data, cid=cid, swarm=self._swarm)
+            if shard.head.samples > self._most_samples:
+                words = f"of {shard.head.samples} samples are more than an update takes, {self._most_samples}"
+                return Finding(Verdict.DOES_NOT_FIT, words), 0, b""
             rows = rows_of(shard, self._task.observation_space.size, self._task.action_space)
         except (DoesNotFitError, LimitError) as error:
             return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b""
         except ProtocolError as error:  # of whom it is, is not proven
             return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b""
+        if rows.num_envs > self._most_envs or len(rows.lead) > MAX_LEAD:  # whoever looks takes all these steps again
+            words = (
+                f"{len(rows.lead)} steps of {rows.num_envs} environments lead to it; at most {MAX_LEAD} of "
+                f"{self._most_envs} are replayed"
+            )
+            return Finding(Verdict.DOES_NOT_FIT, words), 0, b""
         if float(np.abs(rows.rewards).max()) > MAX_REWARD:
             return Finding(Verdict.DOES_NOT_FIT, f"rewards beyond {MAX_REWARD:g} are not learned from"), 0, b""
         found = self._of_this_run(shard, author, state, epoch)

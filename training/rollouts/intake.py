@@ -2,8 +2,9 @@
 
 Of what actors say that they have, a learner takes what falls to it by rendezvous hash among the learners that are
 there, so that what several take are other samples, and one that goes leaves its part to the others. What is older than
-the run's limit is taken by nobody, and counted. What is on its way is bounded, in number and in bytes, of one actor and
-of all; what does not fit is asked for later, if it is still named and still new enough.
+the run's limit, or more than fits into an update, is taken by nobody, and counted. What is on its way is bounded, in
+number and in bytes, of one actor and of all; what does not fit is asked for later, if it is still named and still new
+enough.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Tally:
         made: that it named.
         used: that were learned from.
         checked: of these, those that were replayed.
-        refused: that are false, or are none.
+        refused: that are false, or none, or not of this run's kind.
         stale: that were too old when they could have been taken.
         samples: of those that were used.
         staleness: of these samples, summed: policy versions.
@@ -69,6 +70,7 @@ class Intake:
         me: this node.
         max_staleness: versions.
         most_waiting: samples that may wait to be learned from before no more are fetched.
+        most_samples: of a shard.
         waiting: those that do.
         tallies: by actor.
         shunned: actors from which nothing is taken.
@@ -77,6 +79,7 @@ class Intake:
     me: PeerId
     max_staleness: int
     most_waiting: int = 2**31
+    most_samples: int = 2**31
     waiting: int = 0
     tallies: dict[PeerId, Tally] = field(default_factory=dict)
     shunned: set[PeerId] = field(default_factory=set)
@@ -115,6 +118,9 @@ class Intake:
             if each.version < version - self.max_staleness:
                 self._remember(each.cid)
                 self.tally(author).stale += 1
+            elif each.samples > self.most_samples:
+                self._remember(each.cid)
+                self.tally(author).refused += 1
             elif each.version > version:
                 continue  # this node is behind, or that one lies
             elif self._falls_to_me(each.cid, learners) and self._has_room(author, each):
