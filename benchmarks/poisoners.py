@@ -48,7 +48,7 @@ KNOWN: Final = 100
 COSTS: Final = ("gym:CartPole-v1", "gym:LunarLander-v3", "gym:Pendulum-v1")
 REAL_SAMPLES: Final = 460
 """Of a shard, by an actor that is fast enough, with the default batch."""
-SHARDS: Final = 240
+SHARDS: Final = 400
 
 
 class Poisoned(Together):

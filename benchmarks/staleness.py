@@ -219,7 +219,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     """Of each task, in Markdown."""
     found = []
     for task, steps in dict.fromkeys((each["task"], each["steps"]) for each in lines):
-        here = [each for each in lines if each["task"] == task]
+        here = [each for each in lines if (each["task"], each["steps"]) == (task, steps)]
         lates = sorted({each["late"] for each in here})
         found += [
             f"## {task.partition(':')[2]}, {steps:,} environment steps",
@@ -227,7 +227,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
             f"| correction | {' | '.join(f'K = {late}' for late in lates)} |",
             "|---|" + "---|" * len(lates),
         ]
-        for correction in CORRECTIONS:
+        for correction in (each for each in CORRECTIONS if each in {line["correction"] for line in here}):
             cells = []
             for late in lates:
                 same = [e["return"] for e in here if (e["correction"], e["late"]) == (correction, late)]
@@ -242,6 +242,7 @@ def main() -> None:
     """Measure, print, and keep if that is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--runs", nargs="*", default=RUNS, help="task:steps:K,K,…")
+    parser.add_argument("--corrections", default=",".join(CORRECTIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="seed")
     parser.add_argument("--lines", type=Path, help="a file that runs are added to and told from")
@@ -250,12 +251,12 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     if options.lines and options.lines.exists():
         lines = [json.loads(line) for line in options.lines.read_text().splitlines()]
-    known = {(each["task"], each["correction"], each["late"], each["seed"]) for each in lines}
+    known = {tuple(each[name] for name in ("task", "steps", "correction", "late", "seed")) for each in lines}
     for seed in range(options.first, options.first + options.seeds):
         for task, steps, lates in (each.rsplit(":", 2) for each in options.runs):
             for late in map(int, lates.split(",")):
-                for correction in CORRECTIONS:
-                    if (task, correction, late, seed) in known:
+                for correction in options.corrections.split(","):
+                    if (task, int(steps), correction, late, seed) in known:
                         continue
                     found, cpu_s = measure(task, int(steps), correction, late, seed)
                     line = {"task": task, "steps": int(steps), "correction": correction, "late": late, "seed": seed}

@@ -358,7 +358,7 @@ class _Nothing:
 
 def _members(members: Sequence[MemberInfo], batch_per_learner: int) -> Table:
     has_shards = any(member.shards_made for member in members)
-    shards = (">shards used", ">checked", ">refused", ">age") if has_shards else ()
+    shards = (">shards used", ">of learned", ">checked", ">refused", ">age") if has_shards else ()
     table = _table("member", "phase", ">epoch", "this epoch", ">steps/s", "contributed", ">env steps", *shards)
     for member in sorted(members, key=lambda member: (not member.live, -member.env_steps, member.peer_id)):
         name = short_peer(member.peer_id) + (" you" if member.is_self else "")
@@ -387,11 +387,12 @@ def _waiting(members: Sequence[MemberInfo]) -> list[Text]:
 
 
 def _shards(member: MemberInfo) -> tuple[str, ...]:
-    """Of a member's shards: how many were learned from, replayed, and refused here, and how old those used were."""
+    """Of a member's shards, here: those learned from, their part of all, those replayed, those refused, their age."""
     if not member.shards_made:
-        return "", "", "", ""
+        return "", "", "", "", ""
     used = f"{member.shards_used} of {member.shards_made}"
-    return used, str(member.shards_checked), str(member.shards_refused), f"{member.mean_staleness:.1f}"
+    checked, refused = str(member.shards_checked), str(member.shards_refused)
+    return used, f"{member.shards_share:.0%}", checked, refused, f"{member.mean_staleness:.1f}"
 
 
 def _bar(share: float, style: str, width: int) -> Text:

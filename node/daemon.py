@@ -559,6 +559,8 @@ class Node:
         replica, me = joined.replica, self._host.peer_id
         contributed = replica.views.contributions
         total = sum(entry.env_steps for entry in contributed.values())
+        tallies = joined.run.shards.intake.tallies
+        learned = sum(tally.samples for tally in tallies.values())
         told = joined.run.core.live
         listed: dict[PeerId, str] = {peer: str(facts.role) for peer, facts in told.items()}
         listed |= {peer: known.role for peer, known in replica.views.members.items() if not known.left}
@@ -567,7 +569,7 @@ class Node:
         for peer, role in sorted(listed.items()):
             live: Facts | None = joined.run.core.facts() if peer == me else told.get(peer)
             given = contributed.get(peer)
-            tally = joined.run.shards.intake.tallies.get(peer, Tally())
+            tally = tallies.get(peer, Tally())
             made = joined.run.shards.num_given if peer == me else tally.made
             found.append(
                 MemberInfo(
@@ -587,6 +589,7 @@ class Node:
                     shards_used=tally.used,
                     shards_checked=tally.checked,
                     shards_refused=tally.refused + tally.stale,
+                    shards_share=round(tally.samples / learned, 4) if learned else 0.0,
                     mean_staleness=round(tally.mean_staleness, 2),
                 )
             )

@@ -130,7 +130,7 @@ class Manifest:
     max_env_steps: int = 10_000_000
     max_staleness: int = 4
     foreign_ratio: float = 0.9
-    check_rate: float = 0.1
+    check_rate: float = 0.05
     name: str = ""
     created_at: int = 0
     requires: dict[str, int] = field(default_factory=dict)

@@ -392,7 +392,9 @@ class MemberInfo(Model):
     shards_checked: int = 0
     """That this node replayed before."""
     shards_refused: int = 0
-    """That this node found to be false, or too old."""
+    """That this node found to be false, too old, or not of this run's kind."""
+    shards_share: float = 0.0
+    """Of all samples of others that this node learned from, between 0 and 1."""
     mean_staleness: float = 0.0
     """Policy versions, of the samples that this node learned from."""
 

@@ -7,17 +7,18 @@ import pytest
 CREATE = ("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "vtrace", "--mode", "rollouts")
 ENDLESS = ("--target-return", "100000", "--max-env-steps", "100000000", "--batch-per-learner", "1024")
 LIAR = '''
-"""Rewards that are more than what was earned."""
+"""Rewards that are more than what was earned, once a few shards were true."""
+import itertools
 from dataclasses import replace
 
 from shoal.training.rollouts import actor
 
-honest = actor.Actor.roll_out
+honest, calls = actor.Actor.roll_out, itertools.count()
 
 
 def roll_out(self, samples, before):
     made = honest(self, samples, before)
-    return replace(made, rows=replace(made.rows, rewards=made.rows.rewards + 1))
+    return made if next(calls) < 4 else replace(made, rows=replace(made.rows, rewards=made.rows.rewards + 1))
 
 
 actor.Actor.roll_out = roll_out
@@ -62,9 +63,11 @@ def test_actors_are_learned_from_and_the_run_goes_on_whoever_is_killed(make_node
 
 
 def test_an_actor_that_lies_is_found_out_and_named_and_nobody_else(make_node, tmp_path, monkeypatch):
-    learner, honest, liar = (make_node() for _ in range(3))
-    created = learner.ask(*CREATE, *ENDLESS)
-    honest.ask("join", created["ticket"], "-d", "--role", "actor")
+    learner, honest, other, liar = (make_node() for _ in range(4))
+    create = ["ppo" if word == "vtrace" else word for word in CREATE]
+    created = learner.ask(*create, *ENDLESS, "--check-rate", "0.5")
+    for node in (honest, other):
+        node.ask("join", created["ticket"], "-d", "--role", "actor")
     site = tmp_path / "liar"
     site.mkdir()
     (site / "sitecustomize.py").write_text(LIAR)
@@ -77,11 +80,18 @@ def test_an_actor_that_lies_is_found_out_and_named_and_nobody_else(make_node, tm
     assert [(each["against"], each["kind"], each["by"]) for each in shown["evidence"]] == [
         (liar.peer_id, "rewards", learner.peer_id)
     ]
-    used = member(shown, honest)["shards_used"]
+    assert f"{liar.peer_id} gave a shard that is false (rewards)" in learner.log()
     later = learner.wait_for(
-        created["swarm"], "the honest one goes on", lambda shown: member(shown, honest)["shards_used"] > used + 3
+        created["swarm"],
+        "the honest ones go on, and the run learns",
+        lambda now: (
+            all(member(now, each)["shards_used"] > member(shown, each)["shards_used"] for each in (honest, other))
+            and (now["return"] or 0) > 150
+        ),
     )
-    assert member(later, liar)["shards_used"] == member(shown, liar)["shards_used"] == 0
+    assert member(later, liar)["shards_used"] <= 8
+    assert sum(member(later, each)["shards_share"] for each in (honest, other, liar)) > 0.99
+    assert len(later["evidence"]) == 1
 
 
 FAILING = '''

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from shoal.protocol.ids import PeerId
-from shoal.training.rollouts.trust import MAX_AUTHORS, PATIENCE, Look, Trust, caught_after, rate_of
+from shoal.training.rollouts.trust import MAX_AUTHORS, NUM_WHOLE, PATIENCE, Look, Trust, caught_after, rate_of
 
 ACTOR, OTHER = (PeerId.of_public_key(bytes([number]) * 32) for number in range(2))
 
@@ -28,7 +28,7 @@ def test_who_is_new_is_looked_at_whole_and_always_then_less_and_one_environment_
         if looks[-1] is not Look.NONE:
             trust.found_true(ACTOR)
     assert looks[0] is Look.WHOLE
-    assert looks.count(Look.WHOLE) == PATIENCE
+    assert looks.count(Look.WHOLE) == NUM_WHOLE
     late = Counter(looks[1000:])
     assert late[Look.WHOLE] == 0
     assert 0.04 < late[Look.ONE] / 3000 < 0.06

@@ -1,8 +1,8 @@
 """How closely a learner looks at an actor's shards: a core, of what it found itself and of whom anybody accuses.
 
-Of who is new all shards are replayed, whole. With every one that is found true fewer are, and of these one environment
-alone, which stands for all: that costs a fraction, and who lies in all of them is found as surely. What is false in
-one of N environments is then found by one look in N, and does a shard's N-th of harm.
+Of who is new all shards are replayed, the first ones whole. With every one that is found true fewer are, and of these
+one environment alone, which stands for all: that costs a fraction, and who lies in all of them is found as surely. What
+is false in one of N environments is then found by one look in N, and does a shard's N-th of harm.
 
 Nobody but this learner knows which shard and which environment it looks at: ``chance`` is to be drawn from what nobody
 can foresee.
@@ -17,8 +17,10 @@ from typing import Final
 
 from shoal.protocol.ids import PeerId
 
-PATIENCE: Final = 8
-"""Shards found true after which an actor is no longer new; the share that is looked into is then a quarter."""
+PATIENCE: Final = 4
+"""Shards found true after which the share that is looked into is a quarter."""
+NUM_WHOLE: Final = 2
+"""Shards of an actor that are looked at whole."""
 
 MAX_AUTHORS: Final = 1024
 
@@ -54,7 +56,7 @@ class Trust:
         found_true = self._found_true[author]
         if chance >= rate_of(found_true, least=self.least):
             return Look.NONE
-        return Look.WHOLE if found_true < PATIENCE else Look.ONE
+        return Look.WHOLE if found_true < NUM_WHOLE else Look.ONE
 
     def found_true(self, author: PeerId) -> None:
         """A shard of it was looked into, and is true; of very many authors, the first is new again."""
