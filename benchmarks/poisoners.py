@@ -8,7 +8,7 @@ Told are the mean return at the end, what was caught of what was looked at, how 
 before their author was found out, and whom else that hit. Then what looking costs beside acting, with shards as large
 as actors make them, of an actor that begins as a stranger.
 
-    python benchmarks/poisoners.py [--task gym:CartPole-v1] [--steps 40000] [--seeds 1] [--rate R]
+    python benchmarks/poisoners.py [--task gym:CartPole-v1] [--steps 50000] [--seeds 1] [--rate R]
                                    [--keep]
 """
 
@@ -49,18 +49,21 @@ COSTS: Final = ("gym:CartPole-v1", "gym:LunarLander-v3", "gym:Pendulum-v1")
 REAL_SAMPLES: Final = 460
 """Of a shard, by an actor that is fast enough, with the default batch."""
 SHARDS: Final = 400
+STRANGERS_STEPS: Final = 8000
+"""Of the runs in which liars are new: it is over with them after a shard or two, and nothing is left to learn from."""
 
 
 class Poisoned(Together):
     """A run whose last actors lie, in one way."""
 
     lie = ""
-    begun = 0  # epoch from which they do
+    copied: Made | None = None
+    """The last that an honest actor made."""
 
     def poison(self, number: int, made: Made) -> Made:
         """What an actor of a number signs."""
         if number < ACTORS - LIARS or not self.lie:
-            self._honest = made
+            self.copied = made
             return made
         head, rows = made.head, made.rows
         match self.lie:
@@ -69,7 +72,7 @@ class Poisoned(Together):
             case "edited log-probabilities":
                 rows = replace(rows, log_probs=np.minimum(rows.log_probs - np.float32(2), 0))
             case "copied shards":
-                rows = self._honest.rows
+                rows = rows if self.copied is None else self.copied.rows
             case _:  # made so by who made them
                 pass
         return Made(head, rows, made.episode_returns)
@@ -137,14 +140,15 @@ def measure(task: str, steps: int, seed: int, rate: float, lie: str, *, is_known
         run.turn(lie)
     liars = {signer.peer_id for signer in run.signers[ACTORS - LIARS :]} if lie else set()
     intake = Intake(ME.peer_id, LATE, most_samples=run.manifest.most_foreign)
-    trust, rng, found, returns = Trust(rate), np.random.default_rng(seed), Outcome(), list[float]()
+    trust, found, returns = Trust(rate), Outcome(), list[float]()
+    rng, turns = np.random.default_rng(seed), np.random.default_rng(seed)  # who gives does not hang on who looks
     if is_known:
         for signer in run.signers:
             for _ in range(KNOWN):
                 trust.found_true(signer.peer_id)
     while run.env_steps < steps:
         given: dict[str, Given] = {}
-        for each in run.shards(run.poison, rng.permutation(ACTORS)[:GIVERS].tolist()):
+        for each in run.shards(run.poison, turns.permutation(ACTORS)[:GIVERS].tolist()):
             given[each.cid] = each
             said = GivenShard(each.cid, each.version, run.share, len(each.data))
             intake.named(each.signer.peer_id, [said])
@@ -170,12 +174,12 @@ def measure(task: str, steps: int, seed: int, rate: float, lie: str, *, is_known
     return found
 
 
-def row(words: str, some: list[Outcome], clean: float) -> str:
-    """A line of the table."""
+def row(words: str, some: list[Outcome], clean: float | None) -> str:
+    """A line of the table; without the return, where there is none to hold it against."""
     last = statistics.fmean(each.last for each in some)
     looked, caught, used, accused = (sum(getattr(each, name) for each in some) for name in _COUNTS)
-    change = f"{100 * (last / clean - 1):+.0f} %"
-    return f"| {words} | {last:.0f} ({change}) | {caught} of {looked} | {used} | {accused} |"
+    told = "" if clean is None else f"{last:.0f} ({100 * (last / clean - 1):+.0f} %)"
+    return f"| {words} | {told} | {caught} of {looked} | {used} | {accused} |"
 
 
 def cost(task: str, rate: float) -> str:
@@ -207,34 +211,34 @@ def main() -> None:
     """Measure, print, and keep if that is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--task", default="gym:CartPole-v1")
-    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--seeds", type=int, default=1)
     default = Manifest(owner=ME.peer_id, task="gym:x", algorithm="ppo").check_rate
     parser.add_argument("--rate", type=float, default=default, help=f"the least share looked into (default: {default})")
     parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()
 
-    def some(rate: float, lie: str, *, is_known: bool) -> list[Outcome]:
-        return [
-            measure(options.task, options.steps, seed, rate, lie, is_known=is_known) for seed in range(options.seeds)
-        ]
+    def some(rate: float, lie: str, *, is_known: bool, steps: int = options.steps) -> list[Outcome]:
+        return [measure(options.task, steps, seed, rate, lie, is_known=is_known) for seed in range(options.seeds)]
 
     lines = [
-        "| lie | looks | return | caught of looked at | poisoned and used | honest accused |",
+        "| lie | looked at | return | caught of looked at | poisoned and used | honest accused |",
         "|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    clean = statistics.fmean(each.last for each in some(0.0, "", is_known=False))
 
-    def tell(lie: str, looks: str, rate: float, *, is_known: bool) -> None:
-        lines.append(row(f"{lie or 'nobody lies'} | {looks}", some(rate, lie, is_known=is_known), clean))
+    def tell(words: str, outcomes: list[Outcome], clean: float | None) -> None:
+        lines.append(row(words, outcomes, clean))
         print(lines[-1], flush=True)
 
-    for lie in ("", *LIES):
-        tell(lie, "at who is new", options.rate, is_known=False)
-        tell(lie, "at who is known", options.rate, is_known=True)
-        if lie:
-            tell(lie, "never", 0.0, is_known=False)
+    honest = some(options.rate, "", is_known=True)
+    clean = statistics.fmean(each.last for each in honest)
+    tell("nobody | once all are known", honest, clean)
+    for lie in LIES:
+        tell(f"{lie} | once all are known", some(options.rate, lie, is_known=True), clean)
+        tell(f"{lie} | never", some(0.0, lie, is_known=False), clean)
+    for lie in LIES:
+        tell(f"{lie} | at who is new", some(options.rate, lie, is_known=False, steps=STRANGERS_STEPS), None)
     costs = [
         f"| task | looked at of {SHARDS // 2} | looking ÷ acting | of {SHARDS // 2} more | ÷ acting | of all |",
         "|---|---|---|---|---|---|",
@@ -248,7 +252,7 @@ def main() -> None:
             f"# Poisoners: three of ten actors\n\n`python benchmarks/poisoners.py --task {options.task} --steps "
             f"{options.steps} --seeds {options.seeds} --rate {options.rate}`, Python {platform.python_version()}, "
             f"{platform.machine()}, one thread.\nSee the head of the benchmark. In brackets: beside the run in which "
-            f"nobody lies and nobody looks, {clean:.0f}.\n\n"
+            f"nobody lies, {clean:.0f}.\n\n"
         )
         RESULT.write_text(text + "\n".join([*lines, "", *costs]) + "\n")
 
