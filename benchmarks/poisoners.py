@@ -68,7 +68,7 @@ class Poisoned(Together):
         head, rows = made.head, made.rows
         match self.lie:
             case "false rewards":
-                rows = replace(rows, rewards=-rows.rewards)
+                rows = replace(rows, rewards=-10 * rows.rewards)
             case "edited log-probabilities":
                 rows = replace(rows, log_probs=np.minimum(rows.log_probs - np.float32(2), 0))
             case "copied shards":
