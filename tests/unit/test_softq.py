@@ -64,6 +64,36 @@ def test_the_policy_of_who_showed_it_is_found_again() -> None:
     assert float(model.log_probs(turns).exp().min().detach()) > 0.9
 
 
+def test_own_turns_of_an_update_that_failed_teach_nobody() -> None:
+    """What was kept before stays, as many updates of it as are asked for."""
+    trainee = Trainee(
+        MLP([TWO], hidden_sizes=(4,)), SoftQ(SoftQSettings(kept=2)), mode=Mode.LOCAL, codec=Codec.FP32, seed=0, is_own=True
+    )
+    news, shown = News(0, 0), walk([0, 1], [0, 1], 9)
+
+    def own_turns(number: int) -> int:
+        batch = next_batch(trainee, [shown, walk([0, 1, 2], [0, 0, 0], number, proven=True)], news)
+        return 0 if batch.own is None else len(batch.own)
+
+    assert own_turns(0) == 3
+    assert own_turns(1) == 3  # the first was never said to be done
+    trainee.used()
+    assert own_turns(2) == 6
+    trainee.used()
+    trainee.used()
+    assert own_turns(3) == 6  # of two updates, the newest among them
+
+
+def next_batch(trainee: Trainee, takes: list[Take], news: News) -> SoftQBatch:
+    """What an update would be made from; it goes no further."""
+    objective = trainee.objective
+    assert isinstance(objective, SoftQ)
+    with pytest.raises(StopIteration) as over:
+        next(objective.prepare(takes, trainee.model, news))
+    assert isinstance(over.value.value, SoftQBatch)
+    return over.value.value
+
+
 def test_posts_that_are_no_plays_of_the_game_are_passed_over() -> None:
     """What is sound comes back as it was shown."""
     game = Handover(size=3, turns=8)

@@ -116,6 +116,7 @@ class SoftQ:
     def __init__(self, settings: SoftQSettings) -> None:
         self.settings = settings
         self._own: deque[list[Take]] = deque(maxlen=settings.kept)
+        self._newest: list[Take] | None = None  # of the update under way
         self._beside: dict[Take, list[Take]] = {}
         self._policies: Mapping[str, Any] = {}
 
@@ -138,11 +139,18 @@ class SoftQ:
         yield from ()
         used = [take for take in takes if len(take)]
         shown = [take for take in used if not take.proven]
-        self._own.append([take for take in used if take.proven])
+        self._newest = [take for take in used if take.proven]
         if not shown:
             return None
-        own = [take for update in self._own for take in update]
+        earlier = list(self._own)[-(self.settings.kept - 1) :] if self.settings.kept > 1 else []
+        own = [take for update in [*earlier, self._newest] for take in update]
         return SoftQBatch(self.steps(model, shown), self.steps(model, own) if own else None)
+
+    def used(self) -> None:
+        """Keep the own turns of the update that is done; see `Keeping`."""
+        if self._newest is not None:
+            self._own.append(self._newest)
+            self._newest = None
 
     def loss(self, model: BodyModel, batch: SoftQBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """See the head of this module."""

@@ -156,6 +156,15 @@ class Remembering(Protocol):
         ...
 
 
+@runtime_checkable
+class Keeping(Protocol):
+    """An objective that learns from takes of earlier updates too, which it keeps in this process alone."""
+
+    def used(self) -> None:
+        """The update for which `prepare` was called last is done; of one that failed, nothing is to be kept."""
+        ...
+
+
 class Trainee:
     """One policy of a run, as one member trains it.
 
@@ -219,7 +228,7 @@ class Trainee:
     # --- an update ---
 
     def update(self, takes: Sequence[Take], news: News) -> AskingUpdate:
-        """Learn from takes; whoever drives it puts the trainee back if it fails (`snapshot`, `restore`).
+        """Learn from takes; whoever drives it says that it is done (`used`), or puts the trainee back (`load`).
 
         Raises:
             ProtocolError: if the merged arrays do not fit.
@@ -240,6 +249,11 @@ class Trainee:
         measures = given.measures.means() if batch is not None else {}
         return UpdateStats(len(takes), self.objective.settings.num_steps, measures)
 
+    def used(self) -> None:
+        """The last update is done, and those of the policies beside it."""
+        if isinstance(self.objective, Keeping):
+            self.objective.used()
+
     @property
     def actor(self) -> Any:
         """What acts with the parameters as they are: the model."""
@@ -253,6 +267,7 @@ class Trainee:
             try:
                 next(teacher.update(takes, news))
             except StopIteration:
+                teacher.used()
                 return
             raise UsageError("an objective that asks the swarm teaches nobody before the run; take another one")
 

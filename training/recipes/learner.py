@@ -327,6 +327,8 @@ class RecipeLearner:
             raise
         finally:
             self._running = None
+        for trainee in self._trainees.values():
+            trainee.used()
         self._drop()
         self._epoch += 1
         if self._found_part and not self._part:
