@@ -67,7 +67,12 @@ def test_the_policy_of_who_showed_it_is_found_again() -> None:
 def test_own_turns_of_an_update_that_failed_teach_nobody() -> None:
     """What was kept before stays, as many updates of it as are asked for."""
     trainee = Trainee(
-        MLP([TWO], hidden_sizes=(4,)), SoftQ(SoftQSettings(kept=2)), mode=Mode.LOCAL, codec=Codec.FP32, seed=0, is_own=True
+        MLP([TWO], hidden_sizes=(4,)),
+        SoftQ(SoftQSettings(kept=2)),
+        mode=Mode.LOCAL,
+        codec=Codec.FP32,
+        seed=0,
+        is_own=True,
     )
     news, shown = News(0, 0), walk([0, 1], [0, 1], 9)
 
