@@ -38,8 +38,6 @@ RUNS: Final = (
 )
 TARGETS: Final = {"gym:CartPole-v1": 475.0, "gym:Pendulum-v1": -200.0, "hidden:CartPole-v1": 475.0}
 SETTLE_S: Final = 10.0
-SHORT: Final = {"dqn": 256, "sac": 256}
-"""Environment steps of a learner per epoch, where the default makes too long ones for so few."""
 LIMITS: Final = {"gym:CartPole-v1": 200_000, "gym:Pendulum-v1": 300_000, "hidden:CartPole-v1": 200_000}
 
 
@@ -72,7 +70,6 @@ def measure(nodes: School, algorithm: str, task: str, seed: int, mode: Mode, set
             task=task,
             algorithm=algorithm,
             mode=mode,
-            batch_per_learner=SHORT.get(algorithm),
             min_learners=len(nodes.pupils),
             seed=seed,
             target_return=TARGETS[task],

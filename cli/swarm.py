@@ -73,7 +73,8 @@ def create(  # the options of one command; Typer wants them as arguments
         Codec | None, typer.Option(help="What contributions travel as; auto is for loops. Default: fp32.")
     ] = None,
     batch_per_learner: Annotated[
-        int | None, typer.Option(help="Environment steps of the fastest learner per epoch. Default: 2048.")
+        int | None,
+        typer.Option(help="Environment steps of the fastest learner per epoch. Default: 2048; 256 with dqn and sac."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Environment steps of all learners together per epoch, at most.")

@@ -39,7 +39,7 @@ class LookedUp:
     Attributes:
         target_return: the task's own, if it has one.
         requires: what its members must have, as `shoal.training.requirements` says it.
-        defaults: of the manifest's fields, where the task has others than most.
+        defaults: of the manifest's fields, where the task or the algorithm has others than most.
     """
 
     target_return: float | None

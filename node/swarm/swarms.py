@@ -183,7 +183,8 @@ class Swarms:
         else:
             found = await self._check_task(request.task, request.algorithm)
             asked = replace(asked, target_return=found.target_return, requires=found.requires)
-            wished = {name: value for name, value in found.defaults.items() if name not in request.model_fields_set}
+            given = request.model_fields_set | ({"batch_per_learner"} if request.batch_size is not None else set())
+            wished = {name: value for name, value in found.defaults.items() if name not in given}
             manifest = from_plain(Manifest, to_plain(asked) | wished)
         if request.target_return is not None:
             manifest = replace(manifest, target_return=request.target_return)

@@ -72,6 +72,7 @@ def check_by_a_process(algorithm: str, task: str = TASK) -> dict[str, object]:
 
 def test_the_check_that_a_node_asks_for_gives_the_installed_versions() -> None:
     assert check_by_a_process("ppo") == {"target_return": 475.0, "requires": installed(), "defaults": {}}
+    assert check_by_a_process("dqn")["defaults"] == {"batch_per_learner": 256}
     assert "did you mean ppo" in str(check_by_a_process("pppo")["error"])
 
 

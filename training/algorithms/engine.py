@@ -66,6 +66,7 @@ class OnEngine(ABC, Generic[S]):
         in_gradient: which of them have other defaults in mode ``gradient``,
         in_rollouts: and in mode ``rollouts``.
         on_images: likewise for tasks that show images, in every mode.
+        run_defaults: of a manifest's fields, where it has others than most, as `shoal swarm create` takes them.
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class OnEngine(ABC, Generic[S]):
     in_gradient: ClassVar[Mapping[str, Any]] = {}
     in_rollouts: ClassVar[Mapping[str, Any]] = {}
     on_images: ClassVar[Mapping[str, Any]] = {}
+    run_defaults: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def objective(self, settings: S, manifest: Manifest, task: Task) -> Objective[Any]:

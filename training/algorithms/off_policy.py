@@ -78,7 +78,13 @@ S = TypeVar("S", bound=OffPolicySettings)
 
 
 class OffPolicyOnEngine(OnEngine[S]):
-    """An `OnEngine` with such settings."""
+    """An `OnEngine` with such settings.
+
+    Its epochs are short: an update takes a step for each environment step of one learner, by samples that the policy of
+    before collected, and several learners average what that many steps made of each. See `docs/algorithms.md`.
+    """
+
+    run_defaults: ClassVar[Mapping[str, Any]] = {"batch_per_learner": 256}
 
     def actor_shape(self, manifest: Manifest, task: Task) -> ActorShape:
         """None: how these explore, actors do not know."""

@@ -53,7 +53,7 @@ def _look_up(task_name: str, algorithm_name: str) -> dict[str, object]:
         return {
             "target_return": task.target_return,
             "requires": requirements(algorithm_name, algorithm.version, task_name, task.version),
-            "defaults": getattr(task, "run_defaults", {}),
+            "defaults": dict(getattr(algorithm, "run_defaults", {})) | getattr(task, "run_defaults", {}),
         }
     except ShoalError as error:
         return {"error": str(error)}
