@@ -22,7 +22,7 @@ from shoal.cli import render
 from shoal.cli.common import AsJson, Profile, connect, console, print_json
 from shoal.cli.spawn import BackgroundNode
 from shoal.node.api.client import Client
-from shoal.node.api.requests import BenchReduceRequest, BenchRequest
+from shoal.node.api.requests import BenchReduceRequest, BenchRequest, GetModel, PublishModel
 from shoal.node.api.schemas import BenchReduceResult
 from shoal.node.config import NodeConfig
 from shoal.protocol.errors import NoPeersError, UsageError
@@ -33,6 +33,7 @@ bench_app = typer.Typer(name="bench", help="Measure the wire to another node.", 
 CONNECT_S: Final = 20.0
 MAX_REDUCERS: Final = 32
 REDUCE_S: Final = 600.0
+_PIECE_BYTES: Final = 4 * 1024 * 1024
 _UNITS: Final = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("KMG", start=1)
@@ -108,6 +109,58 @@ def allreduce(
         print_json(figures)
     else:
         console().print(render.bench_reduce(figures))
+
+
+@bench_app.command("blocks")
+def blocks(
+    size: SizeOption = "256MB",
+    receivers: Annotated[int, typer.Option(min=1, max=MAX_REDUCERS, help="Nodes that fetch at once.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a file as blocks, from one new node to others on this machine, onto their disks."""
+    num_bytes = parse_size(size)
+    waiting = nullcontext() if as_json else console().status("measuring …")
+    with reducing_nodes(receivers + 1) as (clients, _), _new_home() as folder, waiting:
+        figures = _bench_blocks(clients, folder / "data", num_bytes)
+    if as_json:
+        print_json(figures)
+    else:
+        from shoal.cli.render_models import bench_blocks
+
+        console().print(bench_blocks(figures))
+
+
+def _bench_blocks(clients: Sequence[Client], path: Path, num_bytes: int) -> dict[str, Any]:
+    with path.open("wb") as file:
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            file.write(secrets.token_bytes(min(_PIECE_BYTES, num_bytes - start)))
+    giver, *takers = clients
+    deadline = time.monotonic() + CONNECT_S
+    while len(giver.peers()) < len(takers):
+        if time.monotonic() > deadline:
+            raise NoPeersError(f"the nodes on this machine did not connect in {CONNECT_S:.0f} s")
+        time.sleep(0.05)
+    model = giver.publish_model(PublishModel(path=str(path), name="bench"))
+    before = [_memory(client.pid, "VmRSS") for client in clients]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(takers)) as pool:
+        list(pool.map(lambda client: client.get_model(GetModel(model=str(model.cid))), takers))
+    seconds = time.perf_counter() - began
+    grown = [_memory(client.pid, "VmHWM") - was for client, was in zip(clients, before, strict=True)]
+    return {
+        "seconds": round(seconds, 3),
+        "mb_per_s": round(num_bytes / seconds / 1e6, 1),
+        "receivers": len(takers),
+        "memory_mb": round(max(grown) / 1e6, 1),
+    }
+
+
+def _memory(pid: int, what: str) -> int:
+    """Of a process, by what Linux calls it."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def reduce_figures(found: Sequence[BenchReduceResult], request: BenchReduceRequest) -> dict[str, Any]:

@@ -39,6 +39,7 @@ _COMMANDS: Final = {
     "algorithm": "algorithm",
     "demo": "demo",
     "sim": "sim",
+    "model": "model",
     "bench": "bench",
 }
 """Each command and the module it is in, in the order in which help lists them."""

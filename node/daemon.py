@@ -17,13 +17,23 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 import shoal
-from shoal.node.api.requests import AnswerAsk, BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
+from shoal.node.api.requests import (
+    AnswerAsk,
+    BenchReduceRequest,
+    BenchRequest,
+    CreateSwarm,
+    GetModel,
+    JoinSwarm,
+    PingRequest,
+    PublishModel,
+)
 from shoal.node.api.schemas import (
     ActsInfo,
     AskInfo,
     BenchReduceResult,
     BenchResult,
     ConsultInfo,
+    ContentInfo,
     CreatedSwarm,
     CurvePoint,
     DoctorInfo,
@@ -31,6 +41,7 @@ from shoal.node.api.schemas import (
     EvidenceInfo,
     FailureInfo,
     FamilyInfo,
+    FetchInfo,
     JoinedSwarm,
     MemberInfo,
     MeshInfo,
@@ -38,6 +49,8 @@ from shoal.node.api.schemas import (
     MeshNode,
     MethodInfo,
     MetricsInfo,
+    ModelDetail,
+    ModelInfo,
     NatInfo,
     NodeInfo,
     PeerInfo,
@@ -64,8 +77,10 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.models import Models
 from shoal.node.swarm.shards import MAX_ACCUSED, REGISTER
 from shoal.node.swarm.swarms import Joined, Swarms
+from shoal.node.swarm.trees import Trees
 from shoal.node.swarm.workers import can_train
 from shoal.node.way_back import keep_way_back
 from shoal.node.wire.bench import Bench, BenchServer
@@ -152,8 +167,10 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
             )
             for service in swarms.services():
                 router.add(service)
+            trees = Trees(storage, host, content)
+            router.add(trees)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
-            node = Node(config, host, reach, swarms, content, domain)
+            node = Node(config, host, reach, swarms, content, Models(trees, content, storage, host.peer_id), domain)
             domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
             domain.start_soon("keeping a way back", keep_way_back, host, remembered, policy=Policy.RESTART)
             domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
@@ -197,6 +214,7 @@ class Node:
         reach: Reach,
         swarms: Swarms,
         content: ContentStore,
+        models: Models,
         domain: Domain,
     ) -> None:
         self.api_url = ""
@@ -206,6 +224,7 @@ class Node:
         self._reach = reach
         self._swarms = swarms
         self._content = content
+        self._models = models
         self._domain = domain
         self._started = time.monotonic()
 
@@ -466,6 +485,38 @@ class Node:
     def answer_ask(self, swarm: SwarmId, request: AnswerAsk) -> None:
         """What the person does; `UsageError` if nobody waits for it, or it cannot be done."""
         self._swarms.get(swarm).run.consulting.sitting.answer(request.id, request.act)
+
+    def content(self) -> ContentInfo:
+        """What contents take on disk."""
+        return self._models.content()
+
+    def models(self) -> list[ModelInfo]:
+        """The models that it has."""
+        return self._models.all()
+
+    async def model(self, model: str) -> ModelDetail:
+        """One of them; `UsageError` if it is not here."""
+        return await self._models.one(model)
+
+    async def publish_model(self, request: PublishModel) -> ModelInfo:
+        """Take a folder in."""
+        return await self._models.publish(request)
+
+    async def get_model(self, request: GetModel) -> FetchInfo:
+        """Fetch one."""
+        return await self._models.get(request)
+
+    async def pin_model(self, model: str, is_pinned: bool) -> ModelInfo:
+        """Let one stay, or not."""
+        return await self._models.pin(model, is_pinned)
+
+    async def remove_model(self, model: str) -> ContentInfo:
+        """Forget one."""
+        return await self._models.remove(model)
+
+    async def collect_models(self) -> ContentInfo:
+        """Forget those that are not pinned."""
+        return await self._models.collect()
 
     async def serve_api(self, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the local API; started when it answers. When it begins again, it is at the same port."""

@@ -113,6 +113,11 @@ class Cid(str):
         return cls._of(_CID_PREFIX_MSGPACK, data)
 
     @classmethod
+    def of_digest(cls, digest: bytes) -> Self:
+        """The CID of one block of raw bytes, by its sha2-256."""
+        return cls("b" + base64.b32encode(_CID_PREFIX_RAW + digest).decode().rstrip("=").lower())
+
+    @classmethod
     def _of(cls, prefix: bytes, data: bytes | memoryview) -> Self:
         raw = prefix + hashlib.sha256(data).digest()
         return cls("b" + base64.b32encode(raw).decode().rstrip("=").lower())

@@ -18,19 +18,32 @@ from starlette.exceptions import HTTPException
 
 from shoal import __version__
 from shoal.node.api.prometheus import CONTENT_TYPE, exposition
-from shoal.node.api.requests import AnswerAsk, BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm, PingRequest
+from shoal.node.api.requests import (
+    AnswerAsk,
+    BenchReduceRequest,
+    BenchRequest,
+    CreateSwarm,
+    GetModel,
+    JoinSwarm,
+    PingRequest,
+    PublishModel,
+)
 from shoal.node.api.schemas import (
     AskInfo,
     BenchReduceResult,
     BenchResult,
+    ContentInfo,
     CreatedSwarm,
     DoctorInfo,
     ErrorAnswer,
     ErrorBody,
     Event,
+    FetchInfo,
     JoinedSwarm,
     MeshInfo,
     MetricsInfo,
+    ModelDetail,
+    ModelInfo,
     NatInfo,
     NodeInfo,
     PeerInfo,
@@ -115,6 +128,30 @@ class NodeView(Protocol):
     def answer_ask(self, swarm: SwarmId, request: AnswerAsk) -> None:
         """What the person does; `UsageError` if nobody waits for it, or it cannot be done."""
 
+    def content(self) -> ContentInfo:
+        """What contents take on disk."""
+
+    def models(self) -> list[ModelInfo]:
+        """The models that are here."""
+
+    async def model(self, model: str) -> ModelDetail:
+        """One of them; `UsageError` if it is not here."""
+
+    async def publish_model(self, request: PublishModel) -> ModelInfo:
+        """Take a folder in."""
+
+    async def get_model(self, request: GetModel) -> FetchInfo:
+        """Fetch one; takes as long as it takes."""
+
+    async def pin_model(self, model: str, is_pinned: bool) -> ModelInfo:
+        """Let one stay, or not."""
+
+    async def remove_model(self, model: str) -> ContentInfo:
+        """Forget one."""
+
+    async def collect_models(self) -> ContentInfo:
+        """Forget those that are not pinned."""
+
     def stop(self) -> None:
         """Begin to end the node; returns at once."""
 
@@ -136,6 +173,7 @@ def create_app(node: NodeView) -> FastAPI:
     _add_error_handlers(app)
     _add_node_routes(app, node)
     _add_swarm_routes(app, node)
+    _add_model_routes(app, node)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -273,6 +311,53 @@ def _add_swarm_routes(app: FastAPI, node: NodeView) -> None:
     async def get_state(swarm: str) -> StateInfo:
         """The shared state of a swarm, as this node holds it."""
         return node.state(_resolve_or_404(node, swarm))
+
+
+def _add_model_routes(app: FastAPI, node: NodeView) -> None:
+    @app.get("/v1/models")
+    async def get_models() -> list[ModelInfo]:
+        """The models that this node has published or fetched."""
+        return node.models()
+
+    @app.post("/v1/models", status_code=201)
+    async def publish_model(request: PublishModel) -> ModelInfo:
+        """Publish a folder or a file of this machine."""
+        return await node.publish_model(request)
+
+    @app.post("/v1/models/get")
+    async def fetch_model(request: GetModel) -> FetchInfo:
+        """Fetch a model from the peers that have it; answers when it is here."""
+        return await node.get_model(request)
+
+    @app.get("/v1/models/{model}")
+    async def get_model(model: str) -> ModelDetail:
+        """One model, with its files."""
+        return await node.model(model)
+
+    @app.delete("/v1/models/{model}")
+    async def remove_model(model: str) -> ContentInfo:
+        """Forget a model."""
+        return await node.remove_model(model)
+
+    @app.post("/v1/models/{model}/pin")
+    async def pin_model(model: str) -> ModelInfo:
+        """Let a model stay."""
+        return await node.pin_model(model, True)
+
+    @app.post("/v1/models/{model}/unpin")
+    async def unpin_model(model: str) -> ModelInfo:
+        """Let a model go when its room is needed."""
+        return await node.pin_model(model, False)
+
+    @app.get("/v1/content")
+    async def get_content() -> ContentInfo:
+        """What contents take on disk, and what is on its way."""
+        return node.content()
+
+    @app.post("/v1/content/gc")
+    async def collect_models() -> ContentInfo:
+        """Forget the models that are not pinned."""
+        return await node.collect_models()
 
 
 class _UnknownSwarmError(UsageError):

@@ -15,13 +15,17 @@ from shoal.node.api.schemas import (
     AskInfo,
     BenchReduceResult,
     BenchResult,
+    ContentInfo,
     CreatedSwarm,
     DoctorInfo,
     ErrorAnswer,
     Event,
+    FetchInfo,
     JoinedSwarm,
     MeshInfo,
     MetricsInfo,
+    ModelDetail,
+    ModelInfo,
     NatInfo,
     NodeInfo,
     PeerInfo,
@@ -35,7 +39,15 @@ from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, Sho
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from shoal.node.api.requests import AnswerAsk, BenchReduceRequest, BenchRequest, CreateSwarm, JoinSwarm
+    from shoal.node.api.requests import (
+        AnswerAsk,
+        BenchReduceRequest,
+        BenchRequest,
+        CreateSwarm,
+        GetModel,
+        JoinSwarm,
+        PublishModel,
+    )
     from shoal.node.profile import ProfilePaths
 
 T = TypeVar("T")
@@ -43,6 +55,8 @@ T = TypeVar("T")
 ANSWER_TIMEOUT_S: Final = 10.0
 WORK_TIMEOUT_S: Final = 120.0
 """To create or join a swarm: a manifest is fetched, and a slow machine starts a worker."""
+TRANSFER_TIMEOUT_S: Final = 30 * 86_400.0
+"""The node says when a transfer has failed; until then it goes on, however large it is."""
 SILENCE_TIMEOUT_S: Final = 15.0
 """An event stream beats every half second; a node that is silent for so long hangs."""
 MIN_REFRESH_S: Final = 0.1
@@ -152,6 +166,39 @@ class Client:
     def answer_ask(self, swarm: str, request: AnswerAsk) -> None:
         """Answer one."""
         self._ask(dict[str, int], "POST", f"/v1/swarms/{_in_path(swarm)}/asks", request)
+
+    def models(self) -> list[ModelInfo]:
+        """The models that it has."""
+        return self._ask(list[ModelInfo], "GET", "/v1/models")
+
+    def model(self, model: str) -> ModelDetail:
+        """One of them, with its files."""
+        return self._ask(ModelDetail, "GET", f"/v1/models/{_in_path(model)}", timeout_s=WORK_TIMEOUT_S)
+
+    def publish_model(self, request: PublishModel) -> ModelInfo:
+        """Take a folder in."""
+        return self._ask(ModelInfo, "POST", "/v1/models", request, timeout_s=TRANSFER_TIMEOUT_S)
+
+    def get_model(self, request: GetModel) -> FetchInfo:
+        """Fetch one; returns when it is there."""
+        return self._ask(FetchInfo, "POST", "/v1/models/get", request, timeout_s=TRANSFER_TIMEOUT_S)
+
+    def pin_model(self, model: str, *, is_pinned: bool) -> ModelInfo:
+        """Let one stay, or not."""
+        verb = "pin" if is_pinned else "unpin"
+        return self._ask(ModelInfo, "POST", f"/v1/models/{_in_path(model)}/{verb}")
+
+    def remove_model(self, model: str) -> ContentInfo:
+        """Forget one."""
+        return self._ask(ContentInfo, "DELETE", f"/v1/models/{_in_path(model)}", timeout_s=WORK_TIMEOUT_S)
+
+    def collect_models(self) -> ContentInfo:
+        """Forget those that are not pinned."""
+        return self._ask(ContentInfo, "POST", "/v1/content/gc", timeout_s=WORK_TIMEOUT_S)
+
+    def content(self) -> ContentInfo:
+        """What contents take on disk, and what is on its way."""
+        return self._ask(ContentInfo, "GET", "/v1/content")
 
     def stop(self) -> int:
         """Begin to end the node; gives its process id."""

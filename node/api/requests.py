@@ -15,6 +15,7 @@ from shoal.training.statements import MAX_PART_CHARS
 
 _MANIFEST_DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Manifest)}
 
+MAX_MODEL_NAME_CHARS: Final = 200
 MAX_TEXT_CHARS: Final = 8192
 MAX_VALUES: Final = 10_000
 MAX_DEPTH: Final = 32
@@ -173,3 +174,33 @@ class JoinSwarm(Asked):
     role: str = "auto"
     part: str = Field(default="", max_length=MAX_PART_CHARS)
     """What this node is in a recipe; empty: what the swarm makes it."""
+
+
+class PublishModel(Asked):
+    """Take a folder or a file in.
+
+    Attributes:
+        path: of it, absolute.
+        name: what it is called here.
+        tags: words by which it is sorted.
+    """
+
+    path: str = Field(min_length=1, max_length=4096)
+    name: str = Field(min_length=1, max_length=MAX_MODEL_NAME_CHARS)
+    tags: list[str] = Field(default=[], max_length=32)
+
+
+class GetModel(Asked):
+    """Fetch a model.
+
+    Attributes:
+        model: its CID, or the name of one that is here.
+        out: an absolute path of a folder that is not there yet; empty: it is only kept.
+        name: what it is to be called here.
+        is_pinned: whether it is to stay.
+    """
+
+    model: str = Field(min_length=1, max_length=MAX_MODEL_NAME_CHARS)
+    out: str = Field(default="", max_length=4096)
+    name: str = Field(default="", max_length=MAX_MODEL_NAME_CHARS)
+    is_pinned: bool = False

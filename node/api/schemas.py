@@ -567,3 +567,66 @@ class ErrorAnswer(Model):
     """The body of every answer that is not a success."""
 
     error: ErrorBody
+
+
+class ModelInfo(Model):
+    """A folder that this node has published or fetched, or is fetching.
+
+    Attributes:
+        num_bytes: of its files; 0 before they are known.
+        stored_on: nodes that are known to have all of it: this one, or none.
+    """
+
+    name: str
+    cid: CidName
+    num_bytes: int
+    num_files: int
+    tags: list[str] = []
+    is_pinned: bool = False
+    is_whole: bool = False
+    stored_on: list[PeerName] = []
+
+
+class FileInfo(Model):
+    """A file of a model; an empty folder's path ends in a slash."""
+
+    path: str
+    num_bytes: int
+
+
+class ModelDetail(ModelInfo):
+    """A model with its first files."""
+
+    files: list[FileInfo] = []
+
+
+class FetchInfo(Model):
+    """How far a fetch is, or how it went; ``sources``: bytes that came of each peer."""
+
+    cid: CidName
+    num_bytes: int
+    of_bytes: int
+    seconds: float
+    mb_per_s: float
+    sources: dict[str, int] = {}
+
+
+class ContentInfo(Model):
+    """What contents take on disk.
+
+    Attributes:
+        disk_bytes: of all that this node keeps; it may be ``max_disk_bytes``.
+        run_bytes: blocks of runs.
+        model_bytes: blocks of models.
+        freed_bytes: by what was asked for, if it frees something.
+        num_damaged: blocks that were found damaged since the node started.
+        fetching: what is on its way.
+    """
+
+    disk_bytes: int
+    max_disk_bytes: int
+    run_bytes: int
+    model_bytes: int
+    freed_bytes: int = 0
+    num_damaged: int = 0
+    fetching: list[FetchInfo] = []

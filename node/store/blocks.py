@@ -209,6 +209,24 @@ class BlockStore:
             return None
         return data
 
+    def make_durable(self, cids: Iterable[Cid]) -> None:
+        """These survive a power cut when it returns, if they were `put` before.
+
+        Raises:
+            StorageError: if the disk refuses.
+        """
+        descriptors: list[int] = []
+        try:
+            for cid in cids:
+                with suppress(FileNotFoundError):  # one was forgotten meanwhile
+                    descriptors.append(os.open(self._path(cid), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+            _make_durable(descriptors)
+        except OSError as error:
+            raise told(self.folder, error) from error
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
     def forget(self, cids: Iterable[Cid]) -> int:
         """Remove blocks, pinned or not; gives how many bytes they had."""
         freed = 0

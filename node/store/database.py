@@ -76,14 +76,14 @@ class StoredSwarm:
 class Storage:
     """One open file. Close it, or use it as a context manager."""
 
-    __slots__ = ("_db", "_lock", "blocks", "path")
+    __slots__ = ("_db", "_lock", "blocks", "path", "trees")
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Open the file; create it, with mode 0600, if there is none.
 
         Args:
-            path: of the file; its folder must exist. SQLite puts ``-wal`` and ``-shm`` beside it, and ``blocks`` is
-                the folder of blocks.
+            path: of the file; its folder must exist. SQLite puts ``-wal`` and ``-shm`` beside it, ``blocks`` is the
+                folder of the blocks of runs, and ``models`` that of the blocks of trees.
             clock: Unix seconds, for the order of use of blocks.
 
         Raises:
@@ -211,7 +211,7 @@ class Storage:
 
     def disk_bytes(self) -> int:
         """What the file, its write-ahead log and the blocks take on disk. Does not block."""
-        return self.log_bytes() + self.blocks.num_bytes
+        return self.log_bytes() + self.blocks.num_bytes + self.trees.num_bytes
 
     def log_bytes(self) -> int:
         """The same without the blocks. Does not block."""
@@ -229,6 +229,11 @@ class Storage:
             db.execute(
                 "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (name, value)
             )
+
+    def delete_fact(self, name: str) -> None:
+        """Forget what was kept under a name."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM facts WHERE name = ?", (name,))
 
     def list_facts(self, prefix: str) -> dict[str, bytes]:
         """Everything that was kept under a name that begins so."""
@@ -265,6 +270,7 @@ class Storage:
                 raise StorageError(f"{self.path} is a database of something else; choose another place for it")
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         self.blocks = BlockStore(self.path.with_name("blocks"), clock)
+        self.trees = BlockStore(self.path.with_name("models"), clock)
         if version == _BLOCKS_IN_FILE:
             self._move_blocks_out()
 

@@ -269,11 +269,12 @@ class ContentStore(ContentService):
         if block is not None:
             self.holding.lease(cid, trio.current_time())
             return await self._give(block)
-        if self._blocks.has(cid):
+        store = self._blocks if self._blocks.has(cid) else self._storage.trees
+        if store.has(cid):
             if self._disk.statistics().tasks_waiting >= MAX_WAITING:
                 self.num_refused += 1
                 raise RemoteError(Status.RESOURCE_EXHAUSTED, "this node's disk is busy; ask again in a while")
-            block = await self._in_thread(partial(self._blocks.get, cid), self._disk)
+            block = await self._in_thread(partial(store.get, cid), self._disk)
         if block is None:
             raise RemoteError(Status.NOT_FOUND, f"this node does not hold {cid}")
         return await self._give(block)
@@ -543,7 +544,7 @@ def _sweep(storage: Storage, roots: Iterable[Cid], max_bytes: int) -> None:
     for cid in roots:
         kept |= _names_on_disk(storage, cid) or {cid}
     storage.blocks.forget_unused(kept, before=time.time() - GRACE_S)
-    storage.blocks.evict(max(0, max_bytes - storage.log_bytes()), kept)
+    storage.blocks.evict(max(0, max_bytes - storage.log_bytes() - storage.trees.num_bytes), kept)
 
 
 def _read_kept(data: bytes) -> tuple[Cid, ...]:

@@ -24,6 +24,10 @@ MAX_CONSULT_BYTES: Final = 4 * 1024 * 1024 + 4096
 """Of one question or answer."""
 
 
+MAX_HELD_TREE_BYTES: Final = 160 * 1024
+"""A bit for each block of the largest tree, and some."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockRequest:
     """Asks for one block."""
@@ -431,4 +435,28 @@ class ReachService(Service, name="reach"):
     @unary(max_calls_per_s=4)
     async def webrtc(self, request: SessionDescription) -> SessionDescription:
         """Answer an offer of WebRTC; UNIMPLEMENTED if this node has none."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class TreeAsked:
+    """Asks what of a tree (`shoal.dht.trees`) is there."""
+
+    cid: Cid
+
+
+@dataclass(frozen=True, slots=True)
+class TreeHeld:
+    """What of it is: bit n, from the lowest of the first byte on, is block n, equal ones counted once."""
+
+    is_whole: bool
+    blocks: bytes = b""
+
+
+class TreeService(Service, name="tree"):
+    """Who has what of a tree; its blocks are given by `ContentService`."""
+
+    @unary(idempotent=True, max_answer_bytes=MAX_HELD_TREE_BYTES, max_calls_per_s=50)
+    async def held(self, request: TreeAsked) -> TreeHeld:
+        """Say which blocks are there; NOT_FOUND if this node does not know the tree."""
         raise NotImplementedError
