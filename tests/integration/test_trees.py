@@ -145,7 +145,7 @@ async def test_a_bad_source_costs_time_and_no_byte(tmp_path, monkeypatch, kind):
                 raise RemoteError(Status.NOT_FOUND, "never had it")
             if kind == "stalls":
                 await trio.sleep_forever()
-            return Block(bytes(BLOCK_BYTES) if kind == "lies" else b"short")
+            return Block(b"x" * BLOCK_BYTES if kind == "lies" else b"short")
 
         eve.trees.bad_held = held
         eve.content.bad_block = block
