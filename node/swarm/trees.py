@@ -1,8 +1,8 @@
 """Folders that this node has published or fetched: named, fetched from many peers at once, given to others meanwhile.
 
 What is known of each is a record in the node's file. Their blocks are in a store of their own (``models``), from which
-`ContentStore` gives them to whoever asks for one; an index is a content that is kept on disk. So a fetch that was broken
-off, by whatever, begins with the blocks that are there, and is a source for others before it is whole.
+`ContentStore` gives them to whoever asks for one; an index is a content that is kept on disk. So a fetch that was
+broken off, by whatever, begins with the blocks that are there, and is a source for others before it is whole.
 
 A tree that is pinned stays. Others go, the least recently used first, when a new one needs their room.
 """
