@@ -106,13 +106,6 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Damaged:
-    """Blocks that were here are not any more."""
-
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; also the first event, which starts the fetch."""
 
@@ -158,7 +151,7 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """All blocks are here. Nothing but `Damaged` follows."""
+    """All blocks are here. Nothing follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +162,7 @@ class Failed:
     lack: Lack
 
 
-Event = SourceFound | SourceLost | HaveArrived | HaveFailed | Answered | Damaged | Tick
+Event = SourceFound | SourceLost | HaveArrived | HaveFailed | Answered | Tick
 Output = AskHave | Request | CallOff | Drop | Wake | Done | Failed
 
 
@@ -268,10 +261,6 @@ class TreeFetch:
     def handle(self, event: Event, now: float) -> list[Output]:
         """Take an event; what is to be done about it, in order."""
         outputs: list[Output] = []
-        if isinstance(event, Damaged):
-            self._wanted |= event.blocks & self._all
-            self._moved_at = now
-            self.is_over = False
         if self.is_over:
             return []
         if self._began_at is None:
@@ -291,7 +280,7 @@ class TreeFetch:
                     self._failed(source, state, reason, now, outputs)
             case Answered():
                 self._answered(event, now, outputs)
-            case Damaged() | Tick():
+            case Tick():
                 pass
         self._plan(now, outputs)
         return outputs

@@ -25,7 +25,6 @@ from shoal.dht.tree_fetch import (
     Answered,
     AskHave,
     CallOff,
-    Damaged,
     Done,
     Drop,
     Event,
@@ -42,6 +41,7 @@ from shoal.dht.tree_fetch import (
 from shoal.dht.trees import MAX_INDEX_BYTES, Tree, read_index
 from shoal.node.mesh.host import Host
 from shoal.node.store.database import Storage
+from shoal.node.store.errors import StorageError
 from shoal.node.store.folders import DamagedError, check_target, pack, scan, unpack
 from shoal.node.supervise import open_plain_nursery
 from shoal.node.swarm.content import LOOK_S, ContentStore, UnavailableError
@@ -69,6 +69,8 @@ SOURCES_S: Final = 1.0
 SILENCE_S: Final = 10.0
 """A request fails at a source of which nothing at all comes for so long."""
 ANSWER_S: Final = 120.0
+MAX_ROUNDS: Final = 4
+"""Of fetching what was found damaged."""
 MAX_OPEN_TREES: Final = 8
 """Whose indexes are in memory because peers asked for them."""
 MAX_TREES: Final = 10_000
@@ -353,47 +355,42 @@ class Trees(TreeService):
 
     async def _read(self, index: memoryview) -> OpenTree:
         try:
-            return await self._in_thread(lambda: OpenTree(read_index(bytes(index))))
+            return await self._in_thread(
+                lambda: OpenTree(read_index(bytes(index) if len(index) <= BLOCK_BYTES else index))
+            )
         except ProtocolError as error:
             raise UsageError(f"this CID does not name a folder that can be taken: {error}") from error
 
     async def _fly(self, opened: OpenTree, progress: Progress, out: Path | None) -> None:
-        """Fetch what is not here, and make the folder; again, if blocks turn out to be damaged."""
-        num_blocks = len(opened.cids)
+        """Fetch what is not here, and make the folder; again, if blocks turn out to be damaged: then they are gone."""
         rng = Random(str(self._host.peer_id))  # noqa: S311  it draws where to begin
-        fetch = TreeFetch(num_blocks, self._here(opened), (), rng)
-        flight = _Flight(opened, fetch, progress, *trio.open_memory_channel[Event](256))
-        self._flights[progress.cid] = flight
-        event: Event = Tick()
         try:
-            while True:
+            for _ in range(MAX_ROUNDS):
+                fetch = TreeFetch(len(opened.cids), self._here(opened), (), rng)
+                flight = _Flight(opened, fetch, progress, *trio.open_memory_channel[Event](256))
+                self._flights[progress.cid] = flight
                 if fetch.num_wanted:
                     for other in self._flights.values():
                         other.fetch.max_open_blocks = max(2, MAX_OPEN_BLOCKS // len(self._flights))
                     async with open_plain_nursery() as nursery:
                         nursery.start_soon(self._find_sources, flight)
                         nursery.start_soon(self._watch, flight)
-                        await self._carry_out(flight, event, nursery)
+                        await self._carry_out(flight, nursery)
                         nursery.cancel_scope.cancel()
-                if out is None:
-                    return
                 try:
-                    await self._in_thread(partial(unpack, opened.tree, out, self._blocks))
+                    if out is not None:
+                        await self._in_thread(partial(unpack, opened.tree, out, self._blocks))
                 except DamagedError as error:
                     log.warning("%s: %s", progress.cid, error)
-                    numbers = {cid: number for number, cid in enumerate(opened.cids)}
-                    lost = 0
-                    for block in error.blocks:
-                        lost |= 1 << numbers[opened.tree.cid(block)]
-                    event = Damaged(lost)
-                    fetch.handle(event, trio.current_time())
                 else:
                     return
         finally:
-            del self._flights[progress.cid]
+            self._flights.pop(progress.cid, None)
+        raise StorageError(f"{self._blocks.folder}: blocks are damaged again and again; check the disk")
 
-    async def _carry_out(self, flight: _Flight, event: Event, nursery: trio.Nursery) -> None:
+    async def _carry_out(self, flight: _Flight, nursery: trio.Nursery) -> None:
         fetch = flight.fetch
+        event: Event = Tick()
         while True:
             wake_at = trio.current_time()
             for output in fetch.handle(event, trio.current_time()):

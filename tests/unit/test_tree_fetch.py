@@ -14,7 +14,6 @@ from shoal.dht.tree_fetch import (
     Answered,
     AskHave,
     CallOff,
-    Damaged,
     Done,
     Drop,
     Event,
@@ -214,18 +213,6 @@ def test_no_more_is_asked_for_at_once_than_there_is_room_for() -> None:
         scene.now += 0.001
         scene.answer(scene.open[0])
         assert len(scene.asked()) <= module.MAX_OPEN_BLOCKS
-
-
-def test_what_turns_out_damaged_is_fetched_again() -> None:
-    scene = Scene(8, ANN)
-    scene.tell(Tick())
-    scene.has(ANN, 0xFF)
-    scene.finish(ANN)
-    scene.now += 1
-    scene.tell(Damaged(0b101))
-    assert scene.fetch.num_wanted == 2
-    scene.finish(ANN)
-    assert scene.fetch.came_from == {ANN: 10}
 
 
 def test_wakes_are_ahead_and_seldom() -> None:
