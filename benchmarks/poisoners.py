@@ -135,7 +135,7 @@ class Outcome:
 
 def measure(task: str, steps: int, seed: int, rate: float, lie: str, *, is_known: bool) -> Outcome:
     """One run."""
-    run = Poisoned(task, "ppo", {}, actors=ACTORS, late=LATE, seed=seed, batch=BATCH, givers=GIVERS)
+    run = Poisoned(task, "ppo", {}, actors=ACTORS, late=LATE, seed=seed, batch=BATCH, givers=GIVERS, check_rate=rate)
     if lie:
         run.turn(lie)
     liars = {signer.peer_id for signer in run.signers[ACTORS - LIARS :]} if lie else set()
@@ -156,8 +156,8 @@ def measure(task: str, steps: int, seed: int, rate: float, lie: str, *, is_known
                 taken = given[shard.cid]
                 look = trust.look(author, rng.random())
                 chance = int(rng.integers(2**32)) if look is Look.ONE else None
-                finding, samples = run.admit(taken, is_checked=look is not Look.NONE, chance=chance)
-                if look is not Look.NONE:
+                finding, samples, is_looked_into = run.admit(taken, is_checked=look is not Look.NONE, chance=chance)
+                if is_looked_into or look is not Look.NONE:
                     if finding.verdict is Verdict.TRUE:
                         trust.found_true(author)
                     found.looked += author in liars
@@ -184,7 +184,8 @@ def row(words: str, some: list[Outcome], clean: float | None) -> str:
 
 def cost(task: str, rate: float) -> str:
     """What looking at an actor's shards costs beside its acting: a line."""
-    run, trust, rng = Together(task, "ppo", {}, actors=1, late=0, seed=0, batch=2048), Trust(rate), random.Random(0)
+    run = Together(task, "ppo", {}, actors=1, late=0, seed=0, batch=2048, check_rate=rate)
+    trust, rng = Trust(rate), random.Random(0)
     run.share = REAL_SAMPLES
     acted, looked, shares = [0.0, 0.0], [0.0, 0.0], [0, 0]
     for number in range(SHARDS):
@@ -192,12 +193,12 @@ def cost(task: str, rate: float) -> str:
         half = int(number >= SHARDS // 2)
         acted[half] += given.act_s
         look = trust.look(given.signer.peer_id, rng.random())
-        if look is not Look.NONE:
-            began = time.process_time()
-            finding, _ = run.admit(given, is_checked=True, chance=rng.getrandbits(32) if look is Look.ONE else None)
+        began, chance = time.process_time(), rng.getrandbits(32) if look is Look.ONE else None
+        finding, _, is_looked_into = run.admit(given, is_checked=look is not Look.NONE, chance=chance)
+        assert finding.verdict is Verdict.TRUE, finding
+        if is_looked_into:
             looked[half] += time.process_time() - began
             shares[half] += 1
-            assert finding.verdict is Verdict.TRUE, finding
             trust.found_true(given.signer.peer_id)
         run.learner.abandon()
     early, late = (f"{n} | {100 * b / a:.1f} %" for n, a, b in zip(shares, acted, looked, strict=True))

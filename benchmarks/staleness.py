@@ -94,6 +94,7 @@ class Together:
         seed: int,
         batch: int,
         givers: int | None = None,
+        check_rate: float = 0.0,
     ) -> None:
         """Begin.
 
@@ -106,6 +107,7 @@ class Together:
             seed: of everything.
             batch: environment steps per update.
             givers: how many actors' shards an update is made from; None: all.
+            check_rate: of shards.
         """
         self.task, kind = load_task(task_name), load_algorithm(algorithm)
         assert isinstance(kind, OnEngine)
@@ -118,6 +120,7 @@ class Together:
             hyperparameters=settings,
             batch_per_learner=batch,
             max_staleness=max(late, 1),
+            check_rate=check_rate,
         )
         self.learner = kind.learner(self.manifest, self.task, peer=ME.peer_id)
         config, self.shape = kind.configured(self.manifest, self.task), kind.actor_shape(self.manifest, self.task)
@@ -168,9 +171,9 @@ class Together:
             self._before[number] = cid
             yield Given(signer, data, cid, version, made.head.samples, time.process_time() - began)
 
-    def admit(self, given: Given, *, is_checked: bool = False, chance: int | None = None) -> tuple[Finding, int]:
-        """What is found of a shard, and how many samples of it are learned from."""
-        return self.admission.admit(
+    def admit(self, given: Given, *, is_checked: bool = False, chance: int | None = None) -> tuple[Finding, int, bool]:
+        """What is found of a shard, how many samples of it are learned from, and whether it was looked into."""
+        found, samples, _, is_looked_into = self.admission.admit(
             given.data,
             given.cid,
             given.signer.peer_id,
@@ -178,7 +181,8 @@ class Together:
             self.epoch,
             is_checked=is_checked,
             chance=chance,
-        )[:2]
+        )
+        return found, samples, is_looked_into
 
     def learn(self) -> None:
         """Fill up with own samples, and make the next policy."""
@@ -206,7 +210,7 @@ def measure(task: str, steps: int, correction: str, late: int, seed: int) -> tup
     found = []
     while run.env_steps < steps:
         for given in run.shards():
-            finding, taken = run.admit(given)
+            finding, taken, _ = run.admit(given)
             assert finding.verdict is Verdict.TRUE, finding
             assert taken
         run.learn()

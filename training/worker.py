@@ -241,7 +241,7 @@ class Worker:
         if self._admission is None:
             raise RemoteError(Status.FAILED_PRECONDITION, "nothing that others collected is learned from here")
         began = time.monotonic()
-        found, samples, proof = self._admission.admit(
+        found, samples, proof, is_checked = self._admission.admit(
             request.shard,
             request.cid,
             request.author,
@@ -254,7 +254,7 @@ class Worker:
         learner = self.learner
         waiting = learner.num_foreign if isinstance(learner, PolicyLearner) else 0
         words = (str(found.verdict), found.words, lie, found.step, found.part)
-        return Admitted(*words, samples, seconds, learner.samples, waiting, proof)
+        return Admitted(*words, samples, seconds, learner.samples, waiting, proof, is_checked)
 
     def _note_policy(self) -> None:
         if self._admission is not None:

@@ -269,6 +269,7 @@ class Admitted:
         total: samples since the last update.
         waiting: samples of others that wait, for this update or a later one.
         proof: its author's signed head, if it is false.
+        is_checked: whether it was looked into, as it was to be or because of what it says.
     """
 
     verdict: str
@@ -281,6 +282,7 @@ class Admitted:
     total: int
     waiting: int = 0
     proof: bytes = b""
+    is_checked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

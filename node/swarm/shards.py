@@ -194,7 +194,7 @@ class Shards:
             self.intake.came(given.cid)
             self._hold()
             self.look(self._version)
-        if is_checked:
+        if found.is_checked:
             tally.checked += 1
             if found.verdict == Verdict.TRUE:
                 self.trust.found_true(author)

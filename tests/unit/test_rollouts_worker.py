@@ -91,8 +91,10 @@ def test_an_update_that_is_given_up_leaves_what_came_from_others(pair):
 
 
 @pytest.mark.parametrize(("reward", "taken"), [(9e8, 64), (3e38, 0)])
-def test_a_lie_that_nobody_looked_at_costs_an_update_and_not_the_run(pair, monkeypatch, reward, taken):
-    worker, acting, name = pair
+def test_a_lie_that_nobody_looked_at_costs_an_update_and_not_the_run(monkeypatch, reward, taken):
+    worker, state, name = learner(replace(manifest(), check_rate=0.0))
+    acting = actor()
+    acting.load(Load(state, cid=name))
     rolled = acting._actor.roll_out
 
     def absurd(samples, before):
@@ -134,6 +136,26 @@ def test_what_was_edited_is_found_when_it_is_looked_at(pair, column, monkeypatch
     assert found.verdict == "false", found
     assert found.lie
     assert found.samples == found.waiting == 0
+
+
+def test_rewards_beyond_all_that_were_found_true_are_looked_at_whether_it_was_to_be_or_not(pair, monkeypatch):
+    worker, acting, name = pair
+    made, before, data = make(acting)
+    assert admit(worker, data, before, name, is_checked=False).is_checked, "nothing is known yet"
+    _, before, data = make(acting, before=before)
+    found = admit(worker, data, before, name, is_checked=False)
+    assert (found.is_checked, found.samples) == (False, made.samples)
+    rolled = acting._actor.roll_out
+
+    def edited(samples, before):
+        made = rolled(samples, before)
+        made.rows.rewards[5, 1] += 0.5
+        return made
+
+    monkeypatch.setattr(acting._actor, "roll_out", edited)
+    _, cid, data = make(acting, before=before)
+    found = admit(worker, data, cid, name, is_checked=False)
+    assert (found.is_checked, found.verdict, found.lie, found.step, found.part) == (True, "false", "rewards", 5, 1)
 
 
 def test_who_looks_at_one_environment_finds_what_is_false_there(pair, monkeypatch):

@@ -3,10 +3,14 @@
 A learner's worker keeps the acting copies of the last policies of the run, as many as shards may be old, so that a
 shard can be judged by the policy that it names. Which name a policy has, its node knows; a shard that names another one
 is of another line of the run and is not used.
+
+A shard with rewards beyond all that were found true before is always looked into, there: one such lie bends a run more
+than a hundred others, and few honest shards set a record.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -71,6 +75,8 @@ class Admission:
         self._learner, self._task, self._shape, self._gamma = learner, task, shape, np.float32(gamma)
         self._swarm, self._max_staleness = swarm, manifest.max_staleness
         self._most_samples, self._most_envs = manifest.most_foreign, num_envs
+        self._is_checking = manifest.check_rate > 0
+        self._least, self._most = np.inf, -np.inf  # rewards that were found true
         self._surroundings: bytes | None = None
         self._copies: dict[int, Words] = {}
 
@@ -91,7 +97,7 @@ class Admission:
         *,
         is_checked: bool,
         chance: int | None = None,
-    ) -> tuple[Finding, int, bytes]:
+    ) -> tuple[Finding, int, bytes, bool]:
         """Take a shard.
 
         Args:
@@ -104,37 +110,40 @@ class Admission:
             chance: one of its environments, by this number, which nobody else knows; None: all.
 
         Returns:
-            What is found of it, how many samples are learned from, and its author's signed head if it is false.
+            What is found of it, how many samples are learned from, its author's signed head if it is false, and whether
+            it was looked into.
         """
         try:
             shard = open_shard(data, cid=cid, swarm=self._swarm)
             if shard.head.samples > self._most_samples:
                 words = f"of {shard.head.samples} samples are more than an update takes, {self._most_samples}"
-                return Finding(Verdict.DOES_NOT_FIT, words), 0, b""
+                return Finding(Verdict.DOES_NOT_FIT, words), 0, b"", False
             rows = rows_of(shard, self._task.observation_space.size, self._task.action_space)
         except (DoesNotFitError, LimitError) as error:
-            return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b""
+            return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b"", False
         except ProtocolError as error:  # of whom it is, is not proven
-            return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b""
+            return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b"", False
         if rows.num_envs > self._most_envs or len(rows.lead) > MAX_LEAD:  # whoever looks takes all these steps again
             words = (
                 f"{len(rows.lead)} steps of {rows.num_envs} environments lead to it; at most {MAX_LEAD} of "
                 f"{self._most_envs} are replayed"
             )
-            return Finding(Verdict.DOES_NOT_FIT, words), 0, b""
+            return Finding(Verdict.DOES_NOT_FIT, words), 0, b"", False
         if float(np.abs(rows.rewards).max()) > MAX_REWARD:
-            return Finding(Verdict.DOES_NOT_FIT, f"rewards beyond {MAX_REWARD:g} are not learned from"), 0, b""
+            return Finding(Verdict.DOES_NOT_FIT, f"rewards beyond {MAX_REWARD:g} are not learned from"), 0, b"", False
         found = self._of_this_run(shard, author, state, epoch)
+        looks_at = None
         if found is None:
-            found = self._check(shard, rows, chance) if is_checked else _FINE
+            looks_at = self._place(rows.rewards, chance) if is_checked else self._record(rows.rewards)
+            found = _FINE if looks_at is None else self._check(shard, rows, looks_at)
         if found.verdict is not Verdict.TRUE:
-            return found, 0, shard.proof if found.verdict is Verdict.FALSE else b""
+            return found, 0, shard.proof if found.verdict is Verdict.FALSE else b"", looks_at is not None
         try:
             rollout = self._rollout(with_sights(rows, self._task.make))
         except CannotReplayError as error:
-            return Finding(Verdict.CANNOT_BE_HAD, str(error)), 0, b""
+            return Finding(Verdict.CANNOT_BE_HAD, str(error)), 0, b"", looks_at is not None
         self._learner.admit(author, rollout, rows.log_probs, shard.head.version)
-        return found, rows.samples, b""
+        return found, rows.samples, b"", looks_at is not None
 
     def _of_this_run(self, shard: Shard, author: PeerId, state: Cid | None, epoch: int) -> Finding | None:
         """Why it is not to be used, whether it is true or not."""
@@ -152,12 +161,28 @@ class Admission:
             return Finding(Verdict.DOES_NOT_FIT, f"its policy is not this run's of epoch {head.version}")
         return None
 
-    def _check(self, shard: Shard, rows: Rows, chance: int | None) -> Finding:
+    def _place(self, rewards: Floats, chance: int | None) -> Sequence[int]:
+        """Which environments to look at: one by chance, or all."""
+        envs = range(rewards.shape[1])
+        return envs if chance is None else [envs[chance % len(envs)]]
+
+    def _record(self, rewards: Floats) -> Sequence[int] | None:
+        """Those to look at because of what they say was earned in them; None: there are none."""
+        if not self._is_checking:
+            return None
+        odd = np.flatnonzero(((rewards < self._least) | (rewards > self._most)).any(axis=0)).tolist()
+        return odd if len(odd) == 1 else range(rewards.shape[1]) if odd else None
+
+    def _check(self, shard: Shard, rows: Rows, envs: Sequence[int]) -> Finding:
         if self._surroundings is None:
             self._surroundings = surroundings(self._task)
         acting = Acting(self._shape, self._copies[shard.head.version])
-        env = None if chance is None else chance % rows.num_envs
-        return check_rows(shard, self._task, self._surroundings, acting, env=env)
+        env = envs[0] if len(envs) < rows.num_envs else None
+        found = check_rows(shard, self._task, self._surroundings, acting, env=env)
+        if found.verdict is Verdict.TRUE:
+            true = rows.rewards[:, list(envs)]
+            self._least, self._most = min(self._least, float(true.min())), max(self._most, float(true.max()))
+        return found
 
     def _rollout(self, rows: Rows) -> Rollout:
         if rows.sights is None or rows.finals is None:
