@@ -1,11 +1,14 @@
-"""``shoal bench``: how fast the wire is between two nodes, both real, each in a process of its own."""
+"""``shoal bench``: how fast the wire is between two nodes, both real, each in a process of its own; and an actor."""
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +28,7 @@ from shoal.node.api.client import Client
 from shoal.node.api.requests import BenchReduceRequest, BenchRequest, GetModel, PublishModel
 from shoal.node.api.schemas import BenchReduceResult
 from shoal.node.config import NodeConfig
+from shoal.node.swarm.workers import child_environment
 from shoal.protocol.errors import NoPeersError, UsageError
 from shoal.protocol.ids import PeerId
 
@@ -161,6 +165,33 @@ def _memory(pid: int, what: str) -> int:
         if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+@bench_app.command("actor")
+def actor(
+    task: Annotated[str, typer.Option(help="What is played.")] = "gym:CartPole-v1",
+    algorithm: Annotated[str, typer.Option(help="Whose policy acts.")] = "vtrace",
+    seconds: SecondsOption = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Act as an actor's worker does, on this machine, alone: steps, memory, and bytes of what it would give."""
+    words = [sys.executable, "-P", "-m", "shoal.training.rollouts.bench", task, algorithm, str(seconds)]
+    with nullcontext() if as_json else console().status(f"acting, about {seconds:g} s …"):
+        done = subprocess.run(  # noqa: S603  this Python, with what was asked for as its arguments
+            words, env=child_environment(), cwd="/", capture_output=True, text=True, check=False
+        )
+    lines = done.stdout.strip().splitlines()
+    try:
+        figures = json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        figures = {}
+    if done.returncode or "env_steps_per_s" not in figures:
+        why = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise UsageError(str(figures.get("error", f"acting failed: {why[:300]}")))
+    if as_json:
+        print_json(figures)
+    else:
+        console().print(render.bench_actor(figures))
 
 
 def reduce_figures(found: Sequence[BenchReduceResult], request: BenchReduceRequest) -> dict[str, Any]:

@@ -107,6 +107,16 @@ def bench_reduce(figures: dict[str, Any]) -> Table:
     return table
 
 
+def bench_actor(figures: dict[str, Any]) -> Table:
+    """What an actor's worker does on this machine."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("acts for", f"{figures['algorithm']} in {figures['task']}")
+    table.add_row("environment steps", f"{figures['env_steps_per_s']:,.0f} a second, with making and signing shards")
+    table.add_row("a step of a shard", f"{figures['bytes_per_step']:,.1f} bytes")
+    table.add_row("memory", f"{figures['memory_mb']:,.0f} MB at most, of the worker; the node has its own")
+    return table
+
+
 def bench(result: BenchResult) -> RenderableType:
     """What was measured of the wire."""
     facts = Table.grid(padding=(0, 2))

@@ -111,3 +111,28 @@ def test_what_makes_no_sense_ends_with_one_line(tmp_path: Path, words: tuple[str
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("shoal: ")
+
+
+def test_an_actor_is_measured_alone_and_without_torch(tmp_path: Path) -> None:
+    figures = bench(tmp_path, "actor", "--task", "gym:CartPole-v1")
+    assert figures["env_steps_per_s"] > 0
+    assert 0 < figures["bytes_per_step"] < 100
+    assert 0 < figures["memory_mb"] < 300
+    assert not list(tmp_path.iterdir()), "acting alone starts no node"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(("--task", "gym:Nope-v1"), "Nope"), (("--algorithm", "sac"), "nobody can act")]
+)
+def test_what_nobody_can_act_for_is_said(tmp_path: Path, words: tuple[str, str], said: str) -> None:
+    done = subprocess.run(
+        [*SHOAL, "bench", "actor", *words],
+        env=os.environ | {"SHOAL_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -39,6 +39,7 @@ class Actor:
 
     Attributes:
         action_space: of the task.
+        shape: of the policy.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Actor:
             stream: of its first stream: higher than any that it began in this run before.
         """
         self.action_space = task.action_space
-        self._shape, self._num_envs = shape, num_envs
+        self.shape, self._num_envs = shape, num_envs
         self._stream = RowStream(
             task,
             num_envs,
@@ -92,7 +93,7 @@ class Actor:
             ProtocolError: if it is none of this run. Nothing has changed.
         """
         try:
-            acting = Acting(self._shape, copy_of(self._shape, arrays))
+            acting = Acting(self.shape, copy_of(self.shape, arrays))
         except UsageError as error:
             raise ProtocolError(str(error)) from error
         self._acting, self._version, self._state = acting, version, state
