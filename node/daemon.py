@@ -638,6 +638,7 @@ class Node:
                     share=round(given.env_steps / total, 4) if given and total else 0.0,
                     shards_made=made,
                     shards_used=tally.used,
+                    samples_used=tally.samples,
                     shards_checked=tally.checked,
                     shards_refused=tally.refused + tally.stale,
                     shards_share=round(tally.samples / learned, 4) if learned else 0.0,

@@ -389,6 +389,8 @@ class MemberInfo(Model):
     """In mode rollouts, here and below: that it made, or that this node heard of."""
     shards_used: int = 0
     """That this node learned from."""
+    samples_used: int = 0
+    """Environment steps of these."""
     shards_checked: int = 0
     """That this node replayed before."""
     shards_refused: int = 0

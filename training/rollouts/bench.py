@@ -17,7 +17,7 @@ import numpy as np
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.signing import Signer
-from shoal.training.exchange.averager import Moments
+from shoal.training.exchange.averager import Arrays, Moments
 from shoal.training.manifest import Manifest, Mode, Role
 from shoal.training.rationing import FIRST_SAMPLES, MIN_SAMPLES, SHARD_S
 from shoal.training.rollouts.shard import signed, unsigned
@@ -40,14 +40,14 @@ def measure(task: str, algorithm: str, seconds: float) -> dict[str, object]:
     actor, _ = make_actor(Open(manifest, signer.peer_id, role=Role.ACTOR, swarm=swarm, stream=1))
     rng = np.random.default_rng(0)
     shape = actor.shape
-    arrays = {name: 0.1 * rng.standard_normal(size, np.float32) for name, size in shape.shapes().items()}
+    arrays: Arrays = {name: 0.1 * rng.standard_normal(size, np.float32) for name, size in shape.shapes().items()}
     if shape.is_normalized:
         arrays |= Moments.none((shape.observation_size,)).to_arrays("observation")
     actor.take(arrays, 0, Cid.of_block(b"a policy"))
     before: Cid | None = None
-    samples, steps, num_bytes, shards, took_s = FIRST_SAMPLES, 0, 0, 0, 0.0
+    samples, steps, num_bytes, shards, took_s, processor_s = FIRST_SAMPLES, 0, 0, 0, 0.0, 0.0
     while shards < WARM_SHARDS or took_s < seconds:
-        began = time.monotonic()
+        began, used_s = time.monotonic(), time.process_time()
         made = actor.roll_out(samples, before)
         before, data = signed(signer, *unsigned(made.head, made.rows.columns(actor.action_space)))
         one_s = time.monotonic() - began
@@ -55,6 +55,7 @@ def measure(task: str, algorithm: str, seconds: float) -> dict[str, object]:
         shards += 1
         if shards > WARM_SHARDS:
             steps, num_bytes, took_s = steps + made.rows.samples, num_bytes + len(data), took_s + one_s
+            processor_s += time.process_time() - used_s
     return {
         "task": task,
         "algorithm": algorithm,
@@ -64,6 +65,7 @@ def measure(task: str, algorithm: str, seconds: float) -> dict[str, object]:
         "env_steps": steps,
         "shards": shards - WARM_SHARDS,
         "seconds": round(took_s, 3),
+        "processor_s": round(processor_s, 3),
     }
 
 
