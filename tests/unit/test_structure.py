@@ -65,7 +65,7 @@ NODE_CORES = (
 
 TORCH_FOLDERS = ("shoal.training.tasks", "shoal.training.algorithms", "shoal.training.models")
 WORKER_SHELLS = (
-    *("shoal.training.worker", "shoal.training.keeper", "shoal.training.watch"),
+    *("shoal.training.rollouts.bench", "shoal.training.worker", "shoal.training.keeper", "shoal.training.watch"),
     *("shoal.training.tasks.foreign", "shoal.training.tasks.seat_host"),
     *("shoal.training.tasks.failures", "shoal.training.tasks.__main__"),
     *("shoal.training.loop.averager", "shoal.training.loop.gate", "shoal.training.loop.node"),
