@@ -595,6 +595,8 @@ class Node:
                 for each in joined.replica.views.evaluations[-MAX_SHOWN_SCORES:]
                 if each.scores
             ],
+            copies=run.copying.num_taken,
+            copy_bytes=run.copying.num_bytes,
             evidence=_evidence(joined.replica.documents()),
             consults={part: ConsultInfo(**asdict(tally)) for part, tally in sorted(run.consulting.asked.items())},
             num_asks=run.consulting.sitting.num_waiting,

@@ -156,6 +156,7 @@ class Run:
         self.rationing = Rationing(manifest.most_foreign)
         self._choosing = Choosing(me, role, now) if is_chosen else None
         self._has_chosen = False
+        self._is_whole = True  # what this node holds; else there is nothing to keep, nor for others to ask for
         self._state_bytes = 0
         self.progress.stands_by = is_chosen
         self._saving = Saving(self.progress)
@@ -226,8 +227,8 @@ class Run:
                 if own is not None:
                     self.progress.count_on(own)
                 self.ending.documents(evaluations)
-            case Fetched(cid):
-                self._fetched(cid, now, outputs)
+            case Fetched(cid, is_whole):
+                self._fetched(cid, now, outputs, is_whole=is_whole)
             case Coming(cid):
                 self.taking.coming(cid, now)
             case NotFetched():
@@ -433,7 +434,8 @@ class Run:
         self._num_kept = num_kept
         if num_kept and self.progress.speed:
             self._collect_s = self.epoch.work_s = num_kept / self.progress.speed
-        self._saving.keep(policy, now, outputs)
+        if self._is_whole:
+            self._saving.keep(policy, now, outputs)
         if self._role is Role.LEARNER or self.progress.stands_by:
             self._saving.write(policy, now, outputs)
 
@@ -449,10 +451,12 @@ class Run:
 
     # Bytes from others.
 
-    def _fetched(self, cid: Cid, now: float, outputs: list[Output]) -> None:
+    def _fetched(self, cid: Cid, now: float, outputs: list[Output], *, is_whole: bool) -> None:
         self._fetching.discard(cid)
         self.ending.fetched(cid)
         taken = self.taking.fetched(cid)
+        if taken is not None:
+            self._is_whole = is_whole
         if taken is not None and self._role is Role.STORAGE:
             self._store(taken, now, outputs)
         self.epoch.take(Held(cid), now, outputs)
@@ -491,7 +495,9 @@ class Run:
         before = self.round
         is_of_few = len(self.live) < MAX_VOTERS
         has_voice = self._role is Role.LEARNER if before is None else self._me in before.voters
-        if is_of_few or has_voice or (before is not None and before.key.epoch + 1 != policy.epoch):
+        if not self._is_whole:
+            self._result_due = _NEVER
+        elif is_of_few or has_voice or (before is not None and before.key.epoch + 1 != policy.epoch):
             outputs.append(Say(policy.result))
             self._result_due = _NEVER
         else:
@@ -618,7 +624,7 @@ class Run:
         if policy is not None and now >= self._result_due:
             self._result_due = _NEVER
             outputs.append(Say(policy.result))
-        if policy is not None and policy.epoch > 0:
+        if policy is not None and policy.epoch > 0 and self._is_whole:
             self._saving.keep(policy, now, outputs)
             if self._role is Role.LEARNER or self.progress.stands_by:
                 self._saving.write(policy, now, outputs)

@@ -231,9 +231,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """These bytes are here."""
+    """These bytes are here; not ``is_whole``: the acting copy of this policy is, which is all that an actor needs."""
 
     cid: Cid
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

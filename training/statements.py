@@ -9,6 +9,7 @@
 ``result``        "this is the policy I hold, from this parent by this ballot"
 ``posts``         "these contents of mine can be had", by topic; what is in them is for recipes to read
 ``shards``        "this is what I collected last, by these policies"
+``copies``        "this is what leads to the acting copy of this policy, and I have it"
 ================  ====================================================================================
 
 A statement names the round that it is for: the epoch, the exchange within it, and what both follow from, so that nobody
@@ -56,6 +57,7 @@ MAX_POST_BYTES: Final = 4 * 1024 * 1024
 """Of one."""
 MAX_GIVEN: Final = 16
 """Newest shards of an actor that others can ask for."""
+MAX_COPY_BYTES: Final = 2**30
 MAX_SHARD_BYTES: Final = 16 * 1024 * 1024
 """Of one that crosses the wire."""
 
@@ -345,7 +347,40 @@ class GivenShards:
 
 NO_BALLOT: Final = bytes(HASH_BYTES)
 
-Statement: TypeAlias = Facts | Addresses | Offer | Proposal | Vote | Result | Postings | GivenShards
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenCopy:
+    """The acting copy of a policy, as far as this member has what leads to it (`shoal.training.rollouts.copies`).
+
+    Attributes:
+        version: epoch of the policy.
+        state: names it.
+        digest: of the copy.
+        key: a keyframe.
+        key_bytes: of that.
+        patch: from another copy.
+        patch_bytes: of that.
+        base: digest of that other copy.
+    """
+
+    version: int
+    state: Cid
+    digest: bytes
+    key: Cid | None = None
+    key_bytes: int = 0
+    patch: Cid | None = None
+    patch_bytes: int = 0
+    base: bytes = bytes(HASH_BYTES)
+
+    def __post_init__(self) -> None:
+        _check(self.version, MAX_EPOCH, "version")
+        _check(self.key_bytes, MAX_COPY_BYTES, "keyframe")
+        _check(self.patch_bytes, MAX_COPY_BYTES, "patch")
+        _check_hash(self.digest)
+        _check_hash(self.base)
+
+
+Statement: TypeAlias = Facts | Addresses | Offer | Proposal | Vote | Result | Postings | GivenShards | GivenCopy
 
 TOPICS: Final[Mapping[str, type[Any]]] = {
     "facts": Facts,
@@ -356,6 +391,7 @@ TOPICS: Final[Mapping[str, type[Any]]] = {
     "result": Result,
     "posts": Postings,
     "shards": GivenShards,
+    "copies": GivenCopy,
 }
 TOPIC_OF: Final = {kind: topic for topic, kind in TOPICS.items()}
 
@@ -377,6 +413,7 @@ TOPIC_RULES: Final = {
     "result": TopicRule(max_bytes=768, keep=4, per_s=20, burst=40),
     "posts": TopicRule(max_bytes=8192, per_s=2, burst=16),
     "shards": TopicRule(max_bytes=3072, per_s=4, burst=16),
+    "copies": TopicRule(max_bytes=768, per_s=8, burst=32),
 }
 """How much of each one member may say: in mode ``gradient`` a round takes some milliseconds, an epoch never does.
 

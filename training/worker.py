@@ -58,12 +58,14 @@ from shoal.training.worker_calls import (
     BEGIN,
     COLLECT,
     COLLECT_ON,
+    COPY,
     EVALUATE,
     EVALUATE_ON,
     FINISH,
     GO_ON,
     LARGE_STATE_BYTES,
     LOAD,
+    LOAD_COPY,
     LOG,
     MAX_COUNT,
     MERGE,
@@ -80,6 +82,8 @@ from shoal.training.worker_calls import (
     Collect,
     Collected,
     ConsultAsked,
+    CopyAnswer,
+    CopyOf,
     Evaluate,
     Evaluated,
     FetchAsked,
@@ -89,6 +93,7 @@ from shoal.training.worker_calls import (
     LatestAsked,
     LearnedFrom,
     Load,
+    LoadCopy,
     Log,
     Merge,
     MergeAnswer,
@@ -150,6 +155,8 @@ class Worker:
             OPEN.name: (OPEN.request, self.open),
             LOAD.name: (LOAD.request, self.load),
             COLLECT.name: (COLLECT.request, self.collect),
+            COPY.name: (COPY.request, self.copy),
+            LOAD_COPY.name: (LOAD_COPY.request, self.load_copy),
             ROLL_OUT.name: (ROLL_OUT.request, self.roll_out),
             ADMIT.name: (ADMIT.request, self.admit),
             COLLECT_ON.name: (COLLECT_ON.request, self.collect_on),
@@ -205,7 +212,7 @@ class Worker:
             if request.cid is None:
                 raise UsageError("a state that an actor is to act by has a name; say it")
             self._actor.take(arrays, epoch, request.cid)
-            return descent.answer("")
+            return replace(descent.answer(""), copy=self._actor.digest)
         keep_samples = request.keep_samples and epoch == self._epoch + 1
         self.learner.import_state(arrays, keep_samples=keep_samples)
         if not keep_samples:
@@ -224,6 +231,19 @@ class Worker:
             self._playing = learner.collecting(request.num_steps, lambda: time.monotonic() >= ends), began
             return self._play(None, lambda: Collected(0, learner.samples, ()))
         return self._collected(learner.collect(request.num_steps, lambda: time.monotonic() >= ends), began)
+
+    def copy(self, request: CopyOf) -> CopyAnswer:
+        """What leads to the acting copy of a policy."""
+        if self._admission is None:
+            raise RemoteError(Status.FAILED_PRECONDITION, "nobody acts for what is learned here")
+        return self._admission.copy(request.epoch)
+
+    def load_copy(self, request: LoadCopy) -> Empty:
+        """Act by a copy."""
+        if self._actor is None:
+            raise RemoteError(Status.FAILED_PRECONDITION, "only an actor acts by a copy")
+        self._actor.take_copy(request.copy, request.epoch, request.cid, request.digest)
+        return Empty()
 
     def roll_out(self, request: RollOut) -> RolledOut:
         """Make a shard."""

@@ -57,6 +57,7 @@ class StateAnswer:
         state_bytes: of it, if it is large and lies in the arena.
         part: what this node is in a recipe by now; empty: nothing yet.
         epoch_samples: environment steps that wait for the next update, kept from the policy before.
+        copy: of an actor's: digest of the copy that it acts by.
         roles: that a person at this node may play; none: there is no seat for anybody.
     """
 
@@ -70,6 +71,7 @@ class StateAnswer:
     epoch_samples: int = 0
     state_bytes: int = 0
     part: str = ""
+    copy: bytes = b""
     roles: tuple[PlainRole, ...] = ()
 
 
@@ -191,6 +193,47 @@ class Collected:
     failure: str = ""
     consult: ConsultAsked | None = None
     fetch: FetchAsked | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOf:
+    """Say what leads to the acting copy of the policy of this epoch; only a learner's worker of mode rollouts does."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyAnswer:
+    """What leads there (`shoal.training.rollouts.patches`).
+
+    Attributes:
+        digest: of the copy.
+        key: a keyframe.
+        patch: from the copy of the epoch before, if that is smaller.
+        base: digest of that one.
+    """
+
+    digest: bytes
+    key: Attachment
+    patch: Attachment | None = None
+    base: bytes = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCopy:
+    """Act by what a keyframe, or a patch of the copy that is here, leads to. What is refused changes nothing.
+
+    Attributes:
+        copy: its bytes.
+        epoch: of the policy.
+        cid: by which its state is known.
+        digest: of the copy that is wanted.
+    """
+
+    copy: Attachment
+    epoch: int
+    cid: Cid
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,6 +571,8 @@ MAX_COUNT: Final = 2**53
 
 # No time is too long for these: the node watches what the worker does (`shoal.training.watch`).
 OPEN: Final = Method("worker.open", Open, StateAnswer, timeout_s=None)
+COPY: Final = Method("worker.copy", CopyOf, CopyAnswer, timeout_s=None)
+LOAD_COPY: Final = Method("worker.load_copy", LoadCopy, Empty, timeout_s=None)
 LOAD: Final = Method("worker.load", Load, StateAnswer, timeout_s=None)
 COLLECT: Final = Method("worker.collect", Collect, Collected, timeout_s=None)
 COLLECT_ON: Final = Method("worker.collect_on", PlayOn, Collected, timeout_s=None)

@@ -459,6 +459,10 @@ class SwarmDetail(SwarmSummary):
     members: list[MemberInfo] = []
     shunned: list[PeerName] = []
     """Members that this node found to lie in an exchange, and averages nothing with."""
+    copies: int = 0
+    """Of policies, that this node acted by; the others it took as a whole."""
+    copy_bytes: int = 0
+    """That came for them."""
     evidence: list[EvidenceInfo] = []
     """What members signed against each other."""
     digest: str | None = None

@@ -30,6 +30,7 @@ from shoal.node.supervise import Backoff, Domain
 from shoal.node.supervise import Policy as Task
 from shoal.node.swarm.consulting import Consulting
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.copying import Copying
 from shoal.node.swarm.exchanging import Exchanging
 from shoal.node.swarm.giving import Giving
 from shoal.node.swarm.holding import NoRoomError
@@ -57,7 +58,7 @@ from shoal.training.keeper import WORKER_LOG
 from shoal.training.manifest import Manifest, Mode, Role
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
-from shoal.training.statements import TOPIC_OF, Addresses, GivenShards, Postings, read_statement
+from shoal.training.statements import TOPIC_OF, Addresses, GivenCopy, GivenShards, Postings, Result, read_statement
 from shoal.training.taking import LOOK_S
 from shoal.training.worker_calls import (
     ABANDON,
@@ -200,6 +201,7 @@ class Runner:
         self._numbering = Numbering(storage, swarm)
         self._posts = Posts(swarm, me, replica, content, self._reachable)
         self.weights = Weights(swarm, host, replica, content, self._reachable)
+        self.copying = Copying(swarm, me, replica, content, self._reachable)
         self.shards = Shards(
             *(manifest, swarm, replica.signer, replica, content),
             *(self._reachable, lambda: self.core.learners, self.post),
@@ -307,6 +309,7 @@ class Runner:
             self._content.hold(self.swarm, ())
             self._posts.close()
             self.weights.close()
+            self.copying.close()
             if self._taken is None:  # else what this node gave while it acted is still learned from
                 self.shards.close()
 
@@ -338,11 +341,14 @@ class Runner:
         elif isinstance(statement, GivenShards):
             if self.role is Role.LEARNER and self.manifest.mode is Mode.ROLLOUTS:
                 self.shards.heard(author, statement)
+        elif isinstance(statement, GivenCopy):
+            self.copying.heard(author, statement)
         elif not isinstance(statement, Addresses | Postings):
             self.post(events.Heard(author, statement, name))
 
     def _on_gone(self, author: PeerId) -> None:
         self.shards.gone(author)
+        self.copying.gone(author)
         self.post(events.Gone(author))
 
     def _on_documents(self) -> None:
@@ -383,11 +389,20 @@ class Runner:
         policy = self.core.policy
         if policy is not None and self.role is Role.LEARNER and self.manifest.mode is Mode.ROLLOUTS:
             self.shards.holds(policy)
+            self._give_copy(policy)
         if self._needs.follow(self.core.epoch.key, None if policy is None else policy.cid):
             for cid, scope in self._fetching.items():
                 if self._needs.is_over(cid):
                     scope.cancel()
             self._content.hold(self.swarm, self._needs.in_memory())
+
+    def _give_copy(self, policy: Policy) -> None:
+        """Let those have the acting copy that need no more."""
+        worker, in_worker = self.shards.worker, self.core.jobs.in_worker
+        if worker is None or self._fetches is None or in_worker is None or in_worker.cid != policy.cid:
+            return
+        if any(facts.role is Role.ACTOR and not facts.stands_by for facts in self.core.live.values()):
+            self.copying.give(worker, policy, self._fetches)
 
     def _next_events(self) -> Iterator[events.Event]:
         for _ in range(EVENTS_AT_ONCE):
@@ -403,7 +418,8 @@ class Runner:
             case events.Fetch(cid, sources, keep):
                 self._needs.come(cid, is_policy=keep)
                 if self._fetches is not None:
-                    self._fetches.start_soon("fetching", self._fetch, cid, sources, keep, policy=Task.DROP)
+                    fetch = self._fetch_copy if keep and self._acts_by_copies else self._fetch
+                    self._fetches.start_soon("fetching", fetch, cid, sources, keep, policy=Task.DROP)
             case events.Give(part, members):
                 if self._fetches is not None:
                     own = None if part.cid is None else self._content.holding.get(part.cid)
@@ -441,6 +457,18 @@ class Runner:
                 if self.alone_since is not None and not self.core.progress.is_alone:
                     self.alone_since = None
                     log.info("swarm %s: no longer alone", self.swarm)
+
+    @property
+    def _acts_by_copies(self) -> bool:
+        """Whether this node needs no more of a policy than what acts; who may come to learn needs all of it."""
+        return self.role is Role.ACTOR and not self.is_chosen
+
+    async def _fetch_copy(self, cid: Cid, sources: tuple[PeerId, ...], is_policy: bool) -> None:
+        actors = [peer for peer, facts in self.core.live.items() if facts.role is Role.ACTOR and not facts.stands_by]
+        if await self.copying.fetch(cid, lambda: self.core.learners, actors):
+            self.post(events.Fetched(cid, is_whole=False))
+        else:
+            await self._fetch(cid, sources, is_policy)
 
     async def _fetch(self, cid: Cid, sources: tuple[PeerId, ...], is_policy: bool) -> None:
         outcome: events.Event = events.NotFetched(cid, "the fetch failed on this node; its log says why")
@@ -580,6 +608,7 @@ class Runner:
                 yield worker
         finally:
             self.consulting.worker = self.shards.worker = None
+            self.copying.forget()
             self._exchanging.forget()
             self._arena.close()
 
@@ -668,7 +697,7 @@ class Runner:
                 case events.Merge(ballot):
                     await self._merge(worker, ballot)
                 case events.Load(result, keep_samples):
-                    await self._load(worker, result.cid, keep_samples)
+                    await self._load(worker, result, keep_samples)
                 case events.Evaluate():
                     await self._evaluate(worker)
                 case events.Finish(final):
@@ -754,7 +783,12 @@ class Runner:
         uplink = self._exchanging.uplink
         self.post(events.Yielded(offered, int(answer.weight), answer.rejected, answer.is_last, uplink))
 
-    async def _load(self, worker: Channel, cid: Cid, keep_samples: bool) -> None:
+    async def _load(self, worker: Channel, result: Result, keep_samples: bool) -> None:
+        cid = result.cid
+        if self._acts_by_copies and await self.copying.load(worker, cid, result.epoch):
+            descent = result.parent, result.ballot, Electorate()
+            self.post(events.Loaded(Policy(result.epoch, cid, "", result.env_steps, *descent), 0))
+            return
         try:
             self._needs.come(cid, is_policy=True)
             sources = await self._reachable(self.core.lineage.holders(cid))
@@ -767,6 +801,8 @@ class Runner:
                 raise
             self.post(events.LoadRefused(error.message))
         else:
+            if self._acts_by_copies:
+                self.copying.loaded_whole(answer.copy)
             self.post(events.Loaded(_policy(answer, cid), answer.epoch_samples))
 
     async def _to_load(self, data: bytes | memoryview, cid: Cid, keep_samples: bool) -> Load:

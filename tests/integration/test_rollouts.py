@@ -187,6 +187,7 @@ def test_the_run_goes_on_when_all_learners_are_killed_and_one_comes_back(make_no
     swarm = created["swarm"]
     for node, role in ((second, "learner"), (actor, "actor"), (evaluator, "evaluator")):
         node.ask("join", created["ticket"], "-d", "--role", role)
+    actor.wait_for(swarm, "the actor takes copies", lambda shown: shown["copies"] > 3)
     for node in (first, second):
         node.wait_for(swarm, "it learns from the actor", lambda shown: member(shown, actor)["shards_used"] > 2)
     first.wait_for(swarm, "it is evaluated", lambda shown: shown["return"] is not None)

@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shoal.protocol.errors import RemoteError, UsageError
+from shoal.protocol.errors import ProtocolError, RemoteError, UsageError
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest, Mode, Role
+from shoal.training.rollouts.patches import digest_of, key_of
 from shoal.training.rollouts.shard import signed
 from shoal.training.worker import Worker
-from shoal.training.worker_calls import Admit, Begin, Collect, Load, Merge, Open, RollOut
+from shoal.training.worker_calls import Admit, Begin, Collect, CopyOf, Load, LoadCopy, Merge, Open, RollOut
 
 LEARNER, ACTOR, OTHER = (Signer(bytes([number]) * 32) for number in range(1, 4))
 SWARM = SwarmId(str(Cid.of_block(b"a swarm")))
@@ -274,3 +275,31 @@ def test_returns_of_episodes_go_on_over_shards(pair):
     assert returns
     assert all(each >= 8 for each in returns), "no episode of CartPole is shorter"
     assert np.mean(returns) < 100
+
+
+def test_an_actor_acts_by_copies_as_by_states_and_by_nothing_else(pair):
+    worker, _, name = pair
+    made = worker.copy(CopyOf(0))
+    assert made.patch is None
+    light = actor(signer=OTHER)
+    light.load_copy(LoadCopy(bytes(made.key), 0, name, made.digest))
+    _, cid, data = make(light, signer=OTHER)
+    assert admit(worker, data, cid, name, author=OTHER).verdict == "true"
+    with pytest.raises(ProtocolError, match="another copy"):
+        light.load_copy(LoadCopy(bytes(made.key), 0, name, b"x" * 32))
+    with pytest.raises(ProtocolError):
+        light.load_copy(LoadCopy(b"no patch at all", 0, name, made.digest))
+    _, cid, data = make(light, signer=OTHER, before=cid)  # nothing has changed
+    assert admit(worker, data, cid, name, author=OTHER).verdict == "true"
+
+
+def test_who_was_given_a_wrong_copy_is_no_liar(pair):
+    worker, _, name = pair
+    wrong = actor(signer=OTHER)
+    words = wrong._actor.shape.num_words
+    key = key_of(np.zeros(words, np.uint16), 0)
+    wrong.load_copy(LoadCopy(key, 0, name, digest_of(np.zeros(words, np.uint16))))
+    _, cid, data = make(wrong, signer=OTHER)
+    found = admit(worker, data, cid, name, author=OTHER)
+    assert found.verdict == "does not fit"
+    assert "another copy" in found.words

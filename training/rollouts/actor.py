@@ -5,13 +5,14 @@ It stands where a learner stands in a worker (`shoal.training.worker`) and has n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training.exchange.averager import Arrays
 from shoal.training.manifest import Manifest
-from shoal.training.rollouts.acting import Acting, ActorShape, copy_of
+from shoal.training.rollouts.acting import Acting, ActorShape, Words, copy_of
+from shoal.training.rollouts.patches import apply, digest_of
 from shoal.training.rollouts.replaying import surroundings
 from shoal.training.rollouts.rows import Rows
 from shoal.training.rollouts.shard import Head
@@ -40,6 +41,7 @@ class Actor:
     Attributes:
         action_space: of the task.
         shape: of the policy.
+        digest: of the copy that it acts by; empty: none yet.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Actor:
             max_lead=MAX_LEAD,
             is_shown=True,
         )
+        self.digest = b""
+        self._words: Words | None = None
         self._acting: Acting | None = None
         self._version, self._state = 0, Cid("")
         self._is_open = False
@@ -93,10 +97,23 @@ class Actor:
             ProtocolError: if it is none of this run. Nothing has changed.
         """
         try:
-            acting = Acting(self.shape, copy_of(self.shape, arrays))
+            words = copy_of(self.shape, arrays)
         except UsageError as error:
             raise ProtocolError(str(error)) from error
-        self._acting, self._version, self._state = acting, version, state
+        self._act_by(words, version, state)
+
+    def take_copy(self, data: bytes | memoryview, version: int, state: Cid, digest: bytes) -> None:
+        """Act by what a keyframe, or a patch of the copy that is here, leads to.
+
+        Raises:
+            ProtocolError: if it does not lead to what is wanted. Nothing has changed.
+            MissingBaseError: if it is a patch of another copy. Likewise.
+        """
+        self._act_by(apply(self._words, data, self.shape.num_words, digest=digest), version, state)
+
+    def _act_by(self, words: Words, version: int, state: Cid) -> None:
+        self._acting, self._version, self._state = Acting(self.shape, words), version, state
+        self._words, self.digest = words, digest_of(words)
 
     def roll_out(self, samples: int, before: Cid | None) -> Made:
         """Act for about so many environment steps.
@@ -123,6 +140,7 @@ class Actor:
         if self._stream.stream != stream:
             self._returns = [0.0] * self._num_envs
         self._is_open = True
+        head = replace(head, copy=self.digest)
         return Made(head, rows, tuple(self._finished(rows)))
 
     def _finished(self, rows: Rows) -> list[float]:

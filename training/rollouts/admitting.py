@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from shoal.protocol.errors import LimitError, ProtocolError
+from shoal.protocol.errors import LimitError, ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.training.algorithms.rollouts import Rollout
 from shoal.training.exchange.averager import Arrays
@@ -23,12 +23,14 @@ from shoal.training.manifest import Manifest
 from shoal.training.rollouts.acting import Acting, ActorShape, Words, copy_of
 from shoal.training.rollouts.checking import check_rows
 from shoal.training.rollouts.evidence import Finding, Lie, Verdict
+from shoal.training.rollouts.patches import digest_of, key_of, patch_of
 from shoal.training.rollouts.replaying import CannotReplayError, surroundings, with_sights
 from shoal.training.rollouts.rows import DoesNotFitError, Rows, rows_of
 from shoal.training.rollouts.shard import Shard, open_shard
 from shoal.training.rollouts.streams import MAX_LEAD
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Floats
+from shoal.training.worker_calls import CopyAnswer
 
 MAX_REWARD: Final = 1e9
 """Sums of such rewards, and squares of these sums, are numbers still."""
@@ -86,6 +88,21 @@ class Admission:
         for old in [each for each in self._copies if not epoch - self._max_staleness <= each <= epoch]:
             del self._copies[old]
         self._learner.holds(epoch, epoch - self._max_staleness)
+
+    def copy(self, epoch: int) -> CopyAnswer:
+        """What leads to the copy of a policy, for actors.
+
+        Raises:
+            UsageError: if that policy is not here.
+        """
+        words, before = self._copies.get(epoch), self._copies.get(epoch - 1)
+        if words is None:
+            raise UsageError(f"the policy of epoch {epoch} is not here; ask for the one that is")
+        digest, key = digest_of(words), key_of(words, epoch)
+        patch = None if before is None else patch_of(before, words, epoch)
+        if before is None or patch is None or len(patch) >= len(key):
+            return CopyAnswer(digest, key)
+        return CopyAnswer(digest, key, patch, digest_of(before))
 
     def admit(
         self,
@@ -159,6 +176,8 @@ class Admission:
             return Finding(Verdict.CANNOT_BE_HAD, f"the policy of epoch {head.version} is not here")
         if head.state != state:
             return Finding(Verdict.DOES_NOT_FIT, f"its policy is not this run's of epoch {head.version}")
+        if head.copy and head.copy != digest_of(self._copies[head.version]):
+            return Finding(Verdict.DOES_NOT_FIT, f"it was acted by another copy of the policy of epoch {head.version}")
         return None
 
     def _place(self, rewards: Floats, chance: int | None) -> Sequence[int]:

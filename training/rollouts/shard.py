@@ -83,6 +83,7 @@ class Head:
         policy: which of the run's policies acted; empty, where there is one.
         version: its epoch.
         state: names the bytes of that policy; with it, the log-probabilities are what they are.
+        copy: digest of the acting copy (`patches.digest_of`); who was given a wrong one is no liar. Empty: not said.
         stream: the author's number of the stream of shards that this one belongs to.
         number: of the shard within the stream.
         before: the shard that comes before it in the stream; None for the first.
@@ -106,6 +107,7 @@ class Head:
     surroundings: bytes
     columns: tuple[Column, ...] = ()
     digest: bytes = bytes(HASH_BYTES)
+    copy: bytes = b""
 
     def __post_init__(self) -> None:
         for noun, value, most in (
