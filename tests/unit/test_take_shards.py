@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,7 +235,7 @@ class Bigrams:
 
     def draw(self, take: Take, head: Head, index: int) -> Drawn:
         """As an actor draws: token by token, from noise that is committed for the whole act."""
-        noise = token_noise(ALICE.peer_id, head, index, 0).gumbel((self.longest, VOCABULARY))
+        noise = token_noise(ALICE.peer_id, head, index, take.role, 0).gumbel((self.longest, VOCABULARY))
         tokens: list[int] = []
         for at in range(self.longest):
             row = self.log_probs(take, 0, np.array([*tokens, 0], np.int32))[-1]
@@ -266,7 +265,7 @@ def said(model: Any, count: int = 40, edit: Callable[[int, Drawn], Drawn] | None
     for index, (scenario, question, take) in enumerate(plays):
         drawn = model.draw(take, head, index)
         drawn = drawn if edit is None else edit(index, drawn)
-        text = model.text(drawn.tokens)
+        text = model.text(drawn.tokens) or ""
         take.acts.append(text)
         take.log_probs.append(float(drawn.log_probs.sum()))
         try:
@@ -352,48 +351,13 @@ def test_tokens_whose_model_is_not_here_cannot_be_told() -> None:
 # --- a transformer of Shoal's own ------------------------------------------------------------------------------------
 
 
-class OfTokens:
-    """`TokenModel` as a judge: one pass over the whole act, where its actor goes token by token with what it kept."""
-
-    vocabulary = tokens_of.VOCABULARY
-    longest = 13
-    slack = 1e-4
-
-    def __init__(self, model: tokens_of.TokenModel) -> None:
-        self.model = model
-
-    def log_probs(self, take: Take, act: int, tokens: np.ndarray) -> np.ndarray:
-        said, _ = self.model._history(take, act)
-        prompt = [*said, *tokens_of.encode_text(take.sights[act]), tokens_of.END_OF_SIGHT]
-        row = torch.tensor([[*prompt, *tokens[:-1].tolist()]])
-        with torch.no_grad():
-            logits = tokens_of._of_acts(self.model._logits(row))[0, len(prompt) - 1 :]
-        found = torch.log_softmax(logits, dim=-1).double().numpy()
-        if len(tokens) == self.longest:  # it had to end
-            found[-1] = np.where(np.arange(self.vocabulary) == tokens_of.END_OF_ACT, found[-1], -np.inf)
-        return found
-
-    def text(self, tokens: np.ndarray) -> str:
-        return tokens_of.decode_text(tokens.tolist())
+class OfTokens(tokens_of.TokenJudge):
+    """A transformer that answers alone, by noise of the one act, where its judge goes over all of it at once."""
 
     def draw(self, take: Take, head: Head, index: int) -> Drawn:
-        """As `TokenModel._complete` does, with noise of the act's own."""
-        noise = token_noise(ALICE.peer_id, head, index, 0).gumbel((self.longest, self.vocabulary))
-        prompt = [*tokens_of.encode_text(take.sights[0]), tokens_of.END_OF_SIGHT]
-        kept: list[Any] = []
-        tokens: list[int] = []
-        log_probs: list[float] = []
-        row = torch.tensor([prompt])
-        while not tokens or tokens[-1] != tokens_of.END_OF_ACT:
-            with torch.no_grad():
-                logits = tokens_of._of_acts(self.model._logits(row, kept)[:, -1])
-            one = torch.log_softmax(logits, dim=-1).double().numpy()[0]
-            at = len(tokens)
-            is_last = at == self.longest - 1
-            tokens.append(tokens_of.END_OF_ACT if is_last else int((one + noise[at]).argmax()))
-            log_probs.append(float(one[tokens[-1]]))
-            row = torch.tensor([[tokens[-1]]])
-        return Drawn(np.array(tokens, np.int32), np.array(log_probs, np.float32))
+        """As an actor does."""
+        (drawn,) = self.model.complete([take], [token_noise(ALICE.peer_id, head, index, take.role, 0)])
+        return drawn
 
 
 def a_transformer(seed: int) -> tokens_of.TokenModel:
@@ -408,3 +372,28 @@ def test_tokens_of_a_transformer_are_drawn_again_by_one_pass_over_the_whole() ->
     found = looked_into(shard, own)
     assert found.verdict is Verdict.TRUE, found
     assert looked_into(shard, OfTokens(a_transformer(2))).lie is Lie.DRAWS
+
+
+def test_an_end_in_the_middle_makes_no_act() -> None:
+    def longer(index: int, drawn: Drawn) -> Drawn:
+        if index != 5:
+            return drawn
+        twice = np.concatenate([drawn.tokens, drawn.tokens])
+        return Drawn(twice, np.concatenate([drawn.log_probs, drawn.log_probs]))
+
+    def shorter(index: int, drawn: Drawn) -> Drawn:
+        return Drawn(drawn.tokens[:1], drawn.log_probs[:1]) if index == 5 else drawn
+
+    own = OfTokens(a_transformer(1))
+    for edit in (longer, shorter):
+        found = looked_into(said(own, edit=edit), own)
+        assert (found.verdict, found.lie, found.part) == (Verdict.FALSE, Lie.DRAWS, 5)
+
+
+def test_only_the_plays_that_are_named_are_drawn_again() -> None:
+    own, other = OfTokens(a_transformer(1)), OfTokens(a_transformer(2))
+    shard = said(own)
+    assert looked_into(shard, other, redrawn=(3, 30)).part == 3
+    believed = looked_into(shard, other, redrawn=())
+    assert believed.verdict is Verdict.TRUE
+    assert Lie.DRAWS not in believed.looked

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shoal.protocol.errors import UsageError
 from shoal.training.models.flat import FlatParameters, Spec
 from shoal.training.models.tokens import TokenModel, decode_text, encode_text
+from shoal.training.rollouts.acting import Noise
 from shoal.training.tasks.cast import Learned
 from shoal.training.tasks.play import Role, Take, Text
 from shoal.training.tasks.source import Scenario
@@ -81,6 +82,19 @@ def test_who_is_beside_a_take_changes_nothing() -> None:
     together, _ = model.act([take(waiting=each, max_tokens=5) for each in prompts], np.random.default_rng(0), True)
     alone = [model.act([take(waiting=each, max_tokens=5)], np.random.default_rng(1), True)[0][0] for each in prompts]
     assert together == alone
+
+
+def test_an_act_can_be_drawn_again_alone_from_its_noise() -> None:
+    """Whatever was drawn beside it, and in whatever order."""
+    model = small()
+    model.flat[:] *= 20
+    takes = [take(waiting=each, max_tokens=20) for each in ("1", "22", "333", "44", "5")]
+    together = model.complete(takes, [Noise(seed) for seed in range(5)])
+    assert len({tuple(each.tokens.tolist()) for each in together}) == 5
+    for index in (4, 2, 0):
+        (alone,) = model.complete([takes[index]], [Noise(index)])
+        np.testing.assert_array_equal(alone.tokens, together[index].tokens)
+        np.testing.assert_allclose(alone.log_probs, together[index].log_probs, atol=1e-4)
 
 
 def test_gradients_reach_the_one_vector() -> None:

@@ -6,7 +6,7 @@ is a token, and so are the end of an act and the end of a sight. A take is one s
 sight, act, end of act. What does not fit into the context is forgotten from the beginning.
 
 Prompts of one length are completed side by side with their keys and values kept, so no padding changes what a model
-says. Sampling takes its numbers from the generator that it is given.
+says. Each act is sampled by noise of its own (`TokenModel.complete`), so that it can be drawn again without the others.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from shoal.protocol.errors import UsageError
 from shoal.training.models.flat import FlatParameters, OnFlat, Spec
 from shoal.training.models.text import Ids, Sequences, padded
+from shoal.training.rollouts.acting import Noise
+from shoal.training.rollouts.takes import Drawn
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take, Text
 
@@ -34,6 +37,8 @@ _ID_OF: Final = {character: number + 2 for number, character in enumerate(_CHARA
 VOCABULARY: Final = len(_CHARACTERS) + 2
 _DEVIATION: Final = 0.02
 _NEVER: Final = -math.inf
+_NOISE_TURNS: Final = 16
+"""Tokens for which noise is drawn at once: a call for each would take as long as the model does."""
 
 
 def encode_text(text: str) -> list[int]:
@@ -105,7 +110,7 @@ class TokenModel(OnFlat):
 
     def log_probs(self, sequences: Sequences) -> torch.Tensor:
         """Of every token that the policy chose, given what came before: ``[S, T]``, 0 for all others."""
-        logits = _of_acts(self._logits(sequences.tokens[:, :-1]))
+        logits = _of_acts(self.logits(sequences.tokens[:, :-1]))
         chosen = functional.log_softmax(logits, dim=-1).gather(2, sequences.tokens[:, 1:, None])[..., 0]
         chosen = chosen.where(sequences.is_act[:, 1:], torch.zeros(()))
         return functional.pad(chosen, (1, 0))
@@ -123,56 +128,74 @@ class TokenModel(OnFlat):
 
     def act(self, takes: Sequence[Take], rng: np.random.Generator, greedy: bool) -> tuple[list[str], Floats]:
         """Complete the newest sight of each; see `shoal.training.tasks.cast.Actor`."""
-        said: list[list[int]] = [[] for _ in takes]
-        log_probs = np.zeros(len(takes), np.float32)
+        noises = None if greedy else [Noise(seed) for seed in rng.integers(2**63, size=len(takes)).tolist()]
+        drawn = self.complete(takes, noises)
+        log_probs = [each.log_probs.sum(dtype=np.float64) for each in drawn]
+        return [decode_text(each.tokens.tolist()) for each in drawn], np.array(log_probs, np.float32)
+
+    def complete(self, takes: Sequence[Take], noises: Sequence[Noise] | None) -> list[Drawn]:
+        """What to say to the newest sight of each, token by token with its end.
+
+        A token is the argmax of log-probability plus Gumbel noise; each token takes a number for every token that there
+        is from its take's noise, in their order. So what one take says depends on nothing that is said beside it, up to
+        rounding.
+
+        Args:
+            takes: that wait.
+            noises: of each, used for nothing else; None: the likeliest tokens.
+        """
+        found: dict[int, Drawn] = {}
         by_length: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         prompts = []
         for index, take in enumerate(takes):
-            space = take.spaces.acts
-            most = take.max_tokens or (space.max_chars if isinstance(space, Text) else 1)
-            most = max(1, min(most, self.context - 2))
-            tokens, _ = self._history(take, len(take.acts))
-            prompt = [*tokens, *encode_text(take.sights[-1]), END_OF_SIGHT]
-            prompts.append(prompt[-(self.context - most) :])
-            by_length[len(prompts[-1]), most].append(index)
+            prompt, most = self.prompt(take, len(take.acts))
+            prompts.append(prompt)
+            by_length[len(prompt), most].append(index)
         for (_, most), group in sorted(by_length.items()):
             rows = np.array([prompts[index] for index in group], np.int64)
-            for index, completion, log_prob in zip(group, *self._complete(rows, most, rng, greedy), strict=True):
-                said[index], log_probs[index] = completion, log_prob
-        return [decode_text(each) for each in said], log_probs
+            own = None if noises is None else [noises[index] for index in group]
+            found |= zip(group, self._complete(rows, most, own), strict=True)
+        return [found[index] for index in range(len(takes))]
+
+    def prompt(self, take: Take, act: int) -> tuple[list[int], int]:
+        """What an act of a take answers, and the most tokens that it may have before its end."""
+        space = take.spaces.acts
+        most = take.max_tokens or (space.max_chars if isinstance(space, Text) else 1)
+        most = max(1, min(most, self.context - 2))
+        tokens, _ = self._history(take, act)
+        return [*tokens, *encode_text(take.sights[act]), END_OF_SIGHT][-(self.context - most) :], most
 
     @torch.no_grad()
-    def _complete(
-        self, prompts: Ids, most: int, rng: np.random.Generator, greedy: bool
-    ) -> tuple[list[list[int]], Floats]:
-        """Completions of prompts ``[B, T]``, without their ends, and how likely each was with its end."""
+    def _complete(self, prompts: Ids, most: int, noises: Sequence[Noise] | None) -> list[Drawn]:
+        """Completions of prompts ``[B, T]``."""
         count = len(prompts)
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        logits = self._logits(torch.from_numpy(prompts), kept)[:, -1]
-        said: list[list[int]] = [[] for _ in range(count)]
-        total, is_over = np.zeros(count), np.zeros(count, np.bool_)
+        logits = self.logits(torch.from_numpy(prompts), kept)[:, -1]
+        tokens: list[list[int]] = [[] for _ in range(count)]
+        likely: list[list[float]] = [[] for _ in range(count)]
+        is_over = np.zeros(count, np.bool_)
+        noise = np.zeros((count, 1, 1))
         for turn in range(most + 1):
             log_probs = functional.log_softmax(_of_acts(logits), dim=-1).double().numpy()
             if turn == most:  # it has to end
                 chosen = np.full(count, END_OF_ACT)
-            elif greedy:
+            elif noises is None:
                 chosen = log_probs.argmax(axis=1)
             else:
-                noise = rng.standard_exponential(log_probs.shape)
-                chosen = (log_probs - np.log(np.maximum(noise, 1e-300))).argmax(axis=1)  # Gumbel-max
-            chosen[is_over] = END_OF_ACT
-            total += np.where(is_over, 0.0, log_probs[np.arange(count), chosen])
-            for index in np.flatnonzero((chosen != END_OF_ACT) & ~is_over):
-                said[index].append(int(chosen[index]))
+                if turn % _NOISE_TURNS == 0:
+                    noise = np.stack([each.gumbel((_NOISE_TURNS, VOCABULARY)) for each in noises])
+                chosen = (log_probs + noise[:, turn % _NOISE_TURNS]).argmax(axis=1)
+            for index in np.flatnonzero(~is_over).tolist():
+                tokens[index].append(int(chosen[index]))
+                likely[index].append(float(log_probs[index, chosen[index]]))
             is_over |= chosen == END_OF_ACT
             if is_over.all():
                 break
-            logits = self._logits(torch.from_numpy(chosen[:, None]), kept)[:, -1]
-        return said, total.astype(np.float32)
+            logits = self.logits(torch.from_numpy(chosen[:, None]), kept)[:, -1]
+        pairs = zip(tokens, likely, strict=True)
+        return [Drawn(np.array(own, np.int32), np.array(each, np.float32)) for own, each in pairs]
 
-    def _logits(
-        self, tokens: torch.Tensor, kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-    ) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor, kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None) -> torch.Tensor:
         """``[B, T, VOCABULARY]`` for tokens ``[B, T]`` that follow those whose keys and values are kept, if any are."""
         own = self._parameters.tensors
         start = kept[0][0].shape[2] if kept else 0
@@ -197,3 +220,41 @@ class TokenModel(OnFlat):
             hidden = hidden + functional.linear(units, own[f"{name}/out"], own[f"{name}/out_bias"])
         normal = functional.layer_norm(hidden, (width,), own["scale"], own["shift"])
         return functional.linear(normal, own["embedding"])
+
+
+class TokenJudge:
+    """Such a model, as whoever looks into a shard needs it; see `shoal.training.rollouts.checking.Judge`.
+
+    One pass goes over a whole act, where its actor went token by token with what it kept: other sums, the same but for
+    rounding.
+
+    Attributes:
+        model: with the parameters of the policy that acted.
+    """
+
+    vocabulary = VOCABULARY
+    slack = 1e-3
+
+    def __init__(self, model: TokenModel) -> None:
+        self.model = model
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an act."""
+        return self.model.context - 1
+
+    def log_probs(self, take: Take, act: int, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """``[n, VOCABULARY]``, at each place of an act."""
+        prompt, most = self.model.prompt(take, act)
+        row = torch.tensor([[*prompt, *tokens[:-1].tolist()]])
+        with torch.no_grad():
+            logits = _of_acts(self.model.logits(row))[0, len(prompt) - 1 :]
+        found: npt.NDArray[np.float64] = functional.log_softmax(logits, dim=-1).double().numpy()
+        if len(tokens) == most + 1:  # it had to end
+            found[-1] = np.where(np.arange(VOCABULARY) == END_OF_ACT, found[-1], _NEVER)
+        return found
+
+    def text(self, tokens: npt.NDArray[np.int32]) -> str | None:
+        """What they say; None, if an end is not where they end."""
+        ends = np.flatnonzero(tokens == END_OF_ACT).tolist()
+        return decode_text(tokens.tolist()) if ends == [len(tokens) - 1] else None

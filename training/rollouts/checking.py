@@ -12,8 +12,8 @@ Findings are of four kinds (`shoal.training.rollouts.evidence`); only what is fa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from shoal.training.rollouts.shard import (
 from shoal.training.rollouts.takes import Drawn, Part, PlayOf, plays_of
 from shoal.training.tasks import Task
 from shoal.training.tasks.play import BadScenarioError, Game, Take
+from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import Scenario
 
 _ROWS: Final = 4096  # judged at once
@@ -61,8 +62,8 @@ class Judge(Protocol):
         """
         ...
 
-    def text(self, tokens: npt.NDArray[np.int32]) -> str:
-        """What they say."""
+    def text(self, tokens: npt.NDArray[np.int32]) -> str | None:
+        """What they say; None: no act is made of these tokens."""
         ...
 
 
@@ -198,6 +199,7 @@ def check_takes(
     scenarios: Sequence[Scenario] | None = None,
     judges: Mapping[str, Judge | None] | None = None,
     until: int | None = None,
+    redrawn: Collection[int] | None = None,
 ) -> Finding:
     """Look into a shard of takes: what each play earned, and by whom its tokens were drawn.
 
@@ -209,6 +211,8 @@ def check_takes(
         judges: by role, the policy that the shard names, for roles whose acts were drawn token by token; None: it is
             not here. Roles that are not named are believed.
         until: how many of its plays to look at; None: all.
+        redrawn: the numbers of those whose tokens are drawn again, which costs a pass through the policy each, where a
+            score often costs nothing; None: all.
     """
     if shard.head.task != task:
         return Finding(Verdict.DOES_NOT_FIT, "it was made of another task")
@@ -221,17 +225,15 @@ def check_takes(
     if scenarios is not None and [_key(play.scenario) for play in plays] != [_key(each) for each in scenarios]:
         return Finding(Verdict.FALSE, "its scenarios are not those that its author had to play", Lie.SEEDS)
     missing: Finding | None = None
-    take = 0
     for number, play in enumerate(plays[:until]):
-        found = _check_play(game, play, number)
+        found, limits = _check_play(game, play, number)
         if found.verdict is Verdict.FALSE:
             return found
-        for part in play.parts:
+        for part in play.parts if redrawn is None or number in redrawn else ():
             if found.verdict is Verdict.TRUE:
-                found = _check_tokens(shard, part, take, number, judges or {})
+                found = _check_tokens(shard, part, number, limits[part.take.role], judges or {})
             if found.verdict is Verdict.FALSE:
                 return found
-            take += 1
         if found.verdict is not Verdict.TRUE:
             missing = found
     if missing is not None:
@@ -240,17 +242,25 @@ def check_takes(
     are_judged = all(part.take.role in (judges or {}) for play in seen for part in play.parts if part.take.proven)
     looked = {Lie.FORM, Lie.ENDS, Lie.REWARDS, Lie.SIGHTS, Lie.ACTS}
     looked |= set() if scenarios is None else {Lie.SEEDS}
-    looked |= {Lie.DRAWS, Lie.LOG_PROBS} if are_judged else set()
+    looked |= {Lie.DRAWS, Lie.LOG_PROBS} if are_judged and redrawn is None else set()
     return Finding(Verdict.TRUE, looked=frozenset(looked), seen=len(seen))
 
 
-def _check_play(game: Game, play: PlayOf, number: int) -> Finding:
+_Limits: TypeAlias = Mapping[str, Sequence[int | None]]
+
+
+def _check_play(game: Game, play: PlayOf, number: int) -> tuple[Finding, _Limits]:
+    """What is found of all but its tokens; and how long each act of each role might be."""
     try:
-        played = again(game, play)
+        replayed = again(game, play)
     except BadScenarioError as error:
-        return Finding(Verdict.FALSE, str(error), Lie.ACTS, 0, number)
+        return Finding(Verdict.FALSE, str(error), Lie.ACTS, 0, number), {}
     except Exception as error:
-        return Finding(Verdict.CANNOT_BE_HAD, f"the game failed here: {type(error).__name__}")
+        return Finding(Verdict.CANNOT_BE_HAD, f"the game failed here: {type(error).__name__}"), {}
+    return _compare_plays(play, replayed.played, number), replayed.limits
+
+
+def _compare_plays(play: PlayOf, played: Played, number: int) -> Finding:
     replayed = {take.role: take for take in played.takes}
     for part in play.parts:
         claimed, true = part.take, replayed.get(part.take.role)
@@ -286,7 +296,9 @@ def _compare_sights(claimed: Take, true: Take, number: int) -> Finding:
     return _TRUE
 
 
-def _check_tokens(shard: Shard, part: Part, take: int, number: int, judges: Mapping[str, Judge | None]) -> Finding:
+def _check_tokens(
+    shard: Shard, part: Part, number: int, limits: Sequence[int | None], judges: Mapping[str, Judge | None]
+) -> Finding:
     role = part.take.role
     if role not in judges or not part.take.proven:
         return _TRUE
@@ -296,20 +308,21 @@ def _check_tokens(shard: Shard, part: Part, take: int, number: int, judges: Mapp
     for act, drawn in enumerate(part.drawn):
         if drawn is None:
             return Finding(Verdict.FALSE, f"{role} does not say what it drew", Lie.DRAWS, act, number)
-        lie = _redrawn(shard, part.take, act, drawn, take, judge)
+        part.take.max_tokens = limits[act]
+        lie = _redrawn(shard, part.take, act, drawn, number, judge)
         if lie is not None:
             return Finding(Verdict.FALSE, f"{role} drew something else at act {act}", lie, act, number)
     return _TRUE
 
 
-def _redrawn(shard: Shard, take: Take, act: int, drawn: Drawn, index: int, judge: Judge) -> Lie | None:
+def _redrawn(shard: Shard, take: Take, act: int, drawn: Drawn, play: int, judge: Judge) -> Lie | None:
     """What is false about the tokens of an act."""
     if len(drawn.tokens) > judge.longest or drawn.tokens.min() < 0 or drawn.tokens.max() >= judge.vocabulary:
         return Lie.FORM
     if judge.text(drawn.tokens) != take.acts[act]:
         return Lie.DRAWS
     log_probs = judge.log_probs(take, act, drawn.tokens)
-    scores = log_probs + token_noise(shard.author, shard.head, index, act).gumbel(log_probs.shape)
+    scores = log_probs + token_noise(shard.author, shard.head, play, take.role, act).gumbel(log_probs.shape)
     rows = np.arange(len(drawn.tokens))
     if not (scores[rows, drawn.tokens] >= scores.max(axis=1) - 2 * judge.slack).all():
         return Lie.DRAWS
@@ -319,10 +332,21 @@ def _redrawn(shard: Shard, take: Take, act: int, drawn: Drawn, index: int, judge
     return None if bool(says.all()) and total else Lie.LOG_PROBS
 
 
-def token_noise(author: PeerId, head: Head, take: int, act: int) -> Noise:
-    """The chance by which the tokens of one act are drawn, whatever else was drawn beside it."""
-    told = f"tokens\n{noise_seed(author, head)}\n{take}\n{act}".encode()
-    return Noise(int.from_bytes(hashlib.sha256(told).digest()[:16], "big"))
+def token_noise(author: PeerId, head: Head, play: int, role: str, act: int) -> Noise:
+    """The chance by which the tokens of one act are drawn, whatever else was drawn beside it.
+
+    It follows from the policy and from what is played, and not from the shard: who begins an epoch again, or another
+    stream, has the same luck as before.
+
+    Args:
+        author: who acts.
+        head: of the shard; its policy, version and state count.
+        play: the number of the play among those of its author in this version.
+        role: who acts in it.
+        act: the number of the act in its take.
+    """
+    told = ["shoal tokens", head.swarm, author, head.policy, head.version, head.state, play, act, role]
+    return Noise(int.from_bytes(hashlib.sha256("\n".join(map(str, told)).encode()).digest()[:16], "big"))
 
 
 def _key(scenario: Scenario) -> bytes:

@@ -10,7 +10,7 @@ each other to exactness.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -97,7 +97,20 @@ def with_sights(rows: Rows, make_env: MakeEnv) -> Rows:
     return rows.replace_sights(again.sights, again.finals)
 
 
-def again(game: Game, play: PlayOf) -> Played:
+@dataclass(frozen=True, slots=True, eq=False)
+class Again:
+    """A play of a shard, played once more.
+
+    Attributes:
+        played: what came of it.
+        limits: by role, of each of its asks, the most that a language model should say (`Ask.max_tokens`).
+    """
+
+    played: Played
+    limits: Mapping[str, Sequence[int | None]]
+
+
+def again(game: Game, play: PlayOf) -> Again:
     """A play of a shard once more, from its scenario and from what each of its roles did.
 
     Raises:
@@ -108,6 +121,7 @@ def again(game: Game, play: PlayOf) -> Played:
     total = sum(len(part.take) for part in play.parts)
     seats = dict.fromkeys(game.roles, _SOMEBODY)
     playing = Playing(game, play.scenario, seats, max_turns=len(play.scenario.acts) + total + 2)
+    limits: dict[str, list[int | None]] = {role: [] for role in game.roles}
     used = 0
     try:
         playing.begin()
@@ -122,6 +136,7 @@ def again(game: Game, play: PlayOf) -> Played:
                     answers.append(playing.answer(position, act))
                 except BadActError as error:
                     raise BadScenarioError(f"turn {playing.turns}: {error}") from error
+                limits[ask.role].append(ask.max_tokens)
             used += len(answers)
             watch.page[2] += 1
             goes_on = playing.resume(answers)
@@ -131,7 +146,7 @@ def again(game: Game, play: PlayOf) -> Played:
         playing.close()
     if playing.played is None or used < total:
         raise BadScenarioError(f"the play ends after {used} of {total} acts; they are of another")
-    return playing.played
+    return Again(playing.played, limits)
 
 
 def is_deterministic(make_env: MakeEnv, space: ActionSpace, *, seed: int = 0, steps: int = _TRIED_STEPS) -> bool:
