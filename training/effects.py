@@ -12,6 +12,8 @@ from typing import TypeAlias
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import Cid
 from shoal.training.exchange.averager import Arrays
+from shoal.training.rollouts.packed import Columns
+from shoal.training.rollouts.shard import Head
 from shoal.training.scored import check_probes
 from shoal.training.statements import MAX_TOPIC_CHARS
 from shoal.training.tasks.play import Take
@@ -85,7 +87,20 @@ class Scores:
         check_probes(self.probes)
 
 
-Effect: TypeAlias = Post | Latest | Scores
+@dataclass(frozen=True, slots=True, eq=False)
+class Give:
+    """Let the others learn from what was played here. The answer: the shard's CID, or None if there is no room for it.
+
+    Attributes:
+        head: of the shard, without ``columns`` and ``digest``.
+        columns: of it.
+    """
+
+    head: Head
+    columns: Columns
+
+
+Effect: TypeAlias = Post | Latest | Scores | Give
 """What an update asks for beside averages; nobody else is in step with it."""
 
 

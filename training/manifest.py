@@ -186,6 +186,11 @@ class Manifest:
         return self.task.partition(":")[0] == LOOP_SCHEME
 
     @property
+    def is_recipe(self) -> bool:
+        """Whether a recipe is learned."""
+        return self.task.partition(":")[0] == RECIPE_SCHEME
+
+    @property
     def batch(self) -> Batch:
         """How much goes into an epoch."""
         return Batch(self.batch_per_learner, self.batch_size)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
+from shoal.dht import blocks
 from shoal.protocol.codec import decode_message, encode_message
 from shoal.protocol.errors import ProtocolError, RemoteError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid, PeerId
@@ -32,7 +33,7 @@ from shoal.training.algorithms.base import Algorithm, AnyUpdate, Consulting, Hos
 from shoal.training.algorithms.base import Collected as LearnerCollected
 from shoal.training.algorithms.engine import ActedFor, PolicyLearner
 from shoal.training.arena import Arena, Region
-from shoal.training.effects import Effect, Fetch, Fetched, Latest, Post, Scores, Wanted
+from shoal.training.effects import Effect, Fetch, Fetched, Give, Latest, Post, Scores, Wanted
 from shoal.training.electorate import Delivered, Electorate
 from shoal.training.events import Events
 from shoal.training.exchange.rules import Aggregator, Codec
@@ -41,7 +42,7 @@ from shoal.training.merging import Answer, Given, Merging, NothingToMergeError
 from shoal.training.requirements import check_loaded, requirements
 from shoal.training.rollouts.acting import ActorShape
 from shoal.training.rollouts.actor import Actor
-from shoal.training.rollouts.admitting import Admission
+from shoal.training.rollouts.admitting import Admission, SharesPlays
 from shoal.training.rollouts.shard import unsigned
 from shoal.training.state import decode_arrays, digest, encode_arrays
 from shoal.training.statements import HASH_BYTES, NO_BALLOT
@@ -138,6 +139,7 @@ class Worker:
         self._failures = Failures("")
         self._actor: Actor | None = None
         self._admission: Admission | None = None
+        self._sharing: SharesPlays | None = None
         self._update: AnyUpdate | None = None
         self._ahead = _NOTHING  # while it waited
         self._events: Events | None = None
@@ -181,7 +183,7 @@ class Worker:
     def open(self, request: Open) -> StateAnswer:
         """Set up the run and give its initial state; an actor has none."""
         manifest = request.manifest
-        self._actor = self._admission = None
+        self._actor = self._admission = self._sharing = None
         self._max_env_steps = manifest.max_env_steps + MAX_OVERSHOOT_BATCHES * max(manifest.batch.largest_share, 1024)
         if request.role is Role.ACTOR:
             self._learner = None
@@ -196,14 +198,18 @@ class Worker:
         self._peer = request.peer
         self._merging = Merging(Aggregator.parse(manifest.aggregator), manifest.codec, self._arena)
         if manifest.mode is Mode.ROLLOUTS:
-            self._admission = make_admission(request, self._learner)
-            self._note_policy()
+            if isinstance(self._learner, SharesPlays) and request.swarm is not None:
+                self._learner.share(request.swarm)
+                self._sharing = self._learner
+            else:
+                self._admission = make_admission(request, self._learner)
         return self._state(_Descent())
 
     def load(self, request: Load) -> StateAnswer:
         """Replace the learner's state."""
         shared = self._arena.view(Region.STATE, request.state_bytes) if request.state_bytes else request.state
-        arrays, meta = decode_arrays(bytes(shared or b""))
+        data = bytes(shared or b"")
+        arrays, meta = decode_arrays(data)
         epoch, env_steps = _count("epoch", meta.get("epoch")), _count("env_steps", meta.get("env_steps"))
         if env_steps > self._max_env_steps or epoch > env_steps + MAX_IDLE_EPOCHS:
             raise ProtocolError(f"this run cannot have come to epoch {epoch} with {env_steps} environment steps")
@@ -219,7 +225,7 @@ class Worker:
             self._merging.forget()
         self._update = None
         self._epoch = epoch
-        self._note_policy()
+        self._note_policy(data)
         return descent.answer(digest(self.learner.policy_arrays()), epoch_samples=self.learner.samples)
 
     def collect(self, request: Collect) -> Collected:
@@ -258,10 +264,11 @@ class Worker:
 
     def admit(self, request: Admit) -> Admitted:
         """Learn from what another member made."""
-        if self._admission is None:
+        admission = self._admission or self._sharing
+        if admission is None:
             raise RemoteError(Status.FAILED_PRECONDITION, "nothing that others collected is learned from here")
         began = time.monotonic()
-        found, samples, proof, is_checked = self._admission.admit(
+        found, samples, proof, is_checked = admission.admit(
             request.shard,
             request.cid,
             request.author,
@@ -272,13 +279,16 @@ class Worker:
         )
         seconds, lie = time.monotonic() - began, "" if found.lie is None else str(found.lie)
         learner = self.learner
-        waiting = learner.num_foreign if isinstance(learner, PolicyLearner) else 0
+        waiting = learner.num_foreign if isinstance(learner, PolicyLearner | SharesPlays) else 0
         words = (str(found.verdict), found.words, lie, found.step, found.part)
         return Admitted(*words, samples, seconds, learner.samples, waiting, proof, is_checked)
 
-    def _note_policy(self) -> None:
+    def _note_policy(self, state: bytes) -> None:
+        """The learner holds another policy: that of a state."""
         if self._admission is not None:
             self._admission.holds(self._epoch, self.learner.policy_arrays())
+        if self._sharing is not None:
+            self._sharing.holds(self._epoch, blocks.name(state).cid)
 
     def collect_on(self, request: PlayOn) -> Collected:
         """Go on collecting, with what was waited for."""
@@ -379,7 +389,7 @@ class Worker:
 
     def go_on(self, request: GoOn) -> MergeAnswer:
         """Give the update what it asked for beside averages."""
-        if isinstance(self._asked, Post):
+        if isinstance(self._asked, Post | Give):
             return self._go_on(request.cid, self._rejected)
         if isinstance(self._asked, Scores):
             return self._go_on(request.scores, self._rejected)
@@ -404,11 +414,10 @@ class Worker:
             state = self._state(self._next)
             values = {f"training/{name}": value for name, value in stats.metrics.items()}
             self._note(values, self._next.env_steps)
-            self._note_policy()
             waiting = self.learner.samples
             ahead = replace(self._ahead, epoch_samples=waiting) if self._ahead.samples or waiting else None
             done = MergeAnswer(state=state, stats=stats.metrics, rejected=rejected, ahead=ahead)
-            if self._admission is None or not isinstance(self.learner, PolicyLearner):
+            if not isinstance(self.learner, PolicyLearner | SharesPlays):
                 return done
             used = tuple(LearnedFrom(*each) for each in self.learner.learned_from)
             return replace(done, learned_from=used, waiting=self.learner.num_foreign)
@@ -431,6 +440,10 @@ class Worker:
             case Scores(probes, since):
                 self._asked = wanted
                 return MergeAnswer(rejected=rejected, is_last=False, scores=ScoresAsked(probes, since))
+            case Give(head, columns):
+                self._asked = wanted
+                made = RolledOut(*unsigned(head, columns), head.samples)
+                return MergeAnswer(rejected=rejected, is_last=False, given=made)
             case _:
                 return self._offer(wanted, rejected)
 
@@ -532,6 +545,7 @@ class Worker:
     def _state(self, descent: _Descent) -> StateAnswer:
         learner = self.learner
         data = encode_arrays(learner.export_state(), descent.meta())
+        self._note_policy(data)
         policy = digest(learner.policy_arrays())
         part = learner.part if isinstance(learner, Parted) else ""
         roles = plain_roles(learner.seats_for_people) if isinstance(learner, Hosting) else ()

@@ -427,7 +427,7 @@ class GoOn:
     """Go on with the update, which asked for something.
 
     Attributes:
-        cid: of what was posted; None if there was no room for it.
+        cid: of what was posted or given; None if there was no room for it.
         posts: that were found, newest first.
         scores: that members signed: of at most `shoal.training.scored.MAX_PROBES` probes and ``MAX_EPOCHS`` epochs.
     """
@@ -483,6 +483,7 @@ class MergeAnswer:
         scores: likewise, what members have signed.
         learned_from: with ``state``: what of others' the update was made from.
         waiting: likewise, samples of others that wait for a later one.
+        given: nothing is to be averaged now, but this shard is to be signed and given to the others; `GO_ON` answers.
     """
 
     weight: float = 0.0
@@ -499,6 +500,7 @@ class MergeAnswer:
     scores: ScoresAsked | None = None
     learned_from: tuple[LearnedFrom, ...] = ()
     waiting: int = 0
+    given: RolledOut | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ from shoal.training.worker_calls import (
     Evaluate,
     Evaluated,
     Finish,
+    GoOn,
     LargeArray,
     Load,
     Log,
@@ -756,11 +758,17 @@ class Runner:
         given = self.giving.find(offer.author, offer.offer.cid)
         return await self._content.get(offer.offer.cid, (), owner=self.swarm) if given is None else given
 
+    async def _reply(self, answer: MergeAnswer, epoch: int, out: AbstractSet[PeerId]) -> GoOn | None:
+        """What an update asks for that is not an average; None, if it asks for nothing such."""
+        if answer.given is not None:
+            return GoOn(cid=await self.shards.give(answer.given, epoch))
+        return await self._posts.reply(answer, epoch, out)
+
     async def _merged(self, worker: Channel, answer: MergeAnswer) -> None:
         """The update wants something averaged, or is done; what else it wants it is given at once."""
         epoch = 0 if self.policy is None else self.policy.epoch
         out = self.core.shunned | self.core.claims.liars
-        while (reply := await self._posts.reply(answer, epoch, out)) is not None:
+        while (reply := await self._reply(answer, epoch, out)) is not None:
             answer = await worker.call(GO_ON, reply)
         self._large = answer.layout
         if answer.state is not None:

@@ -81,9 +81,11 @@ class Shards:
             learners: the others that learn now.
             post: is told what was taken.
         """
-        self.intake = Intake(
-            signer.peer_id, manifest.max_staleness, 2 * manifest.batch.largest_share, most_samples=manifest.most_foreign
-        )
+        self.intake = Intake(signer.peer_id, manifest.max_staleness, 2 * manifest.batch.largest_share)
+        if manifest.is_recipe:  # its learner draws from a shard what it has use for
+            self.intake.takes_all = True
+        else:
+            self.intake.most_samples = manifest.most_foreign
         self.worker: Channel | None = None
         self.num_given = 0
         self.check_s = 0.0
@@ -143,7 +145,7 @@ class Shards:
         self.look(policy.epoch)
 
     def heard(self, author: PeerId, said: GivenShards) -> None:
-        """An actor says what it has."""
+        """Somebody says what it has."""
         self.intake.named(author, said.given)
         self.look(self._version)
 

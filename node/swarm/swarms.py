@@ -55,7 +55,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.protocol.services import Empty, Service, current_call
 from shoal.protocol.signing import Signer
-from shoal.training.manifest import LOOP_SCHEME, Manifest, Mode, Role, open_manifest, sign_manifest
+from shoal.training.manifest import LOOP_SCHEME, RECIPE_SCHEME, Manifest, Mode, Role, open_manifest, sign_manifest
 from shoal.training.requirements import check_here, loop_requirements
 from shoal.training.roles import Machine, first_role
 from shoal.training.statements import TOPIC_RULES, Phase
@@ -154,7 +154,7 @@ class Swarms:
             UsageError: if the task, the algorithm or a setting is unknown or out of range.
         """
         is_loop = request.task.partition(":")[0] == LOOP_SCHEME
-        role, is_chosen = _role(request.role, is_loop=is_loop, mode=request.mode)
+        role, is_chosen = _role(request.role, request.task, request.mode)
         asked = Manifest(
             owner=self._signer.peer_id,
             task=request.task,
@@ -221,7 +221,7 @@ class Swarms:
         peers = await self._reach(ticket, must=stored is None)
         data = stored.manifest if stored is not None else await self._fetch_manifest(ticket.swarm, peers)
         manifest = open_manifest(ticket.swarm, data)
-        role, is_chosen = _role(role_name, is_loop=manifest.is_loop, mode=manifest.mode)
+        role, is_chosen = _role(role_name, manifest.task, manifest.mode)
         if known is not None:
             known.home.cancel()
             await known.home.wait_gone()
@@ -333,7 +333,7 @@ class Swarms:
         # Shown from now on; nothing may be written before what is stored has been read.
         membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, None, home, 0)
         try:
-            check_here(manifest, _role(entry.role, is_loop=manifest.is_loop, mode=manifest.mode)[0])
+            check_here(manifest, _role(entry.role, manifest.task, manifest.mode)[0])
             docs = await load_docs(entry.swarm, self._signer.peer_id, self._storage)
             incarnation = await trio.to_thread.run_sync(self._remembered.next_incarnation)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
@@ -367,7 +367,7 @@ class Swarms:
         incarnation: int,
     ) -> Joined:
         swarm, me = entry.swarm, self._signer.peer_id
-        role, is_chosen = _role(entry.role, is_loop=manifest.is_loop, mode=manifest.mode)
+        role, is_chosen = _role(entry.role, manifest.task, manifest.mode)
         docs = SwarmDocs(swarm, me) if docs is None else docs
         presence = PresenceTable(swarm, me, incarnation, TOPIC_RULES)
         replica = Replica(
@@ -531,23 +531,29 @@ def _named(name: str) -> Role | None:
         raise UsageError(f"there is no role {name[:40]!r}; take auto, {', '.join(Role)}") from error
 
 
-def _role(name: str, *, is_loop: bool, mode: Mode) -> tuple[Role, bool]:
+def _role(name: str, task: str, mode: Mode) -> tuple[Role, bool]:
     """The role that is meant, and whether it is this node's own choice, which it may change while the run goes on.
 
-    A training loop of the user brings with it what it needs.
+    A training loop of the user brings with it what it needs. Who plays in a recipe learns from it, too.
 
     Raises:
         UsageError: if there is none of this name in such a run.
         ShoalError: if what it needs is not installed.
     """
     role = _named(name)
+    scheme = task.partition(":")[0]
+    is_loop = scheme == LOOP_SCHEME
+    has_actors = mode is Mode.ROLLOUTS and scheme not in (LOOP_SCHEME, RECIPE_SCHEME)
     if role is None:
         if is_loop:
             return Role.LEARNER, False
         here = Machine(can_train(), can_act(), memory_limit())
-        return first_role(here, mode), mode is Mode.ROLLOUTS and here.can_learn and here.can_act
-    if role is Role.ACTOR and (is_loop or mode is not Mode.ROLLOUTS):
-        raise UsageError("there are actors in mode rollouts alone; take the role learner, evaluator or storage")
+        first = first_role(here, mode if has_actors else Mode.LOCAL)
+        return first, has_actors and here.can_learn and here.can_act
+    if role is Role.ACTOR and not has_actors:
+        raise UsageError(
+            "there are actors in mode rollouts alone, and not of recipes; take the role learner, evaluator or storage"
+        )
     if role in (Role.LEARNER, Role.EVALUATOR) and not is_loop:
         require_training()
     if role is Role.ACTOR and not can_act():

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from shoal.protocol.errors import ProtocolError
 from shoal.training.models import tokens as tokens_of
-from shoal.training.rollouts.checking import check_takes, token_noise
+from shoal.training.rollouts.checking import check_plays, check_takes, token_noise
 from shoal.training.rollouts.evidence import Finding, Lie, Verdict, disproved, hear, say
 from shoal.training.rollouts.rows import DoesNotFitError, rows_of
 from shoal.training.rollouts.shard import Head, Shard, ShardKind, open_shard, seal
-from shoal.training.rollouts.takes import Drawn, Part, PlayOf, columns_of, groups_of, play_of, plays_of, units_of
+from shoal.training.rollouts.takes import Drawn, Part, PlayOf, columns_of, groups_of, play_of, plays_of
 from shoal.training.tasks.base import Discrete
 from shoal.training.tasks.cast import Learned
 from shoal.training.tasks.games.text import SortDigits, TextTask
@@ -99,9 +99,7 @@ def _plain(value: Any) -> Any:
 def test_what_is_drawn_of_a_shard_are_all_plays_of_a_scenario() -> None:
     plays = [play_of(each) for each in played(Tangle(), 4)]
     twice = [plays[0], plays[1], plays[0]]
-    sizes = [sum(len(part.take) for part in play.parts) for play in twice]
     assert groups_of(twice) == ((0, 2), (1,))
-    assert units_of(twice) == (sizes[0] + sizes[2], sizes[1])
 
 
 def test_what_is_replayed_is_what_was_played() -> None:
@@ -392,8 +390,18 @@ def test_an_end_in_the_middle_makes_no_act() -> None:
 
 def test_only_the_plays_that_are_named_are_drawn_again() -> None:
     own, other = OfTokens(a_transformer(1)), OfTokens(a_transformer(2))
-    shard = said(own)
-    assert looked_into(shard, other, redrawn=(3, 30)).part == 3
-    believed = looked_into(shard, other, redrawn=())
-    assert believed.verdict is Verdict.TRUE
-    assert Lie.DRAWS not in believed.looked
+    shard, game = said(own), TextTask(SortDigits(3))
+    judges: Mapping[str, Any] = dict.fromkeys(game.roles, other)
+
+    def found(*redrawn: int) -> Finding:
+        return check_plays(shard, plays_of(shard, game.roles), game, task=TASK, judges=judges, redrawn=redrawn)
+
+    assert found(3, 30).part == 3
+    assert found().verdict is Verdict.TRUE
+    assert Lie.DRAWS not in found().looked
+
+
+def test_acts_that_are_longer_than_what_was_asked_for_are_false() -> None:
+    shard, game = said(OfTokens(a_transformer(1))), TextTask(SortDigits(3), max_tokens=5)
+    found = check_plays(shard, plays_of(shard, game.roles), game, task=TASK, count=lambda text: len(text) + 1)
+    assert (found.verdict, found.lie) == (Verdict.FALSE, Lie.FORM)

@@ -77,6 +77,7 @@ class TokenModel(OnFlat):
         if heads < 1 or width % heads:
             raise UsageError(f"a width of {width} is not divided among {heads} heads; choose a multiple of them")
         self.context = context
+        self._sizes = {"width": width, "layers": layers, "heads": heads, "context": context}
         self._heads, self._layers = heads, layers
         specs = {"embedding": Spec((VOCABULARY, width), _DEVIATION), "positions": Spec((context, width), _DEVIATION)}
         deep = _DEVIATION / math.sqrt(2 * layers)
@@ -95,6 +96,10 @@ class TokenModel(OnFlat):
             }
         specs |= {"scale": Spec((width,), fill=1.0), "shift": Spec((width,))}
         self._parameters = FlatParameters(specs, seed)
+
+    def alike(self) -> TokenModel:
+        """Another of its sizes, in its initial state."""
+        return TokenModel(**self._sizes)
 
     # --- judging ---
 
@@ -131,7 +136,11 @@ class TokenModel(OnFlat):
         noises = None if greedy else [Noise(seed) for seed in rng.integers(2**63, size=len(takes)).tolist()]
         drawn = self.complete(takes, noises)
         log_probs = [each.log_probs.sum(dtype=np.float64) for each in drawn]
-        return [decode_text(each.tokens.tolist()) for each in drawn], np.array(log_probs, np.float32)
+        return [self.said(each) for each in drawn], np.array(log_probs, np.float32)
+
+    def said(self, drawn: Drawn) -> str:
+        """The text of what was drawn."""
+        return decode_text(drawn.tokens.tolist())
 
     def complete(self, takes: Sequence[Take], noises: Sequence[Noise] | None) -> list[Drawn]:
         """What to say to the newest sight of each, token by token with its end.
@@ -156,6 +165,10 @@ class TokenModel(OnFlat):
             own = None if noises is None else [noises[index] for index in group]
             found |= zip(group, self._complete(rows, most, own), strict=True)
         return [found[index] for index in range(len(takes))]
+
+    def count(self, act: str) -> int:
+        """Tokens of an act, its end among them."""
+        return len(act) + 1
 
     def prompt(self, take: Take, act: int) -> tuple[list[int], int]:
         """What an act of a take answers, and the most tokens that it may have before its end."""
@@ -236,12 +249,7 @@ class TokenJudge:
     slack = 1e-3
 
     def __init__(self, model: TokenModel) -> None:
-        self.model = model
-
-    @property
-    def longest(self) -> int:
-        """Tokens of an act."""
-        return self.model.context - 1
+        self.model, self.longest = model, model.context - 1
 
     def log_probs(self, take: Take, act: int, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """``[n, VOCABULARY]``, at each place of an act."""

@@ -35,8 +35,16 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.protocol.errors import ProtocolError, UsageError
-from shoal.protocol.ids import Cid, PeerId
-from shoal.training.algorithms.base import AnyUpdate, AskingUpdate, Collected, Exchange, Update, UpdateStats
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.training.algorithms.base import (
+    AnyUpdate,
+    AskingUpdate,
+    Collected,
+    DivergedError,
+    Exchange,
+    Update,
+    UpdateStats,
+)
 from shoal.training.algorithms.joint import together
 from shoal.training.algorithms.rollouts import never
 from shoal.training.algorithms.takes import Mindful, Trainee
@@ -51,15 +59,17 @@ from shoal.training.recipes.placing import NOWHERE, check_said, number_of, part_
 from shoal.training.recipes.playing import named_seats, roles_of, score_of, seats_of
 from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.seating import Seating
+from shoal.training.recipes.sharing import Sharing
 from shoal.training.recipes.warming import teach
+from shoal.training.rollouts.evidence import Finding
 from shoal.training.scored import MAX_EPOCHS, Scored
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
 from shoal.training.tasks import shown
-from shoal.training.tasks.cast import Fixed, Foreign, Learned, Past, Person, Scripted
+from shoal.training.tasks.cast import Actor, Fixed, Foreign, Learned, Past, Person, Scripted, Seat
 from shoal.training.tasks.failures import Failures, TaskFailedError
 from shoal.training.tasks.play import Act, Role, Table, Take
 from shoal.training.tasks.playing import Played
-from shoal.training.tasks.source import News, Posted, seed_of
+from shoal.training.tasks.source import News, Posted, Source, seed_of
 from shoal.training.tasks.stage import Collecting, Stage, Staged, alone
 from shoal.training.tasks.wire import decode_acts, decode_takes, encode_acts
 
@@ -108,6 +118,8 @@ class RecipeLearner:
         self._evaluations: dict[str, dict[int, float]] = {}
         self.scores: dict[str, float] = {}
         self._recipe, self._failures = recipe, failures
+        self._manifest, self._peer = manifest, peer
+        self._sharing: Sharing | None = None
         self._share = manifest.batch.largest_share
         self._own_seed = own_seed = seed_of(manifest.seed, peer)
         self._trainees = {
@@ -152,6 +164,49 @@ class RecipeLearner:
         self._running: AnyUpdate | None = None
         self._folder: Path | None = None
 
+    # --- plays that are shared, in mode rollouts ---
+
+    def share(self, swarm: SwarmId) -> None:
+        """Give what is played from now on, and learn from what others give; see `SharesPlays`.
+
+        Raises:
+            UsageError: if plays of this recipe cannot be shared.
+        """
+        models = {name: trainee.model for name, trainee in self._trainees.items()}
+        self._sharing = Sharing(self._recipe, self._manifest, self._peer, swarm, models)
+        self._be(self._part)
+
+    def holds(self, epoch: int, state: Cid) -> None:
+        """The shared state is called so."""
+        if self._sharing is not None:
+            self._sharing.holds(epoch, state)
+
+    def admit(
+        self,
+        data: bytes | memoryview,
+        cid: Cid,
+        author: PeerId,
+        state: Cid | None,
+        epoch: int,
+        *,
+        is_checked: bool,
+        chance: int | None = None,
+    ) -> tuple[Finding, int, bytes, bool]:
+        """Take a shard; see `SharesPlays`. All of its plays are played again, whatever ``chance`` is."""
+        if self._sharing is None:
+            raise UsageError("this learner shares nothing; call share() first")
+        return self._sharing.admit(data, cid, author, state, epoch, is_checked=is_checked)
+
+    @property
+    def num_foreign(self) -> int:
+        """Acts of others that wait for an update."""
+        return 0 if self._sharing is None else self._sharing.waiting
+
+    @property
+    def learned_from(self) -> Sequence[tuple[PeerId, int, int]]:
+        """What of others' the last update was made from; see `SharesPlays`."""
+        return () if self._sharing is None else self._sharing.learned_from
+
     @property
     def part(self) -> str:
         """What this node is; empty: nothing yet."""
@@ -166,9 +221,11 @@ class RecipeLearner:
         """Play and train what this part does from now on."""
         scene, plays = self._recipe.scene(part), self._recipe.plays
         self._part = part
-        self._stage = Stage(
-            scene.game, scene.source, scene.cast, self._actors, plays, seed=self._seed, failures=self._failures
-        )
+        source: Source = scene.source
+        actors: Mapping[Seat, Actor] = self._actors
+        if self._sharing is not None:
+            source, actors = self._sharing.source, self._sharing.actors
+        self._stage = Stage(scene.game, source, scene.cast, actors, plays, seed=self._seed, failures=self._failures)
 
     def close(self) -> None:
         """End the processes that it started; whoever sits there is started anew if it is asked again."""
@@ -243,6 +300,8 @@ class RecipeLearner:
         if not (yield from self._fixed.fetching()):
             return Collected(0, self.samples, ())
         self._keep_past()
+        if self._sharing is not None and not self._turns:
+            self._sharing.ration()
         staged = yield from _told(stage.collect(self._news, num_steps, is_over=is_over))
         self._turns += staged.turns
         self._plays += staged.plays
@@ -304,12 +363,18 @@ class RecipeLearner:
             if self._shows and not self._has_shown and self._plays:
                 posted = yield Post(shown.TOPIC, shown.show(self._plays, self._recipe.game.roles))
                 self._has_shown = posted is not None
+            others: list[Take] = []
+            if self._sharing is not None:
+                given = self._sharing.given(self._plays)
+                if given is not None:
+                    yield given
+                others = self._sharing.drawn()
             updates: dict[str, AskingUpdate] = {NEWS: self._count()}
             for name, trainee in self._trainees.items():
                 if self._epoch == 0 and self._is_warming:
                     updates[name] = self._agree(name, trainee)
                 elif not self._recipe.policies[name].is_frozen:
-                    takes = self._takes(name) if self._trains(name) else []
+                    takes = self._takes(name) + others if self._trains(name) else []
                     if isinstance(trainee.objective, Mindful) and takes:
                         trainee.objective.meet(self._all_takes(), self._models)
                     updates[name] = trainee.update(takes, self._news)
@@ -318,7 +383,9 @@ class RecipeLearner:
                 self._posts[topic] = tuple((yield Latest(topic)))
             if self._recipe.is_shown:
                 self._see((yield Latest(shown.TOPIC, shown.MAX_POSTS)))
-        except BaseException:
+        except BaseException as error:
+            if self._sharing is not None and isinstance(error, DivergedError | ProtocolError):
+                self._sharing.used()  # what others played may be why, and would be again
             for name, trainee in self._trainees.items():
                 arrays, memory = before[name]
                 trainee.load(arrays)
@@ -329,6 +396,8 @@ class RecipeLearner:
             self._running = None
         for trainee in self._trainees.values():
             trainee.used()
+        if self._sharing is not None:
+            self._sharing.used()
         self._drop()
         self._epoch += 1
         if self._found_part and not self._part:

@@ -7,27 +7,34 @@ that it would go through between nodes. What is left out is the network, and tha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from shoal.crdt.views import Evaluation
 from shoal.protocol.errors import UsageError
-from shoal.protocol.ids import Cid, PeerId
+from shoal.protocol.ids import Cid, PeerId, SwarmId
+from shoal.protocol.signing import Signer
 from shoal.training.algorithms.base import AnyUpdate, DivergedError, Exchange, Joint
 from shoal.training.arena import Arena
-from shoal.training.effects import Effect, Latest, Post, Scores
+from shoal.training.effects import Effect, Give, Latest, Post, Scores
 from shoal.training.exchange.rules import Aggregator
-from shoal.training.manifest import Manifest
+from shoal.training.manifest import Manifest, Mode
 from shoal.training.merging import Given, Merging
 from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.placing import parts_of
 from shoal.training.recipes.recipe import Recipe, Report
+from shoal.training.rollouts import evidence
+from shoal.training.rollouts.evidence import Finding
+from shoal.training.rollouts.shard import seal
 from shoal.training.scored import Scored, medians
 from shoal.training.state import encode_arrays
 from shoal.training.tasks.failures import Failures
 from shoal.training.tasks.source import Posted
 
 _NO_STATE: Final = Cid.of_block(b"")
+_SWARM: Final = SwarmId.of_manifest(b"in one process")
 
 
 def peers(count: int) -> list[PeerId]:
@@ -71,17 +78,41 @@ class Board:
                 return tuple(each for each in found if max_age is None or epoch - each.epoch <= max_age)[:count]
             case Scores(probes, since):
                 return medians(self._signed, probes, since, epoch, {each.author for each in self._signed})
+            case Give():
+                raise UsageError("a shard is signed by its author, which a board is not; let a Company hand it on")
 
 
 class Company:
     """Learners of one recipe, of all parts as `shoal recipe run` gives them out, and what merges for each.
 
+    In mode ``rollouts`` they share what they play: each shard is signed, and looked into by every other learner.
+
     Attributes:
         learners: by name.
         board: of what they post.
+        findings: of shards: by whom, of whom, and what was found.
     """
 
-    def __init__(self, recipe: Recipe, names: Sequence[PeerId], seed: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        names: Sequence[PeerId],
+        seed: int = 0,
+        *,
+        keys: Sequence[Signer] = (),
+        tamper: Callable[[PeerId, Give], Give] = lambda _, given: given,
+        **settings: Any,
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            recipe: that it is of.
+            names: of the nodes.
+            seed: of the run.
+            keys: theirs, in mode ``rollouts``.
+            tamper: what a liar makes of its shards before it signs them.
+            settings: of the manifest.
+        """
         manifest = manifest_of(recipe, names[0], seed, **settings)
         self.learners = {
             name: RecipeLearner(recipe, manifest, Failures(recipe.name), peer=name, life="0", part=part)
@@ -89,6 +120,16 @@ class Company:
         }
         self.board = Board()
         self._epoch = 0
+        self._shunned: dict[PeerId, set[PeerId]] = {name: set() for name in names}
+        self.findings: list[tuple[PeerId, PeerId, Finding]] = []
+        self._keys, self._tamper = {key.peer_id: key for key in keys}, tamper
+        self._check_rate = manifest.check_rate
+        self._coming: list[tuple[PeerId, Cid, bytes]] = []
+        self._rng = np.random.default_rng(seed)
+        if manifest.mode is Mode.ROLLOUTS:
+            for learner in self.learners.values():
+                learner.share(_SWARM)
+            self._name_states()
         self._recipe = recipe
         self._merging = {
             name: Merging(Aggregator.parse(manifest.aggregator), manifest.codec, Arena.make()) for name in names
@@ -139,12 +180,41 @@ class Company:
             if wanted and over:
                 raise DivergedError("some are done and others are not")
         self._epoch += 1
+        if self._keys:
+            before = self._state
+            self._name_states()
+            self._hand_on(before)
+
+    def _name_states(self) -> None:
+        """Tell all what the state that they hold is called."""
+        first, *_ = self.learners.values()
+        self._state = Cid.of_block(encode_arrays(first.export_state(), {}))
+        for learner in self.learners.values():
+            learner.holds(self._epoch, self._state)
+
+    def _hand_on(self, state: Cid) -> None:
+        """What was given in the epoch that is over, to all others."""
+        coming, self._coming = self._coming, []
+        for author, cid, data in coming:
+            for name, learner in self.learners.items():
+                if name != author and author not in self._shunned[name]:
+                    is_checked = bool(self._rng.random() < self._check_rate)
+                    found, *_ = learner.admit(data, cid, author, state, self._epoch, is_checked=is_checked)
+                    self.findings.append((name, author, found))
+                    if found.verdict is evidence.Verdict.FALSE:
+                        self._shunned[name].add(author)
 
     def _advance(self, name: PeerId, update: AnyUpdate, answer: Any, wanted: dict[PeerId, Exchange | Joint]) -> bool:
         """Run one's update until it wants something averaged; whether it does."""
         try:
             asked = update.send(answer)
             while not isinstance(asked, Exchange | Joint):
+                if isinstance(asked, Give):
+                    given = self._tamper(name, asked)
+                    cid, data = seal(self._keys[name], given.head, given.columns)
+                    self._coming.append((name, cid, data))
+                    asked = update.send(cid)
+                    continue
                 asked = update.send(self.board.answer(name, self._epoch, asked))
         except StopIteration:
             wanted.pop(name, None)

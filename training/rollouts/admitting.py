@@ -11,7 +11,7 @@ than a hundred others, and few honest shards set a record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -46,6 +46,47 @@ class Admits(Protocol):
 
     def holds(self, version: int, oldest: int) -> int:
         """See `shoal.training.algorithms.engine.PolicyLearner.holds`."""
+        ...
+
+
+@runtime_checkable
+class SharesPlays(Protocol):
+    """A learner that gives what it plays, and learns from what others play; see `shoal.training.recipes.sharing`."""
+
+    @property
+    def learned_from(self) -> Sequence[tuple[PeerId, int, int]]:
+        """What of others' the last update was made from: whose, of the policy of which epoch, and how many acts."""
+        ...
+
+    @property
+    def num_foreign(self) -> int:
+        """Acts of others that wait for an update."""
+        ...
+
+    def share(self, swarm: SwarmId) -> None:
+        """Begin with it.
+
+        Raises:
+            UsageError: if what it plays cannot be shared.
+        """
+        ...
+
+    def holds(self, epoch: int, state: Cid) -> None:
+        """The policy that it holds has this name."""
+        ...
+
+    def admit(
+        self,
+        data: bytes | memoryview,
+        cid: Cid,
+        author: PeerId,
+        state: Cid | None,
+        epoch: int,
+        *,
+        is_checked: bool,
+        chance: int | None = None,
+    ) -> tuple[Finding, int, bytes, bool]:
+        """As `Admission.admit`."""
         ...
 
 

@@ -12,7 +12,7 @@ Findings are of four kinds (`shoal.training.rollouts.evidence`); only what is fa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -199,7 +199,6 @@ def check_takes(
     scenarios: Sequence[Scenario] | None = None,
     judges: Mapping[str, Judge | None] | None = None,
     until: int | None = None,
-    redrawn: Collection[int] | None = None,
 ) -> Finding:
     """Look into a shard of takes: what each play earned, and by whom its tokens were drawn.
 
@@ -211,22 +210,52 @@ def check_takes(
         judges: by role, the policy that the shard names, for roles whose acts were drawn token by token; None: it is
             not here. Roles that are not named are believed.
         until: how many of its plays to look at; None: all.
-        redrawn: the numbers of those whose tokens are drawn again, which costs a pass through the policy each, where a
-            score often costs nothing; None: all.
     """
-    if shard.head.task != task:
-        return Finding(Verdict.DOES_NOT_FIT, "it was made of another task")
     try:
         plays = plays_of(shard, game.roles)
     except (DoesNotFitError, LimitError) as error:
         return Finding(Verdict.DOES_NOT_FIT, str(error))
     except ProtocolError as error:
         return Finding(Verdict.FALSE, str(error), Lie.FORM)
+    return check_plays(shard, plays, game, task=task, scenarios=scenarios, judges=judges, until=until)
+
+
+def check_plays(
+    shard: Shard,
+    plays: Sequence[PlayOf],
+    game: Game,
+    *,
+    task: str,
+    scenarios: Sequence[Scenario] | None = None,
+    judges: Mapping[str, Judge | None] | None = None,
+    until: int | None = None,
+    redrawn: Collection[int] | None = None,
+    count: Callable[[str], int] | None = None,
+) -> Finding:
+    """The same of a shard whose plays were read; their takes hold what they were shown when it comes out as true.
+
+    Args:
+        shard: as it was opened.
+        plays: of it.
+        game: likewise, as what follows, see `check_takes`.
+        task: likewise.
+        scenarios: likewise.
+        judges: likewise.
+        until: likewise.
+        redrawn: the numbers of the plays whose tokens are drawn again, which costs a pass through the policy for each
+            act, where a score often costs nothing; None: all.
+        count: how many tokens a text has, its end among them: longer ones than the game asks for are false. None: that
+            is not looked at.
+    """
+    if shard.head.task != task:
+        return Finding(Verdict.DOES_NOT_FIT, "it was made of another task")
     if scenarios is not None and [_key(play.scenario) for play in plays] != [_key(each) for each in scenarios]:
         return Finding(Verdict.FALSE, "its scenarios are not those that its author had to play", Lie.SEEDS)
     missing: Finding | None = None
     for number, play in enumerate(plays[:until]):
         found, limits = _check_play(game, play, number)
+        if found.verdict is Verdict.TRUE and count is not None:
+            found = _check_lengths(play, limits, number, count)
         if found.verdict is Verdict.FALSE:
             return found
         for part in play.parts if redrawn is None or number in redrawn else ():
@@ -258,6 +287,15 @@ def _check_play(game: Game, play: PlayOf, number: int) -> tuple[Finding, _Limits
     except Exception as error:
         return Finding(Verdict.CANNOT_BE_HAD, f"the game failed here: {type(error).__name__}"), {}
     return _compare_plays(play, replayed.played, number), replayed.limits
+
+
+def _check_lengths(play: PlayOf, limits: _Limits, number: int, count: Callable[[str], int]) -> Finding:
+    for part in play.parts:
+        for act, (said, most) in enumerate(zip(part.take.acts, limits[part.take.role], strict=True)):
+            if isinstance(said, str) and most is not None and count(said) > most + 1:
+                words = f"{part.take.role} said more than the {most} tokens that it was asked for"
+                return Finding(Verdict.FALSE, words, Lie.FORM, act, number)
+    return _TRUE
 
 
 def _compare_plays(play: PlayOf, played: Played, number: int) -> Finding:

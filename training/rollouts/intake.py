@@ -74,6 +74,7 @@ class Intake:
         waiting: those that do.
         tallies: by actor.
         shunned: actors from which nothing is taken.
+        takes_all: whether a shard is for every learner, as each has a policy or a draw of its own.
     """
 
     me: PeerId
@@ -83,6 +84,7 @@ class Intake:
     waiting: int = 0
     tallies: dict[PeerId, Tally] = field(default_factory=dict)
     shunned: set[PeerId] = field(default_factory=set)
+    takes_all: bool = False
     _named: dict[PeerId, tuple[GivenShard, ...]] = field(default_factory=dict)
     _seen: dict[Cid, None] = field(default_factory=dict)
     _coming: dict[Cid, _Coming] = field(default_factory=dict)
@@ -140,6 +142,8 @@ class Intake:
         return self.tallies.setdefault(author, Tally())
 
     def _falls_to_me(self, cid: Cid, learners: Sequence[PeerId]) -> bool:
+        if self.takes_all:
+            return True
         key = RoundKey(0, 0, first_after(cid))
         return min((self.me, *learners), key=lambda peer: turn_rank("learn from", key, 0, peer)) == self.me
 

@@ -157,12 +157,6 @@ def groups_of(plays: Sequence[PlayOf]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(numbers) for numbers in found.values())
 
 
-def units_of(plays: Sequence[PlayOf]) -> tuple[int, ...]:
-    """How many acts each group of `groups_of` has."""
-    acts = [sum(len(part.take) for part in play.parts) for play in plays]
-    return tuple(sum(acts[number] for number in group) for group in groups_of(plays))
-
-
 def columns_of(plays: Sequence[PlayOf], roles: Mapping[str, Role], *, with_sights: bool) -> dict[str, Array]:
     """Plays as they are written.
 
