@@ -92,7 +92,7 @@ def inverted(given: Give) -> Give:
     return replace(given, columns={**given.columns, "rewards": np.float32(1) - given.columns["rewards"]})
 
 
-def believing(self: Sharing, shard: object, plays: Sequence[object], *, is_checked: bool) -> Finding:
+def believing(self: Sharing, shard: object, plays: Sequence[object], redrawn: object) -> Finding:
     """In place of `Sharing._check`: what was shown is had again, and rewards are believed, as SAPO does."""
     for play in plays:
         replayed = {take.role: take for take in again(self._recipe.game, play).played.takes}

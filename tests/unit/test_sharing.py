@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 
 from shoal.protocol.errors import UsageError
-from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.training.effects import Give
 from shoal.training.manifest import Mode
+from shoal.training.recipes import sharing
+from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.local import Company
 from shoal.training.recipes.recipe import Policy, Probe, Recipe, Verdict
 from shoal.training.rollouts import evidence
 from shoal.training.rollouts.evidence import Lie
 from shoal.training.rollouts.sampler import Sampler, Unit
+from shoal.training.rollouts.shard import open_shard, seal
 from shoal.training.tasks.cast import Everyone, Learned
 from shoal.training.tasks.games.text import SortDigits, TextTask
 from shoal.training.tasks.play import Role, Take, Text
@@ -236,16 +239,53 @@ def test_what_is_too_old_or_of_a_liar_is_gone() -> None:
     assert sampler.draw() == []
 
 
-def test_shards_of_another_swarm_or_author_are_not_used() -> None:
-    company = Company(a_recipe(), NAMES, keys=KEYS)
+def given_by(company: Company) -> list[tuple[PeerId, Cid, bytes]]:
+    """What each gives in the next epoch, which nobody is handed."""
     company.collect()
-    caught: list[tuple[PeerId, Any, bytes]] = []
+    caught: list[tuple[PeerId, Cid, bytes]] = []
     company._hand_on = lambda state: caught.extend(company._coming)  # type: ignore[method-assign]
     company.update()
-    author, cid, data = caught[0]
-    other = next(learner for name, learner in company.learners.items() if name != author)
+    return caught
+
+
+def another_than(company: Company, author: PeerId) -> RecipeLearner:
+    return next(learner for name, learner in company.learners.items() if name != author)
+
+
+def test_shards_of_another_swarm_or_author_are_not_used() -> None:
+    company = Company(a_recipe(), NAMES, keys=KEYS)
+    author, cid, data = given_by(company)[0]
+    other = another_than(company, author)
     found, samples, *_ = other.admit(data, cid, NAMES[2], company._state, 1, is_checked=True)
     assert (found.verdict, samples) == (evidence.Verdict.DOES_NOT_FIT, 0)
     other.share(SwarmId.of_manifest(b"another"))
     found, samples, *_ = other.admit(data, cid, author, company._state, 1, is_checked=True)
     assert (found.lie, samples) == (Lie.FORM, 0)
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_plays_that_are_sold_again_with_other_last_bits_are_not_used_twice(is_own: bool) -> None:
+    company = Company(own(a_recipe()) if is_own else a_recipe(), NAMES, keys=KEYS)
+    author, cid, data = given_by(company)[0]
+    other, shard = another_than(company, author), open_shard(data, cid=cid)
+    found, samples, *_ = other.admit(data, cid, author, shard.head.state, 1, is_checked=True)
+    assert (found.verdict, samples) == (evidence.Verdict.TRUE, other.num_foreign)
+    rounded = shard.columns | {"log_probs": np.nextafter(shard.columns["log_probs"], np.float32(-9))}
+    again, resold = seal(KEYS[NAMES.index(author)], shard.head, rounded)
+    assert again != cid
+    samples_before = other.num_foreign
+    found, samples, _, is_checked = other.admit(resold, again, author, shard.head.state, 1, is_checked=True)
+    assert (found.verdict, samples, is_checked) == (evidence.Verdict.DOES_NOT_FIT, 0, False)
+    assert other.num_foreign == samples_before
+
+
+def test_a_shard_of_which_no_token_was_drawn_again_does_not_count_as_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "CHECKED_TOKENS", 1)
+    company = Company(a_recipe(), NAMES, keys=KEYS)
+    author, cid, data = given_by(company)[0]
+    other = another_than(company, author)
+    assert isinstance(other._sharing, sharing.Sharing)
+    other._sharing._tokens[author] = 1
+    state = open_shard(data, cid=cid).head.state
+    found, _, _, is_checked = other.admit(data, cid, author, state, 1, is_checked=True)
+    assert (found.verdict, is_checked) == (evidence.Verdict.TRUE, False)

@@ -104,7 +104,7 @@ RECIPE: Final = Recipe(
     summary="a large model thinks in few words, a small one on another node answers by them",
     paper="arXiv 2504.00424",
     claim="a thought of half the length serves a small model on another node as well as the whole one",
-    game=Guided(),
+    game=Guided(price=0.15),
     source=OwnPrompts(64, 8),
     cast=ByRole(large="large", small=Away("small", "small", otherwise=Learned("small"))),
     policies={
@@ -112,8 +112,16 @@ RECIPE: Final = Recipe(
             model="tokens",
             sizes={"width": 96, "layers": 2, "context": 32},
             objective="grpo",
-            settings={"learning_rate": 5e-4},
-            warm=Warm(think, roles=("large",), until=0.6, settings={"learning_rate": 2e-3}, takes=128, score="right"),
+            settings={"learning_rate": 2e-4},
+            warm=Warm(
+                think,
+                roles=("large",),
+                until=0.75,
+                settings={"learning_rate": 2e-3},
+                takes=128,
+                score="right",
+                max_steps=1500,
+            ),
         ),
         "small": Policy(
             model="tokens",
@@ -129,7 +137,7 @@ RECIPE: Final = Recipe(
     probes=(Probe("right", PROBED, score="right"), Probe("tokens", PROBED, score="tokens")),
     verdict=judge,
     baseline={"game.price": 0.0},
-    epochs=120,
+    epochs=80,
     turns=512,
     plays=128,
 )

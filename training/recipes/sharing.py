@@ -160,6 +160,7 @@ class Sharing:
         self._judge: TokenModel | None = None
         self._copies: dict[int, Floats] = {}
         self._tokens: Counter[PeerId] = Counter()  # drawn again in this epoch
+        self._taken: dict[tuple[PeerId, int], Cid] = {}  # whose, of which version
 
     # --- an epoch ---
 
@@ -169,6 +170,7 @@ class Sharing:
         self._actor.begin(self._head(epoch, state))
         oldest = epoch - self._manifest.max_staleness
         self._sampler.forget_older(oldest)
+        self._taken = {place: cid for place, cid in self._taken.items() if place[1] >= oldest}
         if not self._is_own:
             self._copies[epoch] = self._model.flat.copy()
             for old in [each for each in self._copies if not oldest <= each <= epoch]:
@@ -228,9 +230,9 @@ class Sharing:
     ) -> tuple[Finding, int, bytes, bool]:
         """Take a shard; as `shoal.training.rollouts.admitting.Admission.admit`.
 
-        Everything but its tokens is looked into, whether ``is_checked`` or not.
+        Everything but its tokens is looked into, whether ``is_checked`` or not. An author gives one shard of a version,
+        and what it gives beside that is not used: the same plays, a little rounded, would teach twice.
         """
-        is_checked = is_checked or self._is_own  # nobody can look closer
         try:
             shard = open_shard(data, cid=cid, swarm=self._swarm)
             plays = plays_of(shard, self._recipe.game.roles)
@@ -238,16 +240,21 @@ class Sharing:
             return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b"", False
         except ProtocolError as error:  # of whom it is, is not proven
             return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b"", False
-        found = self._of_this_run(shard, author, state, epoch)
+        found, redrawn = self._of_this_run(shard, cid, author, state, epoch), frozenset[int]()
+        is_checked = is_checked and found is None
         if found is None:
-            found = self._check(shard, plays, is_checked=is_checked)
+            self._taken[author, shard.head.version] = cid
+            if is_checked and not self._is_own:
+                redrawn = self._affordable(author, plays)
+            is_checked = self._is_own or bool(redrawn)  # of what is its author's own nobody can look closer
+            found = self._check(shard, plays, redrawn)
         if found.verdict is not Verdict.TRUE:
             if found.verdict is Verdict.FALSE:
                 self._sampler.forget(author)
             return found, 0, shard.proof if found.verdict is Verdict.FALSE else b"", is_checked
         return found, self._sampler.add(self._units(shard, plays)), b"", is_checked
 
-    def _of_this_run(self, shard: Shard, author: PeerId, state: Cid | None, epoch: int) -> Finding | None:
+    def _of_this_run(self, shard: Shard, cid: Cid, author: PeerId, state: Cid | None, epoch: int) -> Finding | None:
         """Why it is not to be used, whether it is true or not."""
         head = shard.head
         if shard.author != author:
@@ -262,20 +269,21 @@ class Sharing:
             return Finding(Verdict.DOES_NOT_FIT, f"its policy is not this run's of epoch {head.version}")
         if head.samples > 2 * self._share:
             return Finding(Verdict.DOES_NOT_FIT, f"{head.samples} acts are more than anybody plays in an epoch")
+        if self._taken.get((author, head.version), cid) != cid:
+            return Finding(Verdict.DOES_NOT_FIT, f"its author gave another one of epoch {head.version} before")
         return None
 
-    def _check(self, shard: Shard, plays: Sequence[PlayOf], *, is_checked: bool) -> Finding:
+    def _check(self, shard: Shard, plays: Sequence[PlayOf], redrawn: frozenset[int]) -> Finding:
         version = shard.head.version
-        is_judged = is_checked and not self._is_own
-        judge = self._judging(version) if is_judged and version in self._copies else None
+        judge = self._judging(version) if redrawn and version in self._copies else None
         return check_plays(
             shard,
             plays,
             self._recipe.game,
             task=self._manifest.task,
             scenarios=self._due(shard.author, version, len(plays)),
-            judges={role: judge for role in self._recipe.game.roles} if is_judged else {},  # noqa: C420  of two types
-            redrawn=self._affordable(shard.author, plays) if is_judged else (),
+            judges={role: judge for role in self._recipe.game.roles} if redrawn else {},  # noqa: C420  of two types
+            redrawn=redrawn,
             count=self._model.count,
         )
 
