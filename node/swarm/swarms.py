@@ -333,7 +333,7 @@ class Swarms:
         # Shown from now on; nothing may be written before what is stored has been read.
         membership = self.joined[entry.swarm] = self._membership(home, entry, manifest, None, home, 0)
         try:
-            check_here(manifest, _role(entry.role, manifest.task, manifest.mode)[0])
+            check_here(manifest, _meant(entry.role, manifest.task, manifest.mode)[0])
             docs = await load_docs(entry.swarm, self._signer.peer_id, self._storage)
             incarnation = await trio.to_thread.run_sync(self._remembered.next_incarnation)
             async with home.supervisor.open("swarm", str(entry.swarm)) as domain:
@@ -367,7 +367,7 @@ class Swarms:
         incarnation: int,
     ) -> Joined:
         swarm, me = entry.swarm, self._signer.peer_id
-        role, is_chosen = _role(entry.role, manifest.task, manifest.mode)
+        role, is_chosen = _meant(entry.role, manifest.task, manifest.mode)
         docs = SwarmDocs(swarm, me) if docs is None else docs
         presence = PresenceTable(swarm, me, incarnation, TOPIC_RULES)
         replica = Replica(
@@ -532,20 +532,35 @@ def _named(name: str) -> Role | None:
 
 
 def _role(name: str, task: str, mode: Mode) -> tuple[Role, bool]:
-    """The role that is meant, and whether it is this node's own choice, which it may change while the run goes on.
-
-    A training loop of the user brings with it what it needs. Who plays in a recipe learns from it, too.
+    """As `_meant`, of a node that has what the role needs; a training loop of the user brings that with it.
 
     Raises:
         UsageError: if there is none of this name in such a run.
         ShoalError: if what it needs is not installed.
     """
+    role, is_chosen = _meant(name, task, mode)
+    if role in (Role.LEARNER, Role.EVALUATOR) and task.partition(":")[0] != LOOP_SCHEME:
+        require_training()
+    if role is Role.ACTOR and not can_act():
+        raise MissingTrainingError(
+            "this installation cannot act: install it with  pip install 'shoal[act]'  or take --role storage"
+        )
+    return role, is_chosen
+
+
+def _meant(name: str, task: str, mode: Mode) -> tuple[Role, bool]:
+    """The role that is meant, and whether it is this node's own choice, which it may change while the run goes on.
+
+    Who plays in a recipe learns from it, too.
+
+    Raises:
+        UsageError: if there is none of this name in such a run.
+    """
     role = _named(name)
     scheme = task.partition(":")[0]
-    is_loop = scheme == LOOP_SCHEME
     has_actors = mode is Mode.ROLLOUTS and scheme not in (LOOP_SCHEME, RECIPE_SCHEME)
     if role is None:
-        if is_loop:
+        if scheme == LOOP_SCHEME:
             return Role.LEARNER, False
         here = Machine(can_train(), can_act(), memory_limit())
         first = first_role(here, mode if has_actors else Mode.LOCAL)
@@ -553,11 +568,5 @@ def _role(name: str, task: str, mode: Mode) -> tuple[Role, bool]:
     if role is Role.ACTOR and not has_actors:
         raise UsageError(
             "there are actors in mode rollouts alone, and not of recipes; take the role learner, evaluator or storage"
-        )
-    if role in (Role.LEARNER, Role.EVALUATOR) and not is_loop:
-        require_training()
-    if role is Role.ACTOR and not can_act():
-        raise MissingTrainingError(
-            "this installation cannot act: install it with  pip install 'shoal[act]'  or take --role storage"
         )
     return role, False
