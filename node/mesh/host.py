@@ -137,6 +137,7 @@ class Host:
         self.relay = Relay(libp2p.libp2p, relay_limits, self.own_addresses, domain)
         self.ports: dict[str, int] = {}
         """By multiaddr that it was told to listen on, the port."""
+        self._is_ending = False
         self.table = Table(self, signer, domain)
         """The distributed hash table."""
         self.kademlia: Kademlia | None = None
@@ -364,8 +365,13 @@ class Host:
             return
         target = ip_port(address)
         if target is not None and address.count("/") == 6:
-            stream = await self.door.dial(*target)
-            await self.upgrade(RawConnection(TrioTCPStream(stream), initiator=True), peer)
+            if self._is_ending:
+                raise OSError("this node ends")
+            raw = RawConnection(TrioTCPStream(await self.door.dial(*target)), initiator=True)
+            await self.upgrade(raw, peer)
+            if self._is_ending:  # the network has closed those that it knew, and knows no others any more
+                await raw.close()
+                raise OSError("this node ends")
         else:  # a name, or another transport
             await self._libp2p.dial(peer, address)
 
@@ -534,6 +540,10 @@ class Host:
             self.spawn("staying connected", self.stay_connected, [address], policy=Policy.RESTART)
         if mdns:
             self.spawn("looking around on the LAN", run_mdns, self, policy=Policy.RESTART)
+
+    def begin_end(self) -> None:
+        """Nobody is dialed from now on: what came to be once the network is closed would be closed by nobody."""
+        self._is_ending = True
 
     def take(self, event: PathUp | PathDown) -> None:
         """Hear of a connection from libp2p, in whose tasks nothing may fail."""
@@ -713,6 +723,7 @@ async def open_host(
                 yield host
             except Exception as error:  # raised again below: libp2p's service contexts lose it
                 failure = error
+            host.begin_end()
             with trio.CancelScope(deadline=trio.current_time() + DRAIN_S + 1, shield=True):
                 await host.links.close()
             await libp2p.close()
