@@ -365,13 +365,14 @@ class Host:
             return
         target = ip_port(address)
         if target is not None and address.count("/") == 6:
-            if self._is_ending:
-                raise OSError("this node ends")
+            self._refuse_if_ending()
             raw = RawConnection(TrioTCPStream(await self.door.dial(*target)), initiator=True)
             await self.upgrade(raw, peer)
-            if self._is_ending:  # the network has closed those that it knew, and knows no others any more
+            try:
+                self._refuse_if_ending()  # the network has closed those that it knew, and knows no others any more
+            except OSError:
                 await raw.close()
-                raise OSError("this node ends")
+                raise
         else:  # a name, or another transport
             await self._libp2p.dial(peer, address)
 
@@ -544,6 +545,10 @@ class Host:
     def begin_end(self) -> None:
         """Nobody is dialed from now on: what came to be once the network is closed would be closed by nobody."""
         self._is_ending = True
+
+    def _refuse_if_ending(self) -> None:
+        if self._is_ending:
+            raise OSError("this node ends")
 
     def take(self, event: PathUp | PathDown) -> None:
         """Hear of a connection from libp2p, in whose tasks nothing may fail."""
