@@ -17,7 +17,7 @@ from shoal.node.wire.bulk import ID_BYTES, BulkRef
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.limits import BLOCK_BYTES
 from shoal.training.manifest import Manifest, Role
-from shoal.training.statements import NO_BALLOT, Facts, Phase, Proposal, Result, RoundKey, Vote, first_after
+from shoal.training.statements import NO_BALLOT, Facts, GivenCopy, Phase, Proposal, Result, RoundKey, Vote, first_after
 
 from .identities import ALICE, SWARM
 
@@ -43,6 +43,7 @@ _WHOLE: tuple[object, ...] = (
     _PROPOSAL,
     Vote(key=_ROUND, ballot=_PROPOSAL.ballot, attempt=2, cast=1),
     Result(epoch=1, cid=_POLICY, parent=Cid.of_block(b"initial"), ballot=NO_BALLOT, env_steps=256),
+    GivenCopy(version=1, state=_POLICY, digest=bytes([3] * 32), key=_POLICY, key_bytes=7),
 )
 """Of types whose fields must fit together, one that does."""
 
