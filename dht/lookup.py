@@ -6,8 +6,8 @@ peer answers leads on only the path that asked it, so that a liar bends one path
 
 - Whoever does not answer within `patience_s` is no longer waited for: another is asked in its place. Its answer counts
   if it comes after all.
-- Whoever named `MAX_BLAMED` peers that did not answer by then, and more such than others, is not believed: what only such peers
-  named is left out.
+- Whoever named `MAX_BLAMED` peers that did not answer by then, and more such than others, is not believed: what only
+  such peers named is left out.
 - Of an answer, the nearest `K` count.
 
 It ends when on every path the `width` nearest that are left have answered, or are not waited for any more.
