@@ -52,9 +52,9 @@ TASKS = dict(task for path in SOURCES for task in supervised(path.read_text(enco
 
 ON_A_LAN = {"mapping the port", "meeting a neighbour on the LAN", "reaching a neighbour"}
 """Tasks that begin in a network alone, or in a swarm too large for everybody to be connected to everybody."""
-OF_A_LEARNER = {"learning the task", "fetching a shard"}
-"""The first begins where a task does not work, and fails at once: `test_bad_environments` has one. The other begins
-where others act: `test_rollouts` has it fail."""
+OF_A_LEARNER = {"learning the task", "fetching a shard", "giving a copy"}
+"""The first begins where a task does not work, and fails at once: `test_bad_environments` has one. The others begin
+where others act: `test_rollouts` has the second fail."""
 
 
 async def until(holds: Callable[[], object]) -> None:

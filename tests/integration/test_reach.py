@@ -32,7 +32,9 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Supervisor
 from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.models import Models
 from shoal.node.swarm.swarms import Swarms
+from shoal.node.swarm.trees import Trees
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import DialBack, Introduction, NodeService, Poke, ReachService, SessionDescription
 from shoal.protocol.errors import NoPeersError, RemoteError, Status, UsageError
@@ -817,7 +819,8 @@ async def shown(one: Peer, home: Path) -> AsyncIterator[Node]:
                 domain=domain,
                 remembered=Remembered(storage),
             )
-            yield Node(config, one.host, one.reach, swarms, content, domain)
+            models = Models(Trees(storage, one.host, content), content, storage, one.host.peer_id)
+            yield Node(config, one.host, one.reach, swarms, content, models, domain)
             domain.cancel()
     finally:
         storage.close()
