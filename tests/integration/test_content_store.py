@@ -221,7 +221,8 @@ async def test_more_than_fits_into_memory_lies_in_a_file_and_more_than_fits_ther
         await scene.store.put(some_bytes(3 * BLOCK_BYTES, 9), owner="run")  # what nobody holds makes way
         assert await scene.store.get(name, []) == one
         scene.store.hold("run", ())
-        assert {path.name for path in tmp_path.iterdir()} <= {"node.db", "node.db-wal", "node.db-shm", "blocks"}
+        of_the_store = {"node.db", "node.db-wal", "node.db-shm", "blocks", "models"}
+        assert {path.name for path in tmp_path.iterdir()} <= of_the_store
 
 
 @pytest.mark.trio
