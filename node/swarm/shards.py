@@ -25,7 +25,7 @@ from shoal.protocol.errors import RemoteError, ShoalError, TooLargeError
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest
-from shoal.training.rollouts.intake import Intake
+from shoal.training.rollouts.intake import UPDATES_TAKEN, Intake
 from shoal.training.rollouts.trust import Look, Trust
 from shoal.training.run_events import Admitted, Policy
 from shoal.training.statements import MAX_GIVEN, MAX_SHARD_BYTES, TOPIC_OF, GivenShard, GivenShards
@@ -82,8 +82,8 @@ class Shards:
             post: is told what was taken.
         """
         self.intake = Intake(signer.peer_id, manifest.max_staleness, 2 * manifest.batch.largest_share)
-        if manifest.is_recipe:  # its learner draws from a shard what it has use for
-            self.intake.takes_all = True
+        if manifest.is_recipe:  # its learner draws from a shard what it has use for, and looks into no more than that
+            self.intake.most_of_version = UPDATES_TAKEN * manifest.most_foreign
         else:
             self.intake.most_samples = manifest.most_foreign
         self.worker: Channel | None = None
@@ -188,6 +188,7 @@ class Shards:
             state = self._names.get(given.version)
             request = Admit(data, given.cid, author, given.version, state, is_checked, chance)
             found = await worker.call(ADMIT, request)
+            self.intake.took(given.version, found.samples)
         except (ShoalError, RemoteError) as error:
             log.info("a shard of %s is not learned from: %s", author, error)
             return

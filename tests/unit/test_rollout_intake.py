@@ -1,5 +1,7 @@
 """Which shards a learner takes, how much an actor makes, and what an update is made from."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -94,6 +96,21 @@ def test_nothing_is_fetched_while_enough_waits():
     assert not mine.next(5, [])
     mine.waiting = 100
     assert len(mine.next(5, [])) == 1
+
+
+def test_where_all_draw_from_all_no_more_of_a_version_is_taken_than_there_is_use_for():
+    takes = Intake(PeerId("me"), 2, most_of_version=150)
+    other = PeerId("other")
+    given = [shard(number, version) for version in (5, 4) for number in range(10 * version, 10 * version + 4)]
+    takes.named(ACTOR, given)
+    first = takes.next(5, [other])
+    assert Counter(each.version for _, each in first) == {5: 2, 4: 2}
+    wrong, right = [each for _, each in first if each.version == 5]
+    takes.came(wrong.cid)  # it was no good, and does not count
+    takes.took(5, right.samples)
+    takes.came(right.cid)
+    assert [each.version for _, each in takes.next(5, [other])] == [5]
+    assert {each.version for _, each in takes.next(8, [other])} == set(), "all are too old by now"
 
 
 def test_what_never_came_takes_no_room_once_it_would_be_too_old():

@@ -27,6 +27,7 @@ from shoal.training.recipes.placing import parts_of
 from shoal.training.recipes.recipe import Recipe, Report
 from shoal.training.rollouts import evidence
 from shoal.training.rollouts.evidence import Finding
+from shoal.training.rollouts.intake import UPDATES_TAKEN
 from shoal.training.rollouts.shard import seal
 from shoal.training.scored import Scored, medians
 from shoal.training.state import encode_arrays
@@ -123,7 +124,7 @@ class Company:
         self._shunned: dict[PeerId, set[PeerId]] = {name: set() for name in names}
         self.findings: list[tuple[PeerId, PeerId, Finding]] = []
         self._keys, self._tamper = {key.peer_id: key for key in keys}, tamper
-        self._check_rate = manifest.check_rate
+        self._check_rate, self._most_foreign = manifest.check_rate, manifest.most_foreign
         self._coming: list[tuple[PeerId, Cid, bytes]] = []
         self._rng = np.random.default_rng(seed)
         if manifest.mode is Mode.ROLLOUTS:
@@ -193,13 +194,16 @@ class Company:
             learner.holds(self._epoch, self._state)
 
     def _hand_on(self, state: Cid) -> None:
-        """What was given in the epoch that is over, to all others."""
+        """What was given in the epoch that is over, to all others that have use for it; in any order."""
         coming, self._coming = self._coming, []
-        for author, cid, data in coming:
-            for name, learner in self.learners.items():
-                if name != author and author not in self._shunned[name]:
+        for name, learner in self.learners.items():
+            left = UPDATES_TAKEN * self._most_foreign
+            for number in self._rng.permutation(len(coming)).tolist():
+                author, cid, data = coming[number]
+                if left > 0 and name != author and author not in self._shunned[name]:
                     is_checked = bool(self._rng.random() < self._check_rate)
-                    found, *_ = learner.admit(data, cid, author, state, self._epoch, is_checked=is_checked)
+                    found, samples, *_ = learner.admit(data, cid, author, state, self._epoch, is_checked=is_checked)
+                    left -= samples
                     self.findings.append((name, author, found))
                     if found.verdict is evidence.Verdict.FALSE:
                         self._shunned[name].add(author)

@@ -152,7 +152,7 @@ class Sharing:
         self._plays_each = source.plays
         share = manifest.batch.largest_share
         self._share = share
-        most = round(manifest.foreign_ratio * share)
+        most = manifest.most_foreign
         self._rng = np.random.default_rng(seed_of(manifest.seed, peer, "sampler"))
         self._sampler = Sampler(most, _UPDATES * max(most, 1), self._rng)
         self._is_own = recipe.policies[self.policy].owner == "own"

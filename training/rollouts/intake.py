@@ -22,6 +22,9 @@ MAX_COMING_OF_ONE: Final = 4
 MAX_COMING_BYTES: Final = 64 * 1024 * 1024
 MAX_TALLIES: Final = 1024
 """Actors of which accounts are kept."""
+UPDATES_TAKEN: Final = 2
+"""Where each learner draws from all shards: for so many updates it takes of each version, so that several authors are
+among them."""
 MAX_REMEMBERED: Final = 4096
 """Shards that were taken or refused, by name."""
 
@@ -74,7 +77,8 @@ class Intake:
         waiting: those that do.
         tallies: by actor.
         shunned: actors from which nothing is taken.
-        takes_all: whether a shard is for every learner, as each has a policy or a draw of its own.
+        most_of_version: where every learner may take every shard and draws from it, samples of one version after which
+            it takes no more; None: each shard is one learner's.
     """
 
     me: PeerId
@@ -84,7 +88,8 @@ class Intake:
     waiting: int = 0
     tallies: dict[PeerId, Tally] = field(default_factory=dict)
     shunned: set[PeerId] = field(default_factory=set)
-    takes_all: bool = False
+    most_of_version: int | None = None
+    _took: Counter[int] = field(default_factory=Counter)
     _named: dict[PeerId, tuple[GivenShard, ...]] = field(default_factory=dict)
     _seen: dict[Cid, None] = field(default_factory=dict)
     _coming: dict[Cid, _Coming] = field(default_factory=dict)
@@ -108,6 +113,8 @@ class Intake:
         """
         for cid in [cid for cid, each in self._coming.items() if each.version < version - self.max_staleness]:
             self.came(cid)  # it is of no use any more, whatever became of it
+        for old in [each for each in self._took if each < version - self.max_staleness]:
+            del self._took[old]
         open_ones = [
             (author, each)
             for author, given in self._named.items()
@@ -135,6 +142,10 @@ class Intake:
         self._coming.pop(cid, None)
         self._remember(cid)
 
+    def took(self, version: int, samples: int) -> None:
+        """So many of a version are learned from."""
+        self._took[version] += samples
+
     def tally(self, author: PeerId) -> Tally:
         """Of an actor; of very many, the first that was met is forgotten."""
         if author not in self.tallies and len(self.tallies) >= MAX_TALLIES:
@@ -142,14 +153,19 @@ class Intake:
         return self.tallies.setdefault(author, Tally())
 
     def _falls_to_me(self, cid: Cid, learners: Sequence[PeerId]) -> bool:
-        if self.takes_all:
+        if self.most_of_version is not None:
             return True
         key = RoundKey(0, 0, first_after(cid))
         return min((self.me, *learners), key=lambda peer: turn_rank("learn from", key, 0, peer)) == self.me
 
     def _has_room(self, author: PeerId, given: GivenShard) -> bool:
-        if self.waiting + sum(each.samples for each in self._coming.values()) >= self.most_waiting:
-            return False
+        if self.most_of_version is None:
+            if self.waiting + sum(each.samples for each in self._coming.values()) >= self.most_waiting:
+                return False
+        else:
+            coming = sum(each.samples for each in self._coming.values() if each.version == given.version)
+            if self._took[given.version] + coming >= self.most_of_version:
+                return False
         of_one = Counter(each.author for each in self._coming.values())[author]
         num_bytes = sum(each.num_bytes for each in self._coming.values()) + given.num_bytes
         return len(self._coming) < MAX_COMING and of_one < MAX_COMING_OF_ONE and num_bytes <= MAX_COMING_BYTES
