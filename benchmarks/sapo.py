@@ -1,10 +1,12 @@
 """What others' plays are worth to a small language model: SAPO's direction (arXiv 2509.08721), with a liar.
 
-    python benchmarks/sapo.py [--epochs 40] [--seeds 2]
+    python benchmarks/sapo.py [--epochs 60] [--seeds 2] [--apart]
 
 Four nodes, each with a transformer of its own that nobody's is averaged with, learn to sort digits by GRPO. An update
 is made from 128 plays, of which a part is others'; a node plays so many fewer itself. So at every ratio a node takes
-the same optimiser steps on as many plays, and at a ratio of 0 it is alone. The learners, the shards, what is looked
+the same optimiser steps on as many plays, and at a ratio of 0 it is alone; beside it stands one that is alone with half
+as many plays. All begin with one model that was taught a little, as SAPO's nodes with one base model; ``--apart``: each
+with one of its own. The learners, the shards, what is looked
 into and the sampler are those of a node; the network is left out, and all run in this process
 (`training/recipes/local.py`).
 """
@@ -40,10 +42,9 @@ PROMPTS, PLAYS = 16, 8
 DIGITS = 5
 RATIOS = (0.0, 0.25, 0.5, 0.75)
 RESULTS = Path(__file__).parent / "results" / "sapo.md"
-SAPO_GAIN = 0.94
 
 
-def a_recipe(until: float) -> Recipe:
+def a_recipe(until: float, prompts: int) -> Recipe:
     """``sorting``, smaller, and each node's policy its own."""
     sorting = load_recipe("sorting")
     policy = replace(
@@ -58,11 +59,11 @@ def a_recipe(until: float) -> Recipe:
     return replace(
         sorting,
         game=TextTask(SortDigits(DIGITS), max_tokens=DIGITS),
-        source=OwnPrompts(PROMPTS, PLAYS),
+        source=OwnPrompts(prompts, PLAYS),
         policies={"solver": policy},
         probes=(Probe("sampled", held_out, greedy=False),),
-        turns=PROMPTS * PLAYS,
-        plays=PROMPTS * PLAYS,
+        turns=prompts * PLAYS,
+        plays=prompts * PLAYS,
         mode=Mode.ROLLOUTS,
     )
 
@@ -101,8 +102,8 @@ def believing(self: Sharing, shard: object, plays: Sequence[object], redrawn: ob
     return Finding(Verdict.TRUE)
 
 
-def run(ratio: float, seed: int, epochs: int, until: float, *, lies: bool = False) -> Outcome:
-    recipe, keys = a_recipe(until), keys_of(seed)
+def run(ratio: float, seed: int, given: argparse.Namespace, *, prompts: int = PROMPTS, lies: bool = False) -> Outcome:
+    recipe, keys, epochs = a_recipe(given.until, prompts), keys_of(seed), given.epochs
     names = [key.peer_id for key in keys]
     liar = names[0] if lies else None
     honest = [name for name in names if name != liar]
@@ -134,6 +135,8 @@ def run(ratio: float, seed: int, epochs: int, until: float, *, lies: bool = Fals
                         earned += found.episode_returns
             company.update()
             if epoch == 0:  # they were taught, and played nothing
+                if not given.apart:
+                    begin_alike(company)
                 first = probe(company, honest)
                 began = time.process_time()
                 continue
@@ -153,6 +156,13 @@ def run(ratio: float, seed: int, epochs: int, until: float, *, lies: bool = Fals
     return Outcome(cumulated, first, last, played / nodes, learned / nodes, refused, of_liar, cpu_s, check_s)
 
 
+def begin_alike(company: Company) -> None:
+    """All go on with what the first was taught."""
+    first, *others = (learner._trainees["solver"].model for learner in company.learners.values())
+    for model in others:
+        model.flat[:] = first.flat
+
+
 def probe(company: Company, names: Sequence[PeerId]) -> float:
     return statistics.fmean(statistics.fmean(company.learners[name].evaluate(1, 1)) for name in names)
 
@@ -163,7 +173,8 @@ def row(words: Sequence[object]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--apart", action="store_true", help="each begins with a model of its own")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--until", type=float, default=0.1, help="accuracy that each is taught before")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
@@ -177,11 +188,12 @@ def main() -> None:
     )
     text += row(["---"] * 7)
     alone: dict[int, float] = {}
-    for ratio in given.ratios:
+    rows = [(ratio, PROMPTS) for ratio in given.ratios]
+    for ratio, prompts in [*rows[:1], (0.0, PROMPTS // 2), *rows[1:]]:
         for seed in seeds:
-            found = run(ratio, seed, given.epochs, given.until)
+            found = run(ratio, seed, given, prompts=prompts)
             alone.setdefault(seed, found.cumulated)
-            gain = f"{found.cumulated / alone[seed] - 1:+.0%}" if ratio else ""
+            gain = f"{found.cumulated / alone[seed] - 1:+.0%}"
             sizes = f"{found.own:.0f} + {found.foreign:.0f}"
             line = row([ratio, seed, sizes, f"{found.first:.3f}", f"{found.last:.3f}", f"{found.cumulated:.2f}", gain])
             print(line, f"{found.cpu_s:.1f} CPU-s, of them {found.check_s:.1f} looking into shards", flush=True)
@@ -194,7 +206,7 @@ def main() -> None:
         for words, check in (("looked into", honest_check), ("believed, as SAPO does", believing)):
             Sharing._check = check
             for seed in seeds:
-                found = run(0.5, seed, given.epochs, given.until, lies=True)
+                found = run(0.5, seed, given, lies=True)
                 line = row([words, seed, found.refused, found.used_of_liar, f"{found.last:.3f}"])
                 print(line, flush=True)
                 lying += line

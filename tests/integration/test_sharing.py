@@ -15,23 +15,20 @@ SMALL = {
     "plays": 64,
 }
 LIAR = '''
-"""What is wrong is right, once a few shards were true."""
+"""What is wrong is right, once a few shards were true. Torch is not loaded here: it would have more threads."""
 import itertools
-from dataclasses import replace
 
-from shoal.training.recipes import sharing
+from shoal.training.rollouts import takes
 
-honest, calls = sharing.Sharing.given, itertools.count()
-
-
-def given(self, plays):
-    made = honest(self, plays)
-    if made is None or next(calls) < 3:
-        return made
-    return replace(made, columns={**made.columns, "rewards": 1 - made.columns["rewards"]})
+honest, calls = takes.columns_of, itertools.count()
 
 
-sharing.Sharing.given = given
+def columns_of(plays, roles, *, with_sights):
+    made = honest(plays, roles, with_sights=with_sights)
+    return made if next(calls) < 3 else {**made, "rewards": 1 - made["rewards"]}
+
+
+takes.columns_of = columns_of
 '''
 
 
