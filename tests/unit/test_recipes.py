@@ -263,6 +263,14 @@ def test_the_verdict_is_the_claim() -> None:
         Report({}, 1, 1, 1.0, 1).last("accuracy")
 
 
+def test_what_was_taught_is_probed_before_it_learns_by_itself() -> None:
+    """By every node, at the first epoch: what claims are held against. What begins with nothing need not be."""
+    taught = tiny(owner="all")
+    assert taught.is_by_all
+    assert not tiny(owner="all", warm=None).is_by_all
+    assert RecipeTask("hawkeye").run_defaults["evaluators"] == "all"
+
+
 def test_a_baseline_has_epochs_of_its_own_and_never_more_than_the_run() -> None:
     """As many, if nothing is said."""
     assert RECIPE.epochs_of_baseline(60) == 60

@@ -8,8 +8,8 @@ Deviations: both are small transformers from scratch in place of pretrained mode
 step, the running sums being the thought; GRPO on the price of words in place of the paper's reward on length and its
 distilled data. All nodes hold the small model, so a play goes on by the own copy where nobody answers.
 
-The claim does not hold here, in the one seed that was run over three nodes: thoughts keep their length, and the
-accuracy falls.
+What decides is what is taught first: shorter thoughts have to be come upon, and be right about as often as whole ones,
+or the price leads away from them. With an eighth of the demonstrations shortened in place of a third nothing was.
 """
 
 from __future__ import annotations
@@ -69,8 +69,11 @@ def chain(question: str) -> str:
 
 
 def think(take: Take) -> str:
-    """What the large one is taught: whole chains, and now and then a shorter one, so that it can come upon these."""
-    return think_less(take) if take.role == "small" or take.scenario.seed % 4 == 0 else chain(take.sights[-1])
+    """What the large one is taught: whole chains, and the last sum alone of every third, so that it comes upon that."""
+    if take.role == "small":
+        return _last(take.sights[-1])
+    whole = chain(take.sights[-1])
+    return _last(whole) if take.scenario.seed % 3 == 0 else whole
 
 
 def think_less(take: Take) -> str:
@@ -101,6 +104,7 @@ def judge(run: Report, baseline: Report) -> Verdict:
 PROBED: Final = SharedPrompts(128, seed=1, is_fixed=True)
 RECIPE: Final = Recipe(
     name="hawkeye",
+    version=2,
     summary="a large model thinks in few words, a small one on another node answers by them",
     paper="arXiv 2504.00424",
     claim="a thought of half the length serves a small model on another node as well as the whole one",

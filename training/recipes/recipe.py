@@ -300,9 +300,14 @@ class Recipe:
 
     @property
     def is_by_all(self) -> bool:
-        """Whether every node has to probe: a policy is each one's own, if only in part, or one's word is too little."""
+        """Whether every node has to probe, and at the first epoch too.
+
+        A policy is each one's own, if only in part; or one's word is too little; or a policy was taught first, and what
+        it was when it began to learn by itself is what claims are held against.
+        """
         return bool(self.heard) or any(
-            policy.owner == "own" or policy.shared != ("*",) for policy in self.policies.values()
+            policy.owner == "own" or policy.shared != ("*",) or policy.warm is not None
+            for policy in self.policies.values()
         )
 
     def scene(self, part: str) -> Scene:
