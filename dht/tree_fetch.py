@@ -23,11 +23,22 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from shoal.dht.fetch import Lack
+from shoal.dht.fetch import (
+    FIRST_BACKOFF_S,
+    MAX_BACKOFF_S,
+    MAX_FAILURES,
+    PATIENCE_S,
+    Done,
+    Drop,
+    Failed,
+    Lack,
+    SourceFound,
+    SourceLost,
+    Tick,
+    Wake,
+)
 from shoal.protocol.ids import PeerId
 
-PATIENCE_S: Final = 120.0
-"""A fetch fails to which no block comes for so long."""
 LONELY_S: Final = 10.0
 """A fetch fails that has had no source for so long."""
 RUN_S: Final = 0.1
@@ -41,9 +52,6 @@ QUICK_S: Final = 0.5
 """A source that answers within this is asked for one run more at a time."""
 SLOW_S: Final = 1.5
 """One that takes longer than this, for one: what waits there would come sooner from another one."""
-FIRST_BACKOFF_S: Final = 0.2
-MAX_BACKOFF_S: Final = 5.0
-MAX_FAILURES: Final = 6
 LATE_S: Final = 5.0
 """After which a block is asked of a second source that is free, whatever was expected."""
 TRICKLE_S: Final = 30.0
@@ -55,20 +63,6 @@ BLOCKS_PER_HAVE: Final = 2
 UNKNOWN_RATE: Final = 1.0
 """Blocks per second, of a source that has brought nothing yet."""
 NUM_RARITIES: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFound:
-    """Somebody may have some of it."""
-
-    source: PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class SourceLost:
-    """Somebody can no longer be reached."""
-
-    source: PeerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +100,6 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed; also the first event, which starts the fetch."""
-
-
-@dataclass(frozen=True, slots=True)
 class AskHave:
     """Ask a source what it has; tell by `HaveArrived` or `HaveFailed`."""
 
@@ -132,34 +121,6 @@ class CallOff:
 
     source: PeerId
     start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A source lied; hold it against it."""
-
-    source: PeerId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Send a `Tick` at this time; a later `Wake` replaces this one."""
-
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """All blocks are here. Nothing follows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """They were not had. Nothing follows."""
-
-    reason: str
-    lack: Lack
 
 
 Event = SourceFound | SourceLost | HaveArrived | HaveFailed | Answered | Tick

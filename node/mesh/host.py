@@ -25,7 +25,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from shoal.node.budgets import BudgetLimits, NodeBudgets, max_descriptors, user_of
 from shoal.node.mesh.address_book import AddressBook
 from shoal.node.mesh.addresses import CIRCUIT, ip_of, ip_port, is_loopback, may_be_heard_of
-from shoal.node.mesh.circuits import parse_circuit
+from shoal.node.mesh.circuits import closed_on_failure, parse_circuit
 from shoal.node.mesh.comeback import Comebacks
 from shoal.node.mesh.connections import (
     BestPathChanged,
@@ -363,11 +363,8 @@ class Host:
             self._refuse_if_ending()
             raw = RawConnection(TrioTCPStream(await self.door.dial(*target)), initiator=True)
             await self.upgrade(raw, peer)
-            try:
+            async with closed_on_failure(raw):
                 self._refuse_if_ending()  # the network has closed those that it knew, and knows no others any more
-            except OSError:
-                await raw.close()
-                raise
         else:  # a name, or another transport
             await self._libp2p.dial(peer, address)
 

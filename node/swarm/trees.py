@@ -20,23 +20,17 @@ from typing import Final, TypeVar
 
 import trio
 
+from shoal.dht.fetch import SILENCE_S, Done, Drop, Failed, SourceFound, SourceLost, Tick, Wake
 from shoal.dht.tree_fetch import (
     MAX_OPEN_BLOCKS,
     Answered,
     AskHave,
     CallOff,
-    Done,
-    Drop,
     Event,
-    Failed,
     HaveArrived,
     HaveFailed,
     Request,
-    SourceFound,
-    SourceLost,
-    Tick,
     TreeFetch,
-    Wake,
 )
 from shoal.dht.trees import MAX_INDEX_BYTES, Tree, read_index
 from shoal.node.mesh.host import Host
@@ -66,8 +60,6 @@ T = TypeVar("T")
 
 SOURCES_S: Final = 1.0
 """How often it is looked who is connected: whoever is may have it."""
-SILENCE_S: Final = 10.0
-"""A request fails at a source of which nothing at all comes for so long."""
 ANSWER_S: Final = 120.0
 MAX_ROUNDS: Final = 4
 """Of fetching what was found damaged."""

@@ -201,8 +201,9 @@ def test_the_run_goes_on_when_all_learners_are_killed_and_one_comes_back(make_no
     second.up()
     back = second.wait_for(
         swarm,
-        "it goes on from what the actor holds, and learns from it again",
+        "it goes on from what it kept, and learns from the actor again",
         lambda shown: shown["epoch"] > waits["epoch"] and member(shown, actor)["shards_used"] > 0,
     )
-    assert back["env_steps"] > waits["env_steps"]
+    # The actor has a copy to act by and no state: what the other learned since this one last wrote to disk is gone.
+    assert back["env_steps"] > 0.9 * waits["env_steps"]
     assert not back["evidence"]

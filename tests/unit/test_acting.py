@@ -131,7 +131,7 @@ import json, sys
 from pathlib import Path
 from shoal.protocol.ids import SwarmId, Cid
 from shoal.protocol.signing import Signer
-from shoal.training.rollouts import acting, patches, replaying, rows, shard, store, streams
+from shoal.training.rollouts import acting, patches, replaying, rows, shard, streams
 from shoal.training.tasks import load_task
 import numpy as np
 me, swarm = Signer(b"a" * 32), SwarmId.of_manifest(b"swarm")

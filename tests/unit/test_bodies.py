@@ -447,7 +447,7 @@ def after(recipe: Recipe, epochs: int = 2, **settings: Any) -> Company:
     return company
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.ROLLOUTS])  # plays of text are shared
 def test_policies_by_role_are_each_the_same_bits_everywhere(mode: Mode) -> None:
     """Both have learned, from their own takes."""
     recipe = two_policies()

@@ -9,25 +9,8 @@ import pytest
 from tests.unit.tree_swarm import Swarm
 
 from shoal.dht import tree_fetch as module
-from shoal.dht.fetch import Lack
-from shoal.dht.tree_fetch import (
-    Answered,
-    AskHave,
-    CallOff,
-    Done,
-    Drop,
-    Event,
-    Failed,
-    HaveArrived,
-    HaveFailed,
-    Output,
-    Request,
-    SourceFound,
-    SourceLost,
-    Tick,
-    TreeFetch,
-    Wake,
-)
+from shoal.dht.fetch import Done, Drop, Failed, Lack, SourceFound, SourceLost, Tick, Wake
+from shoal.dht.tree_fetch import Answered, AskHave, CallOff, Event, HaveArrived, HaveFailed, Output, Request, TreeFetch
 from shoal.protocol.ids import PeerId
 
 ANN, BOB, EVE = PeerId("ann"), PeerId("bob"), PeerId("eve")
