@@ -37,6 +37,7 @@ from shoal.training.rollouts.admitting import Admission
 from shoal.training.rollouts.evidence import Finding, Verdict
 from shoal.training.rollouts.shard import seal
 from shoal.training.tasks import load_task
+from shoal.training.worker_calls import Admit
 
 RESULT: Final = Path(__file__).parent / "results" / "staleness.md"
 RUNS: Final = ["gym:CartPole-v1:50000:0,2,4,6,8,16", "gym:LunarLander-v3:100000:0,6"]
@@ -173,16 +174,10 @@ class Together:
 
     def admit(self, given: Given, *, is_checked: bool = False, chance: int | None = None) -> tuple[Finding, int, bool]:
         """What is found of a shard, how many samples of it are learned from, and whether it was looked into."""
-        found, samples, _, is_looked_into = self.admission.admit(
-            given.data,
-            given.cid,
-            given.signer.peer_id,
-            self.name(given.version),
-            self.epoch,
-            is_checked=is_checked,
-            chance=chance,
-        )
-        return found, samples, is_looked_into
+        state = self.name(given.version)
+        asked = Admit(given.data, given.cid, given.signer.peer_id, given.version, state, is_checked, chance)
+        looked = self.admission.admit(asked, self.epoch)
+        return looked.finding, looked.samples, looked.is_checked
 
     def learn(self) -> None:
         """Fill up with own samples, and make the next policy."""

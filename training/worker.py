@@ -268,20 +268,14 @@ class Worker:
         if admission is None:
             raise RemoteError(Status.FAILED_PRECONDITION, "nothing that others collected is learned from here")
         began = time.monotonic()
-        found, samples, proof, is_checked = admission.admit(
-            request.shard,
-            request.cid,
-            request.author,
-            request.state,
-            self._epoch,
-            is_checked=request.is_checked,
-            chance=request.chance,
-        )
+        looked = admission.admit(request, self._epoch)
+        found = looked.finding
         seconds, lie = time.monotonic() - began, "" if found.lie is None else str(found.lie)
         learner = self.learner
         waiting = learner.num_foreign if isinstance(learner, PolicyLearner | SharesPlays) else 0
         words = (str(found.verdict), found.words, lie, found.step, found.part)
-        return Admitted(*words, samples, seconds, learner.samples, waiting, proof, is_checked)
+        total = learner.samples
+        return Admitted(*words, looked.samples, seconds, total, waiting, looked.proof, looked.is_checked)
 
     def _note_policy(self, state: bytes) -> None:
         """The learner holds another policy: that of a state."""

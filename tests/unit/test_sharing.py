@@ -27,6 +27,7 @@ from shoal.training.tasks.cast import Everyone, Learned
 from shoal.training.tasks.games.text import SortDigits, TextTask
 from shoal.training.tasks.play import Role, Take, Text
 from shoal.training.tasks.source import FreshSeeds, OwnPrompts, Scenario, SharedPrompts
+from shoal.training.worker_calls import Admit
 
 KEYS = sorted((Signer(bytes([number]) * 32) for number in (1, 2, 3)), key=lambda key: key.peer_id)
 NAMES = [key.peer_id for key in KEYS]
@@ -254,14 +255,22 @@ def another_than(company: Company, author: PeerId) -> RecipeLearner:
     return next(learner for name, learner in company.learners.items() if name != author)
 
 
+def admit(
+    learner: RecipeLearner, data: bytes, cid: Cid, author: PeerId, state: Cid | None
+) -> tuple[evidence.Finding, int, bool]:
+    """Give it, in the first epoch, to be checked."""
+    looked = learner.admit(Admit(data, cid, author, 1, state, is_checked=True), 1)
+    return looked.finding, looked.samples, looked.is_checked
+
+
 def test_shards_of_another_swarm_or_author_are_not_used() -> None:
     company = Company(a_recipe(), NAMES, keys=KEYS)
     author, cid, data = given_by(company)[0]
     other = another_than(company, author)
-    found, samples, *_ = other.admit(data, cid, NAMES[2], company._state, 1, is_checked=True)
+    found, samples, _ = admit(other, data, cid, NAMES[2], company._state)
     assert (found.verdict, samples) == (evidence.Verdict.DOES_NOT_FIT, 0)
     other.share(SwarmId.of_manifest(b"another"))
-    found, samples, *_ = other.admit(data, cid, author, company._state, 1, is_checked=True)
+    found, samples, _ = admit(other, data, cid, author, company._state)
     assert (found.lie, samples) == (Lie.FORM, 0)
 
 
@@ -270,13 +279,13 @@ def test_plays_that_are_sold_again_with_other_last_bits_are_not_used_twice(is_ow
     company = Company(own(a_recipe()) if is_own else a_recipe(), NAMES, keys=KEYS)
     author, cid, data = given_by(company)[0]
     other, shard = another_than(company, author), open_shard(data, cid=cid)
-    found, samples, *_ = other.admit(data, cid, author, shard.head.state, 1, is_checked=True)
+    found, samples, _ = admit(other, data, cid, author, shard.head.state)
     assert (found.verdict, samples) == (evidence.Verdict.TRUE, other.num_foreign)
     rounded = shard.columns | {"log_probs": np.nextafter(shard.columns["log_probs"], np.float32(-9))}
     again, resold = seal(KEYS[NAMES.index(author)], shard.head, rounded)
     assert again != cid
     samples_before = other.num_foreign
-    found, samples, _, is_checked = other.admit(resold, again, author, shard.head.state, 1, is_checked=True)
+    found, samples, is_checked = admit(other, resold, again, author, shard.head.state)
     assert (found.verdict, samples, is_checked) == (evidence.Verdict.DOES_NOT_FIT, 0, False)
     assert other.num_foreign == samples_before
 
@@ -289,5 +298,5 @@ def test_a_shard_of_which_no_token_was_drawn_again_does_not_count_as_checked(mon
     assert isinstance(other._sharing, sharing.Sharing)
     other._sharing._tokens[author] = 1
     state = open_shard(data, cid=cid).head.state
-    found, _, _, is_checked = other.admit(data, cid, author, state, 1, is_checked=True)
+    found, _, is_checked = admit(other, data, cid, author, state)
     assert (found.verdict, is_checked) == (evidence.Verdict.TRUE, False)

@@ -61,7 +61,7 @@ from shoal.training.recipes.recipe import Policy, Probe, Recipe
 from shoal.training.recipes.seating import Seating
 from shoal.training.recipes.sharing import Sharing
 from shoal.training.recipes.warming import teach
-from shoal.training.rollouts.evidence import Finding
+from shoal.training.rollouts.admitting import Looked
 from shoal.training.scored import MAX_EPOCHS, Scored
 from shoal.training.state import check_fit, decode_arrays, encode_arrays
 from shoal.training.tasks import shown
@@ -72,6 +72,7 @@ from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Posted, Source, seed_of
 from shoal.training.tasks.stage import Collecting, Stage, Staged, alone
 from shoal.training.tasks.wire import decode_acts, decode_takes, encode_acts
+from shoal.training.worker_calls import Admit
 
 log = logging.getLogger(__name__)
 
@@ -181,21 +182,11 @@ class RecipeLearner:
         if self._sharing is not None:
             self._sharing.holds(epoch, state)
 
-    def admit(
-        self,
-        data: bytes | memoryview,
-        cid: Cid,
-        author: PeerId,
-        state: Cid | None,
-        epoch: int,
-        *,
-        is_checked: bool,
-        chance: int | None = None,
-    ) -> tuple[Finding, int, bytes, bool]:
-        """Take a shard; see `SharesPlays`. All of its plays are played again, whatever ``chance`` is."""
+    def admit(self, given: Admit, epoch: int) -> Looked:
+        """Take a shard; see `SharesPlays`. All of its plays are played again, whatever its chance is."""
         if self._sharing is None:
             raise UsageError("this learner shares nothing; call share() first")
-        return self._sharing.admit(data, cid, author, state, epoch, is_checked=is_checked)
+        return self._sharing.admit(given, epoch)
 
     @property
     def num_foreign(self) -> int:

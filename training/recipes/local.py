@@ -33,6 +33,7 @@ from shoal.training.scored import Scored, medians
 from shoal.training.state import encode_arrays
 from shoal.training.tasks.failures import Failures
 from shoal.training.tasks.source import Posted
+from shoal.training.worker_calls import Admit
 
 _NO_STATE: Final = Cid.of_block(b"")
 _SWARM: Final = SwarmId.of_manifest(b"in one process")
@@ -202,10 +203,10 @@ class Company:
                 author, cid, data = coming[number]
                 if left > 0 and name != author and author not in self._shunned[name]:
                     is_checked = bool(self._rng.random() < self._check_rate)
-                    found, samples, *_ = learner.admit(data, cid, author, state, self._epoch, is_checked=is_checked)
-                    left -= samples
-                    self.findings.append((name, author, found))
-                    if found.verdict is evidence.Verdict.FALSE:
+                    looked = learner.admit(Admit(data, cid, author, self._epoch, state, is_checked), self._epoch)
+                    left -= looked.samples
+                    self.findings.append((name, author, looked.finding))
+                    if looked.finding.verdict is evidence.Verdict.FALSE:
                         self._shunned[name].add(author)
 
     def _advance(self, name: PeerId, update: AnyUpdate, answer: Any, wanted: dict[PeerId, Exchange | Joint]) -> bool:

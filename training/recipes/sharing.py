@@ -30,6 +30,7 @@ from shoal.training.manifest import Manifest
 from shoal.training.models.tokens import TokenJudge, TokenModel
 from shoal.training.recipes.playing import named_seats
 from shoal.training.recipes.recipe import Recipe
+from shoal.training.rollouts.admitting import Looked, refused
 from shoal.training.rollouts.checking import check_plays, token_noise
 from shoal.training.rollouts.evidence import Finding, Lie, Verdict
 from shoal.training.rollouts.rows import DoesNotFitError
@@ -41,6 +42,7 @@ from shoal.training.tasks.cast import Actor, Learned, Seat
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import News, Scenario, SharedPrompts, seed_of
+from shoal.training.worker_calls import Admit
 
 CHECKED_TOKENS: Final = 1024
 """Of one author in one epoch, that are drawn again."""
@@ -225,51 +227,49 @@ class Sharing:
 
     # --- what others give ---
 
-    def admit(
-        self, data: bytes | memoryview, cid: Cid, author: PeerId, state: Cid | None, epoch: int, *, is_checked: bool
-    ) -> tuple[Finding, int, bytes, bool]:
+    def admit(self, given: Admit, epoch: int) -> Looked:
         """Take a shard; as `shoal.training.rollouts.admitting.Admission.admit`.
 
-        Everything but its tokens is looked into, whether ``is_checked`` or not. An author gives one shard of a version,
-        and what it gives beside that is not used: the same plays, a little rounded, would teach twice.
+        Everything but its tokens is looked into, whether it is to be checked or not. An author gives one shard of a
+        version, and what it gives beside that is not used: the same plays, a little rounded, would teach twice.
         """
         try:
-            shard = open_shard(data, cid=cid, swarm=self._swarm)
+            shard = open_shard(given.shard, cid=given.cid, swarm=self._swarm)
             plays = plays_of(shard, self._recipe.game.roles)
         except (DoesNotFitError, LimitError) as error:
-            return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b"", False
+            return Looked(Finding(Verdict.DOES_NOT_FIT, str(error)))
         except ProtocolError as error:  # of whom it is, is not proven
-            return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b"", False
-        found, redrawn = self._of_this_run(shard, cid, author, state, epoch), frozenset[int]()
-        is_checked = is_checked and found is None
+            return Looked(Finding(Verdict.FALSE, str(error), Lie.FORM))
+        found, redrawn = self._of_this_run(shard, given, epoch), frozenset[int]()
+        is_checked = given.is_checked and found is None
         if found is None:
-            self._taken[author, shard.head.version] = cid
+            self._taken[shard.author, shard.head.version] = given.cid
             if is_checked and not self._is_own:
-                redrawn = self._affordable(author, plays)
+                redrawn = self._affordable(shard.author, plays)
             is_checked = self._is_own or bool(redrawn)  # of what is its author's own nobody can look closer
             found = self._check(shard, plays, redrawn)
         if found.verdict is not Verdict.TRUE:
             if found.verdict is Verdict.FALSE:
-                self._sampler.forget(author)
-            return found, 0, shard.proof if found.verdict is Verdict.FALSE else b"", is_checked
-        return found, self._sampler.add(self._units(shard, plays)), b"", is_checked
+                self._sampler.forget(shard.author)
+            return refused(found, shard, is_checked)
+        return Looked(found, self._sampler.add(self._units(shard, plays)), is_checked=is_checked)
 
-    def _of_this_run(self, shard: Shard, cid: Cid, author: PeerId, state: Cid | None, epoch: int) -> Finding | None:
+    def _of_this_run(self, shard: Shard, given: Admit, epoch: int) -> Finding | None:
         """Why it is not to be used, whether it is true or not."""
         head = shard.head
-        if shard.author != author:
+        if shard.author != given.author:
             return Finding(Verdict.DOES_NOT_FIT, f"it is {shard.author}'s, and was named by another")
         if head.policy != self.policy or head.stream != head.version or head.number:
             return Finding(Verdict.DOES_NOT_FIT, "it is of another policy, or none of one epoch's plays")
         if not epoch - self._manifest.max_staleness <= head.version <= epoch:
             return Finding(Verdict.DOES_NOT_FIT, f"its policy is of epoch {head.version}, which is not used at {epoch}")
-        if state is None:
+        if given.state is None:
             return Finding(Verdict.CANNOT_BE_HAD, f"the policy of epoch {head.version} is not known here")
-        if head.state != state:
+        if head.state != given.state:
             return Finding(Verdict.DOES_NOT_FIT, f"its policy is not this run's of epoch {head.version}")
         if head.samples > 2 * self._share:
             return Finding(Verdict.DOES_NOT_FIT, f"{head.samples} acts are more than anybody plays in an epoch")
-        if self._taken.get((author, head.version), cid) != cid:
+        if self._taken.get((shard.author, head.version), given.cid) != given.cid:
             return Finding(Verdict.DOES_NOT_FIT, f"its author gave another one of epoch {head.version} before")
         return None
 

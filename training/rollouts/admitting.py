@@ -11,6 +11,7 @@ than a hundred others, and few honest shards set a record.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,11 +31,33 @@ from shoal.training.rollouts.shard import Shard, open_shard
 from shoal.training.rollouts.streams import MAX_LEAD
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import Floats
-from shoal.training.worker_calls import CopyAnswer
+from shoal.training.worker_calls import Admit, CopyAnswer
 
 MAX_REWARD: Final = 1e9
 """Sums of such rewards, and squares of these sums, are numbers still."""
 _FINE: Final = Finding(Verdict.TRUE)
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What came of a shard that was given.
+
+    Attributes:
+        finding: what is found of it.
+        samples: that are learned from.
+        proof: its author's signed head, if it is false.
+        is_checked: whether it was looked into, as it was to be or because of what it says.
+    """
+
+    finding: Finding
+    samples: int = 0
+    proof: bytes = b""
+    is_checked: bool = False
+
+
+def refused(finding: Finding, shard: Shard, is_checked: bool) -> Looked:
+    """What was opened, and is not learned from."""
+    return Looked(finding, proof=shard.proof if finding.verdict is Verdict.FALSE else b"", is_checked=is_checked)
 
 
 class Admits(Protocol):
@@ -75,17 +98,7 @@ class SharesPlays(Protocol):
         """The policy that it holds has this name."""
         ...
 
-    def admit(
-        self,
-        data: bytes | memoryview,
-        cid: Cid,
-        author: PeerId,
-        state: Cid | None,
-        epoch: int,
-        *,
-        is_checked: bool,
-        chance: int | None = None,
-    ) -> tuple[Finding, int, bytes, bool]:
+    def admit(self, given: Admit, epoch: int) -> Looked:
         """As `Admission.admit`."""
         ...
 
@@ -145,63 +158,45 @@ class Admission:
             return CopyAnswer(digest, key)
         return CopyAnswer(digest, key, patch, digest_of(before))
 
-    def admit(
-        self,
-        data: bytes | memoryview,
-        cid: Cid,
-        author: PeerId,
-        state: Cid | None,
-        epoch: int,
-        *,
-        is_checked: bool,
-        chance: int | None = None,
-    ) -> tuple[Finding, int, bytes, bool]:
+    def admit(self, given: Admit, epoch: int) -> Looked:
         """Take a shard.
 
         Args:
-            data: its bytes.
-            cid: by which it was asked for.
-            author: who named it.
-            state: what the policy of its version is called; None, if that is not known.
+            given: the shard, and whether it is to be replayed first. Nobody but this node knows its chance.
             epoch: of the policy that the learner holds.
-            is_checked: whether it is to be replayed first:
-            chance: one of its environments, by this number, which nobody else knows; None: all.
-
-        Returns:
-            What is found of it, how many samples are learned from, its author's signed head if it is false, and whether
-            it was looked into.
         """
         try:
-            shard = open_shard(data, cid=cid, swarm=self._swarm)
+            shard = open_shard(given.shard, cid=given.cid, swarm=self._swarm)
             if shard.head.samples > self._most_samples:
                 words = f"of {shard.head.samples} samples are more than an update takes, {self._most_samples}"
-                return Finding(Verdict.DOES_NOT_FIT, words), 0, b"", False
+                return Looked(Finding(Verdict.DOES_NOT_FIT, words))
             rows = rows_of(shard, self._task.observation_space.size, self._task.action_space)
         except (DoesNotFitError, LimitError) as error:
-            return Finding(Verdict.DOES_NOT_FIT, str(error)), 0, b"", False
+            return Looked(Finding(Verdict.DOES_NOT_FIT, str(error)))
         except ProtocolError as error:  # of whom it is, is not proven
-            return Finding(Verdict.FALSE, str(error), Lie.FORM), 0, b"", False
+            return Looked(Finding(Verdict.FALSE, str(error), Lie.FORM))
         if rows.num_envs > self._most_envs or len(rows.lead) > MAX_LEAD:  # whoever looks takes all these steps again
             words = (
                 f"{len(rows.lead)} steps of {rows.num_envs} environments lead to it; at most {MAX_LEAD} of "
                 f"{self._most_envs} are replayed"
             )
-            return Finding(Verdict.DOES_NOT_FIT, words), 0, b"", False
+            return Looked(Finding(Verdict.DOES_NOT_FIT, words))
         if float(np.abs(rows.rewards).max()) > MAX_REWARD:
-            return Finding(Verdict.DOES_NOT_FIT, f"rewards beyond {MAX_REWARD:g} are not learned from"), 0, b"", False
-        found = self._of_this_run(shard, author, state, epoch)
+            return Looked(Finding(Verdict.DOES_NOT_FIT, f"rewards beyond {MAX_REWARD:g} are not learned from"))
+        found = self._of_this_run(shard, given.author, given.state, epoch)
         looks_at = None
         if found is None:
-            looks_at = self._place(rows.rewards, chance) if is_checked else self._record(rows.rewards)
+            looks_at = self._place(rows.rewards, given.chance) if given.is_checked else self._record(rows.rewards)
             found = _FINE if looks_at is None else self._check(shard, rows, looks_at)
+        is_checked = looks_at is not None
         if found.verdict is not Verdict.TRUE:
-            return found, 0, shard.proof if found.verdict is Verdict.FALSE else b"", looks_at is not None
+            return refused(found, shard, is_checked)
         try:
             rollout = self._rollout(with_sights(rows, self._task.make))
         except CannotReplayError as error:
-            return Finding(Verdict.CANNOT_BE_HAD, str(error)), 0, b"", looks_at is not None
-        self._learner.admit(author, rollout, rows.log_probs, shard.head.version)
-        return found, rows.samples, b"", looks_at is not None
+            return Looked(Finding(Verdict.CANNOT_BE_HAD, str(error)), is_checked=is_checked)
+        self._learner.admit(given.author, rollout, rows.log_probs, shard.head.version)
+        return Looked(found, rows.samples, is_checked=is_checked)
 
     def _of_this_run(self, shard: Shard, author: PeerId, state: Cid | None, epoch: int) -> Finding | None:
         """Why it is not to be used, whether it is true or not."""
