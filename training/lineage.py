@@ -8,7 +8,10 @@ which parent by which ballot (`Result`), and a signature for a policy is one for
   the line with more environment steps, then the lower CID. So two parts of a swarm that trained apart end on one
   policy;
 * by a node that has trained nothing yet in this life, if nothing that is live is held by more members, and it is
-  further than what the node kept: the others went on meanwhile.
+  further than what the node kept: the others went on meanwhile;
+* by an actor that holds a copy, which nobody can go on from, as the learners alone say: what half of them hold, and,
+  if they are of another line, after `FORK_S`, wherever that is. What an evaluator or another actor holds, which may be
+  an older one for a while, is nothing to it.
 
 A few invented names can so mislead a newcomer or a swarm that they outnumber, never one in which they have no stake.
 
@@ -70,6 +73,7 @@ class Lineage:
 
     __slots__ = (
         "_different",
+        "_follows",
         "_fork_since",
         "_is_new",
         "_me",
@@ -99,30 +103,39 @@ class Lineage:
         self._fork_since: float | None = None
         self._together: dict[PeerId, int] = {}
         self._is_new = True
+        self._follows = False
 
     @property
     def results(self) -> Mapping[PeerId, Result]:
         """The newest word of each member that is there."""
         return self._results
 
-    def hold(self, own: Result, says: Mapping[PeerId, float], *, is_new: bool = False) -> None:
+    def hold(self, own: Result, says: Mapping[PeerId, float], *, is_new: bool = False, follows: bool = False) -> None:
         """This node holds a policy now.
 
         Args:
             own: that policy.
             says: what each member counts for in what follows.
             is_new: whether this node, in this life, made nothing itself yet.
+            follows: whether it holds nothing that could be gone on from, and goes where those who count are.
         """
         self.own = own
         self._past[own.cid] = None
         if len(self._past) > MAX_PAST:
             del self._past[next(iter(self._past))]
         self._is_new = is_new
+        self._follows = follows
         self._says = dict(says)
         self._different = None
         for author, result in self._results.items():
             self._note_together(author, result)
         self._recount()
+
+    def count(self, says: Mapping[PeerId, float]) -> None:
+        """From now on members count for so much."""
+        if says != self._says:
+            self._says = dict(says)
+            self._recount()
 
     def heard(self, author: PeerId, result: Result) -> bool:
         """A member says what it holds; whether those who count may be ahead of this node now."""
@@ -217,17 +230,18 @@ class Lineage:
         """
         own = self.own
         has_none = own is None or own.epoch == 0
-        is_new = has_none or self._is_new
-        ours = sum(self._is_on_own_line(each) for each in self._results.values()) if not has_none else 0
-        ours += not is_new
+        is_new = has_none or (self._is_new and not self._follows)
+        results = [each for author, each in self._results.items() if not self._follows or self._stake(author)]
+        ours = sum(self._is_on_own_line(each) for each in results) if not has_none else 0
+        ours += not (is_new or self._follows)
         found: list[tuple[int, int, int, Cid]] = []
-        is_any = any(each.epoch and not self._is_on_own_line(each) for each in self._results.values())
+        is_any = any(each.epoch and not self._is_on_own_line(each) for each in results)
         for result in self._distinct() if is_any else ():
             if result.epoch == 0 or self.is_refused(result, now) or self._is_on_own_line(result):
                 continue
-            number = sum(_same_line(result, each) for each in self._results.values())
+            number = sum(_same_line(result, each) for each in results)
             is_better = own is None or (result.env_steps, own.cid) > (own.env_steps, result.cid)
-            if (number > ours and not is_new) or (number >= ours and is_better):
+            if (number > ours and not is_new) or (number >= ours and number and is_better):
                 found.append((number, result.env_steps, result.epoch, result.cid))
         if not found:
             self._fork_since = None
@@ -237,7 +251,7 @@ class Lineage:
             return None
         cid = max(found)[-1]
         result = next(each for each in self._distinct() if each.cid == cid)
-        return Candidate(result, self.holders(cid), is_other_line=not is_new)
+        return Candidate(result, self.holders(cid), is_other_line=not (is_new or self._follows))
 
     def holders(self, cid: Cid) -> tuple[PeerId, ...]:
         """Who say that they hold a policy, or one made from it."""

@@ -215,6 +215,7 @@ class Run:
                     self.taking.look(now, outputs)  # who went on may have said what they hold already
             case Gone(author):
                 self.others.gone(author, now)
+                self._count_learners()
                 self.lineage.gone(author)
                 self.epoch.gone(author, now, outputs)
             case Given(author, part):
@@ -295,9 +296,19 @@ class Run:
                         self.taking.look_soon(now)
             case Facts():
                 self.others.told(author, statement)
+                self._count_learners()
                 self.epoch.told(author, statement, now, outputs)
             case Addresses():
                 pass
+
+    @property
+    def _learners_alike(self) -> dict[PeerId, float]:
+        return dict.fromkeys(self.others.learners, 1.0)
+
+    def _count_learners(self) -> None:
+        """A copy says nothing of who made it: whoever learns now counts."""
+        if not self._is_whole:
+            self.lineage.count(self._learners_alike)
 
     def _is_plausible(self, result: Result) -> bool:
         most = self._manifest.max_env_steps + Limits.of_batch(self._manifest.batch, None).ballot
@@ -504,9 +515,12 @@ class Run:
             self._result_due = now + RESULT_GAP_S
         if self._role is Role.LEARNER:
             self.epoch.begin(policy, first_after(policy.cid), now, outputs)
-        voters = says_of(policy.electorate.stakes) if self.round is None else self.round.voters
-        says = {peer: say for peer, say in voters.items() if peer in policy.electorate}
-        self.lineage.hold(policy.result, says, is_new=self.progress.has_made_nothing)
+        if self._is_whole:
+            voters = says_of(policy.electorate.stakes) if self.round is None else self.round.voters
+            says = {peer: say for peer, say in voters.items() if peer in policy.electorate}
+        else:
+            says = self._learners_alike
+        self.lineage.hold(policy.result, says, is_new=self.progress.has_made_nothing, follows=not self._is_whole)
         self.taking.look(now, outputs)
 
     # What comes next.

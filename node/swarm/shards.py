@@ -142,6 +142,7 @@ class Shards:
         self._names[policy.epoch] = policy.cid
         for old in [each for each in self._names if each < policy.epoch - self._max_staleness]:
             del self._names[old]
+        self.intake.oldest = min(self._names)
         self.look(policy.epoch)
 
     def heard(self, author: PeerId, said: GivenShards) -> None:

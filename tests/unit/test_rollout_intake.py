@@ -39,6 +39,13 @@ def test_who_is_left_takes_what_would_have_been_the_others():
     assert {given.cid for given in shards} == set(mine._coming)
 
 
+def test_what_a_learner_that_has_begun_again_cannot_look_at_is_not_fetched():
+    mine = Intake(ME, 4, oldest=5)
+    mine.named(ACTOR, [shard(number, version=number) for number in range(2, 7)])
+    assert [given.version for _, given in mine.next(5, [])] == [5]
+    assert mine.tally(ACTOR).stale == 3
+
+
 def test_what_is_too_old_is_counted_and_taken_by_nobody_and_what_is_from_the_future_waits():
     mine = Intake(ME, 2)
     mine.named(ACTOR, [shard(0, version=2), shard(1, version=3), shard(2, version=6)])

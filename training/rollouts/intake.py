@@ -79,6 +79,8 @@ class Intake:
         shunned: actors from which nothing is taken.
         most_of_version: where every learner may take every shard and draws from it, samples of one version after which
             it takes no more; None: each shard is one learner's.
+        oldest: version whose policy is here, as after a restart none before that is; shards of those before cannot be
+            looked at, and are not fetched.
     """
 
     me: PeerId
@@ -89,6 +91,7 @@ class Intake:
     tallies: dict[PeerId, Tally] = field(default_factory=dict)
     shunned: set[PeerId] = field(default_factory=set)
     most_of_version: int | None = None
+    oldest: int = 0
     _took: Counter[int] = field(default_factory=Counter)
     _named: dict[PeerId, tuple[GivenShard, ...]] = field(default_factory=dict)
     _seen: dict[Cid, None] = field(default_factory=dict)
@@ -124,7 +127,7 @@ class Intake:
         ]
         found: list[tuple[PeerId, GivenShard]] = []
         for author, each in sorted(open_ones, key=lambda pair: (-pair[1].version, pair[1].cid)):
-            if each.version < version - self.max_staleness:
+            if each.version < max(version - self.max_staleness, self.oldest):
                 self._remember(each.cid)
                 self.tally(author).stale += 1
             elif each.samples > self.most_samples:
