@@ -27,6 +27,10 @@ WIDTH_ELSEWHERE: Final = 160
 Profile = Annotated[str, typer.Option("--profile", envvar="SHOAL_PROFILE", help="Which node of this user.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 SwarmArgument = Annotated[str, typer.Argument(metavar="SWARM", help="Its name, or the beginning of it.")]
+EnvSet = Annotated[
+    list[str] | None,
+    typer.Option("--env-set", metavar="KEY=VALUE", help="What the environment is made with; repeat for more."),
+]
 OptionalSwarm = Annotated[
     str | None, typer.Argument(metavar="[SWARM]", help="Its name, or the beginning of it; may be left out if only one.")
 ]
@@ -68,8 +72,13 @@ def console(*, stderr: bool = False) -> Console:
     return out
 
 
-def hyperparameters(settings: Sequence[str]) -> dict[str, Any]:
-    """Read ``key=value`` settings; a value is a number, true, false or null where it looks like one, else text.
+def key_values(option: str, settings: Sequence[str], example: str) -> dict[str, Any]:
+    """Read ``key=value`` settings; a value is JSON where it looks like it (a number, true, a list), else text.
+
+    Args:
+        option: that they were given by.
+        settings: what was given.
+        example: of one.
 
     Raises:
         UsageError: if one has no key or no value.
@@ -78,9 +87,29 @@ def hyperparameters(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not (key and equals and text):
-            raise UsageError(f"--set {setting[:80]!r} should be key=value, for example learning_rate=0.001")
+            raise UsageError(f"{option} {setting[:80]!r} should be key=value, for example {example}")
+        if key in read:
+            raise UsageError(f"{option} sets {key[:80]} twice; leave one of them out")
         try:
             read[key] = json.loads(text)
         except ValueError:
             read[key] = text
     return read
+
+
+def hyperparameters(settings: Sequence[str]) -> dict[str, Any]:
+    """What ``--set`` says.
+
+    Raises:
+        UsageError: if one has no key or no value.
+    """
+    return key_values("--set", settings, "learning_rate=0.001")
+
+
+def env_arguments(settings: Sequence[str]) -> dict[str, Any]:
+    """What ``--env-set`` says.
+
+    Raises:
+        UsageError: if one has no key or no value.
+    """
+    return key_values("--env-set", settings, "gravity=-9.8")

@@ -36,6 +36,7 @@ _COMMANDS: Final = {
     "watch": "swarm",
     "sit": "sit",
     "recipe": "recipe",
+    "task": "task",
     "algorithm": "algorithm",
     "demo": "demo",
     "sim": "sim",

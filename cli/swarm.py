@@ -12,11 +12,13 @@ from shoal.cli import render
 from shoal.cli.common import (
     INTERRUPTED,
     AsJson,
+    EnvSet,
     OptionalSwarm,
     Profile,
     SwarmArgument,
     connect,
     console,
+    env_arguments,
     hyperparameters,
     print_json,
 )
@@ -99,6 +101,7 @@ def create(  # the options of one command; Typer wants them as arguments
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter; repeat for more.")
     ] = None,
+    env_set: EnvSet = None,
     role: RoleOption = RoleChoice.AUTO,
     part: PartOption = "",
     profile: Profile = "default",
@@ -130,7 +133,12 @@ def create(  # the options of one command; Typer wants them as arguments
         algorithm = {LOOP_SCHEME: LOOP_ALGORITHM, RECIPE_SCHEME: RECIPE_SCHEME}.get(scheme, "ppo")
     try:
         request = CreateSwarm(
-            task=task, algorithm=algorithm, hyperparameters=hyperparameters(setting or ()), role=role.value, **given
+            task=task,
+            algorithm=algorithm,
+            hyperparameters=hyperparameters(setting or ()),
+            env_arguments=env_arguments(env_set or ()),
+            role=role.value,
+            **given,
         )
     except ValidationError as error:
         raise UsageError(error.errors()[0]["msg"]) from error

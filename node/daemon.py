@@ -573,6 +573,7 @@ class Node:
             num_members=sum(member.live for member in people),
             alone=not replica.live,
             solved=progress.solved,
+            env_arguments=manifest.env_arguments,
             mode=str(manifest.mode),
             aggregator=manifest.aggregator,
             codec=str(manifest.codec),

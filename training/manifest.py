@@ -20,6 +20,7 @@ from shoal.protocol.ids import PeerId, SwarmId
 from shoal.protocol.limits import MAX_HEADER_BYTES
 from shoal.protocol.signing import Signed, Signer
 from shoal.training.batch import Batch
+from shoal.training.env_arguments import check_arguments
 from shoal.training.exchange.rules import WRITTEN, Aggregator, Codec
 
 KIND: Final = "manifest/1"
@@ -89,6 +90,8 @@ class Manifest:
         task: ``scheme:name``, for example ``gym:CartPole-v1``.
         algorithm: for example ``ppo``.
         hyperparameters: the algorithm's own settings; what is absent takes the algorithm's default for the task.
+        env_arguments: what the task's environments are made with, beside their own defaults; see
+            `training.env_arguments`.
         seed: from which every member derives its own.
         mode: what is exchanged.
         aggregator: by which rule contributions become one; see `training.exchange.rules`.
@@ -116,6 +119,7 @@ class Manifest:
     task: str
     algorithm: str
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    env_arguments: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     mode: Mode = Mode.LOCAL
     aggregator: str = "mean"
@@ -152,6 +156,9 @@ class Manifest:
             raise UsageError("a training loop has no return that Shoal could measure; leave the target return out")
         if not self.is_loop and self.codec is Codec.AUTO:
             raise UsageError(f"the codec auto is for training loops of one's own; choose one of {', '.join(WRITTEN)}")
+        if self.env_arguments and self.is_loop:
+            raise UsageError("a training loop makes its own environments; leave the environment's arguments out")
+        check_arguments(self.env_arguments)
         Aggregator.parse(self.aggregator)
         if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH:
             raise UsageError(f"batch size must be between 1 and {MAX_BATCH}, not {self.batch_size}")

@@ -565,7 +565,7 @@ def make_actor(request: Open) -> tuple[Actor, Failures]:
     manifest = request.manifest
     if request.swarm is None or manifest.mode is not Mode.ROLLOUTS:
         raise UsageError("there are actors in mode rollouts alone; take the role learner or storage")
-    task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+    task, algorithm = load_task(manifest.task, manifest.env_arguments), load_algorithm(manifest.algorithm)
     check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
     if request.folder:
         task.failures.keep_in(Path(request.folder))
@@ -583,7 +583,7 @@ def make_admission(request: Open, learner: Learner) -> Admission:
     manifest = request.manifest
     if request.swarm is None or not isinstance(learner, PolicyLearner):
         raise UsageError(f"what {manifest.algorithm} learns from, others cannot collect; take the mode local")
-    task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+    task, algorithm = load_task(manifest.task, manifest.env_arguments), load_algorithm(manifest.algorithm)
     shape, num_envs, gamma = _acted_for(algorithm, manifest, task)
     return Admission(learner, manifest, task, shape, num_envs=num_envs, gamma=gamma, swarm=request.swarm)
 
@@ -603,7 +603,7 @@ def make_installed(request: Open) -> tuple[Learner, Failures]:
         UsageError: if they are not those that the run needs.
     """
     manifest = request.manifest
-    task, algorithm = load_task(manifest.task), load_algorithm(manifest.algorithm)
+    task, algorithm = load_task(manifest.task, manifest.env_arguments), load_algorithm(manifest.algorithm)
     check_loaded(manifest, requirements(manifest.algorithm, algorithm.version, manifest.task, task.version))
     if request.folder:
         task.failures.keep_in(Path(request.folder))

@@ -138,6 +138,8 @@ class CreateSwarm(Asked):
     evaluators: Evaluators = _MANIFEST_DEFAULTS["evaluators"]
     seed: int = _MANIFEST_DEFAULTS["seed"]
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    env_arguments: dict[str, Any] = Field(default_factory=dict)
+    """What the task's environments are made with."""
     role: str = "auto"
     part: str = Field(default="", max_length=MAX_PART_CHARS)
     """What this node is in a recipe; empty: what the swarm makes it."""

@@ -443,6 +443,8 @@ class ConsultInfo(Model):
 class SwarmDetail(SwarmSummary):
     """Everything about one swarm."""
 
+    env_arguments: dict[str, Any] = {}
+    """What the task's environments are made with."""
     mode: str
     aggregator: str = "mean"
     codec: str = "fp32"

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +23,7 @@ import trio
 from shoal.node.swarm.workers import child_environment
 from shoal.protocol.codec import from_plain
 from shoal.protocol.errors import ShoalError, UsageError
+from shoal.training.env_arguments import check_arguments
 from shoal.training.plugins import check_plugin
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,13 @@ class LookedUp:
     defaults: dict[str, Any]
 
 
-async def look_up(task: str, algorithm: str) -> LookedUp:
+async def look_up(task: str, algorithm: str, arguments: Mapping[str, Any] | None = None) -> LookedUp:
     """What ``python -m shoal.training.tasks`` says.
+
+    Args:
+        task: ``scheme:name``.
+        algorithm: its name.
+        arguments: what the task's environments are made with.
 
     Raises:
         UsageError: if a name can be none, nobody here offers anything by it, or there can be no such run.
@@ -60,15 +67,17 @@ async def look_up(task: str, algorithm: str) -> LookedUp:
     scheme, colon, rest = task.partition(":")
     if not (scheme and colon and rest):
         raise UsageError(f"task {task[:80]!r} needs a scheme and a name, for example gym:CartPole-v1")
+    check_arguments(arguments or {})
     check_plugin("shoal.tasks", "task scheme", scheme)
     check_plugin("shoal.algorithms", "algorithm", algorithm)
+    made_with = json.dumps(dict(arguments or {}))
     reader, writer = os.pipe()
     stream = trio.lowlevel.FdStream(reader)
     said, answer = bytearray(), bytearray()
     async with stream:
         try:
             process = await trio.lowlevel.open_process(
-                [sys.executable, "-P", "-m", "shoal.training.tasks", str(writer), "--", task, algorithm],
+                [sys.executable, "-P", "-m", "shoal.training.tasks", str(writer), "--", task, algorithm, made_with],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

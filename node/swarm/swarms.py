@@ -160,6 +160,7 @@ class Swarms:
             task=request.task,
             algorithm=request.algorithm,
             hyperparameters=request.hyperparameters,
+            env_arguments=request.env_arguments,
             seed=request.seed,
             mode=request.mode,
             aggregator=request.aggregator,
@@ -181,7 +182,7 @@ class Swarms:
         if is_loop:
             manifest = replace(asked, target_return=None, requires=loop_requirements())
         else:
-            found = await self._check_task(request.task, request.algorithm)
+            found = await self._check_task(request)
             asked = replace(asked, target_return=found.target_return, requires=found.requires)
             given = request.model_fields_set | ({"batch_per_learner"} if request.batch_size is not None else set())
             wished = {name: value for name, value in found.defaults.items() if name not in given}
@@ -281,10 +282,10 @@ class Swarms:
         async with lock:
             yield
 
-    async def _check_task(self, task: str, algorithm: str) -> LookedUp:
+    async def _check_task(self, request: CreateSwarm) -> LookedUp:
         """Whether both are installed here, and what a run of them needs."""
         require_training()
-        return await look_up(task, algorithm)
+        return await look_up(request.task, request.algorithm, request.env_arguments)
 
     @staticmethod
     def _entry(swarm: SwarmId, data: bytes, role: str, addresses: tuple[str, ...] = ()) -> StoredSwarm:

@@ -53,6 +53,17 @@ class RecipeTask:
         self.version = 1000 * _ENGINE_VERSION + self.recipe.version
         self.failures = Failures(self.name)
 
+    @staticmethod
+    def listed() -> list[dict[str, Any]]:
+        """All recipes; see `shoal.training.tasks.catalogue`."""
+        return [{"name": f"{RECIPE_SCHEME}:{name}", "summary": load_recipe(name).summary} for name in recipe_names()]
+
+    def described(self) -> dict[str, Any]:
+        """What there is to tell of one; see `shoal.training.tasks.catalogue`."""
+        summary = f"{self.recipe.summary}; see `shoal recipe show {self.recipe.name}`"
+        shown, acted = {"seen_as": "what its roles are shown"}, {"acts_by": "what its roles may do"}
+        return {"summary": summary, "about": self.recipe.claim, "observation": shown, "action": acted}
+
     def make(self, num_envs: int) -> VectorEnv:
         """There are none.
 

@@ -17,6 +17,7 @@ Needs the extra ``atari``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import gymnasium
@@ -26,6 +27,8 @@ from shoal.protocol.errors import UsageError
 
 SCHEME: Final = "ALE/"
 FRAMES: Final = 4
+ARGUMENTS: Final = ("mode", "difficulty", "repeat_action_probability", "full_action_space")
+"""That may be said of a game."""
 _NOTHING_AND_MORE: Final = 3  # actions of a game that has FIRE as its second
 
 
@@ -49,13 +52,13 @@ def register() -> None:
     gymnasium.register_envs(ale_py)
 
 
-def make(env_id: str, *, is_training: bool) -> Any:
-    """One game; see the head.
+def make(env_id: str, arguments: Mapping[str, Any], *, is_training: bool) -> Any:
+    """One game, with some of `ARGUMENTS`; see the head.
 
     Raises:
         gymnasium.error.Error: if it cannot be made.
     """
-    env = gymnasium.make(env_id, frameskip=1, disable_env_checker=True)
+    env = gymnasium.make(env_id, frameskip=1, disable_env_checker=True, **arguments)
     env = gymnasium.wrappers.AtariPreprocessing(env)
     env = Lives(env, is_training=is_training)
     return gymnasium.wrappers.FrameStackObservation(env, FRAMES)

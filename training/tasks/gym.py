@@ -7,8 +7,7 @@ The environments are stepped in a plain loop: with eight CartPoles on one core i
 `SyncVectorEnv` made 158,000, and resetting within the step spares both the step that Gymnasium 1.x's default autoreset
 (`AutoresetMode.NEXT_STEP`) spends on a reset and the mask that would have to keep that step out of the training data.
 
-An environment id comes from a manifest, so from the network: only what is in Gymnasium's registry is made. Gymnasium
-itself would import any module for an id such as ``module:Name-v0``.
+Which of them may be made, and with what, is in `shoal.training.tasks.making`.
 
 An environment is other people's code. What it answers is checked (`answers`) and copied, since many use one array for
 all observations; one that raises, does not come back (`shoal.training.watch`) or answers with what it may not is told
@@ -21,16 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import gymnasium
 import numpy as np
 
 from shoal.protocol.errors import UsageError
 from shoal.training import watch
-from shoal.training.plugins import suggest
-from shoal.training.tasks import atari
+from shoal.training.tasks import registry
 from shoal.training.tasks.answers import read_reset, read_reward, read_step, read_truth
 from shoal.training.tasks.base import (
     Actions,
@@ -44,6 +41,7 @@ from shoal.training.tasks.base import (
     VectorEnv,
 )
 from shoal.training.tasks.failures import BadAnswerError, Failures, Place, TaskFailedError, in_words
+from shoal.training.tasks.making import close_env, is_gymnasiums_own, make_env
 from shoal.training.tasks.spaces import ToEnv, action_space, shown_by
 from shoal.training.watch import Act, Slot
 
@@ -64,10 +62,16 @@ class GymTask:
         TaskFailedError: if one cannot be made.
     """
 
-    def __init__(self, env_id: str) -> None:
+    def __init__(self, env_id: str, arguments: Mapping[str, Any] | None = None) -> None:
+        """Look at one of them.
+
+        Args:
+            env_id: in Gymnasium's registry.
+            arguments: what it is made with; see `shoal.training.tasks.making`.
+        """
         self.name = f"gym:{env_id}"
         self.failures = Failures(self.name)
-        self._env_id = env_id
+        self._env_id, self._arguments = env_id, dict(arguments or {})
         env = self._first()
         try:
             shown = shown_by(self.name, env.observation_space, is_bounded=not is_gymnasiums_own(env))
@@ -87,7 +91,7 @@ class GymTask:
             TaskFailedError: if it fails.
         """
         try:
-            return make_env(self._env_id, 0)
+            return make_env(self._env_id, 0, self._arguments)
         except UsageError:
             raise
         except BaseException as error:  # see the head
@@ -108,9 +112,22 @@ class GymTask:
     def _make_one(self, index: int, *, is_training: bool = True) -> Any:
         while True:
             try:
-                return make_env(self._env_id, index, is_training=is_training)
+                return make_env(self._env_id, index, self._arguments, is_training=is_training)
             except BaseException as error:  # it worked before; anything may be raised by other people's code
                 self.failures.add(Place(index, Act.MAKE), error)
+
+    @staticmethod
+    def listed() -> list[dict[str, Any]]:
+        """What is in Gymnasium's registry; see `shoal.training.tasks.catalogue`."""
+        return registry.listed()
+
+    def described(self) -> dict[str, Any]:
+        """What there is to tell of one; see `shoal.training.tasks.catalogue`."""
+        env = self._first()
+        try:
+            return registry.described(env)
+        finally:
+            close_env(env, 0)
 
     def try_out(self, seed: int) -> None:
         """A few steps of one environment, to meet at once what would fail every time.
@@ -282,46 +299,3 @@ def _any_actions(space: ActionSpace, rng: np.random.Generator) -> Actions:
             return rng.integers(counts)[np.newaxis]
         case Continuous(size):
             return rng.uniform(-1, 1, (1, size)).astype(np.float32)
-
-
-def is_gymnasiums_own(env: Any) -> bool:
-    """Whether it comes with Gymnasium: some of these leave the bounds of their space, which is harmless."""
-    spec = getattr(env, "spec", None)
-    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
-
-
-def close_env(env: Any, index: int) -> None:
-    """Close one that is not needed any more; what goes wrong then does not matter."""
-    try:
-        watch.page[Slot.CALLS] += 1
-        watch.page[Slot.PLACE] = Act.CLOSE | index
-        env.close()
-    except BaseException as error:  # see the head
-        log.info("an environment failed when it was closed: %s", in_words(error))
-    finally:
-        watch.page[Slot.PLACE] = 0
-
-
-def make_env(env_id: str, index: int, *, is_training: bool = True) -> Any:
-    """One that is in Gymnasium's registry; see the head.
-
-    Raises:
-        UsageError: if there is none of this name, or what it needs is missing.
-    """
-    is_game = atari.is_atari(env_id)
-    if is_game:
-        atari.register()
-    if env_id not in gymnasium.registry:
-        raise UsageError(f"no Gymnasium environment is called {env_id[:80]!r}; {suggest(env_id, gymnasium.registry)}")
-    place = watch.page[Slot.PLACE]  # it may be made in the middle of a play
-    watch.page[Slot.CALLS] += 1
-    watch.page[Slot.PLACE] = Act.MAKE | index
-    try:
-        if is_game:
-            return atari.make(env_id, is_training=is_training)
-        return gymnasium.make(env_id, disable_env_checker=True)
-    except (gymnasium.error.Error, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{env_id} cannot be made here: {reason[:300]}") from error
-    finally:
-        watch.page[Slot.PLACE] = place

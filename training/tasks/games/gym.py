@@ -14,7 +14,7 @@ from shoal.protocol.errors import UsageError
 from shoal.training.tasks.answers import read_reset, read_reward, read_step, read_truth
 from shoal.training.tasks.base import MultiDiscrete
 from shoal.training.tasks.games.pool import Pool
-from shoal.training.tasks.gym import close_env, is_gymnasiums_own, make_env
+from shoal.training.tasks.making import close_env, is_gymnasiums_own, make_env
 from shoal.training.tasks.play import Ask, End, Play, Role
 from shoal.training.tasks.source import Scenario
 from shoal.training.tasks.spaces import ToEnv, action_space, shown_by

@@ -1,0 +1,140 @@
+"""Making Gymnasium environments: which may be made, and with which arguments.
+
+An environment id comes from a manifest, so from the network: only what is in Gymnasium's registry is made. Gymnasium
+itself would import any module for an id such as ``module:Name-v0``.
+
+Arguments come from there too (`shoal.training.env_arguments`). They are those of the environment's constructor, and
+``max_episode_steps``, which is Gymnasium's own. What would change how Shoal itself makes and wraps an environment is
+refused, and of Atari games all but a few are: the frames that the others are about are Shoal's wrappers' business.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+import gymnasium
+
+from shoal.protocol.errors import UsageError
+from shoal.training import watch
+from shoal.training.plugins import suggest
+from shoal.training.tasks import atari
+from shoal.training.tasks.failures import in_words
+from shoal.training.watch import Act, Slot
+
+log = logging.getLogger(__name__)
+
+HORIZON: Final = "max_episode_steps"
+_OURS: Final = ("id", "render_mode", "disable_env_checker", "apply_api_compatibility", "autoreset")
+
+
+def is_gymnasiums_own(env: Any) -> bool:
+    """Whether it comes with Gymnasium: some of these leave the bounds of their space, which is harmless."""
+    spec = getattr(env, "spec", None)
+    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
+
+
+def close_env(env: Any, index: int) -> None:
+    """Close one that is not needed any more; what goes wrong then does not matter."""
+    try:
+        watch.page[Slot.CALLS] += 1
+        watch.page[Slot.PLACE] = Act.CLOSE | index
+        env.close()
+    except BaseException as error:  # other people's code
+        log.info("an environment failed when it was closed: %s", in_words(error))
+    finally:
+        watch.page[Slot.PLACE] = 0
+
+
+def make_env(
+    env_id: str,
+    index: int,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    is_training: bool = True,
+    render_mode: str | None = None,
+) -> Any:
+    """One that is in Gymnasium's registry; see the head.
+
+    Args:
+        env_id: in the registry.
+        index: number of the environment among those beside it.
+        arguments: what it is made with.
+        is_training: whether it may be made easier to learn from; see `shoal.training.tasks.atari`.
+        render_mode: how it is to be seen, as Gymnasium calls it; not at all, if None.
+
+    Raises:
+        UsageError: if there is none of this name, it takes no such arguments, or what it needs is missing.
+    """
+    spec = find_spec(env_id)
+    given: dict[str, Any] = dict(arguments or {})
+    place = watch.page[Slot.PLACE]  # it may be made in the middle of a play
+    watch.page[Slot.CALLS] += 1
+    watch.page[Slot.PLACE] = Act.MAKE | index
+    try:
+        if given:
+            _check_known(env_id, spec, given)
+        if render_mode is not None:
+            given["render_mode"] = render_mode
+        if atari.is_atari(env_id):
+            return atari.make(env_id, given, is_training=is_training)
+        return gymnasium.make(env_id, disable_env_checker=True, **given)
+    except (gymnasium.error.Error, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{env_id} cannot be made here: {reason[:300]}") from error
+    finally:
+        watch.page[Slot.PLACE] = place
+
+
+def find_spec(env_id: str) -> Any:
+    """What the registry has of an id.
+
+    Raises:
+        UsageError: if there is none of this name, or ALE is not installed.
+    """
+    if atari.is_atari(env_id):
+        atari.register()
+    if env_id not in gymnasium.registry:
+        raise UsageError(f"no Gymnasium environment is called {env_id[:80]!r}; {suggest(env_id, gymnasium.registry)}")
+    return gymnasium.registry[env_id]
+
+
+def settable(env_id: str) -> tuple[dict[str, Any], bool]:
+    """What can be said of an environment when it is made.
+
+    Returns:
+        Its arguments by name with their defaults, and whether it takes others too, which it doesn't name.
+
+    Raises:
+        UsageError: as `find_spec`.
+        ImportError: if what it needs is missing.
+    """
+    spec = find_spec(env_id)
+    if atari.is_atari(env_id):
+        return {name: spec.kwargs.get(name) for name in atari.ARGUMENTS}, False
+    creator = spec.entry_point
+    if isinstance(creator, str):
+        creator = gymnasium.envs.registration.load_env_creator(creator)
+    named, takes_more = {}, False
+    for name, each in inspect.signature(creator).parameters.items():
+        if each.kind is each.VAR_KEYWORD:
+            takes_more = True
+        elif each.kind is not each.VAR_POSITIONAL and name not in _OURS:
+            named[name] = spec.kwargs.get(name, None if each.default is each.empty else each.default)
+    return named | {HORIZON: spec.max_episode_steps}, takes_more
+
+
+def _check_known(env_id: str, spec: Any, arguments: Mapping[str, Any]) -> None:
+    """Check names of arguments.
+
+    Raises:
+        UsageError: if one is not the environment's, or not for a run to say.
+    """
+    known, takes_more = settable(env_id)
+    for name in arguments:
+        if name in _OURS or (name in spec.kwargs and name not in known):
+            raise UsageError(f"{env_id} is made by Shoal with a {name} of its own; leave it out")
+        if name not in known and not takes_more:
+            raise UsageError(f"{env_id} takes no argument {name[:80]!r}; it takes {', '.join(sorted(known))[:300]}")

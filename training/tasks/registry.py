@@ -1,0 +1,112 @@
+"""What Gymnasium's registry offers, without loading any of it; and what there is to tell of one environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from contextlib import suppress
+from typing import Any, Final
+
+import gymnasium
+
+from shoal.protocol.errors import UsageError
+from shoal.training.tasks import atari
+from shoal.training.tasks.making import settable
+
+_MODULES: Final = {
+    "gymnasium.envs.box2d": ("Box2D", "tasks"),
+    "gymnasium.envs.mujoco": ("mujoco", "tasks"),
+    "ale_py": ("cv2", "atari"),
+}
+"""Of environments, what they need, and which of Shoal's extras brings it."""
+MAX_SPACE_CHARS: Final = 100
+_NOT_LISTED: Final = ("gymnasium.envs.phys2d", "gymnasium.envs.tabular")
+"""Those are for JAX, and the same as others."""
+
+
+def listed() -> list[dict[str, Any]]:
+    """The newest version of each environment, as fields of `shoal.training.tasks.catalogue.TaskEntry`."""
+    with suppress(UsageError):  # without ALE there are no games of its to list
+        atari.register()
+    newest: dict[tuple[str | None, str], Any] = {}
+    for spec in gymnasium.registry.values():
+        key = spec.namespace, spec.name
+        if isinstance(spec.entry_point, str) and not spec.entry_point.startswith(_NOT_LISTED):
+            before = newest.get(key)
+            if before is None or (spec.version or 0) >= (before.version or 0):
+                newest[key] = spec
+    return [
+        {
+            "name": f"gym:{spec.id}",
+            "summary": _summary(spec),
+            "target_return": spec.reward_threshold,
+            "max_episode_steps": spec.max_episode_steps,
+            "needs": _needs(spec.entry_point),
+        }
+        for spec in sorted(newest.values(), key=lambda each: (each.namespace or "", each.id))
+    ]
+
+
+def described(env: Any) -> dict[str, Any]:
+    """What is to be told of an environment that was just made, as fields of `TaskDetails`."""
+    wrappers, inner = [], env
+    while inner is not env.unwrapped:
+        wrappers.append(type(inner).__name__)
+        inner = inner.env
+    arguments, takes_more = settable(env.spec.id)
+    about = inspect.getdoc(type(env.unwrapped)) or ""
+    return {
+        "summary": _summary(env.spec),
+        "max_episode_steps": env.spec.max_episode_steps,
+        "about": _first_paragraph(about),
+        "observation": {"space": _space(env.observation_space)},
+        "action": {"space": _space(env.action_space)},
+        "wrappers": tuple(wrappers),
+        "arguments": {name: _plain(value) for name, value in arguments.items()},
+        "takes_more": takes_more,
+    }
+
+
+def _summary(spec: Any) -> str:
+    """Where it comes from, and how it ends: the registry has no more to say."""
+    module, _, name = str(spec.entry_point).partition(":")
+    parts = [part.replace("_", " ") for part in module.split(".")]
+    kind = parts[2] if module.startswith("gymnasium.envs.") else parts[0]
+    said = [f"{kind}: {name}"]
+    if spec.kwargs.get("game"):
+        said = [f"Atari: {str(spec.kwargs['game']).replace('_', ' ')}"]
+    if spec.max_episode_steps is not None:
+        said.append(f"up to {spec.max_episode_steps} steps")
+    if spec.reward_threshold is not None:
+        said.append(f"solved at {spec.reward_threshold:g}")
+    return ", ".join(said)
+
+
+def _needs(entry_point: str) -> str:
+    for prefix, (module, extra) in _MODULES.items():
+        if entry_point.startswith(prefix) and importlib.util.find_spec(module) is None:
+            return f"pip install 'shoal[{extra}]'"
+    return ""
+
+
+def _space(space: Any) -> str:
+    """As Gymnasium writes it; without its bounds, if these are long."""
+    text = " ".join(str(space).split())
+    if len(text) <= MAX_SPACE_CHARS or not isinstance(space, gymnasium.spaces.Box):
+        return text[: 3 * MAX_SPACE_CHARS]
+    return f"Box({space.low.min():g} to {space.high.max():g}, {space.shape}, {space.dtype})"
+
+
+def _first_paragraph(text: str) -> str:
+    """The first words that are no headline."""
+    parts = [part for part in text.split("\n\n") if not part.lstrip().startswith(("#", "!", "<", "|"))]
+    return " ".join(parts[0].split()) if parts else ""
+
+
+def _plain(value: Any) -> Any:
+    """An argument's default, as JSON can say it; else in words."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value)[:200]
