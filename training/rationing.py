@@ -1,5 +1,8 @@
 """How much an actor makes: shards of about a second's work, and of each policy version no more than is learned from.
 
+A shard costs its node and every other member some messages, however large it is, so it is as large as may be: of what
+an update takes of others the part that falls to one actor, a half at most, so that nobody fills it alone.
+
 What learners do not take is made for nobody. A version lasts as long as an update needs, so of each version all actors
 together make what all learners take for one update, and some more, as nobody knows whose shards come first. Then an
 actor waits for the next version, and says so.
@@ -10,13 +13,14 @@ from __future__ import annotations
 import math
 from typing import Final
 
-SHARD_S: Final = 0.5
+SHARD_S: Final = 1.0
 FIRST_SAMPLES: Final = 128
 """Of the first shard, when nobody knows yet how fast this actor is."""
 MIN_SAMPLES: Final = 16
 MARGIN: Final = 2.0
-_PARTS: Final = 4
-"""Shards that would fill a learner's update by themselves, at least: so that several actors have their turn."""
+LEAST_PARTS: Final = 2
+MOST_PARTS: Final = 8
+"""Shards that would fill a learner's update by themselves: about as many as there are actors for each learner."""
 
 
 class Rationing:
@@ -41,10 +45,12 @@ class Rationing:
         """
         if version != self._version:
             self._version, self._made = version, 0
-        if self._made >= math.ceil(MARGIN * self._share * max(1, learners) / max(1, actors)):
+        of_each = max(1, actors) / max(1, learners)
+        if self._made >= math.ceil(MARGIN * self._share / of_each):
             return 0
         wanted = int(speed * SHARD_S) if speed else FIRST_SAMPLES
-        return max(MIN_SAMPLES, min(wanted, self._share // _PARTS))
+        parts = min(MOST_PARTS, max(LEAST_PARTS, math.ceil(of_each)))
+        return max(MIN_SAMPLES, min(wanted, self._share // parts))
 
     def made(self, version: int, samples: int) -> None:
         """A shard of so many was made."""

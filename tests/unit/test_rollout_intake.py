@@ -148,13 +148,18 @@ def test_an_actor_makes_what_is_used_of_a_version_and_then_waits_for_the_next():
     while samples := rationing.next(3, 400.0, 2, 4):
         rationing.made(3, samples)
         made += samples
-    assert MARGIN * 1000 * 2 / 4 <= made < MARGIN * 1000 * 2 / 4 + 250
+    assert MARGIN * 1000 * 2 / 4 <= made < MARGIN * 1000 * 2 / 4 + 500
     assert rationing.next(4, 400.0, 2, 4)
 
 
-@pytest.mark.parametrize(("speed", "samples"), [(0.0, 128), (1.0, MIN_SAMPLES), (400.0, 200), (1e6, 250)])
-def test_a_shard_is_half_a_seconds_work_and_no_more_than_a_part_of_an_update(speed, samples):
+@pytest.mark.parametrize(("speed", "samples"), [(0.0, 128), (1.0, MIN_SAMPLES), (400.0, 400), (1e6, 500)])
+def test_a_shard_is_a_seconds_work_and_no_more_than_a_part_of_an_update(speed, samples):
     assert Rationing(1000).next(0, speed, 1, 1) == samples
+
+
+@pytest.mark.parametrize(("learners", "actors", "parts"), [(1, 1, 2), (1, 2, 2), (1, 5, 5), (4, 5, 2), (1, 100, 8)])
+def test_as_many_shards_as_there_are_actors_fill_an_update(learners, actors, parts):
+    assert Rationing(1000).next(0, 1e6, learners, actors) == 1000 // parts
 
 
 def rollout(steps, envs=1):

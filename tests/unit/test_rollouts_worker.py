@@ -62,6 +62,13 @@ def pair():
     return worker, acting, name
 
 
+@pytest.mark.parametrize("samples", [1, 61, 64, 67])
+def test_a_shard_is_no_larger_than_was_asked_for_so_that_as_many_fill_an_update_as_are_meant_to(pair, samples):
+    _, acting, _ = pair
+    num_envs = acting._actor._num_envs
+    assert make(acting, samples)[0].samples == max(num_envs, samples // num_envs * num_envs)
+
+
 def test_a_learner_learns_from_what_an_actor_made_which_is_true(pair):
     worker, acting, name = pair
     before = None

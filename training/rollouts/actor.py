@@ -116,10 +116,11 @@ class Actor:
         self._words, self.digest = words, digest_of(words)
 
     def roll_out(self, samples: int, before: Cid | None) -> Made:
-        """Act for about so many environment steps.
+        """Act for so many environment steps.
 
         Args:
-            samples: at least one step of all environments.
+            samples: less those that are no step of all environments, so that as many shards fill an update as are meant
+                to; but one step at least.
             before: what the shard before was named; None: it came to nothing, or there was none.
 
         Raises:
@@ -136,7 +137,7 @@ class Actor:
                 self._stream.sealed(before)
             self._is_open = False
         stream = self._stream.stream
-        head, rows = self._stream.collect(self._acting, self._version, self._state, -(-samples // self._num_envs))
+        head, rows = self._stream.collect(self._acting, self._version, self._state, max(1, samples // self._num_envs))
         if self._stream.stream != stream:
             self._returns = [0.0] * self._num_envs
         self._is_open = True

@@ -1,0 +1,176 @@
+"""How long a run of mode rollouts stands still when learners are killed, by parts.
+
+Three cases of real nodes on this machine that learn CartPole-v1 with V-trace, all members on loopback:
+
+*again*: the only learner is killed (SIGKILL, its worker with it) and started anew at once; an actor stays.
+*all*: two learners are killed and one of them is started anew ``--later`` seconds later; an actor stays.
+*instead*: the only learner is killed and does not come back; an actor that chose its role itself learns in its place.
+
+The seconds count from the kill (*all*: from when it is started anew), until the node answers, its worker holds the
+policy that was kept, the first new version is made, and a shard of the actor is learned from. Beside them: processor
+seconds that the node and its worker took until then, which other work on the machine changes less.
+
+    python benchmarks/resuming.py [--later 20] [--times 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from peers.nodes import Node, Nodes, nodes
+
+from shoal.cli.spawn import kill_tree
+from shoal.node.api.schemas import MemberInfo, SwarmDetail
+from shoal.protocol.errors import ShoalError
+
+RESULT: Final = Path(__file__).parent / "results" / "resuming.md"
+NOTES: Final = "## What limits it"
+LIMIT_S: Final = 120.0
+LOOK_S: Final = 0.02
+CREATE: Final = (
+    *("swarm", "create", "--task", "gym:CartPole-v1", "--algorithm", "vtrace", "--mode", "rollouts"),
+    *("--target-return", "100000", "--max-env-steps", "100000000", "--batch-per-learner", "1024", "--role", "learner"),
+)
+ACTS_FIRST: Final = """
+from shoal.node.swarm import swarms
+from shoal.training.manifest import Role
+
+swarms.first_role = lambda machine, mode: Role.ACTOR
+"""
+PARTS: Final = ("answers", "holds", "new version", "actor used")
+
+
+def wait(node: Node, swarm: str, marks: Mapping[str, Callable[[SwarmDetail], bool]], since: float) -> dict[str, float]:
+    """When each of these came to hold first, in seconds; it is looked at all the time."""
+    found: dict[str, float] = {}
+    while len(found) < len(marks):
+        try:
+            with node.client() as client:
+                while len(found) < len(marks):
+                    shown = client.swarm(swarm)
+                    for name, holds in marks.items():
+                        if name not in found and holds(shown):
+                            found[name] = round(time.monotonic() - since, 2)
+                    if time.monotonic() > since + LIMIT_S:
+                        raise SystemExit(f"{set(marks) - set(found)}: not within {LIMIT_S:.0f} s")
+                    time.sleep(LOOK_S)
+        except ShoalError:  # it is about to begin
+            if time.monotonic() > since + LIMIT_S:
+                raise
+            time.sleep(LOOK_S)
+    return found
+
+
+def member(shown: SwarmDetail, node: Node) -> MemberInfo | None:
+    """One of the members, if it is known."""
+    return next((each for each in shown.members if each.peer_id == node.peer_id), None)
+
+
+def used(shown: SwarmDetail, node: Node) -> int:
+    """Shards of an actor that were learned from."""
+    found = member(shown, node)
+    return 0 if found is None else found.shards_used
+
+
+def run_case(case: str, later_s: float) -> dict[str, float]:
+    """One kill."""
+    with nodes() as started:
+        learner = started.up("learner")
+        actor = acting(started) if case == "instead" else started.up("actor")
+        created = learner.run(*CREATE)
+        swarm, ticket = str(created["swarm"]), str(created["ticket"])
+        actor.run("join", ticket, "-d", *(() if case == "instead" else ("--role", "actor")))
+        killed = [learner]
+        if case == "all":
+            killed.append(started.up("other"))
+            killed[-1].run("join", ticket, "-d", "--role", "learner")
+        wait(learner, swarm, {"used": lambda shown: used(shown, actor) > 3}, time.monotonic())
+        with actor.client() as client:
+            wait(actor, swarm, {"holds": lambda shown: shown.epoch > 5}, time.monotonic())
+            before = client.swarm(swarm)
+        spent_s = actor.daemon_s()
+        since = time.monotonic()
+        for node in killed:
+            kill_tree(node.pid)
+        if case == "instead":
+            return wait(
+                actor,
+                swarm,
+                {
+                    "answers": lambda shown: shown.role == "learner",
+                    "holds": lambda shown: shown.role == "learner" and shown.phase == "collecting",
+                    "new version": lambda shown: shown.role == "learner" and shown.epoch > before.epoch,
+                },
+                since,
+            ) | {"processor": round(actor.daemon_s() - spent_s + actor.workers_s(), 2)}
+        if case == "all":
+            time.sleep(later_s)
+            since = time.monotonic()
+        again = started.up("learner")
+        held: list[int] = []
+
+        def is_newer(shown: SwarmDetail) -> bool:
+            held[:] = held or ([shown.epoch] if shown.epoch else [])
+            return bool(held) and shown.epoch > held[0]
+
+        found = wait(
+            again,
+            swarm,
+            {
+                "answers": lambda _: True,
+                "holds": lambda shown: shown.epoch > 0,
+                "new version": is_newer,
+                "actor used": lambda shown: used(shown, actor) > 0,
+            },
+            since,
+        )
+        return found | {"processor": round(again.daemon_s() + again.workers_s(), 2)}
+
+
+def acting(started: Nodes) -> Node:
+    """A node that could learn, and begins as an actor."""
+    site = started.home / "acting"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(ACTS_FIRST, encoding="ascii")
+    paths = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")]))
+    return started.up("actor", {"PYTHONPATH": paths})
+
+
+def main() -> None:
+    """Play all cases, and write what came of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--later", type=float, default=20.0, help="seconds that all learners are gone for")
+    parser.add_argument("--times", type=int, default=3)
+    options = parser.parse_args()
+    loads, lines = [os.getloadavg()[0]], []
+    for case in ("again", "all", "instead"):
+        rows = [run_case(case, options.later) for _ in range(options.times)]
+        loads.append(os.getloadavg()[0])
+        cells = [
+            statistics.median(row[name] for row in rows) if name in rows[0] else None for name in (*PARTS, "processor")
+        ]
+        worst = max(max(each for name, each in row.items() if name != "processor") for row in rows)
+        words = " | ".join("" if cell is None else f"{cell:.1f}" for cell in cells)
+        lines.append(f"| {case} | {words} | {worst:.1f} |")
+        print(lines[-1], flush=True)
+    head = (
+        "# Learners that are killed\n\n"
+        f"`python benchmarks/resuming.py --later {options.later:g} --times {options.times}`, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}; medians of {options.times}, seconds. Load of the machine while it was "
+        f"measured: {min(loads):.1f} to {max(loads):.1f}.\n\n"
+        "| case | answers (*instead*: has taken the role) | holds the policy | new version | actor used | processor "
+        "seconds | longest in all |\n|---|---|---|---|---|---|---|\n"
+    )
+    kept = RESULT.read_text(encoding="utf-8").partition(NOTES)[2] if RESULT.exists() else "\n"
+    RESULT.write_text(head + "\n".join(lines) + f"\n\n{NOTES}{kept}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
