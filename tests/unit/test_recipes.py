@@ -12,7 +12,7 @@ import pytest
 
 from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.training.algorithms.clone import Clone, CloneSettings
-from shoal.training.algorithms.grpo import GRPO, GRPOSettings, group_advantages
+from shoal.training.algorithms.grpo import GRPO, GroupCorrection, GRPOSettings, group_advantages
 from shoal.training.manifest import Mode
 from shoal.training.models.tokens import TokenModel
 from shoal.training.recipes.installed import RecipeTask, load_recipe, recipe_names
@@ -335,6 +335,41 @@ def test_grpo_makes_what_was_better_likelier(settings: GRPOSettings) -> None:
     assert after[1] < before[1]
     assert measures.keys() == {"loss", "clipped", "log_prob"}
     assert learned(objective, model, takes([1, 1], [1, 1])) is None
+
+
+GEPO = GRPOSettings(correction=GroupCorrection.GROUP_EXPECTATION, clip_range=0.9, clip_range_high=9.0)
+
+
+def test_plays_of_earlier_policies_count_by_the_expectation_over_their_group() -> None:
+    """What is likelier now than its group was then counts for more; and what is better becomes likelier."""
+    model = TokenModel(width=16, layers=1, heads=2, context=16)
+    played, objective = takes([1, 0], [1, 1], ["12", "21"]), GRPO(GEPO)
+    now = likelihood(model, played)
+    length = int(model.encode(played).is_act[0].sum())
+    for take, log_prob in zip(played, now, strict=True):
+        take.log_probs = [log_prob - length * 0.1]  # both were less likely then
+    batch = learned(objective, model, played)
+    q = np.exp(np.array(now) / length - 0.1)
+    np.testing.assert_allclose(batch.begun, np.exp(np.array(now) / length) * q.sum() / (q**2).sum(), rtol=1e-5)
+    for _ in range(3):
+        loss, measures = objective.loss(model, batch)
+        model.flat[:] -= 0.05 * model.gradient_of(loss)
+    after = likelihood(model, played)
+    assert after[0] > now[0]
+    assert after[1] < now[1]
+    assert measures["clipped"] == 0
+    assert batch.part(np.array([1])).begun.tolist() == batch.begun[1:].tolist()
+
+
+def test_what_nobody_vouches_for_counts_as_played_now() -> None:
+    model = TokenModel(width=16, layers=1, heads=2, context=16)
+    played = takes([1, 0], [1, 1], ["12", "21"])
+    known = likelihood(model, played)
+    for take, log_prob in zip(played, known, strict=True):
+        take.log_probs = [log_prob]
+    begun = learned(GRPO(GEPO), model, played).begun
+    played[1].log_probs = [float("nan")]
+    np.testing.assert_allclose(learned(GRPO(GEPO), model, played).begun, begun, rtol=1e-6)
 
 
 def test_cloning_makes_what_was_done_likelier_by_its_weight() -> None:

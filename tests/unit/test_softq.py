@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import Cid, PeerId
-from shoal.training.algorithms.grpo import GRPO, GRPOSettings
+from shoal.training.algorithms.grpo import GRPO, GroupCorrection, GRPOSettings
 from shoal.training.algorithms.softq import SoftQ, SoftQBatch, SoftQSettings
 from shoal.training.algorithms.takes import Trainee
 from shoal.training.exchange.rules import Codec
@@ -127,6 +128,9 @@ def test_grpo_learns_from_bodies() -> None:
     assert len(batch.part(np.arange(2))) == 2
     assert batch.advantages.tolist() == [0.5, 0.5, -0.5]
     assert np.isfinite(float(GRPO(GRPOSettings()).loss(model, batch)[0].detach()))
+    by_groups = GRPO(GRPOSettings(correction=GroupCorrection.GROUP_EXPECTATION))
+    with pytest.raises(UsageError, match="set correction none"):
+        by_groups.batch(takes, np.array([1, 0], np.float32), model)
 
 
 def test_a_short_run_learns_from_what_the_expert_posted() -> None:

@@ -10,6 +10,12 @@ further than it may fall (DAPO's clip-higher, arXiv 2503.14476). There is no pen
 unless ``kl_coefficient`` asks for one; the reference is the policy that this learner began with. Log-probabilities of
 the policy that acted are those of the parameters with which the update begins. Of a model of a body without memory
 every act is a sequence of its own, with the advantage of its take; ``divide_by_length`` divides by the take's length.
+
+Where nodes share their plays (mode ``rollouts``), some are of earlier policies. ``correction`` says how they count:
+``none`` as if the newest had played them, as in SAPO (arXiv 2509.08721); ``group_expectation`` by GEPO's weights
+(arXiv 2508.17850, `shoal.training.rollouts.staleness`): a sequence has one ratio, of its probability to the expectation
+over its group of what the probabilities were when it was played, and that ratio is clipped. Deviation: whose reward is
+its group's mean is not in the expectation.
 """
 
 from __future__ import annotations
@@ -17,19 +23,29 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import torch
 
+from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.base import Exchange
 from shoal.training.algorithms.settings import setting
 from shoal.training.algorithms.takes import TakeSettings
 from shoal.training.effects import Effect
 from shoal.training.models.text import Ids, Sequences, TextModel
+from shoal.training.rollouts.staleness import group_expectation
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import News
+
+
+class GroupCorrection(StrEnum):
+    """How plays of earlier policies count."""
+
+    NONE = "none"
+    GROUP_EXPECTATION = "group_expectation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +57,9 @@ class GRPOSettings(TakeSettings):
     kl_coefficient: float = setting(0.0, "weight of the divergence from the policy at the beginning", 0.0, 1e3)
     scale_by_deviation: bool = setting(False, "divide advantages by their group's standard deviation")
     divide_by_length: bool = setting(False, "divide a sequence's loss by its own length")
+    correction: GroupCorrection = setting(
+        GroupCorrection.NONE, "how plays of earlier policies count: none, or group_expectation (GEPO)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,7 @@ class GRPOBatch:
         reference: the same under the policy at the beginning; empty, if it does not count.
         advantages: ``[S]``.
         weights: ``[S]``, by which the terms of each count.
+        begun: ``[S]``, the ratio of each as the update begins; empty, if tokens have ratios of their own, from 1.
     """
 
     sequences: Sequences
@@ -60,6 +80,7 @@ class GRPOBatch:
     reference: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor
+    begun: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -69,7 +90,8 @@ class GRPOBatch:
         sequences = self.sequences.part(rows)
         length = sequences.is_act.shape[1]
         reference = self.reference[rows][:, :length] if len(self.reference) else self.reference
-        own = (self.advantages[rows], self.weights[rows])
+        begun = self.begun[rows] if len(self.begun) else self.begun
+        own = (self.advantages[rows], self.weights[rows], begun)
         return GRPOBatch(sequences, self.old[rows][:, :length], reference, *own)
 
 
@@ -121,13 +143,21 @@ class GRPO:
             if self.settings.divide_by_length:
                 weights = lengths.float().mean() / lengths
             chosen, weights = chosen.repeat_interleave(lengths), weights.repeat_interleave(lengths)
-        return GRPOBatch(sequences, old, reference, chosen, weights)
+        begun = torch.zeros(0)
+        if self.settings.correction is GroupCorrection.GROUP_EXPECTATION:
+            begun = _begun([takes[index] for index in used], sequences, old)
+        return GRPOBatch(sequences, old, reference, chosen, weights, begun)
 
     def loss(self, model: TextModel, batch: GRPOBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """The mean over the sequences, and what is worth knowing."""
         settings, is_act = self.settings, batch.sequences.is_act
         log_probs = model.log_probs(batch.sequences)
-        ratio = torch.exp(log_probs - batch.old)
+        lengths = is_act.sum(dim=1).clamp(min=1)
+        if len(batch.begun):
+            moved = ((log_probs - batch.old) * is_act).sum(dim=1) / lengths
+            ratio = (batch.begun * torch.exp(moved))[:, None].expand_as(log_probs)
+        else:
+            ratio = torch.exp(log_probs - batch.old)
         clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range_high)
         advantages = batch.advantages[:, None]
         terms = -torch.minimum(ratio * advantages, clipped * advantages)
@@ -135,7 +165,6 @@ class GRPO:
             away = batch.reference - log_probs
             terms = terms + settings.kl_coefficient * (torch.exp(away) - away - 1)  # Schulman's third estimator
         terms = terms * batch.weights[:, None] * is_act
-        lengths = is_act.sum(dim=1).clamp(min=1)
         total = terms.sum(dim=1) / (lengths if settings.divide_by_length else lengths.float().mean())
         loss = total.mean()
         count = is_act.sum().clamp(min=1)
@@ -148,13 +177,39 @@ class GRPO:
         return loss, measures
 
 
-def group_advantages(takes: Sequence[Take], rewards: Floats, *, scale: bool = False) -> Floats:
-    """``[S]``: of each take's reward ``[S]`` what is above the mean of its scenario's; 0 where one stands alone."""
+def _begun(takes: Sequence[Take], sequences: Sequences, old: torch.Tensor) -> torch.Tensor:
+    """GEPO's ratio of each take as the update begins, ``[S]``.
+
+    Raises:
+        UsageError: if a take is more than one sequence.
+    """
+    if len(sequences) != len(takes):
+        raise UsageError(
+            "the correction group_expectation weighs whole sequences, and of a body without memory every act is one of "
+            "its own; set correction none"
+        )
+    lengths = sequences.is_act.sum(dim=1).numpy()
+    now = (old * sequences.is_act).sum(dim=1).numpy()
+    acted = np.array([sum(take.log_probs) for take in takes], np.float32)
+    acted = np.where(np.isnan(acted), now, acted)  # of others' acts that nobody vouches for, it is not known
+    groups = np.zeros(len(takes), np.int64)
+    for number, members in enumerate(_groups(takes)):
+        groups[members] = number
+    return torch.from_numpy(group_expectation(now, acted, groups, lengths=lengths))
+
+
+def _groups(takes: Sequence[Take]) -> list[list[int]]:
+    """Indices of takes of one scenario."""
     groups: defaultdict[tuple[int, str, str], list[int]] = defaultdict(list)
     for index, take in enumerate(takes):
         groups[take.scenario.seed, take.scenario.tag, take.role].append(index)
+    return list(groups.values())
+
+
+def group_advantages(takes: Sequence[Take], rewards: Floats, *, scale: bool = False) -> Floats:
+    """``[S]``: of each take's reward ``[S]`` what is above the mean of its scenario's; 0 where one stands alone."""
     advantages = np.zeros(len(takes), np.float32)
-    for members in groups.values():
+    for members in _groups(takes):
         own = rewards[members].astype(np.float64)
         away = own - own.mean()
         advantages[members] = away / (own.std() + 1e-4) if scale else away
