@@ -153,8 +153,13 @@ class Copying:
         except UnavailableError as error:
             log.info("the copy of a policy is not taken, but all of it: %s", error)
             return False
-        self._last_s = trio.current_time() - asked_at
+        self._last_s = trio.current_time() - (began if way.of_actors else asked_at)
         self._here = state, way, bytes(data)
+        what = GivenCopy(version=way.version, state=state, digest=way.digest)
+        if way.base is None:
+            self._say(replace(what, key=way.cid, key_bytes=len(data)))
+        else:
+            self._say(replace(what, patch=way.cid, patch_bytes=len(data), base=way.base))
         return True
 
     async def load(self, worker: Channel, state: Cid, epoch: int) -> bool:
@@ -173,11 +178,6 @@ class Copying:
             return False
         self._held = way.digest
         self.num_taken, self.num_bytes = self.num_taken + 1, self.num_bytes + len(data)
-        what = GivenCopy(version=epoch, state=state, digest=way.digest)
-        if way.base is None:
-            self._say(replace(what, key=way.cid, key_bytes=len(data)))
-        else:
-            self._say(replace(what, patch=way.cid, patch_bytes=len(data), base=way.base))
         return True
 
     def loaded_whole(self, copy: bytes) -> None:

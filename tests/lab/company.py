@@ -36,14 +36,17 @@ class Company:
     Attributes:
         names: of the nodes, in the order of the machines.
         hearing: what they say to each other.
+        listens_from: where the one is that hears it.
         swarm: the run.
     """
 
-    def __init__(self, ground: Ground, **settings: Any) -> None:
-        """Nothing is started yet; ``settings`` are fields of `CreateSwarm`."""
+    def __init__(self, ground: Ground, *, joins_as: str = "auto", **settings: Any) -> None:
+        """Nothing is started yet; ``settings``: of `CreateSwarm`; ``joins_as``: the role of all but the first."""
         self.ground = ground
+        self._joins_as = joins_as
         self.names: list[str] = []
         self.hearing = Hearing()
+        self.listens_from = ground.outside
         self.swarm = ""
         self._settings = {"task": "gym:CartPole-v1", "algorithm": "ppo", **ENDLESS, **settings}
         self._configs = [NodeConfig(home=ground.folder, profile=f"m{n}") for n in range(len(ground.machines))]
@@ -59,6 +62,16 @@ class Company:
         Raises:
             LabError: if they do not come so far.
         """
+        self.gather()
+        self.wait_epochs(epochs)
+        self.ground.limit()
+
+    def gather(self) -> None:
+        """Start them all, and let them be in one swarm.
+
+        Raises:
+            LabError: if one of them does not come.
+        """
         for number in range(len(self._configs)):
             self.up(number)
         with ThreadPoolExecutor() as pool:
@@ -70,8 +83,6 @@ class Company:
         self._observe()
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda number: self._join(number, created.ticket), range(1, count)))
-        self.wait_epochs(epochs)
-        self.ground.limit()
 
     def up(self, number: int) -> None:
         """Start a node, as a machine's service manager does: one process, which runs until it is killed."""
@@ -103,7 +114,7 @@ class Company:
 
     def _join(self, number: int, ticket: str) -> None:
         with self.client(number) as client:
-            client.join_swarm(JoinSwarm(ticket=ticket))
+            client.join_swarm(JoinSwarm(ticket=ticket, role=self._joins_as))
 
     def wait_epochs(self, more: int, limit_s: float = START_LIMIT_S) -> None:
         """Until each of those that nothing is wrong with has come so many epochs further.
@@ -155,7 +166,7 @@ class Company:
         program = str(Path(__file__).with_name("observer.py"))
         addresses = [self.address(number) for number in range(len(self.names))]
         with (self.ground.folder / "observer.log").open("wb") as log:
-            self._observer = self.ground.outside.popen(
+            self._observer = self.listens_from.popen(
                 *(sys.executable, program, self.swarm, *addresses),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -168,7 +179,11 @@ class Company:
     def _hear(self, observer: subprocess.Popen[str]) -> None:
         assert observer.stdout is not None
         for line in observer.stdout:
-            self.hearing.take(json.loads(line))
+            self.take(json.loads(line))
+
+    def take(self, line: dict[str, Any]) -> None:
+        """This was heard."""
+        self.hearing.take(line)
 
 
 @contextlib.contextmanager

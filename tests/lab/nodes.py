@@ -26,7 +26,8 @@ from .netns import LabError
 SHOAL: Final = (sys.executable, "-m", "shoal.cli.main")
 PORT: Final = 4001
 RELAYS: Final = 3
-START_TIMEOUT_S: Final = 30.0
+START_TIMEOUT_S: Final = 90.0
+"""A node takes some seconds of processor to start, and a machine of the lab may have a tenth of a core."""
 READY_TIMEOUT_S: Final = 15.0
 POLL_S: Final = 0.05
 

@@ -27,7 +27,7 @@ from tests.hostile.members import Liar, a_liar
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.ids import PeerId, SwarmId
 from shoal.training.manifest import Role
-from shoal.training.statements import Facts, Offer, Phase, Proposal, Result, Vote, read_statement
+from shoal.training.statements import Facts, GivenCopy, Offer, Phase, Proposal, Result, Vote, read_statement
 
 DIAL_S: Final = 0.5
 
@@ -47,6 +47,9 @@ def line_of(author: PeerId, statement: object, name: bytes) -> dict[str, Any] | 
             told = {"epoch": statement.key.epoch, "step": statement.key.step, "ballot": statement.ballot.hex()}
         case Result():
             told = {"epoch": statement.epoch, "env_steps": statement.env_steps, "ballot": statement.ballot.hex()}
+        case GivenCopy():
+            parts = [each for each in (statement.key_bytes, statement.patch_bytes) if each]
+            told = {"epoch": statement.version, "bytes": min(parts, default=0)}
         case _:
             return None
     topic = type(statement).__name__.lower()

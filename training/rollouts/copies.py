@@ -3,7 +3,8 @@
 Learners say of each version what its acting copy is called: the digest of its words, a keyframe, and a patch from the
 version before. An actor believes what most of the learners say, if none of them says otherwise; else it takes the
 whole state, from which it makes the copy itself. It takes what is smallest of what leads there from the copy that it
-has, and then says that it has it, so that others take it from there.
+has, and says that it has it as soon as the bytes are there, so that others take it from there: what its worker is doing
+meanwhile holds nobody up.
 
 Of all actors that want a version at once, one asks a learner, by rendezvous hash; the others wait until one of them
 has it, and each a little longer than the one before it if none comes to have it: so that a slow link of a learner, or
@@ -40,6 +41,7 @@ class Way:
         digest: of the copy that it leads to.
         of_actors: how many of the holders are actors.
         base: digest of the copy that it is a patch of; None: a keyframe.
+        version: epoch of the policy, as the learners say.
     """
 
     cid: Cid
@@ -48,6 +50,7 @@ class Way:
     digest: bytes
     of_actors: int
     base: bytes | None
+    version: int
 
 
 def agreed(said: Mapping[PeerId, GivenCopy], learners: Collection[PeerId], state: Cid) -> bytes | None:
@@ -83,7 +86,8 @@ def way_to(
     (num_bytes, cid, is_patch), peers = min(holders.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
     ordered = sorted(peers, key=lambda peer: (peer in learners, peer))
     of_actors = sum(peer not in learners for peer in peers)
-    return Way(cid, num_bytes, tuple(ordered), digest, of_actors, held if is_patch else None)
+    version = next(said[peer].version for peer in learners if peer in said and said[peer].state == state)
+    return Way(cid, num_bytes, tuple(ordered), digest, of_actors, held if is_patch else None, version)
 
 
 def turn_s(me: PeerId, actors: Collection[PeerId], state: Cid, last_s: float) -> float:
@@ -93,7 +97,8 @@ def turn_s(me: PeerId, actors: Collection[PeerId], state: Cid, last_s: float) ->
         me: this actor.
         actors: the others.
         state: the policy.
-        last_s: that the last copy took from when it was asked for.
+        last_s: that the last copy took: from when a learner was asked for it, or, if an actor was, from when it was
+            wanted.
     """
     key = RoundKey(0, 0, first_after(state))
     before = sum(turn_rank("copy", key, 0, peer) < turn_rank("copy", key, 0, me) for peer in actors if peer != me)
