@@ -36,6 +36,8 @@ _COMMANDS: Final = {
     "watch": "swarm",
     "sit": "sit",
     "recipe": "recipe",
+    "play": "policy",
+    "export": "policy",
     "task": "task",
     "algorithm": "algorithm",
     "demo": "demo",

@@ -860,6 +860,7 @@ class Runner:
             "policy": None if policy is None else policy.cid,
             "trained_alone": self.core.trained_alone,
             "seconds": round(self.ended_at - self.started_at, 3),
+            "manifest": to_plain(self.manifest),
             "curve": [{"epoch": int(p[0]), "env_steps": int(p[1]), "return": p[2]} for p in points],
         }
         await worker.call(FINISH, Finish(str(self._folder), points, result))

@@ -19,7 +19,7 @@ from shoal.training.exchange.outliers import Scale, root_mean_square
 from shoal.training.tasks.base import Box, Floats, Observations
 
 MOMENTS_FACTOR: Final = 1000.0
-_CLIP: Final = 10.0  # normalised observations and rewards beyond this are outliers
+CLIP: Final = 10.0  # normalised observations and rewards beyond this are outliers
 
 
 class Normalizers:
@@ -53,7 +53,7 @@ class Normalizers:
         if not self.is_normalized["return"]:
             return earned
         scale = np.float32(1 / max(float(self._return.std), 1e-4))
-        scaled: Floats = np.clip(earned * scale, -_CLIP, _CLIP)
+        scaled: Floats = np.clip(earned * scale, -CLIP, CLIP)
         return scaled
 
     def increments(self, streams: Sequence[Source]) -> Arrays:
@@ -105,5 +105,5 @@ def mean_and_scale(seen: Moments) -> tuple[Floats, Floats]:
 
 def normal(shown: Observations, mean: Floats, scale: Floats) -> Floats:
     """As the networks are to see ``[..., observation_size]``: the same bits on every machine."""
-    found: Floats = ((shown - mean) * scale).clip(-_CLIP, _CLIP)
+    found: Floats = ((shown - mean) * scale).clip(-CLIP, CLIP)
     return found

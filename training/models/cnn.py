@@ -35,6 +35,8 @@ _NATURE: Final = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, kernel, stride
 _NATURE_UNITS: Final = 512
 _IMPALA: Final = (16, 32, 32)
 _IMPALA_UNITS: Final = 256
+NATURE_STRIDES: Final = tuple(stride for _, _, stride in _NATURE)
+IMPALA_STAGES: Final = len(_IMPALA)
 _BYTE: Final = 1 / 255
 
 

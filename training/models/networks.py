@@ -30,7 +30,7 @@ class ImagePolicy(OnFlat):
 
     def __init__(self, image: Image, action_space: ActionSpace, *, initial_log_std: float, seed: int) -> None:
         self.action_space = action_space
-        self._image = image
+        self.image = image
         specs = {
             **image.specs,
             "actor/weight": Spec((num_outputs(action_space), image.features), gain=0.01),
@@ -76,10 +76,10 @@ class ImagePolicy(OnFlat):
         """Outputs ``[N, outputs]`` and values ``[N]`` of observations ``[N, *shape]``."""
         own = self._parameters.tensors
         parts = [
-            self._image.see(own, as_planes(observations[start : start + _CHUNK], self._image.layout))
+            self.image.see(own, as_planes(observations[start : start + _CHUNK], self.image.layout))
             for start in range(0, len(observations), _CHUNK)
         ]
-        features = torch.cat(parts) if parts else torch.zeros((0, self._image.features))
+        features = torch.cat(parts) if parts else torch.zeros((0, self.image.features))
         outputs = functional.linear(features, own["actor/weight"], own["actor/bias"])
         return outputs, functional.linear(features, own["critic/weight"], own["critic/bias"])[:, 0]
 

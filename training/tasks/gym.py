@@ -77,6 +77,7 @@ class GymTask:
             shown = shown_by(self.name, env.observation_space, is_bounded=not is_gymnasiums_own(env))
             self.observation_space = shown.box
             self.action_space = action_space(self.name, env.action_space)
+            self.to_env = ToEnv(env.action_space)
             # Members that know bytes as numbers up to 255 would learn something else.
             self.version = 2 if shown.box.dtype == "uint8" else 1
             self.target_return: float | None = None if env.spec is None else env.spec.reward_threshold
@@ -105,6 +106,11 @@ class GymTask:
     def make_plain(self, num_envs: int) -> VectorEnv:
         """The same, without what makes learning easier; see `shoal.training.tasks.atari`."""
         return self._made(num_envs, lambda index: self._make_one(index, is_training=False))
+
+    def make_shown(self, render_mode: str) -> GymVectorEnv:
+        """One environment as `make_plain` makes it, which can be seen (`GymVectorEnv.frame`)."""
+        env = make_env(self._env_id, 0, self._arguments, is_training=False, render_mode=render_mode)
+        return GymVectorEnv([env], None, self.failures)
 
     def _made(self, num_envs: int, make: Callable[[int], Any]) -> VectorEnv:
         return GymVectorEnv([make(index) for index in range(num_envs)], make, self.failures)
@@ -239,6 +245,15 @@ class GymVectorEnv:
         self._failures.stepped(self.num_envs - len(failed))
         all_failed, self._failed = self._failed | failed.keys(), set()
         return Transition(observations, rewards, terminated, truncated, final_observations, frozenset(all_failed))
+
+    def frame(self) -> Any:
+        """How the first environment looks now, as its render mode has it."""
+        return self._envs[0].render()
+
+    @property
+    def frames_per_s(self) -> float:
+        """At which it is meant to be seen."""
+        return float(self._envs[0].metadata.get("render_fps") or 30)
 
     def close(self) -> None:
         """Close every environment."""

@@ -106,31 +106,31 @@ class ToEnv:
         """Read a space that `action_space` knows."""
         self.start: int | None = None
         """The first number of a Discrete space."""
-        self._shape: tuple[int, ...] = space.shape
-        self._dtype = space.dtype
-        self._first: npt.NDArray[np.int64] | None = None
+        self.shape: tuple[int, ...] = space.shape
+        self.dtype = space.dtype
+        self.first: npt.NDArray[np.int64] | None = None
         if isinstance(space, gymnasium.spaces.Discrete):
             self.start = int(space.start)
         elif isinstance(space, gymnasium.spaces.MultiDiscrete):
-            self._first = np.asarray(space.start, np.int64).ravel()
+            self.first = np.asarray(space.start, np.int64).ravel()
         elif isinstance(space, gymnasium.spaces.MultiBinary):
-            self._first = np.zeros(math.prod(space.shape), np.int64)
+            self.first = np.zeros(math.prod(space.shape), np.int64)
         else:
             low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
             bounded = np.isfinite(low) & np.isfinite(high)
-            self._low, self._high = low, high
-            self._middle = np.add(low, high, out=np.zeros_like(low), where=bounded) / 2
-            self._half_range = np.subtract(high, low, out=np.full_like(low, 2.0), where=bounded) / 2
+            self.low, self.high = low, high
+            self.middle = np.add(low, high, out=np.zeros_like(low), where=bounded) / 2
+            self.half_range = np.subtract(high, low, out=np.full_like(low, 2.0), where=bounded) / 2
 
     def __call__(self, actions: Actions) -> list[Any]:
         """One for each environment."""
         if self.start is not None:
             numbers: list[Any] = (actions + self.start).tolist()
             return numbers
-        if self._first is not None:
-            return list((actions + self._first).astype(self._dtype).reshape(-1, *self._shape))
-        scaled = np.clip(self._middle + self._half_range * actions, self._low, self._high)
-        return list(scaled.astype(self._dtype).reshape(-1, *self._shape))
+        if self.first is not None:
+            return list((actions + self.first).astype(self.dtype).reshape(-1, *self.shape))
+        scaled = np.clip(self.middle + self.half_range * actions, self.low, self.high)
+        return list(scaled.astype(self.dtype).reshape(-1, *self.shape))
 
     def one(self, action: Any) -> Any:
         """For one environment: a whole number, or ``[size]``."""

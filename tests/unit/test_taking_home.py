@@ -1,0 +1,204 @@
+"""A trained policy is looked at and taken elsewhere: it plays, is recorded, and acts the same in another runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+
+from shoal.cli import main
+from shoal.protocol.codec import to_plain
+from shoal.protocol.signing import Signer
+from shoal.training.algorithms import load_algorithm
+from shoal.training.manifest import Manifest
+from shoal.training.requirements import requirements
+from shoal.training.state import encode_arrays
+from shoal.training.tasks import load_task
+from shoal.training.trained import Trained, read_trained
+
+ANN = Signer(b"a" * 32)
+
+
+class Images(gymnasium.Env[Any, Any]):
+    """Shows noise of some shape for five steps."""
+
+    def __init__(self, rows: int = 40, channels_last: bool = False) -> None:
+        shape = (rows, rows, 3) if channels_last else (3, rows, rows)
+        self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+        self.action_space = gymnasium.spaces.MultiDiscrete([2, 3], start=[1, 0])
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._noise(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return self._noise(), 1.0, self.steps == 5, False, {}
+
+    def _noise(self) -> Any:
+        return self.np_random.integers(0, 256, self.observation_space.shape, np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _with_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = gymnasium.envs.registration.EnvSpec("Images-v0", entry_point=Images)
+    monkeypatch.setitem(gymnasium.registry, "Images-v0", entry)
+
+
+def a_policy(path: Path, task_name: str, algorithm: str = "ppo", *, env: Any = None, **settings: Any) -> Path:
+    """What a run leaves, with parameters of a learner that has learned nothing; its normaliser has seen something."""
+    task, kind = load_task(task_name, env), load_algorithm(algorithm)
+    needs = requirements(algorithm, kind.version, task_name, task.version)
+    manifest = Manifest(
+        owner=ANN.peer_id,
+        task=task_name,
+        algorithm=algorithm,
+        hyperparameters=settings,
+        env_arguments=env or {},
+        requires=needs,
+    )
+    arrays = kind.learner(manifest, task, peer=ANN.peer_id).policy_arrays()
+    rng = np.random.default_rng(0)
+    for name, array in arrays.items():
+        if name.startswith("parameters/"):
+            array += rng.normal(0, 0.3, array.shape).astype(np.float32)
+    if "moments/observation/count" in arrays:
+        arrays["moments/observation/count"] = np.asarray(100, arrays["moments/observation/count"].dtype)
+        arrays["moments/observation/mean"] += 0.1
+        arrays["moments/observation/m2"] += 50
+    path.write_bytes(encode_arrays(arrays, {"manifest": to_plain(manifest)}))
+    return path
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main.run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+CASES = [
+    ("gym:CartPole-v1", "ppo", {"normalize_observations": True}, {}),
+    ("gym:CartPole-v1", "dqn", {}, {}),
+    ("gym:Pendulum-v1", "ppo", {"normalize_observations": True}, {"max_episode_steps": 30}),
+    ("gym:Pendulum-v1", "sac", {}, {"max_episode_steps": 30}),
+    ("gym:FrozenLake-v1", "a2c", {}, {"is_slippery": False}),
+    ("gym:Images-v0", "ppo", {"network": "nature"}, {}),
+    ("gym:Images-v0", "ppo", {"network": "impala"}, {"rows": 20, "channels_last": True}),
+    ("gym:Images-v0", "ppo", {"network": "mlp"}, {"rows": 6}),
+]
+
+
+@pytest.mark.parametrize(("task", "algorithm", "settings", "env"), CASES)
+def test_an_exported_policy_acts_the_same_in_another_runtime(
+    task: str, algorithm: str, settings: dict[str, Any], env: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime runs what was exported")
+    pytest.importorskip("onnx", reason="the export extra brings it")
+    path = a_policy(tmp_path / "policy.safetensors", task, algorithm, env=env, **settings)
+    out = tmp_path / "policy.onnx"
+    assert said(capsys, "export", str(path), "--to", str(out))["out"] == str(out)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    trained = read_trained(path)
+    alone = made(task, env)
+    seen, acted, there = episodes(trained)
+    assert len(seen) >= 5
+    for shown, action, theirs in zip(seen, acted, there, strict=True):
+        (found,) = session.run(None, {"observation": shown})
+        if isinstance(alone.action_space, gymnasium.spaces.Box):
+            np.testing.assert_allclose(found[0], theirs, atol=1e-5)
+            assert found.dtype == alone.action_space.dtype
+        else:
+            assert np.array_equal(found[0], theirs), (found, action)
+        assert alone.action_space.contains(found[0])
+    # and the file alone is enough to act by, as docs/tasks.md shows it
+    batch = np.concatenate(seen[:3])
+    assert len(session.run(None, {"observation": batch})[0]) == 3
+
+
+def made(task: str, env: dict[str, Any]) -> Any:
+    return gymnasium.make(task.removeprefix("gym:"), disable_env_checker=True, **env)
+
+
+def episodes(trained: Trained) -> tuple[list[Any], list[Any], list[Any]]:
+    """What is shown in some steps, what the policy does, and what its environment is given for that."""
+    env = trained.task.make(1)
+    observations, act = env.reset([3]), trained.acting()
+    seen, acted, there = [], [], []
+    for _ in range(40):
+        action = act(observations)
+        seen.append(observations.copy())
+        acted.append(action)
+        there.append(trained.task.to_env(action)[0])  # type: ignore[attr-defined]
+        observations = env.step(action).observations
+    env.close()
+    return seen, acted, there
+
+
+def test_a_policy_plays_and_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = pytest.importorskip("PIL.Image", reason="the play extra brings Pillow")
+    pytest.importorskip("pygame", reason="the play extra brings pygame")
+    path = a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1")
+    out = tmp_path / "x.gif"
+    told = said(capsys, "play", str(path), "--episodes", "2", "--out", str(out))
+    assert told["out"] == str(out)
+    assert len(told["returns"]) == 2
+    assert all(0 < each <= 500 for each in told["returns"])
+    with images.open(out) as film:
+        assert film.n_frames >= 2
+        film.seek(film.n_frames - 1)
+        assert len(film.convert("RGB").getcolors(100_000)) > 2  # a cart, a pole and a track
+    assert said(capsys, "play", str(path), "--episodes", "2")["returns"] == told["returns"]
+
+
+def test_one_that_remembers_plays_and_says_that_it_cannot_be_exported(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("onnx", reason="the export extra brings it")
+    path = a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1", memory="gru")
+    assert said(capsys, "play", str(path))["returns"][0] > 0
+    assert main.run(["export", str(path), "--to", str(tmp_path / "x.onnx")]) == 2
+    assert "policies that remember" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["play", "bagaqnosuch"], "neither a file nor a swarm of this profile"),
+        (["play", "no/such/file"], "cannot be read"),
+        (["export", "x", "--to", "x.pt"], "ends with .onnx"),
+        (["play", "FILE", "--out", "x.mp4"], "ends with .gif"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    path = a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1")
+    assert main.run([str(path) if each == "FILE" else each for each in arguments]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+
+
+def test_a_run_is_found_by_the_beginning_of_its_name(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    folder = tmp_path / "profiles" / "default" / "swarms" / "bagaqiera123"
+    folder.mkdir(parents=True)
+    assert main.run(["play", "bagaq"]) == 2
+    assert "has left no policy yet" in capsys.readouterr().err
+    a_policy(folder / "policy.safetensors", "gym:CartPole-v1")
+    assert said(capsys, "play", "bagaq")["out"] is None
+
+
+def test_a_file_that_is_no_policy_of_such_a_run_is_refused(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "policy.safetensors"
+    for data, words in (
+        (b"nonsense", "are not a Shoal state"),
+        (encode_arrays({}, {}), "does not say how it was trained"),
+    ):
+        path.write_bytes(data)
+        assert main.run(["play", str(path)]) != 0
+        assert words in capsys.readouterr().err

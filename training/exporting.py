@@ -1,0 +1,223 @@
+"""A trained policy as an ONNX file (https://onnx.ai): it runs without Shoal, without torch, on whatever has a runtime.
+
+One input, ``observation`` ``[N, *shape]``: what the environment shows, laid out as docs/tasks.md says, of the dtype
+float32 or uint8, *not* normalised: the file normalises. One output, ``action`` ``[N, …]``: the likeliest action, as the
+environment takes it, so numbers begin where its space begins, and boxes are scaled to their bounds and clipped. In
+float64 and in this order, as Shoal does it, so that actions are the same bits where the network's outputs are.
+
+The graph is written by hand from what the models compute (`shoal.training.models`), by operators of opset 17 alone.
+Needs the extra ``export``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal import __version__
+from shoal.protocol.errors import UsageError
+from shoal.training.algorithms.normalizers import CLIP
+from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.models.q_network import QNetwork
+from shoal.training.models.soft_actor import SoftActorCritics
+from shoal.training.tasks import Task
+from shoal.training.tasks.base import ActionSpace, Continuous, Discrete, MultiDiscrete
+from shoal.training.tasks.gym import GymTask
+from shoal.training.tasks.spaces import ToEnv
+from shoal.training.trained import Trained
+
+OPSET: Final = 17
+IR_VERSION: Final = 8
+
+
+def export_onnx(trained: Trained, path: Path) -> None:
+    """Write it.
+
+    Raises:
+        UsageError: if the package ``onnx`` is not installed, or no such graph is known of this policy.
+        OSError: if it cannot be written.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise UsageError("exports need the package onnx: pip install 'shoal[export]'") from error
+    graph = _Graph(onnx)
+    box = trained.task.observation_space
+    seen = "observation"
+    if trained.normal is not None:
+        mean, scale = trained.normal
+        centred = graph.add("Mul", graph.add("Sub", seen, graph.constant(mean)), graph.constant(scale))
+        seen = graph.add("Clip", centred, graph.constant(np.float32(-CLIP)), graph.constant(np.float32(CLIP)))
+    elif box.dtype == "uint8":
+        seen = graph.add("Mul", graph.cast(seen, np.float32), graph.constant(np.float32(1 / 255)))
+    action = _to_env(graph, _actions(graph, trained, seen), trained.task)
+    graph.node("Identity", [action], ["action"])
+    helper, kinds = onnx.helper, onnx.TensorProto
+    kind = kinds.UINT8 if box.dtype == "uint8" else kinds.FLOAT
+    inputs = [helper.make_tensor_value_info("observation", kind, ["N", *box.shape])]
+    outputs = [onnx.ValueInfoProto(name="action")]
+    made = helper.make_graph(graph.nodes, "policy", inputs, outputs, graph.constants)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    model.producer_name, model.producer_version = "shoal", __version__
+    inferred = onnx.shape_inference.infer_shapes(model)
+    helper.set_model_props(inferred, {"task": trained.manifest.task, "algorithm": trained.manifest.algorithm})
+    onnx.checker.check_model(inferred, full_check=True)
+    half = path.with_name(f".{path.name}.part")
+    half.write_bytes(inferred.SerializeToString())
+    half.replace(path)
+
+
+class _Graph:
+    """Nodes and constants, as they are added."""
+
+    def __init__(self, onnx: Any) -> None:
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self._onnx = onnx
+        self._numbers = itertools.count()
+
+    def constant(self, value: npt.ArrayLike) -> str:
+        name = f"c{next(self._numbers)}"
+        self.constants.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+        if np.ndim(value) == 0:
+            self.constants[-1].ClearField("dims")
+        return name
+
+    def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
+        self.nodes.append(self._onnx.helper.make_node(operator, list(inputs), list(outputs), **attributes))
+
+    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        name = f"v{next(self._numbers)}"
+        self.node(operator, inputs, [name], **attributes)
+        return name
+
+    def cast(self, value: str, dtype: npt.DTypeLike) -> str:
+        return self.add("Cast", value, to=self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def linear(self, value: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any]) -> str:
+        """``[N, out]`` of ``[N, in]``, by weights ``[in, out]``."""
+        return self.add("Add", self.add("MatMul", value, self.constant(weight)), self.constant(bias))
+
+
+def _actions(graph: _Graph, trained: Trained, seen: str) -> str:
+    """What the policy gives greedily, as `ToEnv` takes it."""
+    model, space = trained.model, trained.task.action_space
+    parameters, size = model.parameters, trained.task.observation_space.size
+    match model:
+        case ActorCritic():
+            outputs, layer = graph.add("Reshape", seen, graph.constant(np.array([-1, size]))), 0
+            while f"actor/{layer}/weight" in parameters:
+                outputs = graph.add("Tanh", outputs) if layer else outputs
+                weight, bias = parameters[f"actor/{layer}/weight"], parameters[f"actor/{layer}/bias"]
+                outputs, layer = graph.linear(outputs, weight.T, bias), layer + 1
+            return _likeliest(graph, outputs, space)
+        case QNetwork():
+            return _likeliest(graph, _dense(graph, seen, parameters, "q", size), space)
+        case SoftActorCritics():
+            outputs = _dense(graph, seen, parameters, "actor", size)
+            width = _width(space)
+            means = graph.add("Slice", outputs, *map(graph.constant, (np.array([0]), np.array([width]), np.array([1]))))
+            return graph.add("Tanh", means)
+    if type(model).__name__ == "ImagePolicy":
+        features = _image(graph, seen, model)
+        outputs = graph.linear(features, parameters["actor/weight"].T, parameters["actor/bias"])
+        return _likeliest(graph, outputs, space)
+    raise UsageError(
+        "policies that remember or are another package's have no ONNX form here yet; `shoal play` shows them"
+    )
+
+
+def _width(space: ActionSpace) -> int:
+    """How many numbers a continuous action has.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    if not isinstance(space, Continuous):
+        raise UsageError("this policy gives numbers where its task takes choices; export one of the same task")
+    return space.size
+
+
+def _dense(graph: _Graph, seen: str, parameters: Any, prefix: str, size: int) -> str:
+    """See `shoal.training.models.dense.Dense.of_one`."""
+    outputs, layer = graph.add("Reshape", seen, graph.constant(np.array([-1, size]))), 0
+    while f"{prefix}/{layer}/weight" in parameters:
+        outputs = graph.add("Relu", outputs) if layer else outputs
+        outputs = graph.linear(
+            outputs, parameters[f"{prefix}/{layer}/weight"][0], parameters[f"{prefix}/{layer}/bias"][0]
+        )
+        layer += 1
+    return outputs
+
+
+def _image(graph: _Graph, seen: str, model: Any) -> str:
+    """See `shoal.training.models.cnn`."""
+    from shoal.training.models.cnn import IMPALA_STAGES, NATURE_STRIDES, Layout, Nature
+
+    image, own = model.image, model.parameters
+    if image.layout is Layout.NONE:
+        seen = graph.add("Unsqueeze", seen, graph.constant(np.array([1])))
+    elif image.layout is Layout.LAST:
+        seen = graph.add("Transpose", seen, perm=[0, 3, 1, 2])
+
+    def conv(name: str, value: str, **attributes: Any) -> str:
+        return graph.add(
+            "Conv", value, *(graph.constant(own[f"{name}/{each}"]) for each in ("weight", "bias")), **attributes
+        )
+
+    if isinstance(image, Nature):
+        for number, stride in enumerate(NATURE_STRIDES):
+            seen = graph.add("Relu", conv(f"see/{number}", seen, strides=[stride, stride]))
+    else:
+        same = {"pads": [1, 1, 1, 1]}
+        for stage in range(IMPALA_STAGES):
+            wide = conv(f"see/{stage}/in", seen, **same)
+            seen = graph.add("MaxPool", wide, kernel_shape=[3, 3], strides=[2, 2], **same)
+            for block in (0, 1):
+                inner = conv(f"see/{stage}/{block}/0", graph.add("Relu", seen), **same)
+                seen = graph.add("Add", seen, conv(f"see/{stage}/{block}/1", graph.add("Relu", inner), **same))
+        seen = graph.add("Relu", seen)
+    units = graph.linear(graph.add("Flatten", seen), own["see/units/weight"].T, own["see/units/bias"])
+    return graph.add("Relu", units)
+
+
+def _likeliest(graph: _Graph, outputs: str, space: ActionSpace) -> str:
+    """See `shoal.training.models.heads.likeliest`."""
+    match space:
+        case Discrete():
+            return graph.add("ArgMax", outputs, axis=1, keepdims=0)
+        case MultiDiscrete(counts):
+            ends = list(itertools.accumulate(counts))
+            parts = [
+                graph.add(
+                    "Slice", outputs, *map(graph.constant, (np.array([end - count]), np.array([end]), np.array([1])))
+                )
+                for count, end in zip(counts, ends, strict=True)
+            ]
+            return graph.add("Concat", *(graph.add("ArgMax", part, axis=1, keepdims=1) for part in parts), axis=1)
+        case Continuous():
+            return outputs
+
+
+def _to_env(graph: _Graph, actions: str, task: Task) -> str:
+    """See `ToEnv`; actions of tasks that are not Gymnasium's stay what the policy gives."""
+    if not isinstance(task, GymTask):
+        return actions
+    to_env: ToEnv = task.to_env
+    if to_env.start is not None:
+        return graph.add("Add", actions, graph.constant(np.int64(to_env.start)))
+    if to_env.first is not None:
+        actions = graph.add("Add", actions, graph.constant(to_env.first))
+    else:
+        wide = graph.cast(actions, np.float64)
+        scaled = graph.add("Mul", graph.constant(to_env.half_range), wide)
+        scaled = graph.add("Add", graph.constant(to_env.middle), scaled)
+        actions = graph.add("Max", scaled, graph.constant(to_env.low))
+        actions = graph.add("Min", actions, graph.constant(to_env.high))
+    actions = graph.cast(actions, to_env.dtype)
+    return graph.add("Reshape", actions, graph.constant(np.array([-1, *to_env.shape], np.int64)))
