@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from shoal.cli import render
+from shoal.cli.bench_dht import measure_dht
 from shoal.cli.common import AsJson, Profile, connect, console, print_json
 from shoal.cli.spawn import BackgroundNode
 from shoal.node.api.client import Client
@@ -192,6 +193,21 @@ def actor(
         print_json(figures)
     else:
         console().print(render.bench_actor(figures))
+
+
+@bench_app.command("dht")
+def dht(
+    nodes: Annotated[int, typer.Option(min=2, max=128, help="Nodes, each in a process of its own.")] = 32,
+    kill: Annotated[float, typer.Option(min=0, max=0.9, help="Part of them that is killed before the look-ups.")] = 0.3,
+    as_json: AsJson = False,
+) -> None:
+    """Put and get names, announce and find holders, among new nodes on this machine of which some are killed."""
+    with nullcontext() if as_json else console().status("measuring …"):
+        figures = measure_dht(nodes, kill)
+    if as_json:
+        print_json(figures)
+    else:
+        console().print(render.bench_dht(figures))
 
 
 def reduce_figures(found: Sequence[BenchReduceResult], request: BenchReduceRequest) -> dict[str, Any]:

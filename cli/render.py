@@ -118,6 +118,16 @@ def bench_actor(figures: dict[str, Any]) -> Table:
     return table
 
 
+def bench_dht(figures: dict[str, Any]) -> Table:
+    """What the DHT took."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("nodes", f"{figures['nodes']}, of which {figures['killed']} were killed")
+    table.add_row("look-ups that found what is there", f"{100 * figures['success']:.1f} %")
+    for what, word in (("put", "a name put"), ("get", "got"), ("provide", "a content announced"), ("find", "found")):
+        table.add_row(f"{word} (median)", f"{figures[f'{what}_ms']:.1f} ms")
+    return table
+
+
 def bench(result: BenchResult) -> RenderableType:
     """What was measured of the wire."""
     facts = Table.grid(padding=(0, 2))

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 import shoal
+from shoal.dht.records import Kind, Model
+from shoal.dht.registry import ModelName, check_name
 from shoal.node.api.requests import (
     AnswerAsk,
+    BenchDhtRequest,
     BenchReduceRequest,
     BenchRequest,
     CreateSwarm,
@@ -30,6 +33,7 @@ from shoal.node.api.requests import (
 from shoal.node.api.schemas import (
     ActsInfo,
     AskInfo,
+    BenchDhtResult,
     BenchReduceResult,
     BenchResult,
     ConsultInfo,
@@ -87,7 +91,7 @@ from shoal.node.wire.bench import Bench, BenchServer
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import NodeService
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
-from shoal.protocol.ids import PeerId, SwarmId
+from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import Empty, client
 from shoal.training.rollouts.intake import Tally
 from shoal.training.statements import Facts, Phase
@@ -401,6 +405,24 @@ class Node:
             for peer in others:
                 self._host.unwant(peer, "bench")
         return BenchReduceResult(**figures)
+
+    async def bench_dht(self, request: BenchDhtRequest) -> BenchDhtResult:
+        """Do one thing in the DHT."""
+        table, began, num_kept = self._host.table, trio.current_time(), 0
+        found: list[str] = []
+        match request.kind:
+            case "put":
+                body = Model(Cid.parse(request.cid), 0)
+                num_kept = (await table.publish(Kind.MODEL, check_name(request.name), body, seq=1)).num_kept
+            case "get":
+                newest = await table.newest(ModelName(PeerId.parse(request.owner), check_name(request.name)))
+                found = [] if newest is None else [newest.body.manifest]
+            case "provide":
+                num_kept = await table.provide(Cid.parse(request.cid))
+            case "find":
+                found = list(await table.find(Cid.parse(request.cid)))
+        ms = round(1000 * (trio.current_time() - began), 3)
+        return BenchDhtResult(ms=ms, num_kept=num_kept, found=found, contacts=len(table.core.table))
 
     async def bench(self, request: BenchRequest) -> BenchResult:
         """Measure the wire to a peer."""

@@ -20,6 +20,7 @@ from shoal import __version__
 from shoal.node.api.prometheus import CONTENT_TYPE, exposition
 from shoal.node.api.requests import (
     AnswerAsk,
+    BenchDhtRequest,
     BenchReduceRequest,
     BenchRequest,
     CreateSwarm,
@@ -30,6 +31,7 @@ from shoal.node.api.requests import (
 )
 from shoal.node.api.schemas import (
     AskInfo,
+    BenchDhtResult,
     BenchReduceResult,
     BenchResult,
     ContentInfo,
@@ -108,6 +110,9 @@ class NodeView(Protocol):
         """What was called, how often and how fast."""
 
     async def bench_reduce(self, request: BenchReduceRequest) -> BenchReduceResult:
+        """See `shoal.node.daemon.Node`."""
+
+    async def bench_dht(self, request: BenchDhtRequest) -> BenchDhtResult:
         """See `shoal.node.daemon.Node`."""
 
     async def bench(self, request: BenchRequest) -> BenchResult:
@@ -256,6 +261,11 @@ def _add_node_routes(app: FastAPI, node: NodeView) -> None:
     async def bench_reduce(request: BenchReduceRequest) -> BenchReduceResult:
         """Take part in all-reduces that are measured; answers when they are done."""
         return await node.bench_reduce(request)
+
+    @app.post("/v1/bench/dht")
+    async def bench_dht(request: BenchDhtRequest) -> BenchDhtResult:
+        """Do one thing in the DHT, and say how long it took."""
+        return await node.bench_dht(request)
 
     @app.post("/v1/bench")
     async def bench(request: BenchRequest) -> BenchResult:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from shoal.node.api.asking import Answer, GarbledError, connect
 from shoal.node.api.schemas import (
     AskInfo,
+    BenchDhtResult,
     BenchReduceResult,
     BenchResult,
     ContentInfo,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from shoal.node.api.requests import (
         AnswerAsk,
+        BenchDhtRequest,
         BenchReduceRequest,
         BenchRequest,
         CreateSwarm,
@@ -127,6 +129,10 @@ class Client:
     def bench_reduce(self, request: BenchReduceRequest, *, timeout_s: float) -> BenchReduceResult:
         """Take part in all-reduces that are measured."""
         return self._ask(BenchReduceResult, "POST", "/v1/bench/allreduce", request, timeout_s=timeout_s)
+
+    def bench_dht(self, request: BenchDhtRequest) -> BenchDhtResult:
+        """Do one thing in the DHT."""
+        return self._ask(BenchDhtResult, "POST", "/v1/bench/dht", request, timeout_s=WORK_TIMEOUT_S)
 
     def bench(self, request: BenchRequest) -> BenchResult:
         """Measure the wire to a peer."""

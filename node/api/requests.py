@@ -106,6 +106,23 @@ class BenchReduceRequest(Asked):
     rounds: int = Field(default=5, ge=1, le=1000)
 
 
+class BenchDhtRequest(Asked):
+    """Do one thing in the DHT.
+
+    Attributes:
+        kind: put: give a name a content, get: ask what an owner's name stands for, provide: say that this node holds a
+            content, find: ask who does.
+        name: what is put or got.
+        cid: of the content that is put, provided or found.
+        owner: of the name that is got.
+    """
+
+    kind: Literal["put", "get", "provide", "find"]
+    name: str = Field(default="", max_length=64)
+    cid: str = Field(default="", max_length=80)
+    owner: str = Field(default="", max_length=80)
+
+
 class PingRequest(Asked):
     """Call a peer once, after connecting to it if need be."""
 

@@ -78,6 +78,22 @@ class BenchReduceResult(Model):
     raw_seconds: float | None
 
 
+class BenchDhtResult(Model):
+    """What came of one thing done in the DHT.
+
+    Attributes:
+        ms: that it took.
+        num_kept: peers that keep what was put or provided.
+        found: the CID that a name stands for, or the peers that hold a content.
+        contacts: peers that this node knows to take part.
+    """
+
+    ms: float
+    num_kept: int
+    found: list[str]
+    contacts: int
+
+
 class BenchResult(Model):
     """What was measured. MB are 10^6 bytes; calls echo, so their bytes count there and back; transfers go one way.
 

@@ -62,6 +62,7 @@ from shoal.node.mesh.mdns import run_mdns
 from shoal.node.mesh.paths import PathKind
 from shoal.node.mesh.relay import Relay
 from shoal.node.mesh.relay_limits import RelayLimits
+from shoal.node.mesh.table import Table
 from shoal.node.mesh.turns import Queue, Reading
 from shoal.node.signals import Signal, about
 from shoal.node.supervise import Domain, Policy, Supervisor
@@ -73,6 +74,7 @@ from shoal.node.wire.links import BULK_PROTOCOL, DRAIN_S, RPC_PROTOCOL, STREAM_P
 from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import Caller, Empty
+from shoal.protocol.signing import Signer
 
 if TYPE_CHECKING:
     from trio import TaskStatus  # type: ignore[attr-defined]  # exported, but not in a way that mypy sees
@@ -110,6 +112,7 @@ class Host:
         libp2p: Libp2pHost,
         router: Router,
         domain: Domain,
+        signer: Signer,
         *,
         lanes: bool = True,
         relay_limits: RelayLimits,
@@ -135,6 +138,8 @@ class Host:
         self.ports: dict[str, int] = {}
         """By multiaddr that it was told to listen on, the port."""
         self._is_ending = False
+        self.table = Table(self, signer, domain)
+        """The distributed hash table."""
         self.kademlia: Kademlia | None = None
         """None until it runs."""
         self._libp2p = libp2p
@@ -482,6 +487,7 @@ class Host:
                 self.links.peer_up(peer)
                 self._pass_on(output)
                 self._begin_with(peer)
+                self.domain.call("telling the DHT of a peer", self.table.met, peer, self.connected[peer].address)
                 self._peer_came.set()
                 self._came_or_went.set()
                 self._tell_followers(peer)
@@ -526,6 +532,7 @@ class Host:
         self.spawn("letting streams in", self._streams.run, policy=Policy.RESTART)
         self.spawn("reading what strangers send", self._reading.run, policy=Policy.RESTART)
         self.spawn("holding peers to their shares", self._hold_to_shares, policy=Policy.RESTART)
+        self.spawn("keeping the DHT's time", self.table.run, policy=Policy.RESTART)
         await self.domain.start("the DHT", self._take_part_in_dht, policy=Policy.RESTART)
         for address in bootstrap:
             self.spawn("staying connected", self.stay_connected, [address], policy=Policy.RESTART)
@@ -564,6 +571,10 @@ class Host:
         if peer in self.wanted:
             return True
         return await self._streams.turn(self._user(peer))
+
+    def group(self, peer: PeerId) -> str:
+        """For whom a peer counts, where bounds are shared: the network that it is connected from."""
+        return self._user(peer)
 
     def _user(self, peer: PeerId) -> str:
         """Whom a peer counts for, where turns are taken."""
@@ -692,11 +703,13 @@ async def open_host(
                 libp2p,
                 router,
                 mesh,
+                Signer(secret),
                 lanes=lanes,
                 relay_limits=limits,
                 max_peers=max_peers,
                 budget_limits=budget_limits,
             )
+            router.add(host.table.service())
             libp2p.announce(host.addresses)
             for protocol in (RPC_PROTOCOL, STREAM_PROTOCOL, BULK_PROTOCOL):
                 libp2p.serve(protocol, host.serve)

@@ -293,6 +293,7 @@ class Reach:
                 found += [tcp_address(each.ip, each.port) for each in report.public_addresses]
         full = [f"{address}/p2p/{self._host.peer_id}" for address in found]
         self._host.announce(full + self._held.circuits())
+        self._host.table.note_nat(is_behind=self.nat().reachability is Reachability.PRIVATE)
 
     # --- what this node is behind ---
 

@@ -8,6 +8,9 @@ from typing import Any, Final
 from shoal.crdt.gossip_messages import Control
 from shoal.crdt.meeting import Differing
 from shoal.crdt.sync import Head, Version
+from shoal.dht.messages import MAX_ANSWER_BYTES as MAX_FOUND_BYTES
+from shoal.dht.messages import FindAnswer, FindRequest, StoreAnswer, StoreRequest
+from shoal.dht.records import MAX_RECORD_BYTES
 from shoal.node.wire.bulk import BulkRef
 from shoal.node.wire.lanes import LaneKind, LaneTicket
 from shoal.protocol.codec import Attachment, decode, encode
@@ -182,6 +185,20 @@ class ContentService(Service, name="content"):
     @unary(idempotent=True, max_answer_bytes=BLOCK_BYTES + 4096)
     async def block(self, request: BlockRequest) -> Block:
         """Give a block; NOT_FOUND if it is not here."""
+        raise NotImplementedError
+
+
+class DhtService(Service, name="dht"):
+    """The distributed hash table (`shoal.dht.core`). A call that fails is not made again: another peer is asked."""
+
+    @unary(max_answer_bytes=MAX_FOUND_BYTES, max_calls_per_s=50)
+    async def find(self, request: FindRequest) -> FindAnswer:
+        """Name the peers nearest to a key, and give the records that are kept there."""
+        raise NotImplementedError
+
+    @unary(max_answer_bytes=2 * MAX_RECORD_BYTES, max_calls_per_s=50)
+    async def store(self, request: StoreRequest) -> StoreAnswer:
+        """Keep a record; INVALID_ARGUMENT if it is none that anybody may keep."""
         raise NotImplementedError
 
 
