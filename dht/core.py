@@ -35,8 +35,21 @@ from shoal.dht.messages import (
     StoreRequest,
 )
 from shoal.dht.record_store import RecordStore
-from shoal.dht.records import RULES, Addresses, Kind, Model, Profile, Record, Slot, key_of, open_record, sign_record
-from shoal.dht.routing import MAX_CONTACT_ADDRESSES, Contact, K, RoutingTable, bounded
+from shoal.dht.records import (
+    MAX_ADDRESS_CHARS,
+    MAX_ADDRESSES,
+    RULES,
+    Addresses,
+    Kind,
+    Model,
+    Profile,
+    Record,
+    Slot,
+    key_of,
+    open_record,
+    sign_record,
+)
+from shoal.dht.routing import Contact, K, RoutingTable, direct, usable
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.ids import PeerId
 from shoal.protocol.signing import Signed, Signer
@@ -65,6 +78,10 @@ MIN_PATIENCE_S: Final = 0.15
 MAX_PATIENCE_S: Final = 1.5
 MAX_HANDED_ON: Final = 4
 """Records of others that are handed on at a time."""
+MAX_PUTS_AT_ONCE: Final = 8
+"""Puts under way at which no own record is said again by itself."""
+ROOM_S: Final = 0.1
+"""How soon it is looked again then."""
 MAX_OPERATIONS: Final = 256
 
 _ADDRESS_KINDS: Final = frozenset(kind for kind, rule in RULES.items() if rule.body is Addresses)
@@ -75,7 +92,10 @@ _ADDRESS_KINDS: Final = frozenset(kind for kind, rule in RULES.items() if rule.b
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """This node is at these full multiaddrs, and is a server or a client of the table."""
+    """This node is at these full multiaddrs, and is a server or a client of the table.
+
+    It can be a server only if it is at one of them without a relay. ``Publish`` says all of them.
+    """
 
     addresses: tuple[str, ...]
     is_server: bool
@@ -83,9 +103,9 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """A peer is connected; it may take part."""
+    """A peer is connected; it may take part, which it is asked by that connection."""
 
-    contact: Contact
+    peer: PeerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +158,15 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The peer that was asked cannot be reached, or did not answer in time, or with an error."""
+    """The peer that was asked cannot be reached, or did not answer in time, or with an error.
+
+    Attributes:
+        query: of `Ask`.
+        was_tried: whether that says something of the peer; else this node only had no leave to dial it.
+    """
 
     query: int
+    was_tried: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +189,12 @@ class PutDone:
 
     Attributes:
         op: of `Publish`.
-        record: which.
         num_kept: peers that said that they keep it, so far.
         num_asked: peers that were asked to.
         better: what a peer keeps in its place.
     """
 
     op: int
-    record: Record
     num_kept: int
     num_asked: int
     better: Record | None = None
@@ -290,8 +314,9 @@ class Dht:
         self._signer = signer
         self._rng = rng
         self._addresses: tuple[str, ...] = ()
-        self._is_server = False
+        self._served_at: tuple[str, ...] = ()  # none: a client
         self._own: dict[tuple[Kind, str, str], _Own] = {}
+        self._own_at = inf  # when the first of them may be due
         self._operations: dict[_Operation, None] = {}
         self._queries: dict[int, _Query] = {}
         self._last_query = 0
@@ -316,7 +341,7 @@ class Dht:
     @property
     def is_server(self) -> bool:
         """Whether others may ask it."""
-        return self._is_server
+        return bool(self._served_at)
 
     def statistics(self) -> dict[str, int]:
         """Counters, and how much is held."""
@@ -351,7 +376,7 @@ class Dht:
                 found.append(kept.record.signed)
                 if kept.fork is not None:
                     found.append(kept.fork.signed)
-        return FindAnswer(contacts, tuple(found[:MAX_RECORDS]), self._served_at())
+        return FindAnswer(contacts, tuple(found[:MAX_RECORDS]), self._served_at)
 
     def serve_store(self, caller: PeerId, group: str, request: StoreRequest, now: float) -> StoreAnswer:
         """Keep a record, or do not.
@@ -388,8 +413,8 @@ class Dht:
         match event:
             case Here(addresses, is_server):
                 self._move(addresses, is_server, now)
-            case Met(contact):
-                self._ask_find(outputs, None, contact, key_of_peer(self.me), False, now)
+            case Met(peer):
+                self._ask_find(outputs, None, Contact(peer, ()), key_of_peer(self.me), False, now)
             case Publish():
                 self._publish(outputs, event, now)
             case Withdraw(kind, topic, item):
@@ -398,8 +423,8 @@ class Dht:
                 self._get(outputs, event, now)
             case Answered(query, answer):
                 self._answered(outputs, query, answer, now)
-            case Failed(query):
-                self._failed(query)
+            case Failed(query, was_tried):
+                self._failed(query, was_tried=was_tried)
             case Tick():
                 pass
             case _:
@@ -413,19 +438,22 @@ class Dht:
         return outputs
 
     def _move(self, addresses: tuple[str, ...], is_server: bool, now: float) -> None:
+        addresses = tuple([each for each in addresses if len(each) <= MAX_ADDRESS_CHARS][:MAX_ADDRESSES])
         if set(addresses) != set(self._addresses):
             for (kind, _, _), own in self._own.items():
                 if kind in _ADDRESS_KINDS:
-                    own.due_at = now
-        self._addresses, self._is_server = addresses[:8], is_server
+                    self._due(own, now)
+        self._addresses = addresses
+        self._served_at = direct(addresses, self.me) if is_server else ()
 
     def _publish(self, outputs: list[Output], event: Publish, now: float) -> None:
-        own = self._own[event.kind, event.topic, event.item] = _Own(event, inf)
+        own = _Own(event, inf)
         self._say(outputs, own, event.op, now)
+        self._own[event.kind, event.topic, event.item] = own
 
     def _say(self, outputs: list[Output], own: _Own, op: int, now: float) -> None:
         event = own.event
-        own.due_at = now + RENEW_S * self._rng.uniform(0.8, 1.0)
+        self._due(own, now + RENEW_S * self._rng.uniform(0.8, 1.0))
         body: Addresses | Model | Profile
         if event.body is not None:
             body = event.body
@@ -434,14 +462,19 @@ class Dht:
             body = Addresses(self._addresses)
             seq = own.seq = max(own.seq + 1, int(now * 1000))
         else:
-            own.due_at = now + RETRY_S
+            self._due(own, now + RETRY_S)
+            outputs.append(PutDone(op, 0, 0))
             return
         record = sign_record(self._signer, event.kind, event.topic, body, seq=seq, now=now, item=event.item)
         self._put(outputs, record, op, now)
 
+    def _due(self, own: _Own, at: float) -> None:
+        own.due_at = at
+        self._own_at = min(self._own_at, at)
+
     def _put(self, outputs: list[Output], record: Record, op: int, now: float) -> None:
         self._nothing.pop(record.key, None)
-        if record.author == self.me and self._is_server:
+        if record.author == self.me and self.is_server:
             self.store.put(record, "", now)
         lookup = self._lookup(record.key, K, now)
         self._begin(_Put(op, lookup, record=record))
@@ -529,10 +562,11 @@ class Dht:
         if operation in self._operations and operation is not None:
             self._touched[operation] = None
 
-    def _failed(self, number: int) -> None:
+    def _failed(self, number: int, *, was_tried: bool) -> None:
         query = self._queries.pop(number, None)
         if query is not None:
-            self.table.failed(query.contact.peer)
+            if was_tried:
+                self.table.failed(query.contact.peer)
             self._touch(query.operation)
             self._lost(query.operation, query.contact.peer, is_store=query.is_store)
 
@@ -550,8 +584,9 @@ class Dht:
     def _heard(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
         if peer == self.me:
             return
-        if addresses:
-            self.table.heard(bounded(Contact(peer, addresses)))
+        contact = usable(Contact(peer, addresses))
+        if contact is not None:
+            self.table.heard(contact)
         else:
             self.table.forget(peer)
 
@@ -561,7 +596,7 @@ class Dht:
             self._refresh_at = min(self._refresh_at, now + FIRST_REFRESH_S)
         for own in self._own.values():
             if own.due_at > now + 1.0 and own.due_at <= now + RETRY_S:
-                own.due_at = now + 1.0
+                self._due(own, now + 1.0)
 
     # --- going on ---
 
@@ -599,11 +634,11 @@ class Dht:
             del self._operations[put]
 
     def _end_put(self, outputs: list[Output], put: _Put, now: float) -> None:
-        outputs.append(PutDone(put.op, put.record, len(put.kept), put.num_told, put.better))
+        outputs.append(PutDone(put.op, len(put.kept), put.num_told, put.better))
         statement = put.record.statement
         own = self._own.get((statement.kind, statement.topic, statement.item))
         if own is not None and put.record.author == self.me and not put.kept:
-            own.due_at = now + RETRY_S
+            self._due(own, now + RETRY_S)
 
     def _end_get(self, outputs: list[Output], get: _Get, now: float) -> None:
         if not get.best and get.had:
@@ -655,7 +690,7 @@ class Dht:
         is_for_records: bool,
         now: float,
     ) -> None:
-        request = FindRequest(key_to_bytes(key), is_for_records, self._served_at())
+        request = FindRequest(key_to_bytes(key), is_for_records, self._served_at)
         self._ask(outputs, operation, contact, request, now)
 
     def _ask(
@@ -671,9 +706,6 @@ class Dht:
         self._queries[self._last_query] = _Query(operation, contact, now, is_store)
         outputs.append(Ask(self._last_query, contact, request))
 
-    def _served_at(self) -> tuple[str, ...]:
-        return self._addresses[:MAX_CONTACT_ADDRESSES] if self._is_server else ()
-
     # --- keeping up ---
 
     def _keep_up(self, outputs: list[Output], now: float) -> None:
@@ -686,12 +718,19 @@ class Dht:
             self._refresh_at = now + (EARLY_S if is_early else REFRESH_S * self._rng.uniform(0.8, 1.2))
             if len(self.table):
                 self._begin(_Operation(0, self._lookup(key, K, now)))
-        for own in self._own.values():
-            if own.due_at <= now:
-                self._say(outputs, own, 0, now)
+        if self._own_at <= now:
+            self._say_again(outputs, now)
         if self._hand_on_look_at <= now:
             self._hand_on_look_at = now + 60.0
             self._hand_on(outputs, now)
+
+    def _say_again(self, outputs: list[Output], now: float) -> None:
+        """What is due of the own records, a few at a time: whoever holds much has much to say at once."""
+        room = MAX_PUTS_AT_ONCE - sum(isinstance(each, _Put) for each in self._operations)
+        if room > 0:
+            for own in [own for own in self._own.values() if own.due_at <= now][:room]:
+                self._say(outputs, own, 0, now)
+            self._own_at = min([own.due_at for own in self._own.values()], default=inf)
 
     def _hand_on(self, outputs: list[Output], now: float) -> None:
         self.store.drop_expired(now)
@@ -707,8 +746,7 @@ class Dht:
 
     def _next_wake(self, now: float) -> float:
         wake_at = min(self._refresh_at, self._hand_on_look_at if self._hand_on_at else inf)
-        for own in self._own.values():
-            wake_at = min(wake_at, own.due_at)
+        wake_at = min(wake_at, max(self._own_at, now + ROOM_S))
         for operation in self._operations:
             if not operation.is_found and (at := operation.lookup.wake_at) is not None:
                 wake_at = min(wake_at, at)

@@ -20,7 +20,7 @@ from enum import Enum, auto
 from typing import Final
 
 from shoal.dht.keyspace import Key, key_of_peer
-from shoal.dht.routing import Contact, K, bounded
+from shoal.dht.routing import Contact, K, usable
 from shoal.protocol.ids import PeerId
 
 PATHS: Final = 3
@@ -124,7 +124,8 @@ class Lookup:
         self._note(each, answered=True)
         near = sorted(contacts, key=lambda contact: key_of_peer(contact.peer) ^ self.target)
         for contact in near[:K]:
-            self._learn(each.path, contact, peer)
+            if (known := usable(contact)) is not None:
+                self._learn(each.path, known, peer)
         self._paths[each.path].sort(key=_distance)
 
     def failed(self, peer: PeerId) -> None:
@@ -176,9 +177,7 @@ class Lookup:
             return
         each = self._candidates.get(contact.peer)
         if each is None:
-            each = self._candidates[contact.peer] = _Candidate(
-                bounded(contact), key_of_peer(contact.peer) ^ self.target
-            )
+            each = self._candidates[contact.peer] = _Candidate(contact, key_of_peer(contact.peer) ^ self.target)
         is_open = each.state in (_State.NEW, _State.ASKED)
         if referrer is not None and is_open and len(each.referrers) < K:
             each.referrers.add(referrer)

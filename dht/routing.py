@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Final
 
 from shoal.dht.keyspace import BITS, Key, key_of_peer
@@ -30,18 +31,40 @@ MAX_FAILURES: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """A peer that takes part, and full multiaddrs of it."""
+    """A peer that takes part, and full multiaddrs to ask it at; none where it is asked by its connection alone."""
 
     peer: PeerId
     addresses: tuple[str, ...]
 
 
-def bounded(contact: Contact) -> Contact:
-    """The same with as many and as long addresses as are kept of a contact."""
-    short = tuple([each for each in contact.addresses if len(each) <= MAX_CONTACT_ADDRESS_CHARS])
-    if len(short) == len(contact.addresses) <= MAX_CONTACT_ADDRESSES:
-        return contact
-    return Contact(contact.peer, short[:MAX_CONTACT_ADDRESSES])
+def usable(contact: Contact) -> Contact | None:
+    """The same with those of its addresses that count, a few of them; None if there is none, so that nobody asks it."""
+    found = direct(contact.addresses, contact.peer)
+    if len(found) == len(contact.addresses):
+        return contact if found else None
+    return Contact(contact.peer, found) if found else None
+
+
+def direct(addresses: Iterable[str], peer: PeerId) -> tuple[str, ...]:
+    """The first few of those addresses that lead to a peer by TCP, with nobody in between and no name to look up."""
+    found = (each for each in addresses if len(each) <= MAX_CONTACT_ADDRESS_CHARS and _is_direct(each, peer))
+    return tuple(islice(found, MAX_CONTACT_ADDRESSES))
+
+
+@lru_cache(maxsize=8192)
+def _is_direct(address: str, peer: PeerId) -> bool:
+    match address.split("/"):
+        case ["", "ip4" | "ip6" as family, ip, "tcp", port, "p2p", name] if name == peer:
+            is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
+            return is_port and _is_ip(ip, int(family[2:]))
+    return False
+
+
+def _is_ip(text: str, version: int) -> bool:
+    try:
+        return "%" not in text and ipaddress.ip_address(text).version == version
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=4096)

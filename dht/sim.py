@@ -266,7 +266,7 @@ class DhtSim:
         self._schedule_end(new)
         for peer in self.network.rng.sample(list(self.nodes), min(4, len(self.nodes))):
             if peer != new.peer:
-                new.handle(Met(self.nodes[peer].contact))
+                new.handle(Met(peer))
 
     # --- messages ---
 

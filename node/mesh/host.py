@@ -314,40 +314,52 @@ class Host:
         """Dial a peer where others say that it is; whether it is connected."""
         return await self._dialer.reach(peer, self.sift(peer, addresses))
 
-    async def reach_for_dht(self, peer: PeerId, addresses: Sequence[str]) -> bool:
-        """Dial a peer of which the DHT needs an answer; whether it is connected. No relay is troubled for that."""
-        now = trio.current_time()
-        if self._not_there.get(peer, 0.0) > now:
+    async def reach_for_dht(self, peer: PeerId, addresses: Sequence[str]) -> bool | None:
+        """Dial a peer of which the DHT needs an answer; whether it is connected. No relay is troubled for that.
+
+        Nor is whoever could not be reached, or has gone, a short while ago: it comes by itself if it wants to. None
+        says nothing of the peer: this node ends, or has dialed too much.
+        """
+        if self._is_ending:
+            return None
+        if self._not_there.get(peer, 0.0) > trio.current_time():
             return False
-        direct = [address for address in self.sift(peer, addresses) if CIRCUIT not in address]
-        if direct and await self._dht_dialer.reach(peer, direct):
+        direct = [address for address in self._worth_dialing(peer, addresses) if CIRCUIT not in address]
+        within = self.sift(peer, direct)
+        if direct and not within:
+            return None
+        if within and await self._dht_dialer.reach(peer, within):
             return True
+        self._note_not_there(peer)
+        return False
+
+    def _note_not_there(self, peer: PeerId) -> None:
         self._not_there.pop(peer, None)
-        self._not_there[peer] = now + NOT_THERE_S
+        self._not_there[peer] = trio.current_time() + NOT_THERE_S
         while len(self._not_there) > MAX_NOT_THERE:
             del self._not_there[next(iter(self._not_there))]
-        return False
 
     def sift(self, peer: PeerId, addresses: Iterable[str]) -> list[str]:
         """Those addresses of a peer, as others gave them, that are worth dialing, and that it is not too soon for.
 
         Whatever is given back counts as dialed, see `shoal.node.budgets.Dials`.
         """
-        own = [state for each, state in self.connected.items() if each == peer or each in self.wanted or state.outbound]
-        seen_from = {ip_of(path.address) for state in own for path in state.paths}
-        seen_from.update(self._seen_from, map(ip_of, self.listened()))
         now = trio.current_time()
         direct: list[str] = []
         circuits: list[str] = []
-        for address in dict.fromkeys(addresses):
+        for address in self._worth_dialing(peer, addresses):
             group, most = (circuits, MAX_HEARD_CIRCUITS) if CIRCUIT in address else (direct, MAX_HEARD_ADDRESSES)
-            ip = ip_of(address)
-            if len(group) >= most or (ip and not may_be_heard_of(ip, seen_from, on_link)):
-                continue
             is_there = group is circuits and address.partition(CIRCUIT)[0].rpartition("/p2p/")[2] in self.connected
-            if is_there or self.budgets.dials.may(peer, address, now):
+            if len(group) < most and (is_there or self.budgets.dials.may(peer, address, now)):
                 group.append(address)
         return direct + circuits
+
+    def _worth_dialing(self, peer: PeerId, addresses: Iterable[str]) -> list[str]:
+        own = [state for each, state in self.connected.items() if each == peer or each in self.wanted or state.outbound]
+        seen_from = {ip_of(path.address) for state in own for path in state.paths}
+        seen_from.update(self._seen_from, map(ip_of, self.listened()))
+        ips = {address: ip_of(address) for address in addresses}
+        return [address for address, ip in ips.items() if not ip or may_be_heard_of(ip, seen_from, on_link)]
 
     async def dial(self, peer: PeerId, address: str) -> None:
         """Open one more connection to a peer, by this address.
@@ -483,11 +495,12 @@ class Host:
         match output:
             case PeerUp(peer):
                 self._note_where(peer)
+                self._not_there.pop(peer, None)
                 self._peers[peer] = self.domain.inside("peer", peer)
                 self.links.peer_up(peer)
                 self._pass_on(output)
                 self._begin_with(peer)
-                self.domain.call("telling the DHT of a peer", self.table.met, peer, self.connected[peer].address)
+                self.domain.call("telling the DHT of a peer", self.table.met, peer)
                 self._peer_came.set()
                 self._came_or_went.set()
                 self._tell_followers(peer)
@@ -495,6 +508,7 @@ class Host:
                 home = self._peers.pop(peer, None)
                 if home is not None:
                     home.cancel()
+                self._note_not_there(peer)
                 self.relay.peer_down(peer)
                 self.links.peer_down(peer)
                 self._pass_on(output)

@@ -118,7 +118,7 @@ class Libp2pHost:
         """Tell peers these full multiaddrs as this node's, and none that libp2p finds by itself."""
         announce_as_told(self.libp2p, addresses)
 
-    def dial_by(self, reach: Callable[[PeerId, Sequence[str]], Awaitable[bool]]) -> None:
+    def dial_by(self, reach: Callable[[PeerId, Sequence[str]], Awaitable[bool | None]]) -> None:
         """Have peers reached by this, instead of by libp2p, which dials whatever it has heard in the DHT.
 
         Args:

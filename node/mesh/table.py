@@ -36,7 +36,6 @@ from shoal.dht.core import (
 from shoal.dht.messages import FindAnswer, FindRequest, StoreAnswer, StoreRequest
 from shoal.dht.records import Kind, Model, Profile, Record
 from shoal.dht.registry import ModelName
-from shoal.dht.routing import Contact
 from shoal.node.signals import Signal
 from shoal.node.supervise import Domain, Policy
 from shoal.node.wire.contracts import DhtService
@@ -59,8 +58,8 @@ class Mesh(Protocol):
     def is_connected(self, peer: PeerId) -> bool:
         """Whether any connection stands."""
 
-    async def reach_for_dht(self, peer: PeerId, addresses: Sequence[str]) -> bool:
-        """Dial a peer that others named; whether it is connected."""
+    async def reach_for_dht(self, peer: PeerId, addresses: Sequence[str]) -> bool | None:
+        """Dial a peer that others named; whether it is connected, None if it was not tried."""
 
     def at(self, peer: PeerId) -> Caller:
         """What carries calls to a peer."""
@@ -86,7 +85,7 @@ class Table:
         self._last_op = 0
         self._done: dict[int, trio.MemorySendChannel[PutDone | GetDone]] = {}
         self._room = trio.CapacityLimiter(MAX_OPERATIONS)
-        self._is_behind_nat = False
+        self._is_reachable = False
 
     # --- what the node asks ---
 
@@ -155,13 +154,13 @@ class Table:
 
     # --- what the mesh says ---
 
-    def met(self, peer: PeerId, address: str) -> None:
+    def met(self, peer: PeerId) -> None:
         """A peer is connected."""
-        self._tell(Met(Contact(peer, (address,))))
+        self._tell(Met(peer))
 
-    def note_nat(self, *, is_behind: bool) -> None:
-        """Whether strangers cannot connect to this node, so that it is a client of the table."""
-        self._is_behind_nat = is_behind
+    def note_reach(self, *, is_reachable: bool) -> None:
+        """Whether others can connect to this node by themselves; until that is said, and else, it is a client."""
+        self._is_reachable = is_reachable
         self._move()
 
     async def run(self) -> None:
@@ -180,8 +179,7 @@ class Table:
                 self._tell(Tick())
 
     def _move(self) -> None:
-        addresses = self._mesh.addresses()
-        self._tell(Here(addresses, is_server=not self._is_behind_nat))
+        self._tell(Here(self._mesh.addresses(), is_server=self._is_reachable))
 
     def _now(self) -> float:
         return trio.current_time() + self._ahead_s
@@ -203,21 +201,22 @@ class Table:
                         self._retimed.set()
 
     async def _ask(self, ask: Ask) -> None:
+        peer = ask.contact.peer
         event: Answered | Failed = Failed(ask.query)
-        try:
-            with trio.move_on_after(ASK_S):
-                peer = ask.contact.peer
-                if self._mesh.is_connected(peer) or await self._mesh.reach_for_dht(peer, ask.contact.addresses):
-                    stub = client(DhtService, self._mesh.at(peer), timeout_s=ASK_S)
-                    answer: FindAnswer | StoreAnswer
-                    if isinstance(ask.request, FindRequest):
-                        answer = await stub.find(ask.request)
-                    else:
-                        answer = await stub.store(ask.request)
-                    event = Answered(ask.query, answer)
-        except (ShoalError, ValueError) as error:  # whatever others give for an address, or answer
-            log.debug("asking %s in the DHT failed: %s", ask.contact.peer, error)
+        with trio.move_on_after(ASK_S):
+            is_there = self._mesh.is_connected(peer) or await self._mesh.reach_for_dht(peer, ask.contact.addresses)
+            if is_there:
+                try:
+                    event = Answered(ask.query, await self._question(peer, ask.request))
+                except ShoalError as error:
+                    log.debug("asking %s in the DHT failed: %s", peer, error)
+            elif is_there is None:
+                event = Failed(ask.query, was_tried=False)
         self._tell(event)
+
+    async def _question(self, peer: PeerId, request: FindRequest | StoreRequest) -> FindAnswer | StoreAnswer:
+        stub = client(DhtService, self._mesh.at(peer), timeout_s=ASK_S)
+        return await (stub.find(request) if isinstance(request, FindRequest) else stub.store(request))
 
     # --- what others ask ---
 

@@ -275,6 +275,7 @@ class Reach:
         while True:
             await self._wait_for_news(10.0)
             await trio.sleep(SETTLE_S)
+            self._host.table.note_reach(is_reachable=self._is_open())
             now = self.me()
             if now == self._told:
                 continue
@@ -293,7 +294,6 @@ class Reach:
                 found += [tcp_address(each.ip, each.port) for each in report.public_addresses]
         full = [f"{address}/p2p/{self._host.peer_id}" for address in found]
         self._host.announce(full + self._held.circuits())
-        self._host.table.note_nat(is_behind=self.nat().reachability is Reachability.PRIVATE)
 
     # --- what this node is behind ---
 
@@ -345,6 +345,13 @@ class Reach:
         return report.reachability is Reachability.PUBLIC and any(
             each.ip in self._local_ips or each == self.probe.forwarded for each in report.public_addresses
         )
+
+    def _is_open(self) -> bool:
+        """Whether others connect to this node without help; where nobody relays, no NAT is to be expected in between."""
+        if self._is_public() or self._host.relay.is_open:
+            return True
+        is_unknown = self.nat().reachability is Reachability.UNKNOWN
+        return is_unknown and bool(self._introduced) and not self._host.relays
 
     def _needs_relays(self) -> bool:
         """Whether there is an IP by which this node cannot be dialed, since there are peers that have only that."""

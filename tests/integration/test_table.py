@@ -23,6 +23,7 @@ async def host(number: int) -> AsyncIterator[Host]:
     async with open_host(
         secret=bytes([number]) * 32, listen=["/ip4/127.0.0.1/tcp/0"], bootstrap=[], mdns=False, router=Router()
     ) as opened:
+        opened.table.note_reach(is_reachable=True)
         yield opened
 
 

@@ -251,8 +251,8 @@ class Lan:
             self.tell(node, Here(contact(number).addresses, is_server=True))
         peers = list(self.nodes)
         for number, peer in enumerate(peers[1:], start=1):
-            self.tell(self.nodes[peer], Met(contact(0)))
-            self.tell(self.nodes[peer], Met(contact(number // 2)))
+            self.tell(self.nodes[peer], Met(contact(0).peer))
+            self.tell(self.nodes[peer], Met(contact(number // 2).peer))
         for _ in range(4):
             self.now += 3
             for node in self.nodes.values():
@@ -300,7 +300,8 @@ def test_what_one_says_another_finds_and_the_count_of_who_keeps_it_is_true() -> 
     peers = list(lan.nodes)
     put = lan.do(peers[3], Publish(1, Kind.MODEL, "cart", seq=1, body=Model(cid(1), 9)))
     assert isinstance(put, PutDone)
-    kept = [peer for peer, node in lan.nodes.items() if node.store.get(put.record.key, lan.now) and peer != peers[3]]
+    key = key_of(Kind.MODEL, "cart", peers[3])
+    kept = [peer for peer, node in lan.nodes.items() if node.store.get(key, lan.now) and peer != peers[3]]
     assert 0 < put.num_kept <= len(kept) < 2 * K
     for peer in peers:
         assert lan.newest(peer, peers[3]).body.manifest == cid(1)
@@ -385,7 +386,7 @@ def test_a_client_is_not_asked_and_finds_all_the_same() -> None:
     lan = Lan(20)
     signer = Signer(bytes([9] * 32))
     node = lan.nodes[signer.peer_id] = Dht(signer, Random(9))
-    lan.tell(node, Here(("/ip4/10.0.0.1/tcp/1",), is_server=False), Met(contact(0)))
+    lan.tell(node, Here(("/ip4/10.0.0.1/tcp/1",), is_server=False), Met(contact(0).peer))
     lan.now += 1
     lan.tell(node, Tick())
     owner = list(lan.nodes)[2]
