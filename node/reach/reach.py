@@ -347,7 +347,7 @@ class Reach:
         )
 
     def _is_open(self) -> bool:
-        """Whether others connect to this node without help; where nobody relays, no NAT is to be expected in between."""
+        """Whether others can connect to this node without help; where nobody relays, no NAT is expected in between."""
         if self._is_public() or self._host.relay.is_open:
             return True
         is_unknown = self.nat().reachability is Reachability.UNKNOWN

@@ -9,7 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.dht.core import Answered, Ask, Dht, Failed, Get, GetDone, Here, Met, Output, Publish, PutDone, Tick, Wake
+from shoal.dht.core import (
+    MAX_PUTS_AT_ONCE,
+    Answered,
+    Ask,
+    Dht,
+    Failed,
+    Get,
+    GetDone,
+    Here,
+    Met,
+    Output,
+    Publish,
+    PutDone,
+    Tick,
+    Wake,
+)
 from shoal.dht.keyspace import Key, key_of_peer, key_to_bytes
 from shoal.dht.lookup import MAX_ASKED, PATHS, Lookup
 from shoal.dht.messages import FindAnswer, FindRequest, StoreRequest
@@ -27,7 +42,7 @@ from shoal.dht.records import (
     sign_record,
 )
 from shoal.dht.registry import ModelName, check_name, check_tags, history, next_version, resolve
-from shoal.dht.routing import MAX_OF_NETWORK, Contact, K, RoutingTable, network_of
+from shoal.dht.routing import MAX_OF_NETWORK, Contact, K, RoutingTable, network_of, usable
 from shoal.protocol.errors import NoPeersError, ProtocolError, SignatureError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.signing import Signed, Signer
@@ -436,6 +451,64 @@ def test_a_node_asks_itself_nothing() -> None:
     node = Dht(ME, Random(0))
     node.serve_find(ME.peer_id, FindRequest(key_to_bytes(Key(1)), addresses=("/ip4/127.0.0.1/tcp/1",)), NOW)
     assert len(node.table) == 0
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "nonsense",
+        "/ip4/127.0.0.1/tcp/1",
+        "/ip4/127.0.0.1/tcp/0/p2p/{peer}",
+        "/ip4/127.0.0.1/tcp/99999/p2p/{peer}",
+        "/ip4/127.0.0.1/tcp/\u0663/p2p/{peer}",
+        "/ip4/::1/tcp/1/p2p/{peer}",
+        "/ip6/::1%lo/tcp/1/p2p/{peer}",
+        "/ip4/not-an-ip/tcp/1/p2p/{peer}",
+        "/dns4/example.com/tcp/1/p2p/{peer}",
+        "/ip4/127.0.0.1/udp/1/quic-v1/p2p/{peer}",
+        "/ip4/127.0.0.1/tcp/1/p2p/{other}",
+        "/ip4/127.0.0.1/tcp/1/p2p/{other}/p2p-circuit/p2p/{peer}",
+        "/ip4/127.0.0.1/tcp/" + "9" * 5000 + "/p2p/{peer}",
+    ],
+)
+def test_only_addresses_that_lead_to_the_peer_itself_count(address: str) -> None:
+    bad = address.format(peer=OTHER.peer_id, other=ME.peer_id)
+    good = f"/ip4/192.0.2.1/tcp/4001/p2p/{OTHER.peer_id}"
+    assert usable(Contact(OTHER.peer_id, (bad,))) is None
+    assert usable(Contact(OTHER.peer_id, (bad, good))) == Contact(OTHER.peer_id, (good,))
+    node = Dht(ME, Random(0))
+    node.serve_find(OTHER.peer_id, FindRequest(key_to_bytes(Key(1)), addresses=(bad,)), NOW)
+    assert len(node.table) == 0
+    lookup = Lookup(Key(1), [contact(3)], ME.peer_id, 1.0)
+    lookup.next(0.0)
+    lookup.answered(contact(3).peer, [Contact(OTHER.peer_id, (bad,))])
+    assert lookup.next(0.0) == []
+
+
+def test_whom_this_node_had_no_leave_to_dial_keeps_its_place() -> None:
+    lan = Lan(2)
+    node, other = lan.nodes.values()
+    for was_tried, stays in ((False, True), (True, False)):
+        for _ in range(3):
+            for output in node.handle(Met(other.me), lan.now):
+                if isinstance(output, Ask):
+                    node.handle(Failed(output.query, was_tried), lan.now)
+        assert (node.table.get(other.me) is not None) is stays
+
+
+def test_who_is_at_no_address_is_told_at_once_that_nobody_keeps_what_it_says() -> None:
+    node = Dht(ME, Random(0))
+    assert PutDone(1, 0, 0) in node.handle(Publish(1, Kind.PROVIDER, str(cid(1))), NOW)
+
+
+def test_what_is_due_at_once_is_said_a_few_at_a_time() -> None:
+    lan = Lan(5)
+    node = next(iter(lan.nodes.values()))
+    for number in range(40):
+        lan.do(node.me, Publish(1, Kind.PROVIDER, str(cid(number))))
+    outputs = node.handle(Here((f"/ip4/10.0.0.1/tcp/1/p2p/{node.me}",), is_server=True), lan.now)
+    assert 0 < sum(isinstance(each, Ask) for each in outputs) <= MAX_PUTS_AT_ONCE * len(lan.nodes)
 
 
 # --- names ---
