@@ -39,6 +39,7 @@ _COMMANDS: Final = {
     "play": "policy",
     "export": "policy",
     "task": "task",
+    "new": "new",
     "algorithm": "algorithm",
     "demo": "demo",
     "sim": "sim",

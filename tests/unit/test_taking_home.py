@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,16 @@ def test_an_exported_policy_acts_the_same_in_another_runtime(
     # and the file alone is enough to act by, as docs/tasks.md shows it
     batch = np.concatenate(seen[:3])
     assert len(session.run(None, {"observation": batch})[0]) == 3
+
+
+def test_the_example_runs_what_was_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install onnxruntime runs what was exported")
+    pytest.importorskip("onnx", reason="the export extra brings it")
+    out = tmp_path / "policy.onnx"
+    said(capsys, "export", str(a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1")), "--to", str(out))
+    example = Path(__file__).resolve().parents[2] / "examples" / "exported.py"
+    ran = subprocess.run([sys.executable, str(example), str(out)], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("episode 0  return ")
 
 
 def made(task: str, env: dict[str, Any]) -> Any:

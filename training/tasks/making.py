@@ -1,7 +1,8 @@
 """Making Gymnasium environments: which may be made, and with which arguments.
 
 An environment id comes from a manifest, so from the network: only what is in Gymnasium's registry is made. Gymnasium
-itself would import any module for an id such as ``module:Name-v0``.
+itself would import any module for an id such as ``module:Name-v0``. A package puts its own there by an entry point
+in the group ``shoal.environments``, whose name is the id and whose value is a function that registers it.
 
 Arguments come from there too (`shoal.training.env_arguments`). They are those of the environment's constructor, and
 ``max_episode_steps``, which is Gymnasium's own. What would change how Shoal itself makes and wraps an environment is
@@ -13,6 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any, Final
 
 import gymnasium
@@ -26,6 +28,7 @@ from shoal.training.watch import Act, Slot
 
 log = logging.getLogger(__name__)
 
+GROUP: Final = "shoal.environments"
 HORIZON: Final = "max_episode_steps"
 _OURS: Final = ("id", "render_mode", "disable_env_checker", "apply_api_compatibility", "autoreset")
 
@@ -97,8 +100,24 @@ def find_spec(env_id: str) -> Any:
     if atari.is_atari(env_id):
         atari.register()
     if env_id not in gymnasium.registry:
+        register_installed(env_id)
+    if env_id not in gymnasium.registry:
         raise UsageError(f"no Gymnasium environment is called {env_id[:80]!r}; {suggest(env_id, gymnasium.registry)}")
     return gymnasium.registry[env_id]
+
+
+def register_installed(env_id: str) -> None:
+    """Have a package that offers an id put it into the registry; nothing happens, if none does.
+
+    Raises:
+        UsageError: if what the package needs is missing.
+    """
+    found = entry_points(group=GROUP, name=env_id)
+    for each in found:
+        try:
+            each.load()()
+        except ImportError as error:
+            raise UsageError(f"{env_id} cannot be made here: its package needs {error.name or error}") from error
 
 
 def settable(env_id: str) -> tuple[dict[str, Any], bool]:

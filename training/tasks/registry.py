@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 from contextlib import suppress
+from importlib.metadata import entry_points
 from typing import Any, Final
 
 import gymnasium
 
 from shoal.protocol.errors import UsageError
 from shoal.training.tasks import atari
-from shoal.training.tasks.making import settable
+from shoal.training.tasks.making import GROUP, register_installed, settable
+
+log = logging.getLogger(__name__)
 
 _MODULES: Final = {
     "gymnasium.envs.box2d": ("Box2D", "tasks"),
@@ -28,6 +32,11 @@ def listed() -> list[dict[str, Any]]:
     """The newest version of each environment, as fields of `shoal.training.tasks.catalogue.TaskEntry`."""
     with suppress(UsageError):  # without ALE there are no games of its to list
         atari.register()
+    for entry in entry_points(group=GROUP):
+        try:
+            register_installed(entry.name)
+        except Exception as error:  # another package's defect, of any type, which hides no other environment
+            log.warning("the environment %s cannot be registered: %s", entry.name, error)
     newest: dict[tuple[str | None, str], Any] = {}
     for spec in gymnasium.registry.values():
         key = spec.namespace, spec.name
