@@ -75,6 +75,8 @@ def console(*, stderr: bool = False) -> Console:
 def key_values(option: str, settings: Sequence[str], example: str) -> dict[str, Any]:
     """Read ``key=value`` settings; a value is JSON where it looks like it (a number, true, a list), else text.
 
+    Of one key the last counts.
+
     Args:
         option: that they were given by.
         settings: what was given.
@@ -88,8 +90,6 @@ def key_values(option: str, settings: Sequence[str], example: str) -> dict[str, 
         key, equals, text = setting.partition("=")
         if not (key and equals and text):
             raise UsageError(f"{option} {setting[:80]!r} should be key=value, for example {example}")
-        if key in read:
-            raise UsageError(f"{option} sets {key[:80]} twice; leave one of them out")
         try:
             read[key] = json.loads(text)
         except ValueError:
