@@ -69,7 +69,6 @@ def test_one_tells_its_spaces_its_limits_and_what_it_can_be_made_with(capsys: py
         (["show", "gym:CartPole-v9"], "did you mean CartPole-v1"),
         (["show", "gym:CartPole-v1", "--env-set", "gravity=9"], "takes no argument 'gravity'; it takes max_episode"),
         (["show", "gym:CartPole-v1", "--env-set", "gravity"], "should be key=value, for example gravity=-9.8"),
-        (["show", "gym:CartPole-v1", "--env-set", "a=1", "--env-set", "a=2"], "sets a twice"),
         (["show", "gym:CartPole-v1", "--env-set", "render_mode=human"], "of its own; leave it out"),
         (["show", "recipe:hammer", "--env-set", "a=1"], "recipe tasks take no arguments"),
     ],
