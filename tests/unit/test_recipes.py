@@ -315,6 +315,15 @@ def learned(objective: Any, model: TokenModel, played: list[Take]) -> Any:
     return end.value.value
 
 
+def descended(objective: GRPO, model: TokenModel, batch: Any) -> dict[str, float]:
+    """Three steps down its loss; what was measured at the last."""
+    measures: dict[str, float] = {}
+    for _ in range(3):
+        loss, measures = objective.loss(model, batch)
+        model.flat[:] -= 0.05 * model.gradient_of(loss)
+    return measures
+
+
 def likelihood(model: TokenModel, played: list[Take]) -> list[float]:
     """Of each take's acts."""
     return model.log_probs(model.encode(played)).sum(dim=1).tolist()
@@ -327,9 +336,7 @@ def test_grpo_makes_what_was_better_likelier(settings: GRPOSettings) -> None:
     played, objective = takes([1, 0], [1, 1], ["12", "21"]), GRPO(settings)
     before = likelihood(model, played)
     batch = learned(objective, model, played)
-    for _ in range(3):
-        loss, measures = objective.loss(model, batch)
-        model.flat[:] -= 0.05 * model.gradient_of(loss)
+    measures = descended(objective, model, batch)
     after = likelihood(model, played)
     assert after[0] > before[0]
     assert after[1] < before[1]
@@ -351,9 +358,7 @@ def test_plays_of_earlier_policies_count_by_the_expectation_over_their_group() -
     batch = learned(objective, model, played)
     q = np.exp(np.array(now) / length - 0.1)
     np.testing.assert_allclose(batch.begun, np.exp(np.array(now) / length) * q.sum() / (q**2).sum(), rtol=1e-5)
-    for _ in range(3):
-        loss, measures = objective.loss(model, batch)
-        model.flat[:] -= 0.05 * model.gradient_of(loss)
+    measures = descended(objective, model, batch)
     after = likelihood(model, played)
     assert after[0] > now[0]
     assert after[1] < now[1]
