@@ -37,6 +37,7 @@ from lab.machines import Machine
 from lab.net import Lab
 from lab.netns import LabError
 from lab.nodes import PORT, SHOAL, LabNode, listen_addresses
+from lab.report import write_json
 from lab.stage import wait_until
 from shoal.node.api.schemas import MemberInfo, SwarmDetail
 
@@ -200,8 +201,7 @@ def main() -> int:
         return 2
     print(json.dumps(found))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="ascii")
+        write_json(found, options.json)
     return 0
 
 

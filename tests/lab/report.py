@@ -115,5 +115,10 @@ def _cell(result: Result | None) -> str:
 
 def write(results: Sequence[Result], path: Path) -> None:
     """Write the list for programs."""
+    write_json([result.record() for result in results], path)
+
+
+def write_json(found: object, path: Path) -> None:
+    """Write what was found, in a folder that need not be there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([result.record() for result in results], indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

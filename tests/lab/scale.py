@@ -39,6 +39,7 @@ from lab import machines, netns
 from lab.net import Lab
 from lab.netns import LabError
 from lab.nodes import PORT, LabNode, listen_addresses
+from lab.report import write_json
 from lab.stage import wait_until
 from shoal.protocol.errors import ShoalError
 
@@ -203,8 +204,7 @@ def main() -> None:
                 for row in more:
                     console.print(json.dumps(asdict(row)), highlight=False, soft_wrap=True)
                 if options.json is not None:
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                    write_json([asdict(row) for row in rows], options.json)
     console.print(table(rows))
 
 

@@ -12,7 +12,6 @@ The nodes are ordinary ones, started with the ordinary commands. Exit status: 0 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from rich.table import Table
 from lab import asking, features, healing, netns
 from lab.net import Lab
 from lab.netns import LabError
+from lab.report import write_json
 from lab.stage import Measure, Stage
 from shoal.protocol.errors import ShoalError
 
@@ -131,8 +131,7 @@ def main() -> int:
             sys.stderr.write(f"the NAT lab does not stand: {error}\n")
             return 2
     _show(measures, console)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps([asdict(each) for each in measures], indent=2) + "\n", encoding="utf-8")
+    write_json([asdict(each) for each in measures], options.json)
     console.print(f"written: {options.json}", highlight=False)
     return 0 if measures and all(each.ok for each in measures) else 1
 

@@ -35,6 +35,7 @@ from lab import machines, netns
 from lab.company import Company
 from lab.ground import Ground
 from lab.netns import LabError
+from lab.report import write_json
 
 LIMIT_S: Final = 240.0
 WARM_VERSIONS: Final = 2
@@ -188,8 +189,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="ascii")
+        write_json(found, options.json)
     return 0
 
 
