@@ -25,7 +25,6 @@ from shoal.node.api.schemas import (
     SwarmDetail,
     SwarmSummary,
 )
-from shoal.training.env_arguments import in_words as env_in_words
 
 if TYPE_CHECKING:  # the command that shows them has loaded NumPy; the others have not
     from shoal.training.algorithms.catalogue import Details, Entry
@@ -282,7 +281,9 @@ def swarm(detail: SwarmDetail) -> RenderableType:
     num_live = sum(member.live for member in detail.members)
     facts.add_row("members", f"{num_live} live of {len(detail.members)}", "elapsed", duration(detail.elapsed_s))
     if detail.env_arguments:
-        facts.add_row("made with", escape(env_in_words(detail.env_arguments)))
+        from shoal.training.env_arguments import in_words  # Seldom shown, and the training room's first file costs.
+
+        facts.add_row("made with", escape(in_words(detail.env_arguments)))
     parts: list[RenderableType] = [facts]
     if detail.loop_socket is not None and detail.phase == "starting":
         parts.append(Text("no training loop is attached at this node; docs/averager.md says how yours is", style="dim"))
