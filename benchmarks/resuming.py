@@ -8,7 +8,8 @@ Three cases of real nodes on this machine that learn CartPole-v1 with V-trace, a
 
 The seconds count from the kill (*all*: from when it is started anew), until the node answers, its worker holds the
 policy that was kept, the first new version is made, and a shard of the actor is learned from. Beside them: processor
-seconds that the node and its worker took until then, which other work on the machine changes less.
+seconds that the node and its worker took until then, which other work on the machine changes less; and *versions lost*:
+that the learner had shown before the kill and the run makes anew.
 
     python benchmarks/resuming.py [--later 20] [--times 3]
 """
@@ -45,6 +46,8 @@ from shoal.training.manifest import Role
 swarms.first_role = lambda machine, mode: Role.ACTOR
 """
 PARTS: Final = ("answers", "holds", "new version", "actor used")
+LEARNING: Final = ("collecting", "updating", "exchanging", "evaluating")
+BESIDE: Final = ("processor", "versions lost")
 
 
 def wait(node: Node, swarm: str, marks: Mapping[str, Callable[[SwarmDetail], bool]], since: float) -> dict[str, float]:
@@ -92,46 +95,46 @@ def run_case(case: str, later_s: float) -> dict[str, float]:
             killed.append(started.up("other"))
             killed[-1].run("join", ticket, "-d", "--role", "learner")
         wait(learner, swarm, {"used": lambda shown: used(shown, actor) > 3}, time.monotonic())
-        with actor.client() as client:
-            wait(actor, swarm, {"holds": lambda shown: shown.epoch > 5}, time.monotonic())
-            before = client.swarm(swarm)
+        wait(actor, swarm, {"holds": lambda shown: shown.epoch > 5}, time.monotonic())
         spent_s = actor.daemon_s()
+        with learner.client() as client:
+            before = client.swarm(swarm)
         since = time.monotonic()
         for node in killed:
             kill_tree(node.pid)
+        held: list[int] = []
+
+        def holds(shown: SwarmDetail) -> bool:
+            if shown.role == "learner" and shown.phase in LEARNING and shown.epoch:
+                held[:] = held or [shown.epoch]
+            return bool(held)
+
+        def is_newer(shown: SwarmDetail) -> bool:
+            return holds(shown) and shown.epoch > held[0]
+
+        def beside(processor_s: float) -> dict[str, float]:
+            return {"processor": round(processor_s, 2), "versions lost": max(0, before.epoch - held[0])}
+
         if case == "instead":
-            return wait(
-                actor,
-                swarm,
-                {
-                    "answers": lambda shown: shown.role == "learner",
-                    "holds": lambda shown: shown.role == "learner" and shown.phase == "collecting",
-                    "new version": lambda shown: shown.role == "learner" and shown.epoch > before.epoch,
-                },
-                since,
-            ) | {"processor": round(actor.daemon_s() - spent_s + actor.workers_s(), 2)}
+            marks = {"answers": lambda shown: shown.role == "learner", "holds": holds, "new version": is_newer}
+            found = wait(actor, swarm, marks, since)
+            return found | beside(actor.daemon_s() - spent_s + actor.workers_s())
         if case == "all":
             time.sleep(later_s)
             since = time.monotonic()
         again = started.up("learner")
-        held: list[int] = []
-
-        def is_newer(shown: SwarmDetail) -> bool:
-            held[:] = held or ([shown.epoch] if shown.epoch else [])
-            return bool(held) and shown.epoch > held[0]
-
         found = wait(
             again,
             swarm,
             {
                 "answers": lambda _: True,
-                "holds": lambda shown: shown.epoch > 0,
+                "holds": holds,
                 "new version": is_newer,
                 "actor used": lambda shown: used(shown, actor) > 0,
             },
             since,
         )
-        return found | {"processor": round(again.daemon_s() + again.workers_s(), 2)}
+        return found | beside(again.daemon_s() + again.workers_s())
 
 
 def acting(started: Nodes) -> Node:
@@ -154,9 +157,9 @@ def main() -> None:
         rows = [run_case(case, options.later) for _ in range(options.times)]
         loads.append(os.getloadavg()[0])
         cells = [
-            statistics.median(row[name] for row in rows) if name in rows[0] else None for name in (*PARTS, "processor")
+            statistics.median(row[name] for row in rows) if name in rows[0] else None for name in (*PARTS, *BESIDE)
         ]
-        worst = max(max(each for name, each in row.items() if name != "processor") for row in rows)
+        worst = max(max(each for name, each in row.items() if name not in BESIDE) for row in rows)
         words = " | ".join("" if cell is None else f"{cell:.1f}" for cell in cells)
         lines.append(f"| {case} | {words} | {worst:.1f} |")
         print(lines[-1], flush=True)
@@ -166,7 +169,7 @@ def main() -> None:
         f"Python {platform.python_version()}; medians of {options.times}, seconds. Load of the machine while it was "
         f"measured: {min(loads):.1f} to {max(loads):.1f}.\n\n"
         "| case | answers (*instead*: has taken the role) | holds the policy | new version | actor used | processor "
-        "seconds | longest in all |\n|---|---|---|---|---|---|---|\n"
+        "seconds | versions lost | longest in all |\n|---|---|---|---|---|---|---|---|\n"
     )
     kept = RESULT.read_text(encoding="utf-8").partition(NOTES)[2] if RESULT.exists() else "\n"
     RESULT.write_text(head + "\n".join(lines) + f"\n\n{NOTES}{kept}", encoding="utf-8")

@@ -11,6 +11,12 @@ WRITE_GAP_S: Final = 10.0
 """Between two writes of the policy into the document; what is newer, members tell each other."""
 KEEP_GAP_S: Final = 1.0
 """Between two writes of the policy to disk."""
+SPARED_PART: Final = 0.1
+"""Of the time, that writing policies to disk takes."""
+SPARED_S: Final = 5.0
+"""Longer than this, a write of less than two seconds puts off no other: it may have waited for a processor itself."""
+MOST_PART: Final = 0.25
+"""Of the time, that longer ones take."""
 
 
 class Saving:
@@ -41,3 +47,23 @@ class Saving:
             outputs.append(Keep(policy))
         self._written, self._written_at = policy, now
         outputs.append(Write(policy, self._progress.own_env_steps, self._progress.rounds))
+
+
+class Sparing:
+    """When the next policy may be written to disk, by how long the one before took.
+
+    Attributes:
+        next_at: not sooner.
+    """
+
+    __slots__ = ("next_at",)
+
+    def __init__(self) -> None:
+        """At once."""
+        self.next_at = -float("inf")
+
+    def wrote(self, began: float, now: float) -> None:
+        """One was written, from then to now."""
+        took_s = now - began
+        rest_s = took_s * (1 / SPARED_PART - 1)
+        self.next_at = now + min(rest_s, max(SPARED_S, took_s * (1 / MOST_PART - 1)))

@@ -1,7 +1,8 @@
 """What a node writes of a run: to its disk, to start from it again, and into its document, for the others.
 
 What the core says is to be written waits here until the task that writes comes to it. Of the policy the newest stands
-for those before, so a slow disk is never far behind; writing it may take no more than a part of the time.
+for those before, so a slow disk is never far behind; writing it takes no more than a part of the time (`Sparing`), and
+what that puts off is written later, and on the way out at once.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from shoal.training import run_events as events
 from shoal.training.manifest import Manifest
 from shoal.training.run import Run
 from shoal.training.run_events import Policy
+from shoal.training.saving import Sparing
 from shoal.training.statements import Phase
 from shoal.training.stored_run import StoredRun
 
 log = logging.getLogger(__name__)
 
-KEEP_PART: Final = 0.1
-"""Of the time, that writing policies to disk may take."""
 MAX_LIARS: Final = 256
 MAX_LIES: Final = 16
 """That this node shows of others, the first of each."""
@@ -90,38 +90,69 @@ class Records:
         self._content = content
         self._storage = storage
         self._on_error = on_error
-        self._waiting: deque[events.Keep | events.Write | events.WriteEvaluation | events.WriteLie] = deque()
+        self._waiting: deque[events.Write | events.WriteEvaluation | events.WriteLie] = deque()
+        self._newest: Policy | None = None  # to be kept on disk
         self._arrived = trio.Event()
-        self._keep_at = -float("inf")
+        self._sparing = Sparing()
 
     def add(self, output: events.Keep | events.Write | events.WriteEvaluation | events.WriteLie) -> None:
         """Write this soon."""
-        if isinstance(output, events.Keep | events.Write):  # the newest stands for those before
-            for older in [each for each in self._waiting if type(each) is type(output)]:
-                self._waiting.remove(older)
-        self._waiting.append(output)
+        if isinstance(output, events.Keep):
+            self._newest = output.policy
+        else:
+            if isinstance(output, events.Write):  # the newest stands for those before
+                for older in [each for each in self._waiting if isinstance(each, events.Write)]:
+                    self._waiting.remove(older)
+            self._waiting.append(output)
         self._arrived.set()
 
     async def write(self) -> None:
         """What waits, for ever."""
         while True:
-            await self._arrived.wait()
+            with trio.move_on_at(self._keep_at):
+                await self._arrived.wait()
             self._arrived = trio.Event()
-            while self._waiting:
-                await self._write(self._waiting.popleft())
+            await self._write_waiting()
+            if trio.current_time() >= self._keep_at:
+                await self._keep_newest()
 
     async def write_last(self) -> None:
-        """On the way out: the newest policy, so that no work is lost by a stop."""
+        """On the way out: the newest policy, however long that takes, and what still waits; so no work is lost."""
         policy = self._core.policy
         if policy is not None and policy.epoch > 0:
-            await self._write(events.Keep(policy))
+            self._newest = policy
+        await self._keep_newest()
+        await self._write_waiting()
 
-    async def _write(self, output: events.Keep | events.Write | events.WriteEvaluation | events.WriteLie) -> None:
+    @property
+    def _keep_at(self) -> float:
+        if self._newest is None:
+            return float("inf")
+        return -float("inf") if self._core.progress.phase is Phase.DONE else self._sparing.next_at
+
+    async def _write_waiting(self) -> None:
+        while self._waiting:
+            first = self._waiting[0]  # it stays until it is written, should this be cancelled
+            await self._write(first)
+            if self._waiting and self._waiting[0] is first:
+                self._waiting.popleft()
+
+    async def _keep_newest(self) -> None:
+        policy = self._newest
+        if policy is None:
+            return
+        began = trio.current_time()
+        try:
+            await self._keep(policy)
+        except ShoalError as error:
+            self._fail("a policy", error)
+        if self._newest is policy:
+            self._newest = None
+        self._sparing.wrote(began, trio.current_time())
+
+    async def _write(self, output: events.Write | events.WriteEvaluation | events.WriteLie) -> None:
         try:
             match output:
-                case events.Keep(policy):
-                    if trio.current_time() >= self._keep_at or self._core.progress.phase is Phase.DONE:
-                        await self._keep(policy)
                 case events.Write(policy, env_steps, rounds):
                     register = {
                         "epoch": policy.epoch,
@@ -154,12 +185,14 @@ class Records:
                             lies=known | {owner: {"epoch": epoch, "said": base64.b64encode(said).decode()}}
                         )
         except ShoalError as error:
-            self._on_error(str(error))
-            log.warning("swarm %s: %s could not be written: %s", self._swarm, type(output).__name__, error)
+            self._fail(type(output).__name__, error)
+
+    def _fail(self, what: str, error: ShoalError) -> None:
+        self._on_error(str(error))
+        log.warning("swarm %s: %s could not be written: %s", self._swarm, what, error)
 
     async def _keep(self, policy: Policy) -> None:
         """To disk, first the state and then that it is the one to start from."""
-        began = trio.current_time()
         try:
             await self._content.keep(self._swarm, self._needs.on_disk(policy.cid))
         except UnavailableError as error:
@@ -171,8 +204,6 @@ class Records:
         kept = StoredRun(policy.result, progress.own_env_steps, progress.rounds, liars, shunned)
         await trio.to_thread.run_sync(self._storage.put_fact, _fact_name(self._swarm), encode(kept))
         self._needs.write(policy.cid)
-        now = trio.current_time()
-        self._keep_at = now + (now - began) / KEEP_PART
 
 
 def _fact_name(swarm: SwarmId) -> str:

@@ -556,6 +556,8 @@ class Runner:
                     if not started:
                         started = True
                         task_status.started()
+                    took_s = trio.current_time() - began
+                    log.info("swarm %s: the worker of this %s began after %.1f s", self.swarm, self.role, took_s)
                     self.post(opened)
                     await self._do_jobs(worker)
             except (RemoteError, ShoalError) as error:
