@@ -3,7 +3,8 @@
 One input, ``observation`` ``[N, *shape]``: what the environment shows, laid out as docs/tasks.md says, of the dtype
 float32 or uint8, *not* normalised: the file normalises. One output, ``action`` ``[N, …]``: the likeliest action, as the
 environment takes it, so numbers begin where its space begins, and boxes are scaled to their bounds and clipped. In
-float64 and in this order, as Shoal does it, so that actions are the same bits where the network's outputs are.
+float64 and in this order, as Shoal does it, so that actions are the same bits where the network's outputs are. For a
+Dict or Tuple of actions there is an output for each of its parts: ``action/KEY``, ``action/KEY/0``.
 
 The graph is written by hand from what the models compute (`shoal.training.models`), by operators of opset 17 alone.
 Needs the extra ``export``.
@@ -55,12 +56,13 @@ def export_onnx(trained: Trained, path: Path) -> None:
         seen = graph.add("Clip", centred, graph.constant(np.float32(-CLIP)), graph.constant(np.float32(CLIP)))
     elif box.dtype == "uint8":
         seen = graph.add("Mul", graph.cast(seen, np.float32), graph.constant(np.float32(1 / 255)))
-    action = _to_env(graph, _actions(graph, trained, seen), trained.task)
-    graph.node("Identity", [action], ["action"])
+    actions = _to_env(graph, _actions(graph, trained, seen), trained.task)
+    for name, value in actions.items():
+        graph.node("Identity", [value], [name])
     helper, kinds = onnx.helper, onnx.TensorProto
     kind = kinds.UINT8 if box.dtype == "uint8" else kinds.FLOAT
     inputs = [helper.make_tensor_value_info("observation", kind, ["N", *box.shape])]
-    outputs = [onnx.ValueInfoProto(name="action")]
+    outputs = [onnx.ValueInfoProto(name=name) for name in actions]
     made = helper.make_graph(graph.nodes, "policy", inputs, outputs, graph.constants)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     model.producer_name, model.producer_version = "shoal", __version__
@@ -99,6 +101,10 @@ class _Graph:
     def cast(self, value: str, dtype: npt.DTypeLike) -> str:
         return self.add("Cast", value, to=self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
+    def columns(self, value: str, start: int, stop: int) -> str:
+        """``[N, stop - start]`` of ``[N, …]``."""
+        return self.add("Slice", value, *(self.constant(np.array([each])) for each in (start, stop, 1)))
+
     def linear(self, value: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any]) -> str:
         """``[N, out]`` of ``[N, in]``, by weights ``[in, out]``."""
         return self.add("Add", self.add("MatMul", value, self.constant(weight)), self.constant(bias))
@@ -121,8 +127,7 @@ def _actions(graph: _Graph, trained: Trained, seen: str) -> str:
         case SoftActorCritics():
             outputs = _dense(graph, seen, parameters, "actor", size)
             width = _width(space)
-            means = graph.add("Slice", outputs, *map(graph.constant, (np.array([0]), np.array([width]), np.array([1]))))
-            return graph.add("Tanh", means)
+            return graph.add("Tanh", graph.columns(outputs, 0, width))
     if type(model).__name__ == "ImagePolicy":
         features = _image(graph, seen, model)
         outputs = graph.linear(features, parameters["actor/weight"].T, parameters["actor/bias"])
@@ -193,24 +198,28 @@ def _likeliest(graph: _Graph, outputs: str, space: ActionSpace) -> str:
             return graph.add("ArgMax", outputs, axis=1, keepdims=0)
         case MultiDiscrete(counts):
             ends = list(itertools.accumulate(counts))
-            parts = [
-                graph.add(
-                    "Slice", outputs, *map(graph.constant, (np.array([end - count]), np.array([end]), np.array([1])))
-                )
-                for count, end in zip(counts, ends, strict=True)
-            ]
+            parts = [graph.columns(outputs, end - count, end) for count, end in zip(counts, ends, strict=True)]
             return graph.add("Concat", *(graph.add("ArgMax", part, axis=1, keepdims=1) for part in parts), axis=1)
         case Continuous():
             return outputs
 
 
-def _to_env(graph: _Graph, actions: str, task: Task) -> str:
-    """See `ToEnv`; actions of tasks that are not Gymnasium's stay what the policy gives."""
-    if not isinstance(task, GymTask):
-        return actions
-    to_env: ToEnv = task.to_env
+def _to_env(graph: _Graph, actions: str, task: Task) -> dict[str, str]:
+    """See `ToEnv`: values by outputs' names. Actions of tasks that are not Gymnasium's stay what the policy gives."""
+    return _of_space(graph, actions, task.to_env, "action") if isinstance(task, GymTask) else {"action": actions}
+
+
+def _of_space(graph: _Graph, actions: str, to_env: ToEnv, name: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, place, inner in to_env.parts:
+        part = graph.columns(actions, place.start, place.stop)
+        if inner.start is not None:
+            part = graph.add("Squeeze", part, graph.constant(np.array([1])))
+        found |= _of_space(graph, part, inner, f"{name}/{key}")
+    if to_env.parts:
+        return found
     if to_env.start is not None:
-        return graph.add("Add", actions, graph.constant(np.int64(to_env.start)))
+        return {name: graph.add("Add", actions, graph.constant(np.int64(to_env.start)))}
     if to_env.first is not None:
         actions = graph.add("Add", actions, graph.constant(to_env.first))
     else:
@@ -220,4 +229,4 @@ def _to_env(graph: _Graph, actions: str, task: Task) -> str:
         actions = graph.add("Max", scaled, graph.constant(to_env.low))
         actions = graph.add("Min", actions, graph.constant(to_env.high))
     actions = graph.cast(actions, to_env.dtype)
-    return graph.add("Reshape", actions, graph.constant(np.array([-1, *to_env.shape], np.int64)))
+    return {name: graph.add("Reshape", actions, graph.constant(np.array([-1, *to_env.shape], np.int64)))}

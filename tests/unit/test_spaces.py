@@ -184,12 +184,74 @@ def test_actions_of_every_kind_reach_the_environment_as_its_own(space: Any, know
     assert space.contains(found if isinstance(space, spaces.Discrete) else np.asarray(found))
 
 
+TWO = spaces.Discrete(2)
+ARM = spaces.Box(0, 4, (2,), np.float32)
+
+
 @pytest.mark.parametrize(
-    "space", [spaces.Dict(a=spaces.Discrete(2)), spaces.Tuple([spaces.Discrete(2)]), spaces.Text(3)]
+    ("space", "known", "given", "taken"),
+    [
+        (spaces.Tuple([TWO, spaces.Discrete(3, start=5)]), MultiDiscrete((2, 3)), [1, 2], (1, 7)),
+        (
+            spaces.Dict(way=TWO, keys=spaces.MultiBinary((1, 2)), more=spaces.Tuple([spaces.MultiDiscrete([4, 5])])),
+            MultiDiscrete((2, 2, 2, 4, 5)),
+            [1, 1, 0, 3, 4],
+            {"keys": [[1, 0]], "more": ([3, 4],), "way": 1},
+        ),
+        (
+            spaces.Dict(arm=ARM, hand=spaces.Dict(grip=spaces.Box(-1, 1, (1, 1), np.float64), turn=ARM)),
+            Continuous(5),
+            [-1, 0.5, 0.25, 1, 9],
+            {"arm": [0, 3], "hand": {"grip": [[0.25]], "turn": [4, 4]}},
+        ),
+        (spaces.Dict(only=TWO), MultiDiscrete((2,)), [1], {"only": 1}),
+    ],
 )
-def test_actions_that_no_policy_has_are_refused(space: Any) -> None:
-    with pytest.raises(UsageError, match="one at a time, so choose another task"):
+def test_several_actions_at_once_are_one_and_reach_the_environment_apart(
+    space: Any, known: Any, given: Any, taken: Any
+) -> None:
+    """As its own space has them, for each of two environments, and alone."""
+    assert action_space("a task", space) == known
+    acts = np.array([given, given], np.float32 if isinstance(known, Continuous) else np.int64)
+    for found in [*ToEnv(space)(acts), ToEnv(space).one(acts[0])]:
+        assert space.contains(found)
+        assert plain(found) == taken
+
+
+def plain(action: Any) -> Any:
+    """Arrays as lists."""
+    match action:
+        case dict():
+            return {key: plain(each) for key, each in action.items()}
+        case tuple():
+            return tuple(plain(each) for each in action)
+        case _:
+            return np.asarray(action).tolist()
+
+
+def test_an_environment_that_takes_several_actions_is_stepped() -> None:
+    env = Showing(spaces.Discrete(2), spaces.Dict(arm=ARM, leg=spaces.Box(-1, 1, (1,), np.float32)))
+    vector = GymVectorEnv([env])
+    vector.reset([0])
+    vector.step(np.array([[0, 1, -1]], np.float32))
+    assert [plain(each) for each in env.taken] == [{"arm": [2, 4], "leg": [-1]}]
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        (spaces.Text(3), "and Dict and Tuple of them can be learned"),
+        (spaces.Dict(a=TWO, b=spaces.Text(3)), "a task acts in Text.* and Dict and Tuple of them can be learned"),
+        (spaces.Dict(a=TWO, b=ARM), "by choices and by numbers at once, and a policy gives the one or the other"),
+        (spaces.Tuple([spaces.Dict(a=TWO), ARM]), "by choices and by numbers at once"),
+        (spaces.Dict(), "1 to 65536 numbers can be learned"),
+        (spaces.Tuple([spaces.Discrete(40_000)] * 2), "1 to 65536 numbers can be learned"),
+    ],
+)
+def test_actions_that_no_policy_has_are_refused(space: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
         action_space("a task", space)
+    assert len(str(caught.value)) < 400
 
 
 # --- environments that exist ---

@@ -47,10 +47,20 @@ class Images(gymnasium.Env[Any, Any]):
         return self.np_random.integers(0, 256, self.observation_space.shape, np.uint8)
 
 
+class Several(Images):
+    """Shows the same, and takes several actions at once."""
+
+    def __init__(self, are_numbers: bool) -> None:
+        super().__init__(rows=6)
+        box, spaces = gymnasium.spaces.Box(0, 4, (2, 1), np.float64), gymnasium.spaces
+        leaves = (box, box) if are_numbers else (spaces.Discrete(3, start=4), spaces.MultiBinary(2))
+        self.action_space = spaces.Dict(arm=leaves[0], others=spaces.Tuple([leaves[1]]))
+
+
 @pytest.fixture(autouse=True)
 def _with_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = gymnasium.envs.registration.EnvSpec("Images-v0", entry_point=Images)
-    monkeypatch.setitem(gymnasium.registry, "Images-v0", entry)
+    for name, kind in (("Images-v0", Images), ("Several-v0", Several)):
+        monkeypatch.setitem(gymnasium.registry, name, gymnasium.envs.registration.EnvSpec(name, entry_point=kind))
 
 
 def a_policy(path: Path, task_name: str, algorithm: str = "ppo", *, env: Any = None, **settings: Any) -> Path:
@@ -120,6 +130,24 @@ def test_an_exported_policy_acts_the_same_in_another_runtime(
     # and the file alone is enough to act by, as docs/tasks.md shows it
     batch = np.concatenate(seen[:3])
     assert len(session.run(None, {"observation": batch})[0]) == 3
+
+
+@pytest.mark.parametrize("are_numbers", [True, False])
+def test_of_several_actions_at_once_each_is_an_output(are_numbers: bool, tmp_path: Path, capsys: Any) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime runs what was exported")
+    pytest.importorskip("onnx", reason="the export extra brings it")
+    env = {"are_numbers": are_numbers}
+    path, out = a_policy(tmp_path / "x.safetensors", "gym:Several-v0", env=env, network="mlp"), tmp_path / "x.onnx"
+    said(capsys, "export", str(path), "--to", str(out))
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_outputs()]
+    assert names == ["action/arm", "action/others/0"]
+    seen, _, there = episodes(read_trained(path))
+    for shown, theirs in zip(seen, there, strict=True):
+        arm, other = session.run(names, {"observation": shown})
+        np.testing.assert_allclose(arm[0], theirs["arm"], atol=1e-5)
+        np.testing.assert_allclose(other[0], theirs["others"][0], atol=1e-5)
+        assert made("gym:Several-v0", env).action_space.contains({"arm": arm[0], "others": (other[0],)})
 
 
 def test_the_example_runs_what_was_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

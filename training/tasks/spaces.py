@@ -16,13 +16,15 @@ Dict, Tuple                          what is in them, one after the other in the
 Text, Sequence, Graph and OneOf are of no fixed size, and refused. Bytes of four axes and more are a row of bytes.
 
 Actions: Discrete; Box of any shape, of which -1 to 1 spans the bounds; MultiDiscrete and MultiBinary as independent
-choices. Others are refused: a Dict or Tuple of actions would be several policies at once.
+choices. A Dict or Tuple of choices alone is all of them at once, one after the other in the space's own order, and one
+of boxes alone is one box; however deep. Choices beside boxes are refused: a policy gives the one or the other.
 
 What an environment shows is other people's: every part of it is read as `shoal.training.tasks.answers` reads a Box.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
@@ -89,14 +91,46 @@ def action_space(name: str, space: Any) -> ActionSpace:
         case gymnasium.spaces.MultiBinary():
             number = 2 * math.prod(space.shape)
             found = MultiDiscrete((2,) * math.prod(space.shape))
+        case gymnasium.spaces.Dict() | gymnasium.spaces.Tuple():
+            found, number = _joined(name, space)
         case _:
             raise UsageError(
-                f"{name} acts in {_named(space)}; Discrete, Box, MultiDiscrete and MultiBinary actions can be learned, "
-                "one at a time, so choose another task"
+                f"{name} acts in {_named(space)}; Discrete, Box, MultiDiscrete, MultiBinary, and Dict and Tuple of "
+                "them can be learned, so choose another task"
             )
     if not 1 <= number <= MAX_CHOICES:
         raise UsageError(f"{name} acts in {_named(space)}; 1 to {MAX_CHOICES} numbers can be learned")
     return found
+
+
+def _joined(name: str, space: Any) -> tuple[ActionSpace, int]:
+    """What a Dict or Tuple of actions is in one, and how many numbers that is; raises as `action_space`."""
+    parts = [action_space(name, part) for _, part in _parts(space)]
+    sizes = [part.size for part in parts if isinstance(part, Continuous)]
+    if not sizes:
+        counts = tuple(itertools.chain.from_iterable(_counts(part) for part in parts))
+        return MultiDiscrete(counts), sum(counts)
+    if len(sizes) == len(parts):
+        return Continuous(sum(sizes)), sum(sizes)
+    raise UsageError(
+        f"{name} acts in {_named(space)}: by choices and by numbers at once, and a policy gives the one or the other, "
+        "so choose another task"
+    )
+
+
+def _counts(space: ActionSpace) -> tuple[int, ...]:
+    match space:
+        case Discrete(count):
+            return (count,)
+        case MultiDiscrete(counts):
+            return counts
+        case Continuous():
+            return ()
+
+
+def _parts(space: Any) -> list[tuple[Any, Any]]:
+    """Of a Dict or Tuple: keys and what is under them, in its order."""
+    return list(space.spaces.items() if isinstance(space, gymnasium.spaces.Dict) else enumerate(space.spaces))
 
 
 class ToEnv:
@@ -104,17 +138,31 @@ class ToEnv:
 
     def __init__(self, space: Any) -> None:
         """Read a space that `action_space` knows."""
+        self.parts: list[tuple[Any, slice, ToEnv]] = []
+        """Of a Dict or Tuple: under which key, which columns of an action, and how they become what is there."""
+        self.size = 1
+        """Columns of an action."""
+        self._is_dict = isinstance(space, gymnasium.spaces.Dict)
         self.start: int | None = None
         """The first number of a Discrete space."""
-        self.shape: tuple[int, ...] = space.shape
+        self.shape: tuple[int, ...] = space.shape or ()
         self.dtype = space.dtype
         self.first: npt.NDArray[np.int64] | None = None
+        if isinstance(space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple):
+            self.size = 0
+            for key, part in _parts(space):
+                inner = ToEnv(part)
+                self.parts.append((key, slice(self.size, self.size + inner.size), inner))
+                self.size += inner.size
+            return
         if isinstance(space, gymnasium.spaces.Discrete):
             self.start = int(space.start)
-        elif isinstance(space, gymnasium.spaces.MultiDiscrete):
+            return
+        self.size = math.prod(space.shape)
+        if isinstance(space, gymnasium.spaces.MultiDiscrete):
             self.first = np.asarray(space.start, np.int64).ravel()
         elif isinstance(space, gymnasium.spaces.MultiBinary):
-            self.first = np.zeros(math.prod(space.shape), np.int64)
+            self.first = np.zeros(self.size, np.int64)
         else:
             low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
             bounded = np.isfinite(low) & np.isfinite(high)
@@ -127,6 +175,14 @@ class ToEnv:
         if self.start is not None:
             numbers: list[Any] = (actions + self.start).tolist()
             return numbers
+        if self.parts:
+            columns = [
+                inner(actions[:, place.start] if inner.start is not None else actions[:, place])
+                for _, place, inner in self.parts
+            ]
+            keys = [key for key, _, _ in self.parts]
+            rows = zip(*columns, strict=True)
+            return [dict(zip(keys, row, strict=True)) for row in rows] if self._is_dict else list(rows)
         if self.first is not None:
             return list((actions + self.first).astype(self.dtype).reshape(-1, *self.shape))
         scaled = np.clip(self.middle + self.half_range * actions, self.low, self.high)
