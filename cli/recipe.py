@@ -35,7 +35,7 @@ NOT_FOR_EVER: Final = 2**50
 @recipe_app.command("ls")
 def ls(as_json: AsJson = False) -> None:
     """Those that are installed."""
-    from shoal.training.recipes.installed import load_recipe, recipe_names  # torch comes with them
+    from shoal.training.recipes.installed import load_recipe, recipe_names  # NumPy comes with them
 
     found = [load_recipe(name) for name in recipe_names()]
     if as_json:

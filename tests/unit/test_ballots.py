@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 from shoal.protocol.errors import ProtocolError
 from shoal.training.exchange.averager import Contribution, validate
+from shoal.training.recipes.crowd import HASH_BITS, CrowdGRPO, CrowdSettings, packed, unpacked
 from shoal.training.recipes.local import peers
-from shoal.training.recipes.rlccf import HASH_BITS, CrowdGRPO, CrowdSettings, packed, unpacked
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
 HASHES = st.integers(0, 2**HASH_BITS - 1)

@@ -159,7 +159,7 @@ class Poster(Clone):
 
 def test_what_is_posted_is_read_by_all_newest_first() -> None:
     """By an objective between its exchanges, and by sources from the news."""
-    recipe = replace(overridden(RLCCF, TINY), objectives=(Poster,), topics=("seen",))
+    recipe = replace(overridden(RLCCF, TINY), objectives=lambda: (Poster,), topics=("seen",))
     own = replace(recipe.policies["own"], objective="poster", settings={})
     company = Company(replace(recipe, policies={"own": own}), peers(2))
     Poster.heard.clear()

@@ -17,7 +17,8 @@ from shoal.protocol.ids import Cid, PeerId
 from shoal.training.algorithms.base import Joint
 from shoal.training.effects import Scores
 from shoal.training.recipes import cpmobius
-from shoal.training.recipes.cpmobius import EXERCISE, MAX_TASKS, RECIPE, CoachObjective, Tasks, coached, gain, reports
+from shoal.training.recipes.coaching import CoachObjective, CoachSettings, gain, reports
+from shoal.training.recipes.cpmobius import EXERCISE, MAX_TASKS, RECIPE, Tasks, coached
 from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.local import Company, manifest_of, peers, play_locally
 from shoal.training.recipes.overriding import overridden
@@ -284,7 +285,7 @@ def test_what_a_lying_player_says_of_tasks_is_no_rate_or_one_among_others() -> N
 )
 def test_a_memory_that_no_coach_has_is_refused(memory: dict[str, Any]) -> None:
     """And the coach has the one that it had."""
-    objective = CoachObjective(cpmobius.CoachSettings())
+    objective = CoachObjective(CoachSettings())
     with pytest.raises(ProtocolError, match="begins anew"):
         objective.remember(memory)
     assert objective.memory() == {"waiting": [], "past": []}

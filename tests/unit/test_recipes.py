@@ -15,12 +15,13 @@ from shoal.training.algorithms.clone import Clone, CloneSettings
 from shoal.training.algorithms.grpo import GRPO, GroupCorrection, GRPOSettings, group_advantages
 from shoal.training.manifest import Mode
 from shoal.training.models.tokens import TokenModel
+from shoal.training.recipes.crowd import HASH_BITS, NOBODY, crowd, hash_of
 from shoal.training.recipes.installed import RecipeTask, load_recipe, recipe_names
 from shoal.training.recipes.learner import PRIVATE, RecipeLearner
 from shoal.training.recipes.local import Company, manifest_of, peers, play_locally
 from shoal.training.recipes.overriding import overridden
 from shoal.training.recipes.recipe import Policy, Recipe, Report
-from shoal.training.recipes.rlccf import HASH_BITS, NOBODY, RECIPE, crowd, hash_of, judge
+from shoal.training.recipes.rlccf import RECIPE, judge
 from shoal.training.state import digest
 from shoal.training.tasks.cast import Learned
 from shoal.training.tasks.failures import Failures

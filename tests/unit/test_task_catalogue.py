@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import gymnasium
@@ -39,6 +41,14 @@ def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["name"] for row in told(capsys, "ls", "cartpole")} == {"gym:CartPole-v1"}
     assert main.run(["task", "ls", "no such thing"]) == 0
     assert "shows all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["task", "ls"], ["algorithm", "ls"], ["recipe", "ls"], ["recipe", "show", "rlccf"]])
+def test_listing_loads_no_torch(words: list[str]) -> None:
+    """It takes seconds; in a process of its own, where nothing else has loaded it."""
+    program = "import sys; from shoal.cli import main; print(main.run(sys.argv[1:]), 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program, *words, "--json"], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "0 False"
 
 
 def test_what_is_missing_is_told_before_anybody_starts(monkeypatch: pytest.MonkeyPatch) -> None:

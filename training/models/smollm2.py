@@ -17,8 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from shoal.protocol.errors import UsageError
 from shoal.training.models.folders import library, model_path
 
@@ -53,6 +51,8 @@ def unpack(name: str = NAME) -> Path:
     folder = model_path(name)
     if folder.exists():
         return folder
+    import torch  # not above: whoever lists recipes reads this module's names
+
     path = packed()
     library("gguf")
     transformers = library("transformers")

@@ -6,17 +6,19 @@ A recipe is found through the ``shoal.recipes`` entry points. The manifest's hyp
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shoal.protocol.errors import UsageError
 from shoal.protocol.ids import PeerId
 from shoal.training.manifest import RECIPE_SCHEME, Evaluators, Manifest
 from shoal.training.plugins import load_plugin
-from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.overriding import overridden
 from shoal.training.recipes.recipe import Recipe
 from shoal.training.tasks import ActionSpace, Box, Discrete, Task, VectorEnv
 from shoal.training.tasks.failures import Failures
+
+if TYPE_CHECKING:
+    from shoal.training.recipes.learner import RecipeLearner
 
 GROUP: Final = "shoal.recipes"
 _ENGINE_VERSION: Final = 2
@@ -100,5 +102,7 @@ class RecipeAlgorithm:
         """
         if not isinstance(task, RecipeTask):
             raise UsageError(f"{task.name} is no recipe; learn it by another algorithm, such as ppo")
+        from shoal.training.recipes.learner import RecipeLearner  # torch, which whoever lists recipes need not load
+
         recipe = overridden(task.recipe, manifest.hyperparameters)
         return RecipeLearner(recipe, manifest, task.failures, peer=peer, life=life, part=part)

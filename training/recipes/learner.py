@@ -598,7 +598,7 @@ def _trainee(recipe: Recipe, name: str, policy: Policy, manifest: Manifest, own_
     seed = own_seed if policy.is_varied else manifest.seed
     return Trainee(
         _model(recipe, seed, name),
-        objective_of(policy.objective, policy.settings, recipe.objectives),
+        objective_of(policy.objective, policy.settings, recipe.objectives()),
         mode=manifest.mode,
         codec=manifest.codec,
         seed=seed_of(own_seed, "order", name),

@@ -16,17 +16,18 @@ with ours; the rest is said at the top of `shoal.training.algorithms.softq`. Wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shoal.training.algorithms.softq import SoftQ
-from shoal.training.algorithms.takes import Trainee
 from shoal.training.recipes.recipe import Part, Policy, Probe, Recipe, Report, Verdict
 from shoal.training.tasks.cast import ByRole, Everyone, Learned, Scripted
 from shoal.training.tasks.games.handover import ACTS, Carrier, Handover
 from shoal.training.tasks.playing import Played
 from shoal.training.tasks.source import FreshSeeds, SharedPrompts
+
+if TYPE_CHECKING:
+    from shoal.training.algorithms.takes import Trainee
 
 BAR: Final = 2.0
 """How many times as much as by cloning has to be delivered."""
@@ -41,6 +42,8 @@ _AGENT: Final = Policy(
 
 def correlation(plays: Sequence[Played], trainees: Mapping[str, Trainee]) -> float:
     """Of the rewards that critics imply with the game's, over all turns of the policies; 0 where nothing is implied."""
+    from shoal.training.algorithms.softq import SoftQ  # torch; see `Recipe`
+
     implied, earned = [], []
     models: dict[str, Any] = {name: trainee.model for name, trainee in trainees.items()}
     for name, trainee in trainees.items():

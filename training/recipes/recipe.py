@@ -239,7 +239,8 @@ class Recipe:
         verdict: of this run, of the baseline, and of each further one.
         baseline: what the baseline overrides, by paths as `shoal.training.recipes.overriding` says.
         further: what other baselines override, each after the first; of as many epochs.
-        objectives: classes of its own, which its policies name by their ``name``.
+        objectives: gives classes of its own, which its policies name by their ``name``. It imports them only then, so
+            that torch, which most need, is not loaded by who lists recipes.
         epochs: of a run.
         baseline_epochs: of the run that it is held against, if that needs others: one that learns nothing is probed
             and done. No more than the run's.
@@ -263,7 +264,7 @@ class Recipe:
     verdict: Callable[..., Verdict]
     baseline: Mapping[str, Any] = field(default_factory=dict)
     further: tuple[Mapping[str, Any], ...] = ()
-    objectives: tuple[type[Any], ...] = ()
+    objectives: Callable[[], tuple[type[Any], ...]] = tuple
     parts: Mapping[str, Part] = field(default_factory=lambda: {"peer": Part()})
     scripts: Mapping[str, Callable[[Any], Actor]] = field(default_factory=dict)
     topics: tuple[str, ...] = ()

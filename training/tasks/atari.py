@@ -17,6 +17,7 @@ Needs the extra ``atari``.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -43,11 +44,12 @@ def register() -> None:
     Raises:
         UsageError: if ALE is not installed.
     """
-    try:
-        import ale_py
-        import cv2  # noqa: F401  frames are resized by it
-    except ImportError as error:
-        raise UsageError(f"Atari games need ALE: pip install 'shoal[atari]' ({error})") from error
+    # Frames are resized by cv2, which takes a fifth of a second to load: who lists games only wants to know of it.
+    missing = [name for name in ("ale_py", "cv2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"Atari games need ALE: pip install 'shoal[atari]' ({missing[0]} is missing)")
+    import ale_py
+
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     gymnasium.register_envs(ale_py)
 
