@@ -30,11 +30,10 @@ from shoal.training.manifest import Mode
 from shoal.training.recipes.installed import load_recipe
 from shoal.training.recipes.local import Company
 from shoal.training.recipes.recipe import Probe, Recipe, Warm
-from shoal.training.recipes.rlccf import demonstrate
 from shoal.training.recipes.sharing import Sharing
 from shoal.training.rollouts.evidence import Finding, Verdict
 from shoal.training.rollouts.replaying import again
-from shoal.training.tasks.games.text import SortDigits, TextTask
+from shoal.training.tasks.games.text import SortDigits, TextTask, sorted_digits
 from shoal.training.tasks.source import OwnPrompts, SharedPrompts
 
 NODES = 4
@@ -51,7 +50,7 @@ def a_recipe(until: float, prompts: int) -> Recipe:
         sorting.policies["solver"],
         sizes={"width": 64, "layers": 2, "context": 2 * DIGITS + 4},
         settings={"learning_rate": 3e-4},
-        warm=Warm(demonstrate, until=until, settings={"learning_rate": 1e-3}),
+        warm=Warm(sorted_digits, until=until, settings={"learning_rate": 1e-3}),
         owner="own",
         is_varied=True,
     )

@@ -16,9 +16,10 @@ from shoal.protocol.errors import ProtocolError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.training.algorithms.base import Joint
 from shoal.training.effects import Scores
-from shoal.training.recipes import cpmobius
+from shoal.training.recipes import exercises
 from shoal.training.recipes.coaching import CoachObjective, CoachSettings, gain, reports
-from shoal.training.recipes.cpmobius import EXERCISE, MAX_TASKS, RECIPE, Tasks, coached
+from shoal.training.recipes.cpmobius import RECIPE
+from shoal.training.recipes.exercises import EXERCISE, MAX_TASKS, Tasks, coached
 from shoal.training.recipes.learner import RecipeLearner
 from shoal.training.recipes.local import Company, manifest_of, peers, play_locally
 from shoal.training.recipes.overriding import overridden
@@ -79,7 +80,7 @@ def posted(meta: Mapping[str, Any], author: PeerId = NAMES[0], epoch: int = 1) -
 
 def test_a_coach_writes_players_play_it_and_it_is_paid_two_updates_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it wrote in an epoch waits until what came of it is signed; and players play what it wrote."""
-    monkeypatch.setattr(cpmobius, "read_tasks", lambda meta: tuple(enumerate(["s21", "c12"])))
+    monkeypatch.setattr(exercises, "read_tasks", lambda meta: tuple(enumerate(["s21", "c12"])))
     company = Company(tiny(), peers(3))
     assert [each.part for each in company.learners.values()] == ["player", "coach", "player"]
     coach = coach_of(company)
@@ -89,7 +90,7 @@ def test_a_coach_writes_players_play_it_and_it_is_paid_two_updates_later(monkeyp
         seen.append(waiting(coach))
     assert seen == [[], [1], [1, 2], [2, 3], [3, 4], [4, 5]]
     player = company.learners[peers(3)[0]]
-    solved = [each for topic, each in company.board._posted if topic == cpmobius.SOLVED]
+    solved = [each for topic, each in company.board._posted if topic == exercises.SOLVED]
     assert {each.author for each in solved} == set(peers(3)) - {peers(3)[1]}
     assert set(player._news.evaluations["accuracy"]) == {1, 2, 3, 4, 5}
 
@@ -98,7 +99,7 @@ def test_a_coach_that_is_killed_is_paid_for_what_it_wrote_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By another process, that has what it remembered from its file."""
-    monkeypatch.setattr(cpmobius, "read_tasks", lambda meta: tuple(enumerate(["s21", "c12"])))
+    monkeypatch.setattr(exercises, "read_tasks", lambda meta: tuple(enumerate(["s21", "c12"])))
     company = Company(tiny(), peers(3))
     coach = coach_of(company)
     coach.settle_in(tmp_path)
@@ -237,7 +238,7 @@ def test_a_gain_is_of_two_scores_that_are_known_and_no_larger_than_can_be() -> N
 )
 def test_what_a_lying_coach_writes_is_passed_over(meta: dict[str, Any]) -> None:
     """And the players play what chance gives."""
-    news = News(2, posts={cpmobius.TASKS: (posted(meta),)})
+    news = News(2, posts={exercises.TASKS: (posted(meta),)})
     assert coached(news) == ()
     drawn = Tasks(4, 2, share=1.0).draw(news, np.random.default_rng(0))
     assert drawn is not None
@@ -251,7 +252,7 @@ def test_a_coach_has_no_more_than_its_part_of_the_tasks_however_much_it_posts() 
     future = posted({"tasks": ["a99"]}, NAMES[2], 2**40)
     honest = posted({"tasks": ["s21", "r12"]}, NAMES[1], 4)
     source, rng = Tasks(400, 1, share=0.75), np.random.default_rng(0)
-    posts = {cpmobius.TASKS: (future, *flood, honest)}
+    posts = {exercises.TASKS: (future, *flood, honest)}
     drawn = [source.draw(News(5, posts=posts, drawn=number), rng) for number in range(400)]
     of = [each.params.get("post") for each in drawn if isinstance(each, Scenario)]
     assert 100 < of.count(str(flood[0].cid)) < 200

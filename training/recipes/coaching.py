@@ -16,7 +16,7 @@ from shoal.training.algorithms.grpo import GRPO, GRPOBatch, GRPOSettings
 from shoal.training.algorithms.settings import setting
 from shoal.training.effects import Effect, Post
 from shoal.training.models.text import TextModel
-from shoal.training.recipes.cpmobius import EXERCISE, KINDS, MAX_AGE, MAX_TASKS, SOLVED, TASKS, Coaching
+from shoal.training.recipes.exercises import EXERCISE, KINDS, MAX_AGE, MAX_TASKS, SOLVED, TASKS, Coaching
 from shoal.training.tasks.base import Floats
 from shoal.training.tasks.cast import Learned
 from shoal.training.tasks.play import Take

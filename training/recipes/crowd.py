@@ -18,7 +18,7 @@ from shoal.training.algorithms.grpo import GRPO, GRPOBatch, GRPOSettings
 from shoal.training.algorithms.settings import setting
 from shoal.training.exchange.averager import Arrays
 from shoal.training.models.text import TextModel
-from shoal.training.recipes.rlccf import PLAYS, PROMPTS, demonstrate
+from shoal.training.tasks.games.text import sorted_digits
 from shoal.training.tasks.play import Take
 from shoal.training.tasks.source import News, Plain, SharedPrompts
 
@@ -35,8 +35,8 @@ Ballots = npt.NDArray[np.int64]
 class CrowdSettings(GRPOSettings):
     """What can be set of it."""
 
-    prompts: int = setting(PROMPTS, "scenarios of an epoch, as the source draws them", 1, 4096)
-    plays: int = setting(PLAYS, "of each", 2, 1024)
+    prompts: int = setting(48, "scenarios of an epoch, as the source draws them", 1, 4096)
+    plays: int = setting(8, "of each", 2, 1024)
 
 
 class CrowdGRPO(GRPO):
@@ -89,7 +89,7 @@ class CrowdGRPO(GRPO):
             places.append((prompt, play) if is_asked and prompt is not None else None)
             if is_asked and prompt is not None:
                 own[prompt, play] = hash_of(take.acts[-1])
-                truth[prompt] = hash_of(demonstrate(take))
+                truth[prompt] = hash_of(sorted_digits(take))
         ballots: Arrays = {"each/answers": packed(own)}
         merged = yield Exchange(ballots if takes else {}, float(len(takes)), ballots)
         if not merged or not takes:

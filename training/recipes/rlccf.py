@@ -18,8 +18,7 @@ from typing import Any, Final
 
 from shoal.training.recipes.recipe import Policy, Probe, Recipe, Report, Verdict, Warm
 from shoal.training.tasks.cast import Everyone
-from shoal.training.tasks.games.text import TextTask, sort_digits
-from shoal.training.tasks.play import Take
+from shoal.training.tasks.games.text import TextTask, sort_digits, sorted_digits
 from shoal.training.tasks.source import SharedPrompts
 
 PROMPTS: Final = 48
@@ -32,11 +31,6 @@ def objectives() -> tuple[type[Any], ...]:
     from shoal.training.recipes.crowd import CrowdGRPO, OwnVote  # torch; see `Recipe`
 
     return CrowdGRPO, OwnVote
-
-
-def demonstrate(take: Take) -> str:
-    """The digits in order."""
-    return "".join(sorted(take.sights[-1]))
 
 
 def judge(run: Report, baseline: Report) -> Verdict:
@@ -72,10 +66,10 @@ RECIPE: Final = Recipe(
             model="tokens",
             sizes={"width": 128, "layers": 3, "context": 24},
             objective="crowd-grpo",
-            settings={"learning_rate": 5e-5},
+            settings={"learning_rate": 5e-5, "prompts": PROMPTS, "plays": PLAYS},
             owner="own",
             is_varied=True,
-            warm=Warm(demonstrate, until=0.45, settings={"learning_rate": 1e-3}),
+            warm=Warm(sorted_digits, until=0.45, settings={"learning_rate": 1e-3}),
         )
     },
     probes=(Probe("accuracy", SharedPrompts(HELD_OUT, seed=1, is_fixed=True)),),

@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 from shoal.training.recipes.recipe import Policy, Probe, Recipe, Report, Verdict, Warm
-from shoal.training.recipes.rlccf import demonstrate
 from shoal.training.tasks.cast import Everyone
-from shoal.training.tasks.games.text import TextTask, sort_digits
+from shoal.training.tasks.games.text import TextTask, sort_digits, sorted_digits
 from shoal.training.tasks.source import OwnPrompts, SharedPrompts
 
 PROMPTS: Final = 32
@@ -41,7 +40,7 @@ RECIPE: Final = Recipe(
             sizes={"width": 128, "layers": 3, "context": 24},
             objective="grpo",
             settings={"learning_rate": 2e-4},
-            warm=Warm(demonstrate, until=0.2, settings={"learning_rate": 1e-3}),
+            warm=Warm(sorted_digits, until=0.2, settings={"learning_rate": 1e-3}),
         )
     },
     probes=(

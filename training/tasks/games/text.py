@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 
-from shoal.training.tasks.play import Ask, BadScenarioError, End, Play, Role, Text
+from shoal.training.tasks.play import Ask, BadScenarioError, End, Play, Role, Take, Text
 from shoal.training.tasks.source import Scenario
 
 Entry: TypeAlias = Mapping[str, Any]
@@ -120,6 +120,11 @@ sort_digits: Final = SortDigits()
 sums: Final = Sums()
 multi_step_sums: Final = Sums(terms=4)
 products: Final = Products()
+
+
+def sorted_digits(take: Take) -> str:
+    """The right answer to `sort_digits`, as one that is taught is shown it."""
+    return "".join(sorted(take.sights[-1]))
 
 
 class TextTask:
