@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -30,7 +30,8 @@ from shoal.node.signals import Signal
 from shoal.node.store.database import Storage, StoredSwarm
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, Policy, open_plain_nursery, reason_of
-from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.introducing import fetch_manifest
 from shoal.node.swarm.journal import load_docs
 from shoal.node.swarm.lookup import LookedUp, look_up
 from shoal.node.swarm.members import by_peer
@@ -70,6 +71,8 @@ AUTO: Final = "auto"
 """In place of a role: whatever suits this node."""
 LOOKUPS: Final = 3
 LOOKUP_PAUSE_S: Final = 1.0
+DIAL_ALL_S: Final = 5.0
+"""In which who answers is asked beside the first."""
 
 
 @dataclass(slots=True)
@@ -220,7 +223,7 @@ class Swarms:
         held = await trio.to_thread.run_sync(self._storage.list_swarms)
         stored = next((entry for entry in held if entry.swarm == ticket.swarm), None)
         peers = await self._reach(ticket, must=stored is None)
-        data = stored.manifest if stored is not None else await self._fetch_manifest(ticket.swarm, peers)
+        data = stored.manifest if stored is not None else await self._fetch_manifest(ticket, peers)
         manifest = open_manifest(ticket.swarm, data)
         role, is_chosen = _role(role_name, manifest.task, manifest.mode)
         if known is not None:
@@ -416,15 +419,11 @@ class Swarms:
 
     async def _reach(self, ticket: Ticket, *, must: bool) -> list[PeerId]:
         """Connect to members: those that the ticket names, or else those that the DHT knows."""
-        by_peer: dict[str, list[str]] = {}
-        for address in ticket.addresses:
-            by_peer.setdefault(address.rpartition("/p2p/")[2], []).append(address)
-        reached = await self._connect_any(list(by_peer.values()))
+        reached = await self._connect(_by_member(ticket))
         for _ in range(LOOKUPS):
             if reached or not self._host.connected:
                 break
-            found = await self._host.find_providers(ticket.swarm)
-            reached = await self._connect_any([list(each) for each in found], heard=True)
+            reached = await self._connect(await self._known(ticket.swarm), heard=True)
             if not reached:
                 await trio.sleep(LOOKUP_PAUSE_S)
         if not reached and must:
@@ -434,8 +433,14 @@ class Swarms:
             )
         return reached
 
-    async def _connect_any(self, groups: list[list[str]], *, heard: bool = False) -> list[PeerId]:
-        """Dial all, as `Host.connect` does; returns those that answered by the time the first did."""
+    async def _known(self, swarm: SwarmId) -> list[list[str]]:
+        """The addresses of each member that the DHT knows."""
+        return [list(each) for each in await self._host.find_providers(swarm)]
+
+    async def _connect(
+        self, groups: list[list[str]], *, heard: bool = False, for_s: float | None = None
+    ) -> list[PeerId]:
+        """Dial all, as `Host.connect` does; returns those that answered by the time the first did, or in so long."""
         reached: list[PeerId] = []
         async with open_plain_nursery() as nursery:
 
@@ -447,17 +452,30 @@ class Swarms:
                     return
                 if peer != self._signer.peer_id:
                     reached.append(peer)
-                    nursery.cancel_scope.cancel()
+                    if for_s is None:
+                        nursery.cancel_scope.cancel()
 
+            if for_s is not None:
+                nursery.cancel_scope.deadline = trio.current_time() + for_s
             for addresses in groups:
                 nursery.start_soon(dial, addresses)
         return reached
 
-    async def _fetch_manifest(self, swarm: SwarmId, peers: list[PeerId]) -> bytes:
-        try:
-            return bytes(await self._content.get(swarm, peers, patience_s=10, max_bytes=BLOCK_BYTES, is_plain=True))
-        except UnavailableError as error:
-            raise NoPeersError(f"the members that answer do not give the manifest of {swarm}: {error}") from error
+    async def _fetch_manifest(self, ticket: Ticket, peers: list[PeerId]) -> bytes:
+        async def find_others() -> list[PeerId]:
+            named = await self._connect(_by_member(ticket), for_s=DIAL_ALL_S)
+            known: list[list[str]] = []
+            with trio.move_on_after(DIAL_ALL_S):
+                known = await self._known(ticket.swarm)
+            return named + await self._connect(known, heard=True, for_s=DIAL_ALL_S)
+
+        async def get(members: Sequence[PeerId], patience_s: float) -> bytes:
+            found = self._content.get(
+                ticket.swarm, members, patience_s=patience_s, max_bytes=BLOCK_BYTES, is_plain=True
+            )
+            return bytes(await found)
+
+        return await fetch_manifest(ticket.swarm, peers, find_others, get)
 
     # Services.
 
@@ -520,6 +538,14 @@ class _SwarmCalls(SwarmService):
         consulting, call = self._swarms.running(request.swarm).run.consulting, current_call()
         acts = await consulting.answer(call.peer, request.policy, bytes(request.takes), call.deadline)
         return ConsultAnswer(acts)
+
+
+def _by_member(ticket: Ticket) -> list[list[str]]:
+    """The addresses that a ticket names, of each member apart."""
+    by_peer: dict[str, list[str]] = {}
+    for address in ticket.addresses:
+        by_peer.setdefault(address.rpartition("/p2p/")[2], []).append(address)
+    return list(by_peer.values())
 
 
 def _named(name: str) -> Role | None:

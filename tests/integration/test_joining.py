@@ -1,4 +1,7 @@
-"""Joining a run takes no longer than being let in: what a worker loads, and what it finds wrong then, comes after."""
+"""Joining a run: whom it depends on, and that it takes no longer than being let in.
+
+What a worker loads, and what it finds wrong then, comes after.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ from shoal.node.daemon import Node, run_node
 from shoal.node.reach.settings import ReachConfig
 from shoal.node.swarm.lookup import LookedUp
 from shoal.node.swarm.swarms import Swarms
+from shoal.protocol.errors import NoPeersError
 from shoal.protocol.ids import SwarmId
+from shoal.training.ticket import Ticket
 
 pytestmark = pytest.mark.trio
 
 GENEROUS_S = 60.0
+STORED = CreateSwarm(task="gym:CartPole-v1", algorithm="ppo", role="storage")
 
 
 @asynccontextmanager
@@ -28,25 +34,34 @@ async def joined(
 ) -> AsyncIterator[tuple[Node, SwarmId]]:
     """A node that has just joined a run as a learner; whoever created that only stores."""
 
+    async with nodes(tmp_path, monkeypatch, requires, "one", "two") as started:
+        created = await started[0].create_swarm(STORED)
+        await started[1].join_swarm(JoinSwarm(ticket=created.ticket, role="learner"))
+        yield started[1], created.swarm
+
+
+@asynccontextmanager
+async def nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requires: dict[str, int], *names: str
+) -> AsyncIterator[list[Node]]:
+    """Nodes that know of nobody, for which any task is installed."""
+
     async def checked(*_: object) -> LookedUp:
         return LookedUp(475.0, requires, {})
 
     monkeypatch.setattr(Swarms, "_check_task", checked)
-    nodes: list[Node] = []
+    started: list[Node] = []
     with trio.fail_after(GENEROUS_S):
         async with trio.open_nursery() as nursery:
-            for name in ("one", "two"):
+            for number, name in enumerate(names):
                 reach = ReachConfig(port_mapping=False)
                 listen = ("/ip4/127.0.0.1/tcp/0",)
                 config = NodeConfig(home=tmp_path, profile=name, listen=listen, mdns=False, reach=reach)
                 config.paths.create()
-                nursery.start_soon(run_node, config, nodes.append)
-            await until(lambda: len(nodes) == 2)
-            request = CreateSwarm(task="gym:CartPole-v1", algorithm="ppo", role="storage")
-            created = await nodes[0].create_swarm(request)
-            await nodes[1].join_swarm(JoinSwarm(ticket=created.ticket, role="learner"))
-            yield nodes[1], created.swarm
-            for node in nodes:
+                nursery.start_soon(run_node, config, started.append)
+                await until(lambda wanted=number: len(started) > wanted)
+            yield started
+            for node in started:
                 node.stop()
             nursery.cancel_scope.cancel()
 
@@ -77,3 +92,23 @@ async def test_a_run_that_its_worker_cannot_take_part_in_has_failed_and_says_wha
         assert node.swarm(swarm).phase == "failed"
         await node.leave_swarm(swarm)
         assert swarm not in node._swarms.joined
+
+
+async def test_who_was_reached_first_and_has_left_the_run_is_not_all_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with nodes(tmp_path, monkeypatch, {}, "one", "stranger", "two") as (one, stranger, two):
+        created = await one.create_swarm(STORED)
+        await two._host.connect(stranger._host.addresses())  # who is connected is the first to answer
+        ticket = Ticket.of(created.swarm, (*stranger._host.addresses(), *one._host.addresses()))
+        await two.join_swarm(JoinSwarm(ticket=str(ticket), role="storage"))
+        assert created.swarm in two._swarms.joined
+
+
+async def test_who_can_give_no_manifest_is_counted_in_what_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with nodes(tmp_path, monkeypatch, {}, "stranger", "two") as (stranger, two):
+        ticket = Ticket.of(SwarmId.of_manifest(b"none"), stranger._host.addresses())
+        with pytest.raises(NoPeersError, match=r"1 member.* asked for its manifest, none gave it.*fresh ticket"):
+            await two.join_swarm(JoinSwarm(ticket=str(ticket), role="storage"))
