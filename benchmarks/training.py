@@ -2,9 +2,11 @@
 
 Each system learns the same task for the same number of environment steps with the same settings, which are Shoal's
 defaults: as many environments, steps per epoch, passes and minibatches, the same discount, learning rate, clip range
-and coefficients, two networks of one shape, observations and rewards normalised alike. Every run is a process of its
-own with one thread for all that computes; the systems take turns, seed by seed. What is timed are whole epochs, but for
-the first, in which PyTorch loads parts of itself. After it 20 greedy episodes tell whether what was fast also learned.
+and coefficients, networks of one shape, observations and rewards normalised alike. Atari games are made by Shoal's
+wrappers for both, and seen by the Nature network below actor and critic; rlox has none, and is left out there. Every
+run is a process of its own with one thread for all that computes; the systems take turns, seed by seed. What is timed
+are whole epochs, but for the first, in which PyTorch loads parts of itself. After it greedy episodes, 20 or of a game
+2, tell whether what was fast also learned.
 
 Besides the time on the clock there is that of the processor, which other processes on this machine disturb less; where
 nothing else runs, the two are the same. The ratios are of the processor's.
@@ -80,6 +82,11 @@ class Plan:
     def env_id(self) -> str:
         return self.task.removeprefix("gym:")
 
+    @property
+    def episodes(self) -> int:
+        """That are played afterwards; few of an Atari game, which takes thousands of steps."""
+        return 2 if is_atari(self.env_id) else EPISODES
+
 
 def config_of(plan: Plan) -> tuple[Any, Any, Any]:
     """Shoal's settings for a task, its manifest and its task."""
@@ -118,7 +125,7 @@ def shoal(plan: Plan) -> Trained:
             except StopIteration:
                 pass
 
-    return learn, lambda: learner.evaluate(EPISODES, plan.seed + 1_000_003)
+    return learn, lambda: learner.evaluate(plan.episodes, plan.seed + 1_000_003)
 
 
 def sb3(plan: Plan) -> Trained:
@@ -130,13 +137,14 @@ def sb3(plan: Plan) -> Trained:
     torch.set_num_threads(1)
     config, _, _ = config_of(plan)
     envs = VecNormalize(
-        make_vec_env(plan.env_id, config.num_envs, seed=plan.seed),
+        make_vec_env(lambda: made(plan.env_id, is_training=True), config.num_envs, seed=plan.seed),
         norm_obs=config.normalize_observations,
         norm_reward=config.normalize_returns,
         gamma=config.gamma,
     )
+    policy, sizes = ("CnnPolicy", []) if is_atari(plan.env_id) else ("MlpPolicy", list(config.hidden_sizes))
     model = PPO(
-        "MlpPolicy",
+        policy,
         envs,
         learning_rate=config.learning_rate,
         n_steps=plan.batch // config.num_envs,
@@ -148,13 +156,14 @@ def sb3(plan: Plan) -> Trained:
         ent_coef=config.entropy_coefficient,
         vf_coef=config.value_coefficient / 2,  # its value loss is not halved
         max_grad_norm=config.max_grad_norm,
-        policy_kwargs={"net_arch": list(config.hidden_sizes), "log_std_init": config.initial_log_std},
+        policy_kwargs={"net_arch": sizes, "log_std_init": config.initial_log_std},
         seed=plan.seed,
         device="cpu",
     )
 
     def act(observation: Any) -> Any:
-        return model.predict(envs.normalize_obs(observation), deterministic=True)[0]
+        shown = envs.normalize_obs(observation) if config.normalize_observations else observation
+        return model.predict(shown, deterministic=True)[0]
 
     return lambda steps: model.learn(steps, reset_num_timesteps=False), lambda: episodes(plan, act)
 
@@ -195,17 +204,35 @@ def rlox(plan: Plan) -> Trained:
     return model.train, lambda: episodes(plan, act)
 
 
+def made(env_id: str, *, is_training: bool) -> Any:
+    """An environment of Gymnasium's, or a game as Shoal wraps it."""
+    import gymnasium
+
+    from shoal.training.tasks import atari
+
+    if not is_atari(env_id):
+        return gymnasium.make(env_id)
+    atari.register()
+    return atari.make(env_id, {}, is_training=is_training)
+
+
+def is_atari(env_id: str) -> bool:
+    """Whether it is one of ALE's games."""
+    return env_id.startswith("ALE/")
+
+
 def episodes(plan: Plan, act: Callable[[Any], Any]) -> list[float]:
     """Undiscounted returns of greedy episodes."""
     import gymnasium
     import numpy as np
 
-    env, returns = gymnasium.make(plan.env_id), []
-    for number in range(EPISODES):
+    env, returns = made(plan.env_id, is_training=False), []
+    for number in range(plan.episodes):
         observation, _ = env.reset(seed=plan.seed + 1_000_003 + number)
         total, is_over = 0.0, False
         while not is_over:
-            action = np.asarray(act(np.asarray(observation, np.float32)))
+            shown = np.asarray(observation) if is_atari(plan.env_id) else np.asarray(observation, np.float32)
+            action = np.asarray(act(shown))
             if isinstance(env.action_space, gymnasium.spaces.Box):
                 action = np.clip(action.reshape(env.action_space.shape), env.action_space.low, env.action_space.high)
             else:
@@ -306,6 +333,8 @@ def main() -> None:
     for task_name in filter(None, options.tasks.split(",")):
         for seed in range(options.seeds):
             for system in systems:
+                if system == "rlox" and is_atari(task_name.removeprefix("gym:")):
+                    continue
                 rows.append(measured_apart(system, Plan(task_name, seed, options.steps, options.batch, settings)))
                 print(rows[-1], flush=True)
                 if options.json:
