@@ -140,25 +140,28 @@ class Ending:
             outputs.append(Note(f"{text}; it is not believed any more"))
 
     def is_busy(self, now: float, outputs: list[Output]) -> bool:
-        """Whether the run has ended, or a claim is looked into; the worker is given what there is to do for it."""
+        """Whether the run has ended, or a claim is looked into; the worker is given what there is to do for it.
+
+        A run that has ended looks into claims too: all are to end with the first policy that solved the task.
+        """
         return self._end(now, outputs) or self._check_claims(now, outputs)
 
     # Looking into claims.
 
     def _check_claims(self, now: float, outputs: list[Output]) -> bool:
         """Look into the next claim that the task is solved; whether the worker is busy with it now."""
-        claim = self._checking
+        claim, phase = self._checking, Phase.EVALUATING if self._progress.phase is not Phase.DONE else Phase.DONE
         if claim is None:
             claim = self._checking = self._claims.to_check(now)
             if claim is None:
                 return False
         in_worker = self._jobs.in_worker
         if in_worker is not None and claim.cid == in_worker.cid:
-            self._jobs.start(Evaluate(), Phase.EVALUATING, now, outputs)
+            self._jobs.start(Evaluate(), phase, now, outputs)
         elif claim.cid in self._fetching:
             return False
         elif claim.cid == self._claim_here:
-            self._jobs.start(Load(_claimed(claim), keep_samples=False), Phase.EVALUATING, now, outputs)
+            self._jobs.start(Load(_claimed(claim), keep_samples=False), phase, now, outputs)
         else:
             self._fetching.add(claim.cid)
             outputs.append(Fetch(claim.cid, (claim.author, *self._lineage.holders(claim.cid)), keep=True))
@@ -211,6 +214,7 @@ class Ending:
         if policy is None or in_worker is None or now < self._retry_end_at:
             return progress.phase is Phase.DONE
         if progress.phase is Phase.DONE and (final is None or progress.final == final):
+            self._check_claims(now, outputs)  # that another solved it earlier was perhaps heard too late
             return True
         if final is None and policy.env_steps < self._manifest.max_env_steps:
             return False

@@ -285,6 +285,43 @@ def test_a_claim_of_solved_that_nobody_gives_stops_nothing() -> None:
     assert not of(events.Fetch, outputs)
 
 
+def solved(author: PeerId, policy: Policy) -> Evaluation:
+    return Evaluation(
+        author=author,
+        epoch=policy.epoch,
+        cid=policy.cid,
+        mean_return=500.0,
+        env_steps=policy.env_steps,
+        episodes=20,
+    )
+
+
+@pytest.mark.parametrize("is_true", [True, False])
+def test_who_has_ended_and_hears_then_that_it_was_solved_earlier_ends_with_that_if_it_is_so(is_true: bool) -> None:
+    """Of three nodes two had ended with epoch 34 and one with 36, for good: it had heard of the other too late."""
+    first = policy_after(SHARED, A, B)
+    later = policy_after(first, ME, A, B)
+    node = Node().holding(later)
+    mine, others = solved(ME, later), solved(A, first)
+    (finish,) = of(events.Finish, node.give(events.Documents((mine,))) + node.collect(10))
+    assert finish.final == mine
+    node.give(events.Finished())
+    assert node.run.progress.phase is Phase.DONE
+
+    (fetch,) = of(events.Fetch, node.give(events.Documents((mine, others))))
+    assert fetch.cid == first.cid
+    (load,) = of(events.Load, node.give(events.Fetched(first.cid)))
+    assert load.result.cid == first.cid
+    assert of(events.Evaluate, node.give(events.Loaded(first)))
+    assert node.run.progress.phase is Phase.DONE  # to people and to the others nothing has begun again
+    outputs = node.give(events.Evaluated(500.0 if is_true else 9.0))
+    assert [each.final for each in of(events.Finish, outputs)] == ([others] if is_true else [])
+    node.give(events.Finished())
+    assert node.run.progress.final == (others if is_true else mine)
+    assert node.run.policy == (first if is_true else later)
+    assert not of(events.Evaluate, node.wait(60.0))
+
+
 def test_the_worker_does_one_job_at_a_time_also_when_a_policy_comes_while_it_exchanges() -> None:
     node = Node().holding(SHARED)
     for peer in (A, B):
