@@ -1,4 +1,4 @@
-"""``shoal model``: folders published, found on other nodes by their CID, fetched and kept."""
+"""``shoal model``: folders published under a name, found on other nodes, fetched and kept."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ model_app = typer.Typer(name="model", help="Publish folders, and fetch those of 
 
 PROGRESS_S: Final = 0.5
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Its name here, its CID, or the beginning of it.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Its name or CID here, or the beginning of it; or OWNER/NAME[@VERSION].")
+]
 
 
 @model_app.command("publish")
 def publish(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder, or one file.")],
-    name: Annotated[str, typer.Option(help="What it is called on this node.")],
-    tag: Annotated[list[str] | None, typer.Option(help="A word to sort it by; repeat for more.")] = None,
+    name: Annotated[str, typer.Option(help="What others find it by, after this node's own name.")],
+    tag: Annotated[list[str] | None, typer.Option(help="A word to find it by; repeat for more.")] = None,
     profile: Profile = "default",
     as_json: AsJson = False,
 ) -> None:
-    """Take a folder in, and give it to whoever knows its CID."""
+    """Take a folder in, and give it to whoever asks; under a name that is there, as its next version."""
     with connect(profile) as client, nullcontext() if as_json else console().status("reading …"):
         info = client.publish_model(PublishModel(path=str(path.absolute()), name=name, tags=tag or []))
     if as_json:
         print_json(info)
     else:
-        console().print(f"{info.name}: {render.size(info.num_bytes)} in {info.num_files} files")
-        console().print(f"on another node: shoal model get {info.cid} -o FOLDER")
+        console().print(render.published(info))
 
 
 @model_app.command("ls")
@@ -55,9 +56,24 @@ def ls(profile: Profile = "default", as_json: AsJson = False) -> None:
         console().print(render.models(found))
 
 
+@model_app.command("search")
+def search(
+    word: Annotated[str, typer.Argument(metavar="WORD", help="A tag, or a name.")],
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Look for models of all nodes by a tag or a name. What is found is what their owners say."""
+    with connect(profile) as client:
+        found = client.search_models(word)
+    if as_json:
+        print_json(found)
+    else:
+        console().print(render.found(word, found))
+
+
 @model_app.command("show")
 def show(model: ModelArgument, profile: Profile = "default", as_json: AsJson = False) -> None:
-    """Show one, with its files."""
+    """Show one, with its files; or one of another node, by its owner's name, with its versions and who has it."""
     with connect(profile) as client:
         found = client.model(model)
     if as_json:
@@ -77,7 +93,7 @@ def get(
     profile: Profile = "default",
     as_json: AsJson = False,
 ) -> None:
-    """Fetch one from every connected node that has some of it. What came before a failure is not fetched again."""
+    """Fetch one from all who have some of it. What came before a failure is not fetched again."""
     request = GetModel(model=model, out="" if out is None else str(out.absolute()), name=name, is_pinned=pin)
     with connect(profile) as client, nullcontext() if as_json else _progress(profile):
         fetched = client.get_model(request)

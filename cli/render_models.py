@@ -23,27 +23,67 @@ def size(num_bytes: int) -> str:
     return f"{number:.3g} TB"
 
 
+def published(info: ModelInfo) -> RenderableType:
+    """What was published, and how others get it."""
+    told = (
+        f"{info.num_told} other nodes keep its name"
+        if info.num_told
+        else "nobody else knows of it yet: others find it once this node is connected to somebody"
+    )
+    return (
+        f"{info.name}, version {info.version}: {size(info.num_bytes)} in {info.num_files} files, on this node; {told}\n"
+        f"on another node: shoal model get {info.owner}/{info.name} -o FOLDER"
+    )
+
+
 def models(found: Sequence[ModelInfo]) -> RenderableType:
-    """A row for each."""
+    """A row for each that is here."""
     if not found:
-        return "no models; `shoal model publish FOLDER --name NAME` makes one, `shoal model get CID` fetches one"
+        return "no models; `shoal model publish FOLDER --name NAME` makes one, `shoal model get MODEL` fetches one"
     table = Table(box=None, header_style="bold")
-    for column in ("name", "size", "files", "tags", "", "CID"):
+    for column in ("name", "version", "owner", "size", "files", "tags", "", "CID"):
         table.add_column(column, overflow="fold")
     for info in found:
-        state = "pinned" if info.is_pinned else "" if info.is_whole else "in part"
+        state = "pinned" if info.is_pinned else "" if info.is_whole else "in part" if info.num_files else "not here"
+        table.add_row(
+            escape(info.name) or "-",
+            str(info.version or "-"),
+            short_peer(info.owner) if info.owner else "-",
+            size(info.num_bytes),
+            str(info.num_files),
+            escape(" ".join(info.tags)),
+            state,
+            info.cid,
+        )
+    return table
+
+
+def found(word: str, infos: Sequence[ModelInfo]) -> RenderableType:
+    """A row for each of any node."""
+    if not infos:
+        return escape(f"nobody who can be reached has a model with the tag or the name {word!r}")
+    table = Table(box=None, header_style="bold")
+    for column in ("model", "version", "size", "tags"):
+        table.add_column(column, overflow="fold")
+    for info in infos:
         tags = escape(" ".join(info.tags))
-        table.add_row(escape(info.name) or "-", size(info.num_bytes), str(info.num_files), tags, state, info.cid)
+        table.add_row(escape(f"{info.owner}/{info.name}"), str(info.version), size(info.num_bytes), tags)
     return table
 
 
 def model(detail: ModelDetail) -> RenderableType:
-    """One, with its files."""
-    table = Table.grid(padding=(0, 2))
-    for file in detail.files:
-        table.add_row(size(file.num_bytes), escape(file.path))
-    more = detail.num_files - len(detail.files)
-    return Group(models([detail]), "", table, *([f"and {more} more"] if more > 0 else []))
+    """One, with its files and versions, and who has it."""
+    lines: list[RenderableType] = [models([detail]), ""]
+    if detail.files:
+        table = Table.grid(padding=(0, 2))
+        for file in detail.files:
+            table.add_row(size(file.num_bytes), escape(file.path))
+        more = detail.num_files - len(detail.files)
+        lines += [table, *([f"and {more} more"] if more > 0 else []), ""]
+    lines += [f"version {each.version}: {each.cid}" for each in detail.versions]
+    lines += [f"DISPUTED: its owner also signed {each.cid} as version {each.version}" for each in detail.disputed]
+    lines.append(f"had by {', '.join(map(short_peer, detail.stored_on)) or 'nobody who can be found'}")
+    return Group(*lines)
 
 
 def fetching(info: FetchInfo) -> str:
@@ -55,7 +95,8 @@ def fetching(info: FetchInfo) -> str:
 def fetched(info: FetchInfo, out: Path | None) -> RenderableType:
     """How a fetch went."""
     where = "it is kept on this node" if out is None else f"it is in {out}"
-    lines = [f"{size(info.num_bytes)} came in {info.seconds:.1f} s ({info.mb_per_s:g} MB/s); {where}"]
+    what = f"{info.model}: " if info.model else ""
+    lines = [f"{what}{size(info.num_bytes)} came in {info.seconds:.1f} s ({info.mb_per_s:g} MB/s); {where}"]
     for peer, num_bytes in sorted(info.sources.items(), key=lambda item: -item[1]):
         lines.append(f"  {size(num_bytes)} from {short_peer(peer)}")
     return escape("\n".join(lines))

@@ -113,7 +113,7 @@ class Publish:
     """Say something, and again before it expires, until `Withdraw`.
 
     Attributes:
-        op: names what comes of it first; 0: nobody asks.
+        op: names what comes of it first; 0: nobody asks, and it is said when its turn comes.
         kind: of the record.
         topic: that it is about.
         item: which of several things about it.
@@ -447,9 +447,11 @@ class Dht:
         self._served_at = direct(addresses, self.me) if is_server else ()
 
     def _publish(self, outputs: list[Output], event: Publish, now: float) -> None:
-        own = _Own(event, inf)
-        self._say(outputs, own, event.op, now)
-        self._own[event.kind, event.topic, event.item] = own
+        own = self._own[event.kind, event.topic, event.item] = _Own(event, inf)
+        if event.op:
+            self._say(outputs, own, event.op, now)
+        else:
+            self._due(own, now)
 
     def _say(self, outputs: list[Output], own: _Own, op: int, now: float) -> None:
         event = own.event

@@ -2,7 +2,8 @@
 
 The newest version of a model is a record that only its owner can sign, numbered by the version. It names the manifests
 of the `MAX_EARLIER` versions before it, so a version never means two things: a newer record that says otherwise
-contradicts the older one, and both together prove it (`Record.contradicts`).
+contradicts the older one, and both together prove it (`Record.contradicts`). Whoever has seen a version takes no older
+one in its place, and whoever has such a proof takes neither content by that name.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Final
 
 from shoal.dht.records import MAX_EARLIER, MAX_TAGS, MAX_TOPIC_CHARS, Model, Record
-from shoal.protocol.errors import NoPeersError, UsageError
+from shoal.protocol.errors import NoPeersError, RefusedError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 
 MAX_NAME_CHARS: Final = 64
@@ -107,17 +109,65 @@ def history(newest: Record) -> dict[int, Cid]:
     return {version - back: cid for back, cid in enumerate((body.manifest, *body.earlier)) if version - back > 0}
 
 
-def resolve(name: ModelName, newest: Record | None) -> tuple[int, Cid]:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a model.
+
+    Attributes:
+        newest: the record with the highest version that was seen.
+        fork: two records of it that contradict each other, if any did.
+    """
+
+    newest: Record
+    fork: tuple[Record, Record] | None = None
+
+    def records(self) -> tuple[Record, ...]:
+        """All that others need to know the same."""
+        return tuple(dict.fromkeys((self.newest, *(self.fork or ()))))
+
+    def disputed(self) -> dict[int, tuple[Cid, Cid]]:
+        """Versions for which the owner signed two contents, with both."""
+        return {} if self.fork is None else _disputed(*self.fork)
+
+
+def learn(known: Known | None, records: Iterable[Record]) -> Known | None:
+    """What is known of a model after some more records of it, a few; the same if they say nothing new."""
+    pool = [*(() if known is None else known.records()), *records]
+    if not pool:
+        return None
+    newest = pool[0]
+    for record in pool:
+        is_new = (record.statement.seq, record.body) != (newest.statement.seq, newest.body)
+        newest = record if is_new and record.beats(newest) else newest
+    forks = [known.fork] if known is not None and known.fork is not None else []
+    forks += [(one, other) for one, other in combinations(pool, 2) if one.contradicts(other)]
+    return Known(newest, next((pair for pair in forks if _disputed(*pair)), forks[0] if forks else None))
+
+
+def _disputed(one: Record, other: Record) -> dict[int, tuple[Cid, Cid]]:
+    said, retold = history(one), history(other)
+    both = sorted(said.keys() & retold.keys())
+    return {version: (said[version], retold[version]) for version in both if said[version] != retold[version]}
+
+
+def resolve(name: ModelName, known: Known | None) -> tuple[int, Cid]:
     """Which version a name means, and its manifest.
 
     Raises:
         NoPeersError: if nobody knows the model now.
         UsageError: if there is no such version, or it is too old to be named.
+        RefusedError: if its owner signed two contents for it.
     """
-    if newest is None:
+    if known is None:
         raise NoPeersError(f"nobody who can be reached knows {name}; check the name, or try when more peers are there")
-    known = history(newest)
-    version = newest.statement.seq if name.version is None else name.version
-    if version not in known:
-        raise UsageError(f"{name} is not there: versions {min(known)} to {max(known)} of it can be had")
-    return version, known[version]
+    versions = history(known.newest)
+    version = known.newest.statement.seq if name.version is None else name.version
+    if version not in versions:
+        raise UsageError(f"{name} is not there: versions {min(versions)} to {max(versions)} of it can be had")
+    if version in (disputed := known.disputed()):
+        one, other = disputed[version]
+        raise RefusedError(
+            f"the owner of {name} signed two contents for version {version}: {one} and {other}; "
+            "get the one that you trust by its CID"
+        )
+    return version, versions[version]

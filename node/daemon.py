@@ -81,7 +81,9 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Domain, FaultSeam, Policy, Supervisor, open_plain_nursery
 from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.holders import Holders
 from shoal.node.swarm.models import Models
+from shoal.node.swarm.names import Names
 from shoal.node.swarm.shards import MAX_ACCUSED, REGISTER
 from shoal.node.swarm.swarms import Joined, Swarms
 from shoal.node.swarm.trees import Trees
@@ -171,14 +173,18 @@ async def run_node(config: NodeConfig, on_ready: Callable[[Node], None], fault_s
             )
             for service in swarms.services():
                 router.add(service)
-            trees = Trees(storage, host, content)
-            router.add(trees)
+            holders, names = Holders(host), Names(storage, host, identity.signer, config.wall_clock)
+            trees = Trees(storage, host, content, holders)
+            models = Models(trees, names, holders, content, storage, host.peer_id)
+            for served in (trees, names):
+                router.add(served)
             router.add(BenchServer(host.links, is_open=config.serve_bench))
-            node = Node(config, host, reach, swarms, content, Models(trees, content, storage, host.peer_id), domain)
+            node = Node(config, host, reach, swarms, content, models, domain)
             domain.start_soon("stopping on signals", _stop_on_signal, node, policy=Policy.RESTART)
             domain.start_soon("keeping a way back", keep_way_back, host, remembered, policy=Policy.RESTART)
             domain.start_soon("following the host", _follow_host, host, swarms, policy=Policy.RESTART)
             await swarms.take_up()
+            models.take_up()
             await domain.start("the local API", node.serve_api, policy=Policy.RESTART)
             log.info("node %s is ready; it listens on %s", host.peer_id, ", ".join(host.addresses()))
             gc.collect()
@@ -515,6 +521,10 @@ class Node:
     def models(self) -> list[ModelInfo]:
         """The models that it has."""
         return self._models.all()
+
+    async def search_models(self, word: str) -> list[ModelInfo]:
+        """Models with a tag or a name, here and elsewhere."""
+        return await self._models.search(word)
 
     async def model(self, model: str) -> ModelDetail:
         """One of them; `UsageError` if it is not here."""

@@ -139,8 +139,11 @@ class NodeView(Protocol):
     def models(self) -> list[ModelInfo]:
         """The models that are here."""
 
+    async def search_models(self, word: str) -> list[ModelInfo]:
+        """Models with a tag or a name, here and elsewhere."""
+
     async def model(self, model: str) -> ModelDetail:
-        """One of them; `UsageError` if it is not here."""
+        """One of them, or one of another node by its owner's name; `UsageError` if there is none."""
 
     async def publish_model(self, request: PublishModel) -> ModelInfo:
         """Take a folder in."""
@@ -325,9 +328,9 @@ def _add_swarm_routes(app: FastAPI, node: NodeView) -> None:
 
 def _add_model_routes(app: FastAPI, node: NodeView) -> None:
     @app.get("/v1/models")
-    async def get_models() -> list[ModelInfo]:
-        """The models that this node has published or fetched."""
-        return node.models()
+    async def get_models(search: str = "") -> list[ModelInfo]:
+        """The models that this node has published or fetched; or all that it finds by a tag or a name."""
+        return await node.search_models(search) if search else node.models()
 
     @app.post("/v1/models", status_code=201)
     async def publish_model(request: PublishModel) -> ModelInfo:
@@ -339,22 +342,22 @@ def _add_model_routes(app: FastAPI, node: NodeView) -> None:
         """Fetch a model from the peers that have it; answers when it is here."""
         return await node.get_model(request)
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")
     async def get_model(model: str) -> ModelDetail:
         """One model, with its files."""
         return await node.model(model)
 
-    @app.delete("/v1/models/{model}")
+    @app.delete("/v1/models/{model:path}")
     async def remove_model(model: str) -> ContentInfo:
         """Forget a model."""
         return await node.remove_model(model)
 
-    @app.post("/v1/models/{model}/pin")
+    @app.post("/v1/models/{model:path}/pin")
     async def pin_model(model: str) -> ModelInfo:
         """Let a model stay."""
         return await node.pin_model(model, True)
 
-    @app.post("/v1/models/{model}/unpin")
+    @app.post("/v1/models/{model:path}/unpin")
     async def unpin_model(model: str) -> ModelInfo:
         """Let a model go when its room is needed."""
         return await node.pin_model(model, False)

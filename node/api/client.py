@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self, TypeVar
+from urllib.parse import quote
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -177,9 +178,16 @@ class Client:
         """The models that it has."""
         return self._ask(list[ModelInfo], "GET", "/v1/models")
 
+    def search_models(self, word: str) -> list[ModelInfo]:
+        """Models with a tag or a name, here and elsewhere."""
+        path = f"/v1/models?search={quote(word, safe='', errors='replace')}"
+        return self._ask(list[ModelInfo], "GET", path, timeout_s=WORK_TIMEOUT_S)
+
     def model(self, model: str) -> ModelDetail:
-        """One of them, with its files."""
-        return self._ask(ModelDetail, "GET", f"/v1/models/{_in_path(model)}", timeout_s=WORK_TIMEOUT_S)
+        """One of them, with its files; or one of another node, by its owner's name."""
+        return self._ask(
+            ModelDetail, "GET", f"/v1/models/{quote(model, safe='', errors='replace')}", timeout_s=WORK_TIMEOUT_S
+        )
 
     def publish_model(self, request: PublishModel) -> ModelInfo:
         """Take a folder in."""
@@ -192,11 +200,13 @@ class Client:
     def pin_model(self, model: str, *, is_pinned: bool) -> ModelInfo:
         """Let one stay, or not."""
         verb = "pin" if is_pinned else "unpin"
-        return self._ask(ModelInfo, "POST", f"/v1/models/{_in_path(model)}/{verb}")
+        return self._ask(ModelInfo, "POST", f"/v1/models/{quote(model, safe='', errors='replace')}/{verb}")
 
     def remove_model(self, model: str) -> ContentInfo:
         """Forget one."""
-        return self._ask(ContentInfo, "DELETE", f"/v1/models/{_in_path(model)}", timeout_s=WORK_TIMEOUT_S)
+        return self._ask(
+            ContentInfo, "DELETE", f"/v1/models/{quote(model, safe='', errors='replace')}", timeout_s=WORK_TIMEOUT_S
+        )
 
     def collect_models(self) -> ContentInfo:
         """Forget those that are not pinned."""

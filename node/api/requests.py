@@ -200,8 +200,8 @@ class PublishModel(Asked):
 
     Attributes:
         path: of it, absolute.
-        name: what it is called here.
-        tags: words by which it is sorted.
+        name: under which others find it, after this node's own name; a name that is there gets a new version.
+        tags: words by which others find it.
     """
 
     path: str = Field(min_length=1, max_length=4096)
@@ -213,7 +213,7 @@ class GetModel(Asked):
     """Fetch a model.
 
     Attributes:
-        model: its CID, or the name of one that is here.
+        model: its CID, the name of one that is here, or ``OWNER/NAME[@VERSION]``.
         out: an absolute path of a folder that is not there yet; empty: it is only kept.
         name: what it is to be called here.
         is_pinned: whether it is to stay.

@@ -594,14 +594,20 @@ class ErrorAnswer(Model):
 
 
 class ModelInfo(Model):
-    """A folder that this node has published or fetched, or is fetching.
+    """A folder that this node has published or fetched, is fetching, or has heard of.
 
     Attributes:
+        name: what it is called here, or by its owner.
+        version: of the owner's name; null if it has none.
+        owner: whose name it is.
         num_bytes: of its files; 0 before they are known.
-        stored_on: nodes that are known to have all of it: this one, or none.
+        stored_on: nodes that have all of it: this one, and those that say so in the DHT if that was asked.
+        num_told: other nodes that keep its name, right after it was published; else null.
     """
 
     name: str
+    version: int | None = None
+    owner: PeerName | None = None
     cid: CidName
     num_bytes: int
     num_files: int
@@ -609,6 +615,14 @@ class ModelInfo(Model):
     is_pinned: bool = False
     is_whole: bool = False
     stored_on: list[PeerName] = []
+    num_told: int | None = None
+
+
+class VersionInfo(Model):
+    """A version of a model, and its content."""
+
+    version: int
+    cid: CidName
 
 
 class FileInfo(Model):
@@ -619,15 +633,29 @@ class FileInfo(Model):
 
 
 class ModelDetail(ModelInfo):
-    """A model with its first files."""
+    """A model with its first files.
+
+    Attributes:
+        files: of a model that is here.
+        versions: that can be had by its owner's name, the newest first.
+        disputed: contents that its owner signed for a version for which it signed another one, too.
+    """
 
     files: list[FileInfo] = []
+    versions: list[VersionInfo] = []
+    disputed: list[VersionInfo] = []
 
 
 class FetchInfo(Model):
-    """How far a fetch is, or how it went; ``sources``: bytes that came of each peer."""
+    """How far a fetch is, or how it went.
+
+    Attributes:
+        model: the name and version that was asked for, when it is over; empty if it was a CID.
+        sources: bytes that came of each peer.
+    """
 
     cid: CidName
+    model: str = ""
     num_bytes: int
     of_bytes: int
     seconds: float

@@ -93,9 +93,15 @@ class Table:
         """Say that this node holds a content, from now on until `withdraw`; how many peers took it at first."""
         return (await self.publish(Kind.PROVIDER, str(cid))).num_kept
 
-    def withdraw(self, cid: Cid) -> None:
-        """Say no more that this node holds a content; what was said expires within an hour."""
-        self._tell(Withdraw(Kind.PROVIDER, str(cid)))
+    def withdraw(self, kind: Kind, topic: str, item: str = "") -> None:
+        """Say something no more; what was said is not taken back, but expires."""
+        self._tell(Withdraw(kind, topic, item))
+
+    def keep_saying(
+        self, kind: Kind, topic: str, body: Model | Profile | None = None, *, seq: int | None = None, item: str = ""
+    ) -> None:
+        """As `publish`, when its turn comes: nobody waits for what comes of it."""
+        self._tell(Publish(0, kind, topic, item, seq, body))
 
     async def find(self, cid: Cid) -> dict[PeerId, tuple[str, ...]]:
         """The peers that say that they hold a content, with their full multiaddrs; whether they do, shows by asking."""
@@ -174,18 +180,19 @@ class Table:
                 look_at = trio.current_time() + CLOCK_S
                 self._ahead_s = self._wall_clock() - trio.current_time()
                 self._move()
-            if self._now() >= self._wake_at:
+            if self.now() >= self._wake_at:
                 self._wake_at = math.inf
                 self._tell(Tick())
 
     def _move(self) -> None:
         self._tell(Here(self._mesh.addresses(), is_server=self._is_reachable))
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Unix seconds, as the table counts them."""
         return trio.current_time() + self._ahead_s
 
     def _tell(self, event: Event) -> None:
-        for output in self.core.handle(event, self._now()):
+        for output in self.core.handle(event, self.now()):
             match output:
                 case Ask():
                     self._domain.start_soon("asking in the DHT", self._ask, output, policy=Policy.DROP)
@@ -226,11 +233,11 @@ class Table:
 
     def find_for(self, caller: PeerId, request: FindRequest) -> FindAnswer:
         """Answer a peer."""
-        return self.core.serve_find(caller, request, self._now())
+        return self.core.serve_find(caller, request, self.now())
 
     def store_for(self, caller: PeerId, request: StoreRequest) -> StoreAnswer:
         """Answer a peer."""
-        return self.core.serve_store(caller, self._mesh.group(caller), request, self._now())
+        return self.core.serve_store(caller, self._mesh.group(caller), request, self.now())
 
 
 class _DhtCalls(DhtService):

@@ -39,6 +39,7 @@ from shoal.node.store.errors import StorageError
 from shoal.node.store.folders import DamagedError, check_target, pack, scan, unpack
 from shoal.node.supervise import open_plain_nursery
 from shoal.node.swarm.content import LOOK_S, ContentStore, UnavailableError
+from shoal.node.swarm.holders import Holders
 from shoal.node.wire.contracts import BlockRequest, ContentService, TreeAsked, TreeHeld, TreeService
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import (
@@ -60,6 +61,8 @@ T = TypeVar("T")
 
 SOURCES_S: Final = 1.0
 """How often it is looked who is connected: whoever is may have it."""
+LOOK_AGAIN_S: Final = 30.0
+"""How often it is looked in the DHT for others."""
 ANSWER_S: Final = 120.0
 MAX_ROUNDS: Final = 4
 """Of fetching what was found damaged."""
@@ -76,6 +79,7 @@ class TreeRecord:
     Attributes:
         cid: its name everywhere.
         name: what it is called here; may be empty.
+        known_as: the name and version by which it was published here, or fetched: ``OWNER/NAME@VERSION``.
         tags: words by which it is sorted.
         size: of its files, in bytes; 0 before its index is here.
         num_files: likewise.
@@ -86,12 +90,18 @@ class TreeRecord:
 
     cid: Cid
     name: str = ""
+    known_as: str = ""
     tags: tuple[str, ...] = ()
     size: int = 0
     num_files: int = 0
     is_pinned: bool = False
     is_whole: bool = False
     used_at: float = 0.0
+
+    def owners_words(self) -> tuple[str, str]:
+        """What its owner calls it, without and with its version."""
+        name = self.known_as.partition("/")[2]
+        return name.partition("@")[0], name
 
 
 @dataclass(slots=True, eq=False)
@@ -163,15 +173,18 @@ class Trees(TreeService):
 
     Attributes:
         fetching: what is on its way.
+        on_gone: told of a tree that is not here any more.
     """
 
-    def __init__(self, storage: Storage, host: Host, content: ContentStore) -> None:
+    def __init__(self, storage: Storage, host: Host, content: ContentStore, holders: Holders) -> None:
         """Read the records; the indexes are read when they are needed."""
+        self.on_gone: Callable[[Cid], None] = lambda _: None
         self.fetching: dict[Cid, Progress] = {}
         self._storage = storage
         self._blocks = storage.trees
         self._host = host
         self._content = content
+        self._holders = holders
         self._flights: dict[Cid, _Flight] = {}
         self._open: dict[Cid, OpenTree] = {}
         self._records: dict[Cid, TreeRecord] = {}
@@ -191,17 +204,18 @@ class Trees(TreeService):
         return sorted(self._records.values(), key=lambda record: (record.name, record.cid))
 
     def resolve(self, text: str) -> Cid:
-        """The tree that somebody means: a CID, or a name or the beginning of a CID of one that is here.
+        """The tree that somebody means: a CID, or a name, one by its owner or the beginning of a CID, of one here.
 
         Raises:
             UsageError: if it is none, or could be several.
         """
         named = [cid for cid, record in self._records.items() if text and text in (record.name, cid)]
+        named = named or [cid for cid, record in self._records.items() if text and text in record.owners_words()]
         named = named or [cid for cid in self._records if len(text) > 8 and cid.startswith(text)]
         if len(named) == 1:
             return named[0]
         if named:
-            raise UsageError(f"{text[:80]!r} could be any of {len(named)}; write its CID")
+            raise UsageError(f"{text[:80]!r} could be any of {len(named)}; write its CID (`shoal model ls`)")
         try:
             return Cid.parse(text)
         except UsageError:
@@ -209,9 +223,17 @@ class Trees(TreeService):
                 f"nothing here is called {text[:80]!r}; `shoal model ls` lists what is, else give a CID"
             ) from None
 
+    def called(self, name: str) -> TreeRecord | None:
+        """The tree that has a name here."""
+        return next((each for each in self._records.values() if name and each.name == name), None)
+
+    def find(self, cid: Cid) -> TreeRecord | None:
+        """What is known of one, if anything is."""
+        return self._records.get(cid)
+
     def record(self, cid: Cid) -> TreeRecord:
         """What is known of one; `UsageError` if nothing is."""
-        found = self._records.get(cid)
+        found = self.find(cid)
         if found is None:
             raise UsageError(f"{cid} is not here; `shoal model get {cid}` fetches it")
         return found
@@ -240,6 +262,8 @@ class Trees(TreeService):
         opened = await self._opened(cid)
         await self._in_thread(partial(self._storage.delete_fact, f"{_RECORD}{cid}"))
         del self._records[cid]
+        self._holders.withdraw(cid)
+        self.on_gone(cid)
         self._open.pop(cid, None)
         await self._content.keep(f"{_RECORD}{cid}", ())
         gone = set() if opened is None else set(opened.cids)
@@ -270,10 +294,26 @@ class Trees(TreeService):
         cid = await self._content.put(index, owner=_RECORD)
         await self._keep_index(cid)
         size = sum(entry.size for entry in entries)
+        before = self._records.get(cid, TreeRecord(cid))
         record = TreeRecord(
-            cid, name, tuple(tags), size, len(entries), is_pinned=True, is_whole=True, used_at=time.time()
+            cid,
+            name or before.name,
+            before.known_as,
+            tuple(tags) or before.tags,
+            size,
+            len(entries),
+            is_pinned=True,
+            is_whole=True,
+            used_at=time.time(),
         )
         return await self._write(record)
+
+    async def title(self, cid: Cid, name: str, known_as: str, tags: Sequence[str]) -> TreeRecord:
+        """Call a tree this here, and no other one any more."""
+        before = self.called(name)
+        if before is not None and before.cid != cid:
+            await self._write(replace(before, name=""))
+        return await self._write(replace(self.record(cid), name=name, known_as=known_as, tags=tuple(tags)))
 
     # --- giving ---
 
@@ -292,7 +332,9 @@ class Trees(TreeService):
 
     # --- fetching ---
 
-    async def get(self, cid: Cid, out: Path | None, *, name: str = "", is_pinned: bool = False) -> Progress:
+    async def get(
+        self, cid: Cid, out: Path | None, *, name: str = "", known_as: str = "", is_pinned: bool = False
+    ) -> Progress:
         """Have all of a tree here, and make a folder of it if one is named.
 
         Raises:
@@ -316,6 +358,7 @@ class Trees(TreeService):
             record = replace(
                 before,
                 name=name or before.name,
+                known_as=known_as or before.known_as,
                 size=opened.tree.size,
                 num_files=opened.tree.num_entries,
                 is_pinned=is_pinned or before.is_pinned,
@@ -326,17 +369,33 @@ class Trees(TreeService):
             progress.ended_at = trio.current_time()
             if not self._records[cid].is_whole:
                 await self._write(replace(self._records[cid], is_whole=True))
+                self._holders.keep_saying([cid])
         finally:
             del self.fetching[cid]
         return progress
 
     async def _fetch_index(self, cid: Cid) -> OpenTree:
-        sources = tuple(self._host.connected)
-        if not sources:
+        """From whoever says first that it has it and does; the others are asked meanwhile."""
+        index: memoryview | None = None
+        failure: UnavailableError | None = None
+
+        async def fetch(source: PeerId) -> None:
+            nonlocal index, failure
+            try:
+                index = await self._content.get(cid, [source], max_bytes=MAX_INDEX_BYTES, owner=_RECORD)
+            except UnavailableError as error:
+                failure = error
+            else:
+                nursery.cancel_scope.cancel()
+
+        if not self._host.connected:
             raise NoPeersError(
                 "this node is connected to nobody; connect it with `shoal ping ADDRESS`, or start it with --bootstrap"
             )
-        index = await self._content.get(cid, sources, max_bytes=MAX_INDEX_BYTES, owner=_RECORD)
+        async with open_plain_nursery() as nursery:
+            await self._holders.look(cid, lambda source: nursery.start_soon(fetch, source))
+        if index is None:
+            raise failure or UnavailableError(f"{cid} cannot be had: nobody who can be reached has it")
         opened = await self._read(index)
         await self._keep_index(cid)
         return opened
@@ -366,6 +425,7 @@ class Trees(TreeService):
                         other.fetch.max_open_blocks = max(2, MAX_OPEN_BLOCKS // len(self._flights))
                     async with open_plain_nursery() as nursery:
                         nursery.start_soon(self._find_sources, flight)
+                        nursery.start_soon(self._find_more, flight)
                         nursery.start_soon(self._watch, flight)
                         await self._carry_out(flight, nursery)
                         nursery.cancel_scope.cancel()
@@ -417,6 +477,12 @@ class Trees(TreeService):
                 await flight.send.send(SourceFound(peer))
             known = connected
             await trio.sleep(SOURCES_S)
+
+    async def _find_more(self, flight: _Flight) -> None:
+        """Be connected to others that have it, who then are among those that it is looked for."""
+        while True:
+            await self._holders.look(flight.progress.cid, lambda _: None)
+            await trio.sleep(LOOK_AGAIN_S)
 
     async def _ask_held(self, flight: _Flight, source: PeerId) -> None:
         event: Event

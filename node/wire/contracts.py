@@ -470,6 +470,30 @@ class TreeHeld:
     blocks: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class NameAsked:
+    """Asks for what is known of a model (`shoal.dht.registry`)."""
+
+    owner: PeerId
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class NameHeld:
+    """What is: the newest record, and two that contradict each other, if its owner signed such."""
+
+    records: tuple[Signed, ...]
+
+
+class NameService(Service, name="names"):
+    """Names of models, as nodes remember them."""
+
+    @unary(idempotent=True, max_answer_bytes=4 * MAX_RECORD_BYTES, max_calls_per_s=50)
+    async def named(self, request: NameAsked) -> NameHeld:
+        """Give the records of a model; NOT_FOUND if this node knows none."""
+        raise NotImplementedError
+
+
 class TreeService(Service, name="tree"):
     """Who has what of a tree; its blocks are given by `ContentService`."""
 

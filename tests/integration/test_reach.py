@@ -32,7 +32,9 @@ from shoal.node.store.database import Storage
 from shoal.node.store.remembered import Remembered
 from shoal.node.supervise import Supervisor
 from shoal.node.swarm.content import ContentStore
+from shoal.node.swarm.holders import Holders
 from shoal.node.swarm.models import Models
+from shoal.node.swarm.names import Names
 from shoal.node.swarm.swarms import Swarms
 from shoal.node.swarm.trees import Trees
 from shoal.node.wire.channel import Router
@@ -819,7 +821,9 @@ async def shown(one: Peer, home: Path) -> AsyncIterator[Node]:
                 domain=domain,
                 remembered=Remembered(storage),
             )
-            models = Models(Trees(storage, one.host, content), content, storage, one.host.peer_id)
+            holders, names = Holders(one.host), Names(storage, one.host, Signer(bytes([1]) * 32))
+            trees = Trees(storage, one.host, content, holders)
+            models = Models(trees, names, holders, content, storage, one.host.peer_id)
             yield Node(config, one.host, one.reach, swarms, content, models, domain)
             domain.cancel()
     finally:

@@ -25,6 +25,7 @@ from shoal.node.store.blocks import BlockStore
 from shoal.node.store.database import Storage
 from shoal.node.store.errors import StorageFullError
 from shoal.node.swarm.content import ContentStore, UnavailableError
+from shoal.node.swarm.holders import Holders
 from shoal.node.swarm.trees import Trees
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import Block, TreeHeld
@@ -86,7 +87,7 @@ async def nodes(path: Path, count: int, **limits: int):
                 open_host(secret=bytes([number + 1]) * 32, listen=LISTEN, bootstrap=[], mdns=False, router=router)
             )
             content = BadContent(disk, host, **limits)
-            trees = BadTrees(disk, host, content)
+            trees = BadTrees(disk, host, content, Holders(host))
             router.add(content)
             router.add(trees)
             found.append(SimpleNamespace(host=host, disk=disk, content=content, trees=trees))
@@ -248,6 +249,11 @@ async def test_what_cannot_be_done_is_told(tmp_path):
         with pytest.raises(ShoalError, match="cannot be had"):
             await bob.trees.get(Cid.of_block(b"never made"), None)
         other = await ann.content.put(b"no folder at all, but a content", owner="run")
+
+        async def held(_: object) -> TreeHeld:
+            return TreeHeld(is_whole=True)
+
+        ann.trees.bad_held = held
         with pytest.raises(UsageError, match="not name a folder"):
             await bob.trees.get(other, None)
         (source / "CON").write_text("")

@@ -34,6 +34,8 @@ from shoal.node.api.schemas import (
     MeshNode,
     MethodInfo,
     MetricsInfo,
+    ModelDetail,
+    ModelInfo,
     NodeInfo,
     PeerInfo,
     StateInfo,
@@ -43,7 +45,7 @@ from shoal.node.api.schemas import (
 from shoal.node.api.server import ApiAddress, serve_api
 from shoal.node.profile import ProfilePaths
 from shoal.protocol.errors import NoDaemonError, NoPeersError, RefusedError, ShoalError, UsageError
-from shoal.protocol.ids import SwarmId
+from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.signing import Signer
 
 T = TypeVar("T")
@@ -102,6 +104,12 @@ class FakeNode:
         self.asked.append(request.act)
         if request.id != 7:
             raise UsageError("nobody waits for that")
+
+    async def model(self, model: str) -> ModelDetail:
+        return ModelDetail(name=model, cid=Cid.of_block(b""), num_bytes=0, num_files=0)
+
+    async def search_models(self, word: str) -> list[ModelInfo]:
+        return [await self.model(word)]
 
     def state(self, swarm: SwarmId) -> StateInfo:
         return StateInfo(version={ME: 3}, documents={ME: {"member": {"role": "learner"}}})
@@ -258,6 +266,14 @@ def test_an_error_of_the_node_is_the_same_error_at_the_client(paths: ProfilePath
         node.failure = kind("the reason")
 
     asked(paths, ask, prepare)
+
+
+@pytest.mark.parametrize("name", [f"{ME}/cart-pole.v1@2", "../x", "a b?c#d%2F/pin", "ü", "get", "\udcff"])
+def test_a_model_may_be_called_anything_on_the_way_to_the_node(paths: ProfilePaths, name: str) -> None:
+    def ask(client: Client) -> list[str]:
+        return [client.model(name).name, *(each.name for each in client.search_models(name))]
+
+    assert asked(paths, ask) == [name.encode(errors="replace").decode()] * 2
 
 
 def test_a_person_is_shown_what_is_asked_and_answers(paths: ProfilePaths) -> None:

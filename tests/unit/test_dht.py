@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 from random import Random
 
 import pytest
@@ -41,9 +42,9 @@ from shoal.dht.records import (
     open_record,
     sign_record,
 )
-from shoal.dht.registry import ModelName, check_name, check_tags, history, next_version, resolve
+from shoal.dht.registry import Known, ModelName, check_name, check_tags, history, learn, next_version, resolve
 from shoal.dht.routing import MAX_OF_NETWORK, Contact, K, RoutingTable, network_of, usable
-from shoal.protocol.errors import NoPeersError, ProtocolError, SignatureError, UsageError
+from shoal.protocol.errors import NoPeersError, ProtocolError, RefusedError, SignatureError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.signing import Signed, Signer
 
@@ -511,6 +512,16 @@ def test_what_is_due_at_once_is_said_a_few_at_a_time() -> None:
     assert 0 < sum(isinstance(each, Ask) for each in outputs) <= MAX_PUTS_AT_ONCE * len(lan.nodes)
 
 
+def test_what_nobody_waits_for_is_said_a_few_at_a_time_from_the_start() -> None:
+    lan = Lan(5)
+    node = next(iter(lan.nodes.values()))
+    outputs = []
+    for number in range(100):
+        outputs += node.handle(Publish(0, Kind.PROVIDER, str(cid(number))), lan.now)
+    assert 0 < sum(isinstance(each, Ask) for each in outputs) <= MAX_PUTS_AT_ONCE * len(lan.nodes)
+    assert not any(isinstance(each, PutDone) for each in node.handle(Tick(), lan.now))
+
+
 # --- names ---
 
 
@@ -539,12 +550,36 @@ def test_every_version_keeps_its_manifest() -> None:
         newest = sign_record(ME, Kind.MODEL, "cart", body, seq=number, now=NOW)
     assert newest is not None
     assert history(newest) == {version: cid(version) for version in range(40, 39 - MAX_EARLIER, -1)}
-    assert resolve(ModelName(ME.peer_id, "cart"), newest) == (40, cid(40))
-    assert resolve(ModelName(ME.peer_id, "cart", 20), newest) == (20, cid(20))
+    assert resolve(ModelName(ME.peer_id, "cart"), Known(newest)) == (40, cid(40))
+    assert resolve(ModelName(ME.peer_id, "cart", 20), Known(newest)) == (20, cid(20))
     with pytest.raises(UsageError, match="versions 8 to 40"):
-        resolve(ModelName(ME.peer_id, "cart", 2), newest)
+        resolve(ModelName(ME.peer_id, "cart", 2), Known(newest))
     with pytest.raises(NoPeersError):
         resolve(ModelName(ME.peer_id, "cart"), None)
+
+
+def test_what_is_known_of_a_model_only_grows_in_whatever_order_it_is_heard() -> None:
+    one, two, three = model(1, 1), model(2, 2, earlier=(cid(1),)), model(3, 3, earlier=(cid(2), cid(1)))
+    for order in permutations([one, two, three]):
+        assert learn(None, order) == Known(three)
+    known = learn(None, [three])
+    assert learn(known, [one, two, model(3, 3, earlier=(cid(2), cid(1)), now=NOW + 60)]) == known
+    assert learn(None, []) is None
+
+
+def test_a_version_with_two_contents_is_had_by_neither_also_when_newer_ones_came() -> None:
+    name, lie = ModelName(ME.peer_id, "cart"), model(2, 9, earlier=(cid(1),))
+    records = [model(2, 2, earlier=(cid(1),)), lie, model(3, 3, earlier=(cid(2), cid(1)))]
+    for order in permutations(records):
+        known = learn(None, order)
+        assert known is not None
+        assert {version: set(both) for version, both in known.disputed().items()} == {2: {cid(2), cid(9)}}
+        assert resolve(name, known) == (3, cid(3))
+        assert resolve(replace(name, version=1), known) == (1, cid(1))
+        with pytest.raises(RefusedError, match="two contents for version 2"):
+            resolve(replace(name, version=2), known)
+        assert learn(None, known.records()) is not None
+        assert learn(known, [lie]) == known
 
 
 def test_a_profile_is_a_claim_that_everybody_may_make() -> None:
