@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -174,3 +175,84 @@ def test_of_atari_games_a_run_says_the_game_and_not_the_frames() -> None:
     for name in ("frameskip", "obs_type", "game"):
         with pytest.raises(UsageError, match=r"leave it out|takes no argument"):
             load_task("gym:ALE/Pong-v5", {name: "ram"})
+
+
+# --- environments of other packages ---
+
+
+def a_package(folder: Path, module: str, needs: str, code: str) -> None:
+    """As pip would have installed it."""
+    (folder / module).mkdir()
+    (folder / module / "__init__.py").write_text(code, encoding="utf-8")
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n{needs}\n", encoding="utf-8")
+    (info / "top_level.txt").write_text(f"{module}\n", encoding="utf-8")
+
+
+REGISTERS = """
+import gymnasium
+class Shows(gymnasium.Env):
+    observation_space = gymnasium.spaces.Dict(
+        place=gymnasium.spaces.Box(0, 1, (2, 3, 3)), way=gymnasium.spaces.Discrete(3), said=gymnasium.spaces.Text(5)
+    )
+    action_space = gymnasium.spaces.Discrete(2)
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+gymnasium.register("Foreign-v0", Shows)
+"""
+
+
+def test_a_package_that_knows_nothing_of_shoal_is_named_before_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gymnasium writes it; of what it shows, what can be learned from is seen."""
+    a_package(tmp_path, "foreign_envs", "Requires-Dist: gymnasium>=1.0", REGISTERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "gym:foreign_envs:Foreign-v0"
+    with pytest.raises(UsageError, match=r"shows Text, which is not .* leave it out \(--env-set observe=KEY"):
+        load_task(name)
+    for keys, size in (("place", (2, 3, 3)), (["place", "way"], (21,)), (["way"], (3,))):
+        task = load_task(name, {"observe": keys})
+        assert task.observation_space.shape == size
+        task.try_out(0)  # type: ignore[attr-defined]
+        assert task.name == name
+    with pytest.raises(UsageError, match="Foreign-v0 shows the keys place, way, said"):
+        load_task(name, {"observe": "plaice"})
+    with pytest.raises(UsageError, match="CartPole-v1 shows no Dict"):
+        load_task("gym:CartPole-v1", {"observe": "place"})
+    with pytest.raises(UsageError, match="no Gymnasium environment is called 'Foreign-v1'; did you mean Foreign-v0"):
+        load_task("gym:foreign_envs:Foreign-v1")
+
+
+@pytest.mark.parametrize("needs", ["", "Requires-Dist: gymnasium ; extra == 'rl'", "Requires-Dist: gymnasium-extras"])
+def test_no_other_code_is_imported_for_a_name_that_a_stranger_wrote(
+    needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_package(tmp_path, "other_code", needs, "raise SystemExit('it was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for module in ("other_code", "os", "other_code.inner", "no_such", "..", ""):
+        with pytest.raises(UsageError, match="is no installed package that needs Gymnasium"):
+            load_task(f"gym:{module}:Name-v0")
+
+
+def test_one_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "class NoDisplayError(Exception): pass\nraise NoDisplayError('no\\ndisplay')"
+    a_package(tmp_path, "needs_display", "Requires-Dist: gymnasium", code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match="needs_display cannot be imported here: NoDisplayError: no display"):
+        load_task("gym:needs_display:Name-v0")
+
+
+def test_an_error_without_words_tells_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> None:
+        raise AssertionError
+
+    entry = gymnasium.envs.registration.EnvSpec("Silent-v0", entry_point=made)
+    monkeypatch.setitem(gymnasium.registry, "Silent-v0", entry)
+    with pytest.raises(TaskFailedError, match=r"AssertionError in line \d+ of test_task_catalogue\.py$"):
+        load_task("gym:Silent-v0")

@@ -135,4 +135,10 @@ def in_words(error: BaseException) -> str:
     text = " ".join(text.split())[:MAX_WORDS]
     if isinstance(error, BadAnswerError | HungError):
         return text
-    return f"{type(error).__name__}: {text}".removesuffix(": ")
+    return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}{_place_of(error)}"
+
+
+def _place_of(error: BaseException) -> str:
+    """Where one without words was raised, since nothing else tells what it is about."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" in line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""

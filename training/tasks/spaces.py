@@ -245,8 +245,9 @@ def _size(name: str, space: Any) -> int:
             return sum(_size(name, part) for part in space.spaces)
         case _:
             raise UsageError(
-                f"{name} shows {_named(space)}, which is not always as many numbers; Box, Discrete, MultiDiscrete, "
-                "MultiBinary, and Dict and Tuple of them can be learned from, so choose another task"
+                f"{name} shows {type(space).__name__}, which is not always as many numbers; Box, Discrete, "
+                "MultiDiscrete, MultiBinary, and Dict and Tuple of them can be learned from: leave it out (--env-set "
+                "observe=KEY, of a Dict), or choose another task"
             )
 
 
