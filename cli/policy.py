@@ -19,7 +19,7 @@ What = Annotated[
 def play(
     what: What,
     episodes: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 1,
-    out: Annotated[Path | None, typer.Option(metavar="X.gif", help="Record them here.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="X.gif|X.mp4", help="Record them here.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="From which their beginnings are drawn.")] = 0,
     profile: Profile = "default",
     as_json: AsJson = False,

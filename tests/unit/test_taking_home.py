@@ -18,8 +18,10 @@ from shoal.protocol.signing import Signer
 from shoal.training.algorithms import load_algorithm
 from shoal.training.manifest import Manifest
 from shoal.training.requirements import requirements
+from shoal.training.showing import Recording
 from shoal.training.state import encode_arrays
 from shoal.training.tasks import load_task
+from shoal.training.tasks.failures import TaskFailedError
 from shoal.training.trained import Trained, read_trained
 
 ANN = Signer(b"a" * 32)
@@ -195,6 +197,37 @@ def test_a_policy_plays_and_is_recorded(tmp_path: Path, capsys: pytest.CaptureFi
     assert said(capsys, "play", str(path), "--episodes", "2")["returns"] == told["returns"]
 
 
+def test_it_is_recorded_as_a_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many frames as steps, at the environment's speed of 50, halved, with something to see in each."""
+    av = pytest.importorskip("av", reason="aiortc brings it")
+    pytest.importorskip("pygame", reason="the play extra brings pygame")
+    path, out = a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1"), tmp_path / "x.MP4"
+    (earned,) = said(capsys, "play", str(path), "--out", str(out))["returns"]
+    with av.open(str(out)) as film:
+        (stream,) = film.streams.video
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
+        assert (stream.codec_context.name, float(stream.average_rate)) == ("h264", 25)
+    assert len(frames) == (earned + 1) // 2
+    assert {frame.shape for frame in frames} == {(400, 600, 3)}
+    assert all(frame.min() < 60 and frame.max() > 200 for frame in frames)  # a black cart on white
+    assert main.run(["play", str(path), "--out", str(tmp_path / "no" / "x.mp4")]) != 0
+    assert "cannot be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.mp4"])
+def test_what_an_environment_draws_is_checked(name: str, tmp_path: Path) -> None:
+    """It is other people's; an odd size is no fault of it."""
+    film = Recording(tmp_path / name, 30.0)
+    film.add(np.zeros((5, 7, 3), np.uint8))
+    for wrong in (None, np.zeros((5, 7, 3)), np.zeros((5, 7), np.uint8), np.zeros((1, 7, 3), np.uint8)):
+        with pytest.raises(TaskFailedError, match="and no colour image"):
+            film.add(wrong)
+    with pytest.raises(TaskFailedError, match="not of one size"):
+        film.add(np.zeros((6, 7, 3), np.uint8))
+    film.close()
+    assert (tmp_path / name).stat().st_size > 50
+
+
 def test_one_that_remembers_plays_and_says_that_it_cannot_be_exported(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("onnx", reason="the export extra brings it")
     path = a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1", memory="gru")
@@ -209,7 +242,7 @@ def test_one_that_remembers_plays_and_says_that_it_cannot_be_exported(tmp_path: 
         (["play", "bagaqnosuch"], "neither a file nor a swarm of this profile"),
         (["play", "no/such/file"], "cannot be read"),
         (["export", "x", "--to", "x.pt"], "ends with .onnx"),
-        (["play", "FILE", "--out", "x.mp4"], "ends with .gif"),
+        (["play", "FILE", "--out", "x.avi"], "ends with .gif or .mp4"),
     ],
 )
 def test_wrong_use_is_one_clear_line(
