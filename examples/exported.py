@@ -22,13 +22,17 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=1)
     options = parser.parse_args()
     session = onnxruntime.InferenceSession(options.policy, providers=["CPUExecutionProvider"])
-    dtype = np.uint8 if session.get_inputs()[0].type == "tensor(uint8)" else np.float32
+    takes = {each.name: each for each in session.get_inputs()}
+    dtype = np.uint8 if takes["observation"].type == "tensor(uint8)" else np.float32
     env = gymnasium.make(options.task)
     for episode in range(options.episodes):
         observation, _ = env.reset(seed=episode)
         total, is_over = 0.0, False
+        # A policy that remembers takes its memory, which is zeros at first, and gives that of the next step.
+        memory = {"memory": np.zeros((1, takes["memory"].shape[1]), np.float32)} if "memory" in takes else {}
         while not is_over:
-            (actions,) = session.run(None, {"observation": np.asarray(observation, dtype)[np.newaxis]})
+            actions, *after = session.run(None, {"observation": np.asarray(observation, dtype)[np.newaxis], **memory})
+            memory = dict(zip(memory, after, strict=True))
             observation, reward, terminated, truncated, _ = env.step(actions[0])
             total, is_over = total + float(reward), terminated or truncated
         print(f"episode {episode}  return {total:g}", flush=True)

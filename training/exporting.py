@@ -6,6 +6,9 @@ environment takes it, so numbers begin where its space begins, and boxes are sca
 float64 and in this order, as Shoal does it, so that actions are the same bits where the network's outputs are. For a
 Dict or Tuple of actions there is an output for each of its parts: ``action/KEY``, ``action/KEY/0``.
 
+A policy that remembers has a second input, ``memory`` ``[N, memory_size]``, zeros where an episode begins, and a second
+output, ``next_memory``, which is that of the next step.
+
 The graph is written by hand from what the models compute (`shoal.training.models`), by operators of opset 17 alone.
 Needs the extra ``export``.
 """
@@ -24,7 +27,9 @@ from shoal import __version__
 from shoal.protocol.errors import UsageError
 from shoal.training.algorithms.normalizers import CLIP
 from shoal.training.models.actor_critic import ActorCritic
+from shoal.training.models.policy import Recurrent
 from shoal.training.models.q_network import QNetwork
+from shoal.training.models.recurrent import RecurrentActorCritic
 from shoal.training.models.soft_actor import SoftActorCritics
 from shoal.training.tasks import Task
 from shoal.training.tasks.base import ActionSpace, Continuous, Discrete, MultiDiscrete
@@ -63,6 +68,9 @@ def export_onnx(trained: Trained, path: Path) -> None:
     kind = kinds.UINT8 if box.dtype == "uint8" else kinds.FLOAT
     inputs = [helper.make_tensor_value_info("observation", kind, ["N", *box.shape])]
     outputs = [onnx.ValueInfoProto(name=name) for name in actions]
+    if isinstance(trained.model, Recurrent):
+        inputs.append(helper.make_tensor_value_info("memory", kinds.FLOAT, ["N", trained.model.memory_size]))
+        outputs.append(onnx.ValueInfoProto(name="next_memory"))
     made = helper.make_graph(graph.nodes, "policy", inputs, outputs, graph.constants)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     model.producer_name, model.producer_version = "shoal", __version__
@@ -116,12 +124,12 @@ def _actions(graph: _Graph, trained: Trained, seen: str) -> str:
     parameters, size = model.parameters, trained.task.observation_space.size
     match model:
         case ActorCritic():
-            outputs, layer = graph.add("Reshape", seen, graph.constant(np.array([-1, size]))), 0
-            while f"actor/{layer}/weight" in parameters:
-                outputs = graph.add("Tanh", outputs) if layer else outputs
-                weight, bias = parameters[f"actor/{layer}/weight"], parameters[f"actor/{layer}/bias"]
-                outputs, layer = graph.linear(outputs, weight.T, bias), layer + 1
-            return _likeliest(graph, outputs, space)
+            flat = graph.add("Reshape", seen, graph.constant(np.array([-1, size])))
+            return _likeliest(graph, _tanh_layers(graph, flat, parameters), space)
+        case RecurrentActorCritic():
+            flat = graph.add("Reshape", seen, graph.constant(np.array([-1, size])))
+            both = graph.add("Concat", flat, _remembered(graph, flat, parameters), axis=1)
+            return _likeliest(graph, _tanh_layers(graph, both, parameters), space)
         case QNetwork():
             return _likeliest(graph, _dense(graph, seen, parameters, "q", size), space)
         case SoftActorCritics():
@@ -132,9 +140,33 @@ def _actions(graph: _Graph, trained: Trained, seen: str) -> str:
         features = _image(graph, seen, model)
         outputs = graph.linear(features, parameters["actor/weight"].T, parameters["actor/bias"])
         return _likeliest(graph, outputs, space)
-    raise UsageError(
-        "policies that remember or are another package's have no ONNX form here yet; `shoal play` shows them"
+    raise UsageError("this policy's network has no ONNX form here yet; `shoal play` shows what it does")
+
+
+def _tanh_layers(graph: _Graph, seen: str, parameters: Any) -> str:
+    """See `shoal.training.models.actor_critic`; of the actor alone."""
+    outputs, layer = seen, 0
+    while f"actor/{layer}/weight" in parameters:
+        outputs = graph.add("Tanh", outputs) if layer else outputs
+        weight, bias = parameters[f"actor/{layer}/weight"], parameters[f"actor/{layer}/bias"]
+        outputs, layer = graph.linear(outputs, weight.T, bias), layer + 1
+    return outputs
+
+
+def _remembered(graph: _Graph, seen: str, parameters: Any) -> str:
+    """What is remembered after a step; see `shoal.training.models.gated`."""
+    given = graph.linear(seen, parameters["memory/in"].T, parameters["memory/in_bias"])
+    added = graph.linear("memory", parameters["memory/again"].T, parameters["memory/again_bias"])
+    width = parameters["memory/again"].shape[1]
+    parts = ((0, width), (width, 2 * width), (2 * width, 3 * width))
+    (reset, keep, new), (reset_added, keep_added, again) = (
+        [graph.columns(each, *part) for part in parts] for each in (given, added)
     )
+    reset, keep = (graph.add("Sigmoid", graph.add("Add", *pair)) for pair in ((reset, reset_added), (keep, keep_added)))
+    new = graph.add("Tanh", graph.add("Add", new, graph.add("Mul", reset, again)))
+    kept = graph.add("Mul", keep, graph.add("Sub", "memory", new))
+    graph.node("Add", [new, kept], ["next_memory"])
+    return "next_memory"
 
 
 def _width(space: ActionSpace) -> int:

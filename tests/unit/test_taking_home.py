@@ -152,11 +152,13 @@ def test_of_several_actions_at_once_each_is_an_output(are_numbers: bool, tmp_pat
         assert made("gym:Several-v0", env).action_space.contains({"arm": arm[0], "others": (other[0],)})
 
 
-def test_the_example_runs_what_was_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("memory", ["none", "gru"])
+def test_the_example_runs_what_was_exported(memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime", reason="pip install onnxruntime runs what was exported")
     pytest.importorskip("onnx", reason="the export extra brings it")
     out = tmp_path / "policy.onnx"
-    said(capsys, "export", str(a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1")), "--to", str(out))
+    path = a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1", memory=memory)
+    said(capsys, "export", str(path), "--to", str(out))
     example = Path(__file__).resolve().parents[2] / "examples" / "exported.py"
     ran = subprocess.run([sys.executable, str(example), str(out)], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("episode 0  return ")
@@ -228,12 +230,33 @@ def test_what_an_environment_draws_is_checked(name: str, tmp_path: Path) -> None
     assert (tmp_path / name).stat().st_size > 50
 
 
-def test_one_that_remembers_plays_and_says_that_it_cannot_be_exported(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("task", ["gym:CartPole-v1", "gym:Pendulum-v1"])
+def test_one_that_remembers_is_given_its_memory_and_gives_the_next(task: str, tmp_path: Path, capsys: Any) -> None:
+    """Over an episode, from zeros on, and of several episodes side by side."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime runs what was exported")
     pytest.importorskip("onnx", reason="the export extra brings it")
-    path = a_policy(tmp_path / "policy.safetensors", "gym:CartPole-v1", memory="gru")
-    assert said(capsys, "play", str(path))["returns"][0] > 0
-    assert main.run(["export", str(path), "--to", str(tmp_path / "x.onnx")]) == 2
-    assert "policies that remember" in capsys.readouterr().err
+    settings = {"memory": "gru", "normalize_observations": True}
+    path, out = a_policy(tmp_path / "policy.safetensors", task, **settings), tmp_path / "x.onnx"
+    assert len(said(capsys, "play", str(path))["returns"]) == 1
+    said(capsys, "export", str(path), "--to", str(out))
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    (_, given) = session.get_inputs()
+    assert (given.name, given.shape[0]) == ("memory", "N")
+    trained = read_trained(path)
+    env, act = trained.task.make(1), trained.acting()
+    shown, memory = env.reset([3]), np.zeros((1, given.shape[1]), np.float32)
+    actions = set()
+    for _ in range(40):
+        action = act(shown)
+        found, memory = session.run(["action", "next_memory"], {"observation": shown, "memory": memory})
+        np.testing.assert_allclose(found[0], trained.task.to_env(action)[0], atol=1e-4)  # type: ignore[attr-defined]
+        actions.add(found.tobytes())
+        shown = env.step(action).observations
+    env.close()
+    assert len(actions) > 1
+    assert np.abs(memory).max() > 0.1
+    two = {"observation": np.repeat(shown, 2, 0), "memory": np.repeat(memory, 2, 0)}
+    assert len(session.run(["next_memory"], two)[0]) == 2
 
 
 @pytest.mark.parametrize(
