@@ -1,6 +1,5 @@
 """What `shoal new task` makes is learned by two nodes as it is, and what they learned plays and is taken home."""
 
-import json
 import os
 from pathlib import Path
 
@@ -46,15 +45,3 @@ def test_two_nodes_learn_a_task_of_ones_own_and_its_policy_is_taken_home(make_no
     told = other.ask("export", str(Path(ends[1]["results"]) / "policy.safetensors"), "--to", str(tmp_path / "x.onnx"))
     assert (tmp_path / "x.onnx").exists()
     assert told["task"] == package
-
-
-@pytest.mark.parametrize(
-    ("name", "words"), [("9x", "no package's name"), ("Big", "no package's name"), ("full", "there")]
-)
-def test_a_package_that_cannot_be_is_one_line(name, words, tmp_path, capsys):
-    from shoal.cli import main
-
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    assert main.run(["new", "task", str(tmp_path / name), "--json"]) == 2
-    assert words in json.loads(capsys.readouterr().out)["error"]["message"]
