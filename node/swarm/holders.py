@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -19,7 +20,7 @@ from shoal.dht.records import Kind
 from shoal.node.mesh.host import Host
 from shoal.node.supervise import open_plain_nursery
 from shoal.node.wire.contracts import TreeAsked, TreeService
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import NoPeersError, ShoalError, UsageError
 from shoal.protocol.ids import Cid, PeerId
 from shoal.protocol.services import client
 
@@ -30,6 +31,8 @@ ENOUGH: Final = 4
 MAX_AT_ONCE: Final = 8
 MAX_TRIED: Final = 64
 """Peers that one look dials."""
+CONNECT_S: Final = 5.0
+"""To one of them: 64 that are nowhere take 40 s."""
 HELD_S: Final = 4.0
 """To say whether it has it."""
 FIND_S: Final = 10.0
@@ -97,11 +100,9 @@ class Holders:
             async with room:
                 if num_found >= ENOUGH:
                     return
-                try:
+                with trio.move_on_after(CONNECT_S), suppress(NoPeersError, UsageError):
                     await self._host.connect(addresses, heard=True)
-                except ShoalError as error:
-                    log.debug("%s, which is said to hold %s, is not there: %s", peer, cid, error)
-                else:
+                if peer in self._host.connected:
                     await ask(peer)
 
         room = trio.CapacityLimiter(MAX_AT_ONCE)

@@ -196,10 +196,13 @@ async def test_what_nobody_has_is_told_in_a_line_and_soon(tmp_path: Path) -> Non
 
 @pytest.mark.trio
 async def test_a_node_alone_publishes_and_says_where_it_is_and_others_find_it_later(tmp_path: Path) -> None:
+    async with node(tmp_path / "ann", 1) as ann:
+        published = await ann.publish(a_folder(tmp_path / "one", "first"), "cart")
+        assert (published.stored_on, published.num_told) == ([ann.me], 0)
+        await ann.publish(a_folder(tmp_path / "two", "second"), "gone")
+        await ann.models.remove("gone")
     async with node(tmp_path / "ann", 1, is_server=False) as ann, node(tmp_path / "hub", 2) as hub:
         with trio.fail_after(GENEROUS_S):
-            published = await ann.publish(a_folder(tmp_path / "one", "first"), "cart")
-            assert (published.stored_on, published.num_told) == ([ann.me], 0)
             with pytest.raises(NoPeersError):
                 await hub.get(f"{ann.me}/cart")
             await join(ann, hub)
@@ -208,6 +211,7 @@ async def test_a_node_alone_publishes_and_says_where_it_is_and_others_find_it_la
                 while not await bob.models.search("cart"):  # noqa: ASYNC110  it is said again by itself
                     await trio.sleep(0.2)
                 await bob.get(f"{ann.me}/cart", tmp_path / "out")
+                assert not await bob.models.search("gone")  # what is not here any more is not said
 
 
 @pytest.mark.trio
