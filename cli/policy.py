@@ -1,18 +1,24 @@
-"""``shoal play`` and ``shoal export``: a trained policy, looked at and taken elsewhere. Neither needs a node."""
+"""``shoal play`` and ``shoal export``: a trained policy, looked at and taken elsewhere.
+
+A run that is done has left a file, and no node is needed. Of one that goes on, the node is asked for what it holds now.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.common import AsJson, Profile, console, print_json, profile_paths
-from shoal.protocol.errors import ShoalError, UsageError
+from shoal.cli.common import AsJson, Profile, connect, console, print_json, profile_paths
+from shoal.protocol.errors import NoDaemonError, ShoalError, UsageError
+
+if TYPE_CHECKING:
+    from shoal.training.trained import Trained
 
 What = Annotated[
     str,
-    typer.Argument(metavar="SWARM|FILE", help="A run of this profile that is done, or a policy.safetensors of one."),
+    typer.Argument(metavar="SWARM|FILE", help="A run of this profile, or the policy.safetensors that one has left."),
 ]
 
 
@@ -26,9 +32,8 @@ def play(
 ) -> None:
     """Let a trained policy play, without chance: what it earns, and with --out how it looks."""
     from shoal.training.showing import show  # loads all that learning needs
-    from shoal.training.trained import find_trained, read_trained
 
-    trained = read_trained(find_trained(what, profile_paths(profile).root / "swarms"))
+    trained = _trained(what, profile)
     returns = show(trained, episodes=episodes, seed=seed, out=out)
     if as_json:
         print_json({"returns": returns, "out": None if out is None else str(out)})
@@ -49,9 +54,8 @@ def export(
     if to.suffix.lower() != ".onnx":
         raise UsageError(f"{to.name} is of no kind that is written; give a name that ends with .onnx")
     from shoal.training.exporting import export_onnx  # likewise
-    from shoal.training.trained import find_trained, read_trained
 
-    trained = read_trained(find_trained(what, profile_paths(profile).root / "swarms"))
+    trained = _trained(what, profile)
     try:
         export_onnx(trained, to)
     except OSError as error:
@@ -61,3 +65,24 @@ def export(
         print_json(facts)
     else:
         console().print(f"{to}: the policy of {facts['task']}, with its normaliser", soft_wrap=True, markup=False)
+
+
+def _trained(what: str, profile: str) -> Trained:
+    """The policy that a word names: what a run has left, or what the node holds of one that goes on.
+
+    Raises:
+        UsageError: if there is none.
+        ProtocolError: if a file is none.
+    """
+    from shoal.training.state import decode_arrays
+    from shoal.training.trained import NotDoneError, find_trained, read_trained, trained_of
+
+    try:
+        return read_trained(find_trained(what, profile_paths(profile).root / "swarms"))
+    except NotDoneError as not_done:
+        try:
+            with connect(profile) as node:
+                manifest, state = node.manifest(not_done.swarm), node.policy(not_done.swarm)
+        except NoDaemonError as error:
+            raise UsageError(f"{not_done}; while it goes on, the node has it: start that with `shoal up`") from error
+    return trained_of(decode_arrays(state)[0], {"manifest": manifest})

@@ -92,6 +92,7 @@ from shoal.node.way_back import keep_way_back
 from shoal.node.wire.bench import Bench, BenchServer
 from shoal.node.wire.channel import Router
 from shoal.node.wire.contracts import NodeService
+from shoal.protocol.codec import to_plain
 from shoal.protocol.errors import NoPeersError, RemoteError, ShoalError, Status, UsageError, unwrap
 from shoal.protocol.ids import Cid, PeerId, SwarmId
 from shoal.protocol.services import Empty, client
@@ -476,6 +477,15 @@ class Node:
             version={str(author): seq for author, seq in replica.version().items()},
             documents={str(author): dict(values) for author, values in replica.documents().items()},
         )
+
+    def manifest(self, swarm: SwarmId) -> dict[str, Any]:
+        """What one of them was made with; `UsageError` if it is in no such swarm."""
+        plain: dict[str, Any] = to_plain(self._swarms.get(swarm).run.manifest)
+        return plain
+
+    async def policy(self, swarm: SwarmId) -> bytes:
+        """The newest training state of one of them; `UsageError` if there is none here."""
+        return await self._swarms.get(swarm).run.held()
 
     async def create_swarm(self, request: CreateSwarm) -> CreatedSwarm:
         """Start a run and take part in it."""

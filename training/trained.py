@@ -32,6 +32,18 @@ _PARAMETERS: Final = "parameters/"
 _MOMENTS: Final = "moments/observation/"
 
 
+class NotDoneError(UsageError):
+    """A run has left no policy yet.
+
+    Attributes:
+        swarm: its name.
+    """
+
+    def __init__(self, swarm: str) -> None:
+        super().__init__(f"the run {swarm} has left no policy yet: it is written when the run is done")
+        self.swarm = swarm
+
+
 @dataclass(frozen=True, slots=True)
 class Trained:
     """A policy as a run left it.
@@ -112,6 +124,7 @@ def find_trained(what: str, swarms: Path) -> Path:
         swarms: the folder of this profile's runs.
 
     Raises:
+        NotDoneError: if it names a run that has left no such file yet.
         UsageError: if it names none, or more than one.
     """
     path = Path(what)
@@ -125,5 +138,5 @@ def find_trained(what: str, swarms: Path) -> Path:
     if not found:
         raise UsageError(f"{what[:80]!r} is neither a file nor a swarm of this profile; `shoal swarm ls` shows those")
     if not (found[0] / FILE).exists():
-        raise UsageError(f"the run {what} has left no policy yet: it is written when the run is done")
+        raise NotDoneError(found[0].name)
     return found[0] / FILE

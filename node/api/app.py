@@ -100,6 +100,12 @@ class NodeView(Protocol):
     def swarm(self, swarm: SwarmId) -> SwarmDetail:
         """One of them; `UsageError` if it is in no such swarm."""
 
+    def manifest(self, swarm: SwarmId) -> dict[str, Any]:
+        """What a run was made with."""
+
+    async def policy(self, swarm: SwarmId) -> bytes:
+        """The newest training state that is here."""
+
     def state(self, swarm: SwarmId) -> StateInfo:
         """The shared state of one of them; `UsageError` if it is in no such swarm."""
 
@@ -301,6 +307,16 @@ def _add_swarm_routes(app: FastAPI, node: NodeView) -> None:
     async def get_swarm(swarm: str) -> SwarmDetail:
         """One swarm in detail."""
         return node.swarm(_resolve_or_404(node, swarm))
+
+    @app.get("/v1/swarms/{swarm}/manifest")
+    async def get_manifest(swarm: str) -> dict[str, Any]:
+        """What a run was made with: all that its owner signed."""
+        return node.manifest(_resolve_or_404(node, swarm))
+
+    @app.get("/v1/swarms/{swarm}/policy", response_class=Response)
+    async def get_policy(swarm: str) -> Response:
+        """The newest training state that this node holds, as safetensors; the policy is under ``parameters/``."""
+        return Response(await node.policy(_resolve_or_404(node, swarm)), media_type="application/octet-stream")
 
     @app.delete("/v1/swarms/{swarm}")
     async def leave_swarm(swarm: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -147,6 +147,15 @@ class Client:
     def swarm(self, swarm: str) -> SwarmDetail:
         """One of them, by its name or the beginning of it."""
         return self._ask(SwarmDetail, "GET", f"/v1/swarms/{_in_path(swarm)}")
+
+    def manifest(self, swarm: str) -> dict[str, Any]:
+        """What a run was made with."""
+        return self._ask(dict[str, Any], "GET", f"/v1/swarms/{_in_path(swarm)}/manifest")
+
+    def policy(self, swarm: str) -> bytes:
+        """The newest training state that the node holds, as safetensors."""
+        with self._request("GET", f"/v1/swarms/{_in_path(swarm)}/policy", None, WORK_TIMEOUT_S) as answer:
+            return self._all_of(answer, WORK_TIMEOUT_S)
 
     def state(self, swarm: str) -> StateInfo:
         """The shared state of one of them."""

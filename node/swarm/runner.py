@@ -221,6 +221,20 @@ class Runner:
         """What this node holds."""
         return self.core.policy
 
+    async def held(self) -> bytes:
+        """The training state of `policy`.
+
+        Raises:
+            UsageError: if there is none here.
+        """
+        policy = self.policy
+        if policy is None:
+            raise UsageError("this node holds no policy of that run yet; ask again in a while")
+        try:
+            return bytes(await self._content.get(policy.cid, ()))
+        except UnavailableError as error:
+            raise UsageError(f"this node ({self.role}) has no whole policy of that run; ask one that learns") from error
+
     @property
     def training_return(self) -> float | None:
         """Mean return of the newest training episodes."""

@@ -45,3 +45,17 @@ def test_two_nodes_learn_a_task_of_ones_own_and_its_policy_is_taken_home(make_no
     told = other.ask("export", str(Path(ends[1]["results"]) / "policy.safetensors"), "--to", str(tmp_path / "x.onnx"))
     assert (tmp_path / "x.onnx").exists()
     assert told["task"] == package
+
+
+def test_a_run_that_goes_on_plays_and_is_exported(make_node, tmp_path):
+    """By what its node holds now."""
+    node = make_node()
+    created = node.ask("swarm", "create", "--task", "gym:CartPole-v1", "--target-return", "100000")
+    swarm = created["swarm"]
+    node.wait_for(swarm, "it has learned something", lambda shown: shown["epoch"] >= 1)
+    assert node.ask("play", swarm[:20], "--episodes", "2")["out"] is None
+    pytest.importorskip("onnx", reason="the export extra brings it")
+    node.ask("export", swarm[:20], "--to", str(tmp_path / "x.onnx"))
+    assert (tmp_path / "x.onnx").exists()
+    assert node.ask("swarm", "show", swarm)["phase"] != "done"
+    node.ask("leave", swarm)

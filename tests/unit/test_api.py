@@ -111,6 +111,12 @@ class FakeNode:
     async def search_models(self, word: str) -> list[ModelInfo]:
         return [await self.model(word)]
 
+    def manifest(self, swarm: SwarmId) -> dict[str, Any]:
+        return {"task": "gym:CartPole-v1", "seed": 0}
+
+    async def policy(self, swarm: SwarmId) -> bytes:
+        return b"\x00\xff tensors"
+
     def state(self, swarm: SwarmId) -> StateInfo:
         return StateInfo(version={ME: 3}, documents={ME: {"member": {"role": "learner"}}})
 
@@ -202,6 +208,7 @@ def asked(paths: ProfilePaths, ask: Callable[[Client], T], prepare: Callable[[Fa
 def test_the_client_gives_what_the_node_says(paths: ProfilePaths) -> None:
     def ask(client: Client) -> list[Any]:
         swarm = [client.swarms(), client.swarm(SWARM), client.state(SWARM)]
+        assert (client.manifest(SWARM)["task"], client.policy(SWARM)) == ("gym:CartPole-v1", b"\x00\xff tensors")
         return [client.node(), client.peers(), client.mesh(), client.metrics(), *swarm]
 
     node = FakeNode()
