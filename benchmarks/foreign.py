@@ -80,8 +80,8 @@ SHARE: Final = 5
 FEWEST: Final = 5
 """of so many at least."""
 ERRORS: Final = 2.0
-GRACE_S: Final = 60.0
-"""That a process may take beyond its time, for one epoch."""
+GRACE_S: Final = 180.0
+"""That a process may take beyond its time, to begin and for one epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def learn(written: str, steps: int, seconds: float) -> Row:
 
     owner = PeerId.of_public_key(bytes(32))
     shows = acts = ""
-    done, returns, until = 0, list[float](), time.monotonic() + seconds
+    done, returns = 0, list[float]()
     try:
         name, _, argument = written.partition("?")
         key, _, value = argument.partition("=")
@@ -121,6 +121,7 @@ def learn(written: str, steps: int, seconds: float) -> Row:
         task.try_out(0)  # type: ignore[attr-defined]  # as a node does before it joins
         manifest = Manifest(owner=owner, task=name, algorithm="ppo", batch_size=BATCH, env_arguments=arguments)
         learner = load_algorithm("ppo").learner(manifest, task, peer=owner)
+        until = time.monotonic() + seconds
         while done < steps and time.monotonic() < until:
             collected = learner.collect(BATCH)
             done += collected.samples

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 GROUP: Final = "shoal.environments"
 HORIZON: Final = "max_episode_steps"
 OBSERVE: Final = "observe"
-_NEEDS_GYMNASIUM: Final = re.compile(r"gymnasium\b(?!-)(?!.*\bextra\s*==)", re.IGNORECASE)
+_NEEDS_GYMNASIUM: Final = re.compile(r"gymnasium(?![\w.-])(?!.*\bextra\s*==)", re.IGNORECASE)
 """What a package says that it needs, always and not for an extra of its own."""
 _OURS: Final = ("id", "render_mode", "disable_env_checker", "apply_api_compatibility", "autoreset")
 
