@@ -7,7 +7,11 @@ a traceback, a signal or a process that does not come back, is *fails*, and ends
 
     python -m venv foreign && foreign/bin/pip install '.[train,tasks,atari]' minigrid highway-env \\
         flappy-bird-gymnasium gym-pusht mo-gymnasium gymnasium-robotics miniworld panda-gym gym-anytrading
-    foreign/bin/python benchmarks/foreign.py [--tasks gym:A,gym:B] [--steps 40000] [--seconds 100] [--keep]
+    foreign/bin/python benchmarks/foreign.py [--tasks gym:A,gym:B] [--steps 40000] [--seconds 100]
+        [--json FILE] [--keep]
+
+``--json`` writes rows into a file, in place of those of the same tasks that it holds already; what is printed and kept
+is of all its rows, so that tasks can be run one by one.
 """
 
 from __future__ import annotations
@@ -201,16 +205,21 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--seconds", type=float, default=100.0, help="of each at most, beside one epoch")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         print(json.dumps(asdict(learn(given.one, given.steps, given.seconds))))
         return
-    rows = []
+    held = given.json is not None and given.json.exists()
+    found = {row["task"]: Row(**row) for row in json.loads(given.json.read_text())} if held else {}
     for name in given.tasks.split(","):
-        rows.append(apart(name, given.steps, given.seconds))
-        print(rows[-1], file=sys.stderr, flush=True)
+        found[name] = apart(name, given.steps, given.seconds)
+        print(found[name], file=sys.stderr, flush=True)
+        if given.json is not None:
+            given.json.write_text(json.dumps([asdict(row) for row in found.values()], indent=1) + "\n")
+    rows = list(found.values())
     command = " ".join(["python", "benchmarks/foreign.py", *sys.argv[1:]])
     text = "\n".join(report(rows, command)) + "\n"
     print(text)
