@@ -27,7 +27,7 @@ def test_spaces_are_read_from_the_environment() -> None:
         ("gim:CartPole-v1", "did you mean gym"),
         ("gym:CartPole-v9", "did you mean .*CartPole-v1"),
         ("gym:cartpole", "did you mean .*CartPole-v1"),
-        ("gym:os:CartPole-v1", "no Gymnasium environment"),
+        ("gym:os:CartPole-v1", "is no installed package that needs Gymnasium"),
         ("gym:" + "x" * 10_000, "no Gymnasium environment"),
     ],
 )
