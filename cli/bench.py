@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -147,17 +148,26 @@ def _bench_blocks(clients: Sequence[Client], path: Path, num_bytes: int) -> dict
         time.sleep(0.05)
     model = giver.publish_model(PublishModel(path=str(path), name="bench"))
     before = [_memory(client.pid, "VmRSS") for client in clients]
+    busy_s = sum(_cpu_s(client.pid) for client in clients)
     began = time.perf_counter()
     with ThreadPoolExecutor(len(takers)) as pool:
         list(pool.map(lambda client: client.get_model(GetModel(model=str(model.cid))), takers))
     seconds = time.perf_counter() - began
+    busy_s = sum(_cpu_s(client.pid) for client in clients) - busy_s
     grown = [_memory(client.pid, "VmHWM") - was for client, was in zip(clients, before, strict=True)]
     return {
         "seconds": round(seconds, 3),
         "mb_per_s": round(num_bytes / seconds / 1e6, 1),
         "receivers": len(takers),
         "memory_mb": round(max(grown) / 1e6, 1),
+        "cpu_s_per_gb": round(busy_s / (num_bytes * len(takers) / 1e9), 3),
     }
+
+
+def _cpu_s(pid: int) -> float:
+    """Of the processor, that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory(pid: int, what: str) -> int:

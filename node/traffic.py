@@ -2,8 +2,9 @@
 
 One for each direction, for the whole node: a token bucket of bytes. What goes by it waits until the bucket is not
 empty, and takes out all its bytes then, so that over any time no more goes than the rate allows, what the bucket holds
-and one block. Peers that this node wants (`Connections.wanted`) go first, among them whoever came first; the others
-have what they leave. Calls, gossip and ops are not counted: they are few, and what a run stands on.
+and one request: a block, or a run of those of a folder. Peers that this node wants (`Connections.wanted`) go first,
+among them whoever came first; the others have what they leave. Calls, gossip and ops are not counted: they are few, and
+what a run stands on.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Traffic:
         """Wait until so many bytes may go, and count them.
 
         Args:
-            num_bytes: of one thing, at most a block's.
+            num_bytes: of one thing: a block, or a run of them.
             is_member: whether they are to or from a peer that this node wants.
             is_patient: whether they wait however much waits before them; how many do is bounded elsewhere then.
 

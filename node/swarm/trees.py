@@ -1,8 +1,11 @@
 """Folders that this node has published or fetched: named, fetched from many peers at once, given to others meanwhile.
 
 What is known of each is a record in the node's file. Their blocks are in a store of their own (``models``), from which
-`ContentStore` gives them to whoever asks for one; an index is a content that is kept on disk. So a fetch that was
-broken off, by whatever, begins with the blocks that are there, and is a source for others before it is whole.
+they are given to whoever asks (`tree_blocks`); an index is a content that is kept on disk. So a fetch that was broken
+off, by whatever, begins with the blocks that are there, and is a source for others before it is whole.
+
+A block that came is checked, and in a file, before it is told of: a kill takes none of them. They are made durable in
+groups, and all are before a fetch is over; what a power cut takes of them is noticed, and fetched again.
 
 A tree that is pinned stays. Others go, the least recently used first, when a new one needs their room.
 """
@@ -10,6 +13,7 @@ A tree that is pinned stays. Others go, the least recently used first, when a ne
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,7 +44,9 @@ from shoal.node.store.folders import DamagedError, check_target, pack, scan, unp
 from shoal.node.supervise import open_plain_nursery
 from shoal.node.swarm.content import LOOK_S, ContentStore, UnavailableError
 from shoal.node.swarm.holders import Holders
-from shoal.node.wire.contracts import BlockRequest, ContentService, TreeAsked, TreeHeld, TreeService
+from shoal.node.swarm.tree_blocks import Arrivals, OpenTree, TreeSource
+from shoal.node.wire.bulk import BulkRef
+from shoal.node.wire.contracts import TreeAsked, TreeHeld, TreeService
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.errors import (
     NoPeersError,
@@ -66,6 +72,8 @@ LOOK_AGAIN_S: Final = 30.0
 ANSWER_S: Final = 120.0
 MAX_ROUNDS: Final = 4
 """Of fetching what was found damaged."""
+GROUP_BLOCKS: Final = 64
+"""Made durable together."""
 MAX_OPEN_TREES: Final = 8
 """Whose indexes are in memory because peers asked for them."""
 MAX_TREES: Final = 10_000
@@ -105,28 +113,6 @@ class TreeRecord:
 
 
 @dataclass(slots=True, eq=False)
-class OpenTree:
-    """One whose index is in memory.
-
-    Attributes:
-        tree: its index.
-        cids: of its blocks, equal ones once: block n of a fetch is the n-th of these.
-        sizes: of each of those.
-    """
-
-    tree: Tree
-    cids: list[Cid] = field(default_factory=list)
-    sizes: dict[Cid, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for block in range(self.tree.num_blocks):
-            cid = self.tree.cid(block)
-            if self.sizes.setdefault(cid, self.tree.block_sizes[block]) != self.tree.block_sizes[block]:
-                raise ProtocolError(f"the index gives block {cid} two sizes")
-        self.cids = list(self.sizes)
-
-
-@dataclass(slots=True, eq=False)
 class Progress:
     """A fetch that is on, or how it went.
 
@@ -157,14 +143,23 @@ class _Flight:
     progress: Progress
     send: trio.MemorySendChannel[Event]
     receive: trio.MemoryReceiveChannel[Event]
+    refs: dict[PeerId, BulkRef] = field(default_factory=dict)
     requests: dict[tuple[PeerId, int], _Asked] = field(default_factory=dict)
+    unsynced: list[Cid] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A request under way: when something came of it last, and what ends it."""
+    """A request under way, and what ends it.
 
+    Attributes:
+        since: when it was seen last that more had come; infinity while this node lets it wait.
+        num_bytes: what had come then.
+    """
+
+    arrivals: Arrivals
     since: float
+    num_bytes: int = 0
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
@@ -188,6 +183,7 @@ class Trees(TreeService):
         self._flights: dict[Cid, _Flight] = {}
         self._open: dict[Cid, OpenTree] = {}
         self._records: dict[Cid, TreeRecord] = {}
+        self._refs: dict[Cid, BulkRef] = {}
         self._threads = trio.CapacityLimiter(2)
         for name, data in storage.list_facts(_RECORD).items():
             try:
@@ -265,6 +261,8 @@ class Trees(TreeService):
         self._holders.withdraw(cid)
         self.on_gone(cid)
         self._open.pop(cid, None)
+        if cid in self._refs:
+            self._host.links.bulk.withdraw(self._refs.pop(cid))
         await self._content.keep(f"{_RECORD}{cid}", ())
         gone = set() if opened is None else set(opened.cids)
         for other in list(self._records):
@@ -319,16 +317,22 @@ class Trees(TreeService):
 
     async def held(self, request: TreeAsked) -> TreeHeld:
         """Answer a peer."""
-        record = self._records.get(request.cid)
-        flight = self._flights.get(request.cid)
-        if flight is not None:
-            return _held(flight.fetch.here, len(flight.opened.cids))
-        if record is not None and record.is_whole:
-            return TreeHeld(is_whole=True)
-        opened = None if record is None else await self._opened(request.cid)
+        cid = request.cid
+        opened = await self._opened(cid)
         if opened is None:
-            raise RemoteError(Status.NOT_FOUND, f"this node has nothing of {request.cid}")
-        return _held(self._here(opened), len(opened.cids))
+            raise RemoteError(Status.NOT_FOUND, f"this node has nothing of {cid}")
+        if cid not in self._refs:
+            source = TreeSource(cid, self._opened, self._blocks, self._host)
+            self._refs[cid] = self._host.links.bulk.offer_source(source, opened.num_bytes)
+        flight, record = self._flights.get(cid), self._records.get(cid)
+        if flight is not None:
+            here = flight.fetch.here
+        elif record is not None and record.is_whole:
+            return TreeHeld(is_whole=True, ref=self._refs[cid])
+        else:
+            here = self._here(opened)
+        is_whole = here == (1 << len(opened.cids)) - 1
+        return TreeHeld(is_whole, here.to_bytes(len(opened.cids) // 8 + 1, "little"), self._refs[cid])
 
     # --- fetching ---
 
@@ -350,7 +354,7 @@ class Trees(TreeService):
         progress = self.fetching[cid] = Progress(cid, began_at=trio.current_time())
         try:
             opened = await self._opened(cid) or await self._fetch_index(cid)
-            progress.size = sum(opened.sizes.values())
+            progress.size = opened.num_bytes
             await self._make_room(
                 sum(opened.sizes[each] for each in opened.cids if not self._blocks.has(each)), but=cid
             )
@@ -429,6 +433,7 @@ class Trees(TreeService):
                         nursery.start_soon(self._watch, flight)
                         await self._carry_out(flight, nursery)
                         nursery.cancel_scope.cancel()
+                    await self._make_durable(flight)
                 try:
                     if out is not None:
                         await self._in_thread(partial(unpack, opened.tree, out, self._blocks))
@@ -493,74 +498,70 @@ class Trees(TreeService):
             blocks = (
                 -1 if answer.is_whole else int.from_bytes(answer.blocks[: len(flight.opened.cids) // 8 + 1], "little")
             )
-            event = HaveArrived(source, blocks & ((1 << len(flight.opened.cids)) - 1))
+            if answer.ref is None:
+                event = HaveFailed(source, "it says that it has blocks, and not where")
+            else:
+                flight.refs[source] = answer.ref
+                event = HaveArrived(source, blocks & ((1 << len(flight.opened.cids)) - 1))
         except ShoalError as error:
             event = HaveFailed(source, str(error))
         await flight.send.send(event)
 
     async def _ask(self, flight: _Flight, request: Request) -> None:
-        """Fetch a run of blocks, all at once; each is checked and written as it comes."""
-        came: list[int] = []
-        failure, is_lie = "", False
-        asked = _Asked(trio.current_time())
-        flight.requests[request.source, request.start] = asked
-
-        async def fetch_one(number: int) -> None:
-            nonlocal failure, is_lie
-            try:
-                if await self._fetch_block(flight, request.source, number):
-                    came.append(number)
-                    asked.since = trio.current_time()
-                else:
-                    is_lie = True
-            except RemoteError as error:
-                failure = str(error)
-
+        """Pull a run of blocks; each is checked and written as it comes."""
+        source = request.source
+        arrivals = Arrivals(flight.opened, request.start, request.count, self._blocks)
+        asked = flight.requests[source, request.start] = _Asked(arrivals, math.inf)
+        failure, download, has_turn = "", self._host.download, False
         try:
             with asked.scope:
-                async with open_plain_nursery() as nursery:
-                    for number in range(request.start, request.start + request.count):
-                        nursery.start_soon(fetch_one, number)
-            if asked.scope.cancelled_caught and not failure:
+                has_turn = await download.turn(arrivals.size, is_member=True, is_patient=True)
+                asked.since = trio.current_time()
+                await self._host.links.bulk.pull(
+                    source,
+                    flight.refs[source],
+                    arrivals,
+                    offset=arrivals.offset,
+                    timeout_s=ANSWER_S,
+                )
+            if asked.scope.cancelled_caught:
                 failure = f"nothing came of it for {SILENCE_S:g} s"
-            await self._in_thread(partial(self._blocks.make_durable, [flight.opened.cids[number] for number in came]))
+        except RemoteError as error:
+            failure = str(error)
         finally:
-            if flight.requests.get((request.source, request.start)) is asked:
-                del flight.requests[request.source, request.start]
-        await flight.send.send(Answered(request.source, request.start, tuple(came), failure, is_lie))
+            self._count(flight, source, arrivals)
+            if has_turn:
+                download.correct(arrivals.num_bytes - arrivals.size)
+            if flight.requests.get((source, request.start)) is asked:
+                del flight.requests[source, request.start]
+        if arrivals.failure is not None:
+            raise arrivals.failure
+        if len(flight.unsynced) >= GROUP_BLOCKS:
+            await self._make_durable(flight)
+        await flight.send.send(Answered(source, request.start, tuple(arrivals.came), failure, arrivals.is_lie))
 
-    async def _fetch_block(self, flight: _Flight, source: PeerId, number: int) -> bool:
-        """Whether what came is right; then it is in the store."""
-        cid, progress = flight.opened.cids[number], flight.progress
-        download, came = self._host.download, 0
-        await download.turn(BLOCK_BYTES, is_member=True, is_patient=True)
-        try:
-            service = client(ContentService, self._host.at(source), timeout_s=ANSWER_S)
-            data = (await service.block(BlockRequest(cid))).data
-            came = len(data)
-            if len(data) != flight.opened.sizes[cid]:
-                return False
-            if not await self._in_thread(partial(self._check_and_put, cid, data)):
-                return False
-        finally:
-            download.correct(came - BLOCK_BYTES)
-        progress.num_bytes += came
-        progress.sources[source] = progress.sources.get(source, 0) + came
-        return True
+    async def _make_durable(self, flight: _Flight) -> None:
+        group, flight.unsynced = flight.unsynced, []
+        await self._in_thread(partial(self._blocks.make_durable, group))
 
-    def _check_and_put(self, cid: Cid, data: bytes | memoryview) -> bool:
-        if not cid.matches(data):
-            return False
-        self._blocks.put({cid: data}, is_checked=True, is_durable=False)
-        return True
+    def _count(self, flight: _Flight, source: PeerId, arrivals: Arrivals) -> None:
+        cids = [flight.opened.cids[number] for number in arrivals.came]
+        num_bytes = sum(flight.opened.sizes[cid] for cid in cids)
+        if num_bytes:
+            progress = flight.progress
+            progress.num_bytes += num_bytes
+            progress.sources[source] = progress.sources.get(source, 0) + num_bytes
+            flight.unsynced += cids
 
     async def _watch(self, flight: _Flight) -> None:
         """End requests to sources of which nothing comes any more."""
         while True:
             await trio.sleep(LOOK_S)
-            since = trio.current_time() - SILENCE_S
-            for (source, _), asked in list(flight.requests.items()):
-                if asked.since < since and not self._host.links.is_moving(source, since):
+            now = trio.current_time()
+            for asked in list(flight.requests.values()):
+                if asked.arrivals.num_bytes != asked.num_bytes:
+                    asked.num_bytes, asked.since = asked.arrivals.num_bytes, now
+                elif asked.since < now - SILENCE_S:
                     asked.scope.cancel()
 
     # --- the rest ---
@@ -584,7 +585,8 @@ class Trees(TreeService):
 
     async def _opened(self, cid: Cid) -> OpenTree | None:
         """The index of a tree that is here."""
-        opened = self._open.get(cid)
+        flight = self._flights.get(cid)
+        opened = self._open.get(cid) if flight is None else flight.opened
         if opened is not None or cid not in self._records:
             return opened
         try:
@@ -617,7 +619,3 @@ class Trees(TreeService):
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(function, limiter=self._threads)
-
-
-def _held(here: int, num_blocks: int) -> TreeHeld:
-    return TreeHeld(is_whole=here == (1 << num_blocks) - 1, blocks=here.to_bytes(num_blocks // 8 + 1, "little"))

@@ -14,6 +14,10 @@ so that it is never without work.
 While bytes flow a lane belongs to a blocking thread, because OpenSSL gives the interpreter free while it works: that
 is several times what an event loop reaches. A thread ends when its socket is shut down, which is how everything here is
 cancelled, and whoever cancels waits for it. Threads have a lower priority than the event loop (nice 5).
+
+Bytes need not be in memory on either side: a standing offer (`Bulk.offer_source`) is read in the thread that sends it,
+and a puller may take what comes in parts (`shoal.node.wire.pulls`), each in the thread that brought it. So blocks go
+from disk to disk, and the event loop has to do with whole runs of them only.
 """
 
 from __future__ import annotations
@@ -26,10 +30,8 @@ import os
 import secrets
 import socket
 import ssl
-import struct
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -39,6 +41,7 @@ import trio
 from shoal.node.signals import Signal
 from shoal.node.wire.channel import ByteStream, StreamClosedError
 from shoal.node.wire.lanes import TlsByteStream
+from shoal.node.wire.pulls import REQUEST, Asker, Memory, Parts, Pull
 from shoal.node.wire.uplink import Uplink
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId
@@ -49,7 +52,7 @@ ID_BYTES: Final = 16
 MAX_LANES: Final = 4
 """Lanes between two peers by which one pulls; each of the two may have as many."""
 MAX_STREAMS: Final = 4
-"""libp2p streams of one peer that are served at once."""
+"""libp2p streams of one peer that are served at once, and by which one pulls of one peer."""
 MAX_SERVED: Final = 64
 """Lanes of all peers that are served at once, and so threads that serve."""
 IDLE_S: Final = 10.0
@@ -63,22 +66,25 @@ NO_LANE_S: Final = 10.0
 MAX_FAILURES: Final = 4
 """Of lanes in one pull, after which it goes by libp2p; and of streams, after which it fails."""
 
-MAX_SEGMENT_BYTES: Final = 8 * 1024 * 1024
-MIN_SEGMENT_BYTES: Final = 1024 * 1024
 SEND_BYTES: Final = 64 * 1024
 """One SSL_write: short enough that the loop, waiting for the interpreter or the core, gets it soon."""
+RECEIVE_BYTES: Final = 64 * 1024
+"""What is received of a lane before it is counted."""
 INLINE_BYTES: Final = 64 * 1024
 """Up to this a lane's answer is written without a thread."""
 CHUNK_BYTES: Final = 1024 * 1024
 """One write to a libp2p stream."""
 NICE: Final = 5
 
-_REQUEST: Final = struct.Struct("!16sQQ")
 _OK: Final = b"\x00"
 
 AnyBuffer = bytes | bytearray | memoryview
 Transport = Literal["auto", "libp2p"]
 Abort = Callable[[], None]
+
+
+class _Sender(Protocol):
+    async def __call__(self, pieces: Iterator[memoryview], num_bytes: int, *, is_read: bool) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,19 @@ class BulkRef:
             raise ProtocolError(f"a bulk reference has {ID_BYTES} bytes of id and no negative size")
 
 
+class Source(Protocol):
+    """Bytes that are read when somebody pulls them."""
+
+    async def open(self, peer: PeerId, offset: int, length: int) -> Iterator[memoryview]:
+        """Some of them, for a peer, in pieces of any length, each there until the next is asked for.
+
+        Whoever takes the pieces is in a thread of its own, since they may be read from a disk.
+
+        Raises:
+            RemoteError: whose status the peer is told; the iterator may raise it too.
+        """
+
+
 class BulkLinks(Protocol):
     """What bulk transfers need of the host."""
 
@@ -113,19 +132,29 @@ class BulkLinks(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Offer:
-    """Bytes that one peer may pull, and how to stop those who send them."""
+    """Bytes that one peer may pull, or all may, and how to stop those who send them.
 
-    peer: PeerId
+    Attributes:
+        peer: who may; None if everybody.
+        view: where they are; nothing if ``source`` reads them.
+    """
+
+    peer: PeerId | None
+    num_bytes: int
     view: memoryview
+    source: Source | None = None
     senders: set[Abort] = field(default_factory=set)
     left: trio.Event = field(default_factory=trio.Event)  # the newest sender's
 
-    @contextmanager
-    def piece(self, offset: int, length: int, abort: Abort) -> Iterator[memoryview]:
+    @asynccontextmanager
+    async def pieces(self, peer: PeerId, offset: int, length: int, abort: Abort) -> AsyncIterator[Iterator[memoryview]]:
         self.senders.add(abort)
         try:
-            with self.view[offset : offset + length] as piece:
-                yield piece
+            if self.source is not None:
+                yield await self.source.open(peer, offset, length)
+            else:
+                with self.view[offset : offset + length] as piece:
+                    yield iter((piece,))
         finally:
             self.senders.discard(abort)
             if not self.senders:
@@ -147,6 +176,7 @@ class _Peer:
     """The lanes to and from one peer."""
 
     slots: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(MAX_LANES))
+    stream_slots: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(MAX_STREAMS))
     num_waiting: int = 0  # pulls that want a lane and have none
     pulling: set[ssl.SSLSocket] = field(default_factory=set)
     idle: list[tuple[float, ssl.SSLSocket]] = field(default_factory=list)  # until when, oldest first
@@ -198,8 +228,9 @@ class Bulk:
             peer: who may.
             buffer: C-contiguous; its owner leaves it as it is meanwhile.
         """
-        offer = _Offer(peer, _as_bytes(buffer).toreadonly())
-        ref = BulkRef(secrets.token_bytes(ID_BYTES), len(offer.view))
+        view = _as_bytes(buffer).toreadonly()
+        offer = _Offer(peer, len(view), view)
+        ref = BulkRef(secrets.token_bytes(ID_BYTES), len(view))
         self._offers[ref.id] = offer
         try:
             yield ref
@@ -207,17 +238,27 @@ class Bulk:
             del self._offers[ref.id]
             await offer.withdraw()
 
+    def offer_source(self, source: Source, num_bytes: int) -> BulkRef:
+        """Let every peer that knows the reference pull what a source reads, until it is `withdraw`n."""
+        ref = BulkRef(secrets.token_bytes(ID_BYTES), num_bytes)
+        self._offers[ref.id] = _Offer(None, num_bytes, memoryview(b""), source)
+        return ref
+
+    def withdraw(self, ref: BulkRef) -> None:
+        """Nobody pulls this from its source any more; what is being sent ends by itself."""
+        self._offers.pop(ref.id, None)
+
     async def serve_lane(self, peer: PeerId, tls: ssl.SSLSocket) -> None:
         """Serve a peer on a fresh lane until that ends; closes it."""
         stream = TlsByteStream(tls)
 
-        async def send(piece: memoryview) -> None:
-            if len(piece) <= INLINE_BYTES:
+        async def send(pieces: Iterator[memoryview], num_bytes: int, *, is_read: bool) -> None:
+            if num_bytes <= INLINE_BYTES and not is_read:
                 with trio.fail_after(PROGRESS_S):
-                    await stream.write(_OK + piece)
+                    await stream.write(_OK + b"".join(pieces))
             else:
                 with self.uplink.sending(tls):
-                    await _in_thread(tls, functools.partial(_send, tls, piece))
+                    await _in_thread(tls, functools.partial(_send, tls, pieces))
 
         lanes = self._peer(peer).served_lanes
         try:
@@ -234,12 +275,18 @@ class Bulk:
     async def serve_stream(self, peer: PeerId, stream: ByteStream) -> None:
         """Serve a peer on a fresh libp2p stream until that ends; closes it."""
 
-        async def send(piece: memoryview) -> None:
+        async def send(pieces: Iterator[memoryview], num_bytes: int, *, is_read: bool) -> None:
+            async def take(step: Callable[[], memoryview | None]) -> memoryview | None:
+                return await trio.to_thread.run_sync(step) if is_read else step()
+
+            piece = await take(lambda: next(pieces, None))  # if that is refused, nothing was sent
             with trio.fail_after(PROGRESS_S):
                 await stream.write(_OK)
-            for start in range(0, len(piece), CHUNK_BYTES):
-                with trio.fail_after(PROGRESS_S):
-                    await stream.write(piece[start : start + CHUNK_BYTES])
+            while piece is not None:
+                for start in range(0, len(piece), CHUNK_BYTES):
+                    with trio.fail_after(PROGRESS_S):
+                        await stream.write(piece[start : start + CHUNK_BYTES])
+                piece = await take(lambda: _following(pieces))
 
         streams = self._peer(peer).served_streams
         try:
@@ -253,7 +300,7 @@ class Bulk:
         self,
         peer: PeerId,
         stream: ByteStream,
-        send: Callable[[memoryview], Awaitable[None]],
+        send: _Sender,
         abort: Abort,
         served: set[Abort],
     ) -> None:
@@ -262,18 +309,24 @@ class Bulk:
         try:
             while True:
                 with trio.fail_after(SERVED_IDLE_S):
-                    while len(unread) < _REQUEST.size:
+                    while len(unread) < REQUEST.size:
                         unread += await stream.read()
-                ref_id, offset, length = _REQUEST.unpack_from(unread)
-                del unread[: _REQUEST.size]
+                ref_id, offset, length = REQUEST.unpack_from(unread)
+                del unread[: REQUEST.size]
                 offer = self._offers.get(ref_id)
-                if offer is not None and offer.peer == peer and offset + length <= len(offer.view):
-                    with offer.piece(offset, length, abort) as piece:
-                        await send(piece)
-                    continue
-                is_known = offer is not None and offer.peer == peer
+                if offer is None or offer.peer not in (peer, None):
+                    status = Status.NOT_FOUND
+                elif offset + length > offer.num_bytes:
+                    status = Status.OUT_OF_RANGE
+                else:
+                    try:
+                        async with offer.pieces(peer, offset, length, abort) as pieces:
+                            await send(pieces, length, is_read=offer.source is not None)
+                        continue
+                    except RemoteError as error:
+                        status = error.status
                 with trio.fail_after(PROGRESS_S):
-                    await stream.write(bytes([Status.OUT_OF_RANGE if is_known else Status.NOT_FOUND]))
+                    await stream.write(bytes([status]))
         except (StreamClosedError, OSError, trio.TooSlowError) as error:
             log.debug("a bulk path of %s ended: %s", peer, error)
         finally:
@@ -285,7 +338,7 @@ class Bulk:
         self,
         peer: PeerId,
         ref: BulkRef,
-        into: AnyBuffer,
+        into: AnyBuffer | Parts,
         *,
         offset: int = 0,
         timeout_s: float,
@@ -296,7 +349,8 @@ class Bulk:
         Args:
             peer: who offers them.
             ref: what it offers.
-            into: writable and C-contiguous; holds parts of the bytes, in no order, if this raises.
+            into: writable and C-contiguous; holds some of the bytes, in no order, if this raises. Or parts, which are
+                told when they are there.
             offset: where in the offered bytes to begin.
             timeout_s: for all of it.
             transport: ``auto``: by lanes, and what they cannot bring by libp2p; ``libp2p``: by libp2p alone.
@@ -310,33 +364,40 @@ class Bulk:
         """
         if self._is_closed:
             raise RemoteError(Status.UNAVAILABLE, "this node is stopping")
-        carried_by = "lane"
+        if isinstance(into, Parts):
+            return await self._pull(peer, ref, into, offset, timeout_s, transport)
         with _as_bytes(into) as view:
             if view.readonly:
                 raise ValueError("pull needs memory that it may write to")
-            if offset < 0 or offset + len(view) > ref.num_bytes:
-                raise RemoteError(Status.OUT_OF_RANGE, f"the offer has {ref.num_bytes} bytes, not as many as asked for")
-            num_bytes = len(view)
-            num_lanes = min(max(1, self._links.num_lanes(peer)), MAX_LANES)
-            pull = _Pull(ref.id, offset, view, num_lanes)
-            with trio.move_on_after(timeout_s) as scope:
-                if transport == "auto":
-                    await self._pull_by_lanes(peer, pull, num_lanes)
-                if pull.todo:
-                    carried_by = "libp2p"
+            return await self._pull(peer, ref, Memory(view), offset, timeout_s, transport)
+
+    async def _pull(
+        self, peer: PeerId, ref: BulkRef, into: Memory | Parts, offset: int, timeout_s: float, transport: Transport
+    ) -> str:
+        if offset < 0 or offset + into.size > ref.num_bytes:
+            raise RemoteError(Status.OUT_OF_RANGE, f"the offer has {ref.num_bytes} bytes, not as many as asked for")
+        carried_by = "lane"
+        num_lanes = min(max(1, self._links.num_lanes(peer)), MAX_LANES)
+        pull = Pull(ref.id, offset, into, num_lanes)
+        with trio.move_on_after(timeout_s) as scope:
+            if transport == "auto":
+                await self._pull_by_lanes(peer, pull, num_lanes)
+            if pull.todo:
+                carried_by = "libp2p"
+                async with self._peer(peer).stream_slots:
                     await self._pull_by_stream(peer, pull)
         if scope.cancelled_caught:
-            raise RemoteError(Status.DEADLINE_EXCEEDED, f"{peer} did not send {num_bytes} bytes in {timeout_s:g} s")
+            raise RemoteError(Status.DEADLINE_EXCEEDED, f"{peer} did not send {into.size} bytes in {timeout_s:g} s")
         return carried_by
 
-    async def _pull_by_lanes(self, peer: PeerId, pull: _Pull, num_lanes: int) -> None:
+    async def _pull_by_lanes(self, peer: PeerId, pull: Pull, num_lanes: int) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(min(num_lanes, len(pull.todo))):
                 nursery.start_soon(self._pull_by_lane, peer, pull, nursery.cancel_scope)
         if pull.refusal is not None:
             raise pull.refusal
 
-    async def _pull_by_lane(self, peer: PeerId, pull: _Pull, others: trio.CancelScope) -> None:
+    async def _pull_by_lane(self, peer: PeerId, pull: Pull, others: trio.CancelScope) -> None:
         """Carry segments while there are any, by one lane after the other."""
         state = self._peer(peer)
         while pull.todo and pull.num_failures < MAX_FAILURES:
@@ -360,8 +421,8 @@ class Bulk:
             finally:
                 state.slots.release()
 
-    async def _pull_by(self, tls: ssl.SSLSocket, state: _Peer, pull: _Pull) -> None:
-        asker = _Asker(pull, lambda: state.num_waiting > 0)
+    async def _pull_by(self, tls: ssl.SSLSocket, state: _Peer, pull: Pull) -> None:
+        asker = Asker(pull, lambda: state.num_waiting > 0)
         state.pulling.add(tls)
         is_good = False
         try:
@@ -383,10 +444,10 @@ class Bulk:
             state.no_lane_before = trio.current_time() + NO_LANE_S
         return tls
 
-    async def _pull_by_stream(self, peer: PeerId, pull: _Pull) -> None:
+    async def _pull_by_stream(self, peer: PeerId, pull: Pull) -> None:
         reason = ""
         for _ in range(MAX_FAILURES):
-            asker = _Asker(pull, lambda: False)
+            asker = Asker(pull, lambda: False)
             try:
                 stream = await self._links.open_bulk_stream(peer)
                 try:
@@ -445,96 +506,7 @@ class Bulk:
                     state.idle.pop(0)[1].close()
 
 
-class _Pull:
-    """One pull: what is still to be fetched. Its queue is shared with threads; single operations on it are atomic."""
-
-    def __init__(self, ref_id: bytes, offset: int, view: memoryview, num_lanes: int) -> None:
-        self.ref_id = ref_id
-        self.offset = offset
-        self.view = view
-        size = min(max(len(view) // (4 * num_lanes), MIN_SEGMENT_BYTES), MAX_SEGMENT_BYTES)
-        if num_lanes == 1:
-            size = MAX_SEGMENT_BYTES
-        self.todo = deque((start, min(start + size, len(view))) for start in range(0, len(view) or 1, size))
-        self.num_failures = 0
-        self.refusal: RemoteError | None = None
-
-
-class _Asker:
-    """The puller's side of the protocol on one path, without I/O: at most two segments are asked for and owed.
-
-    Attributes:
-        target: where the next bytes belong; never empty.
-    """
-
-    def __init__(self, pull: _Pull, is_wanted: Callable[[], bool]) -> None:
-        self._pull = pull
-        self._is_wanted = is_wanted  # whether others wait for this path
-        self._asked: deque[tuple[int, int]] = deque()
-        self._num_done = 0
-        self._status = bytearray(1)
-        self._in_body = False
-        self.target = memoryview(self._status)
-
-    def next_requests(self) -> bytes:
-        """What to send now; empty when all that was asked for is owed no more."""
-        requests = b""
-        while len(self._asked) < 2 and not (self._num_done and self._is_wanted()):
-            try:
-                start, end = self._pull.todo.popleft()
-            except IndexError:
-                break
-            self._asked.append((start, end))
-            requests += _REQUEST.pack(self._pull.ref_id, self._pull.offset + start, end - start)
-        return requests
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is owed."""
-        return not self._asked
-
-    def filled(self, num_bytes: int) -> bool:
-        """So many bytes of the target are there. Gives back whether the segment goes on.
-
-        Raises:
-            RemoteError: with the owner's status, if it refuses.
-        """
-        start, end = self._asked[0]
-        if self._in_body:
-            start += num_bytes
-            self._asked[0] = start, end
-            self.target = self.target[num_bytes:]
-        elif self._status[0]:
-            raise _refusal(self._status[0])
-        else:
-            self._in_body = True
-            self.target = self._pull.view[start:end]
-        if start < end:
-            return True
-        self._asked.popleft()
-        self._num_done += 1
-        self._in_body = False
-        self.target = memoryview(self._status)
-        return False
-
-    def close(self) -> None:
-        """Give back what is owed, for another path to fetch, and let the memory go."""
-        self._pull.todo.extendleft(reversed(self._asked))
-        self._asked.clear()
-        self.target.release()
-
-
-def _refusal(number: int) -> RemoteError:
-    match number:
-        case Status.NOT_FOUND:
-            return RemoteError(Status.NOT_FOUND, "there is no such offer to this node, or not any more")
-        case Status.OUT_OF_RANGE:
-            return RemoteError(Status.OUT_OF_RANGE, "the offer has fewer bytes than it said")
-        case _:
-            return RemoteError(Status.UNKNOWN, f"the owner refused with status {number}")
-
-
-async def _ask_stream(stream: ByteStream, asker: _Asker) -> None:
+async def _ask_stream(stream: ByteStream, asker: Asker) -> None:
     data = memoryview(b"")
     with trio.fail_after(PROGRESS_S) as progress:
         while True:
@@ -552,30 +524,57 @@ async def _ask_stream(stream: ByteStream, asker: _Asker) -> None:
                 num_bytes = min(len(data), len(asker.target))
                 asker.target[:num_bytes] = data[:num_bytes]
                 data = data[num_bytes:]
-                goes_on = asker.filled(num_bytes)
+                if asker.fills_part(num_bytes):
+                    goes_on = await trio.to_thread.run_sync(asker.filled, num_bytes)
+                else:
+                    goes_on = asker.filled(num_bytes)
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
-def _ask(tls: ssl.SSLSocket, asker: _Asker) -> None:
+def _ask(tls: ssl.SSLSocket, asker: Asker) -> None:
     while True:
         if requests := asker.next_requests():
             tls.sendall(requests)
         if asker.is_done:
             return
-        goes_on = True
-        while goes_on:
-            num_bytes = tls.recv_into(asker.target)
-            if not num_bytes:
+        while _fill(tls, asker):
+            pass
+
+
+def _fill(tls: ssl.SSLSocket, asker: Asker) -> bool:
+    """Receive into the target, which takes a call for each TLS record, and tell of some at once; as `Asker.filled`."""
+    most, num_bytes = min(len(asker.target), RECEIVE_BYTES), 0
+    try:
+        while num_bytes < most:
+            with asker.target[num_bytes:most] as rest:  # which an error's traceback would hold for long
+                came = tls.recv_into(rest)
+            if not came:
                 raise ConnectionError("the far side closed the lane")
-            goes_on = asker.filled(num_bytes)
+            num_bytes += came
+    except OSError:
+        if num_bytes:
+            asker.filled(num_bytes)
+        raise
+    return asker.filled(num_bytes)
 
 
-def _send(tls: ssl.SSLSocket, piece: memoryview) -> None:
+def _send(tls: ssl.SSLSocket, pieces: Iterator[memoryview]) -> None:
+    piece = next(pieces, None)  # if that is refused, nothing was sent
     tls.sendall(_OK)
-    for start in range(0, len(piece), SEND_BYTES):
-        tls.sendall(piece[start : start + SEND_BYTES])
+    while piece is not None:
+        for start in range(0, len(piece), SEND_BYTES):
+            tls.sendall(piece[start : start + SEND_BYTES])
+        piece = _following(pieces)
+
+
+def _following(pieces: Iterator[memoryview]) -> memoryview | None:
+    """The next piece; a refusal amidst the bytes can only end the path."""
+    try:
+        return next(pieces, None)
+    except RemoteError as error:
+        raise ConnectionError(str(error)) from error
 
 
 async def _in_thread(tls: ssl.SSLSocket, work: Callable[[], None]) -> None:

@@ -464,10 +464,16 @@ class TreeAsked:
 
 @dataclass(frozen=True, slots=True)
 class TreeHeld:
-    """What of it is: bit n, from the lowest of the first byte on, is block n, equal ones counted once."""
+    """What of it is: bit n, from the lowest of the first byte on, is block n, equal ones counted once.
+
+    Attributes:
+        is_whole: whether it is all of them; then ``blocks`` may be empty.
+        ref: by which they are pulled, one after the other as one range of bytes.
+    """
 
     is_whole: bool
     blocks: bytes = b""
+    ref: BulkRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,7 +501,7 @@ class NameService(Service, name="names"):
 
 
 class TreeService(Service, name="tree"):
-    """Who has what of a tree; its blocks are given by `ContentService`."""
+    """Who has what of a tree, and whence it can be pulled."""
 
     @unary(idempotent=True, max_answer_bytes=MAX_HELD_TREE_BYTES, max_calls_per_s=50)
     async def held(self, request: TreeAsked) -> TreeHeld:

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 import trio
 
-from shoal.node.wire import bulk
+from shoal.node.wire import bulk, pulls
 from shoal.node.wire.bulk import Bulk
 from shoal.node.wire.channel import StreamClosedError
 from shoal.protocol.codec import Buffer
@@ -103,6 +103,9 @@ def _answers(requests: bytes, given: bytes) -> Iterator[tuple[int, bytes, int]]:
         yield offset, piece, length - len(piece)
 
 
+_REFUSALS = (Status.NOT_FOUND, Status.OUT_OF_RANGE, Status.RESOURCE_EXHAUSTED)
+
+
 def _refusal(requests: bytes, given: bytes) -> Status:
     """With which status a request was refused."""
     at = num_answered = 0
@@ -111,7 +114,7 @@ def _refusal(requests: bytes, given: bytes) -> Status:
         num_answered += not left
     if num_answered == len(requests) // _REQUEST.size or at >= len(given):
         return Status.OK
-    return Status(given[at]) if given[at] in (Status.NOT_FOUND, Status.OUT_OF_RANGE) else Status.UNKNOWN
+    return Status(given[at]) if given[at] in _REFUSALS else Status.UNKNOWN
 
 
 class _Puller:
@@ -124,7 +127,9 @@ class _Puller:
         self._expected = bytearray(self._memory)
         self._num_filled = [0] * self._num_bytes  # how often each byte was
         self._is_path_wanted = bool(flags & 1)  # by another pull, as soon as it has brought one segment
-        self._pull = bulk._Pull(_ID, self._offset, memoryview(self._memory)[_MARGIN:-_MARGIN], num_lanes=1)
+        self._pull = pulls.Pull(
+            _ID, self._offset, pulls.Memory(memoryview(self._memory)[_MARGIN:-_MARGIN]), num_lanes=1
+        )
         ends = range(0, self._num_bytes or 1, segment_bytes + 1)
         self._pull.todo = deque((start, min(start + segment_bytes + 1, self._num_bytes)) for start in ends)
 
@@ -141,7 +146,7 @@ class _Puller:
 
     def _ask(self, path: _Path, *, is_lane: bool) -> Status:
         """Let one path bring what it does; with which status the owner refused."""
-        asker = bulk._Asker(self._pull, lambda: self._is_path_wanted)
+        asker = pulls.Asker(self._pull, lambda: self._is_path_wanted)
         try:
             if is_lane:
                 bulk._ask(cast(Any, path), asker)
@@ -173,7 +178,7 @@ class _Puller:
             for at in range(start, end):
                 self._num_filled[at] += 1
         require(set(self._num_filled) <= {1}, "a part is fetched twice, or forgotten")
-        self._pull.view.release()
+        cast(pulls.Memory, self._pull.into).view.release()
         self._memory.append(0)  # which a BufferError forbids while anybody may still write
 
 

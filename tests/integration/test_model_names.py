@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,22 @@ from shoal.protocol.signing import Signed, Signer
 GENEROUS_S = 120.0
 
 
+class Zeros:
+    """Where others have the bytes of a folder."""
+
+    async def open(self, peer: PeerId, offset: int, length: int) -> Iterator[memoryview]:
+        return iter([memoryview(bytes(length))])
+
+
 class LyingTrees(Trees):
-    """Says that it has whatever it is asked for, once it is told to."""
+    """Says that it has whatever it is asked for, and gives zeros, once it is told to."""
 
     is_liar = False
 
     async def held(self, request: TreeAsked) -> TreeHeld:
-        return TreeHeld(is_whole=True) if self.is_liar else await super().held(request)
+        if not self.is_liar:
+            return await super().held(request)
+        return TreeHeld(is_whole=True, ref=self._host.links.bulk.offer_source(Zeros(), 2**40))
 
 
 class LyingNames(Names):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from shoal.node.swarm.content import ContentStore, UnavailableError
 from shoal.node.swarm.holders import Holders
 from shoal.node.swarm.trees import Trees
 from shoal.node.wire.channel import Router
-from shoal.node.wire.contracts import Block, TreeHeld
+from shoal.node.wire.contracts import TreeHeld
 from shoal.protocol.errors import RemoteError, ResourceError, ShoalError, Status, UsageError
 from shoal.protocol.ids import Cid
 from shoal.protocol.limits import BLOCK_BYTES
@@ -55,22 +56,36 @@ def contents(path: Path) -> dict[str, bytes | None]:
     }
 
 
-class BadContent(ContentStore):
-    """Gives blocks in another way, once it is told to."""
-
-    bad_block = None
-
-    async def block(self, request):
-        return await (self.bad_block or super().block)(request)
-
-
 class BadTrees(Trees):
-    """Says in another way what it has, once it is told to."""
+    """Says that it has all, and gives it in a bad way, once it is told to."""
 
+    bad_source = None
     bad_held = None
 
     async def held(self, request):
-        return await (self.bad_held or super().held)(request)
+        if self.bad_source is None:
+            return await (self.bad_held or super().held)(request)
+        return TreeHeld(is_whole=True, ref=self._host.links.bulk.offer_source(self.bad_source, 2**40))
+
+
+class BadSource:
+    """Zeros; or a part of them and the end; or a refusal; or nothing at all."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    async def open(self, peer: object, offset: int, length: int) -> Iterator[memoryview]:
+        if self.kind == "refuses":
+            raise RemoteError(Status.NOT_FOUND, "never had it")
+        if self.kind == "stalls":
+            await trio.sleep_forever()
+        return self.read(length)
+
+    def read(self, length: int) -> Iterator[memoryview]:
+        if self.kind == "breaks":
+            yield memoryview(bytes(length // 2))
+            raise RemoteError(Status.NOT_FOUND, "there is no more")
+        yield memoryview(bytes(length))
 
 
 @asynccontextmanager
@@ -86,7 +101,7 @@ async def nodes(path: Path, count: int, **limits: int):
             host = await stack.enter_async_context(
                 open_host(secret=bytes([number + 1]) * 32, listen=LISTEN, bootstrap=[], mdns=False, router=router)
             )
-            content = BadContent(disk, host, **limits)
+            content = ContentStore(disk, host, **limits)
             trees = BadTrees(disk, host, content, Holders(host))
             router.add(content)
             router.add(trees)
@@ -131,25 +146,13 @@ async def test_a_file_alone_and_a_folder_of_nothing(tmp_path):
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("kind", ["lies", "short", "refuses", "stalls"])
+@pytest.mark.parametrize("kind", ["lies", "breaks", "refuses", "stalls"])
 async def test_a_bad_source_costs_time_and_no_byte(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("shoal.node.swarm.trees.SILENCE_S", 0.5)
     source = a_folder(tmp_path / "source")
     async with nodes(tmp_path, 3) as (ann, bob, eve):
         record = await ann.trees.publish(source, "model", [])
-
-        async def held(_: object) -> TreeHeld:
-            return TreeHeld(is_whole=True)
-
-        async def block(_: object) -> Block:
-            if kind == "refuses":
-                raise RemoteError(Status.NOT_FOUND, "never had it")
-            if kind == "stalls":
-                await trio.sleep_forever()
-            return Block(b"x" * BLOCK_BYTES if kind == "lies" else b"short")
-
-        eve.trees.bad_held = held
-        eve.content.bad_block = block
+        eve.trees.bad_source = BadSource(kind)
         await bob.host.connect(eve.host.addresses())
         got = await bob.trees.get(record.cid, tmp_path / "out")
         assert contents(tmp_path / "out") == contents(source)
@@ -162,18 +165,27 @@ async def test_alone_with_a_liar_nothing_is_made(tmp_path, monkeypatch):
     source = a_folder(tmp_path / "source")
     async with nodes(tmp_path, 2) as (eve, bob):
         record = await eve.trees.publish(source, "model", [])
-
-        async def block(request):
-            answer = await ContentStore.block(eve.content, request)
-            return Block(bytes(len(answer.data))) if request.cid != record.cid else answer
-
-        eve.content.bad_block = block
+        eve.trees.bad_source = BadSource("lies")
         with pytest.raises(UnavailableError, match="other bytes"):
             await bob.trees.get(record.cid, tmp_path / "out")
         assert not [each for each in tmp_path.iterdir() if "out" in each.name]
-        eve.content.bad_block = None
+        eve.trees.bad_source = None
         await bob.trees.get(record.cid, tmp_path / "out")
         assert contents(tmp_path / "out") == contents(source)
+
+
+@pytest.mark.trio
+async def test_what_a_giver_lost_is_not_given(tmp_path):
+    source = a_folder(tmp_path / "source")
+    async with nodes(tmp_path, 3) as (ann, bob, eve):
+        record = await ann.trees.publish(source, "model", [])
+        await eve.trees.publish(source, "model", [])
+        await bob.host.connect(eve.host.addresses())
+        for file in (tmp_path / "node2" / "models").glob("*/*"):
+            file.write_bytes(b"x" * file.stat().st_size)
+        got = await bob.trees.get(record.cid, tmp_path / "out")
+        assert contents(tmp_path / "out") == contents(source)
+        assert set(got.sources) == {ann.host.peer_id}
 
 
 @pytest.mark.trio

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
+import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +80,51 @@ def test_a_damaged_block_is_forgotten_and_can_come_again(folder: Path, damage: b
     assert (store.has(cid), store.num_bytes, store.num_damaged) == (False, 0, 1)
     store.put(blocks)
     assert store.get(cid) == b"two"
+
+
+def test_what_was_checked_is_not_checked_again_unless_it_changed_or_that_is_long_ago(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cid,) = blocks = named(b"two")
+    clock = Clock()
+    checked: list[Cid] = []
+    real = Cid.matches
+    monkeypatch.setattr(Cid, "matches", lambda self, data: (checked.append(self), real(self, data))[1])
+    BlockStore(folder, clock).put(blocks, is_checked=True)
+    store = BlockStore(folder, clock)
+    buffer = bytearray(BLOCK_BYTES)
+    for expected in (1, 1, 1):
+        assert store.read_into(cid, buffer) == 3
+        assert bytes(buffer[:3]) == b"two"
+        assert len(checked) == expected
+    clock.now += module.CHECK_S  # so far, the file's time of use was told too, which is no change
+    for _ in range(2):
+        assert store.get(cid) == b"two"
+        assert len(checked) == 2
+    file_of(folder, cid).write_bytes(b"owt")
+    assert store.read_into(cid, buffer) is None
+    assert (store.has(cid), store.num_damaged) == (False, 1)
+
+
+def test_blocks_that_go_past_the_cache_are_the_same_and_go_the_usual_way_where_that_cannot_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+    store = BlockStore(folder)
+    for number, size in enumerate((BLOCK_BYTES, 3 * mmap.PAGESIZE, 5000, 0, BLOCK_BYTES)):
+        if number == 4:  # some file systems refuse it at the first write
+            monkeypatch.setattr(os, "write", write_as_usual)
+        data = random.randbytes(size)
+        memory[:size] = data
+        store.put({Cid.of_block(data): memory[:size]}, is_direct=True)
+        assert store.get(Cid.of_block(data)) == data
+    assert len(BlockStore(folder)) == 5
+
+
+def write_as_usual(descriptor: int, data: memoryview, real: Callable[[int, memoryview], int] = os.write) -> int:
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
+        raise OSError(errno.EINVAL, "not here")
+    return real(descriptor, data)
 
 
 def test_what_is_no_block_is_left_alone_and_what_a_killed_node_left_goes_when_it_is_old(folder: Path) -> None:

@@ -9,7 +9,7 @@ import random
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from shoal.node.wire import bulk
 from shoal.node.wire.bulk import Bulk, BulkRef
 from shoal.node.wire.channel import ByteStream, SocketByteStream, StreamClosedError
 from shoal.node.wire.lanes import LaneDoor, LaneError, LaneKind, TlsByteStream, dial_lane
+from shoal.node.wire.pulls import Parts
 from shoal.protocol.errors import ProtocolError, RemoteError, Status
 from shoal.protocol.ids import PeerId
 
@@ -179,6 +180,51 @@ async def refused(act: Callable[..., object], *arguments: object, **options: obj
     with pytest.raises(RemoteError) as caught:
         await act(*arguments, **options)
     return caught.value.status
+
+
+@dataclass
+class Read:
+    """`DATA` as something that is read, a kibibyte more than half a mebibyte at a time.
+
+    Attributes:
+        refusals: of what is opened next, one after the other: after how many pieces.
+    """
+
+    refusals: list[int] = field(default_factory=list)
+    peers: list[PeerId] = field(default_factory=list)
+
+    async def open(self, peer: PeerId, offset: int, length: int) -> Iterator[memoryview]:
+        self.peers.append(peer)
+        await trio.lowlevel.checkpoint()
+        return self.pieces(offset, offset + length, self.refusals.pop(0) if self.refusals else None)
+
+    def pieces(self, start: int, end: int, refused_after: int | None) -> Iterator[memoryview]:
+        buffer = bytearray(MIB // 2 + 1024)  # one for all
+        for number, at in enumerate(range(start, end, len(buffer))):
+            if number == refused_after:
+                raise RemoteError(Status.NOT_FOUND, "it is not there any more")
+            piece = DATA[at : min(end, at + len(buffer))]
+            buffer[: len(piece)] = piece
+            yield memoryview(buffer)[: len(piece)]
+
+
+class Kept(Parts):
+    """Keeps what it is handed, and how often."""
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        super().__init__(ends)
+        self.parts: dict[int, bytes] = {}
+
+    def take(self, part: int, data: memoryview) -> None:
+        assert part not in self.parts
+        self.parts[part] = bytes(data)
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.parts[part] for part in sorted(self.parts))
+
+
+ENDS = [*range(700_000, len(DATA), 700_000), len(DATA)]
 
 
 # --- what arrives ----------------------------------------------------------------------------------------------------
@@ -528,3 +574,45 @@ async def test_after_the_end_nothing_is_served_or_pulled() -> None:
             await lane.read()
         await lane.close()
         assert await refused(puller.pull, ANN, ref, bytearray(1), timeout_s=GENEROUS_S) is Status.UNAVAILABLE
+
+
+# --- what is read, and taken in parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 3])
+async def test_what_is_read_comes_in_parts_each_once_and_whole(lanes: int) -> None:
+    async with owner_and_puller(lanes) as (there, here, _):
+        source, kept = Read(), Kept(ENDS)
+        ref = there.bulk.offer_source(source, len(DATA))
+        assert await here.pull(ANN, ref, kept, timeout_s=GENEROUS_S) == ("lane" if lanes else "libp2p")
+        assert [len(kept.parts[part]) for part in range(len(ENDS))] == [700_000] * (len(ENDS) - 1) + [
+            len(DATA) % 700_000
+        ]
+        assert kept.data == DATA
+        assert kept.num_bytes == len(DATA)
+        assert set(source.peers) == {BOB}
+        some = Kept([1000, 5000])
+        await here.pull(ANN, ref, some, offset=MIB, timeout_s=GENEROUS_S)
+        assert some.data == DATA[MIB : MIB + 5000]
+        there.bulk.withdraw(ref)
+        assert await refused(here.pull, ANN, ref, Kept([5]), timeout_s=GENEROUS_S) is Status.NOT_FOUND
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+async def test_of_a_part_that_a_broken_path_began_another_brings_all(lanes: int) -> None:
+    async with owner_and_puller(lanes, cut_after=[3 * MIB, 5 * MIB + 17, 100]) as (there, here, _):
+        kept = Kept(ENDS)
+        await here.pull(ANN, there.bulk.offer_source(Read(), len(DATA)), kept, timeout_s=GENEROUS_S)
+        assert kept.data == DATA
+
+
+@pytest.mark.parametrize("lanes", [0, 1])
+async def test_a_source_that_refuses_is_told_before_its_bytes_and_ends_the_path_amidst_them(lanes: int) -> None:
+    async with owner_and_puller(lanes) as (there, here, _):
+        kept = Kept(ENDS)
+        ref = there.bulk.offer_source(Read([0]), len(DATA))
+        assert await refused(here.pull, ANN, ref, kept, timeout_s=GENEROUS_S) is Status.NOT_FOUND
+        assert not kept.parts
+        ref = there.bulk.offer_source(Read([3]), len(DATA))
+        await here.pull(ANN, ref, kept, timeout_s=GENEROUS_S)
+        assert kept.data == DATA

@@ -435,7 +435,6 @@ NURSERIES = {
     "shoal.node.swarm.trees._carry_out": "one fetch, of which whoever asked for it is told",
     "shoal.node.swarm.trees._fetch_index": "one fetch, of which whoever asked for it is told",
     "shoal.node.swarm.trees._fly": "one fetch, of which whoever asked for it is told",
-    "shoal.node.swarm.trees._ask": "one request to a peer; what is the peer's fault stays in it",
     "shoal.node.swarm.workers.open_worker": "one worker of a run, and the run begins again with a new one",
     "shoal.node.swarm.workers._look_after": "one worker, as above",
     "shoal.node.wire.bench._echo": "one measurement that somebody asked for",
