@@ -79,13 +79,15 @@ PACKAGES: Final = (
 )
 THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 BATCH: Final = 2048
+STRIDE: Final = 128
+"""Steps between two looks at the clock: some environments make ten a second."""
 SHARE: Final = 5
 """One part in so many of the episodes is compared, at either end;"""
 FEWEST: Final = 5
 """of so many at least."""
 ERRORS: Final = 2.0
 GRACE_S: Final = 180.0
-"""That a process may take beyond its time, to begin and for one epoch."""
+"""That a process may take beyond its time, to begin and for one update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +129,11 @@ def learn(written: str, steps: int, seconds: float) -> Row:
         learner = load_algorithm("ppo").learner(manifest, task, peer=owner)
         until = time.monotonic() + seconds
         while done < steps and time.monotonic() < until:
-            collected = learner.collect(BATCH)
+            collected = learner.collect(STRIDE)
             done += collected.samples
             returns += collected.episode_returns
+            if collected.total < BATCH:
+                continue
             update = learner.update()
             try:
                 exchange: Any = next(update)

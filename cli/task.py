@@ -18,13 +18,17 @@ def ls(
     words: Annotated[
         str, typer.Argument(metavar="[WORDS]", help="Only those whose name or summary has this in it.")
     ] = "",
+    package: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Those of a package that knows nothing of Shoal, as minigrid.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The tasks that are installed: of environments, the newest version of each."""
-    from shoal.training.tasks.catalogue import entries  # loads Gymnasium, which no other command needs
+    from shoal.training.tasks.catalogue import entries, entries_of  # Gymnasium, which no other command needs
 
     wanted = words.lower()
-    found = [each for each in entries() if wanted in each.name.lower() or wanted in each.summary.lower()]
+    known = entries() if package is None else entries_of(package)
+    found = [each for each in known if wanted in each.name.lower() or wanted in each.summary.lower()]
     if as_json:
         print_json([asdict(each) for each in found])
     else:

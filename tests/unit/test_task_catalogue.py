@@ -208,7 +208,7 @@ gymnasium.register("Foreign-v0", Shows)
 
 
 def test_a_package_that_knows_nothing_of_shoal_is_named_before_its_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As Gymnasium writes it; of what it shows, what can be learned from is seen."""
     a_package(tmp_path, "foreign_envs", "Requires-Dist: gymnasium>=1.0", REGISTERS)
@@ -216,6 +216,9 @@ def test_a_package_that_knows_nothing_of_shoal_is_named_before_its_environment(
     name = "gym:foreign_envs:Foreign-v0"
     with pytest.raises(UsageError, match=r"shows Text, which is not .* leave it out \(--env-set observe=KEY"):
         load_task(name)
+    assert main.run(["task", "ls", "--package", "foreign_envs", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == [name]
+    assert main.run(["task", "ls", "--package", "os"]) == 2
     for keys, size in (("place", (2, 3, 3)), (["place", "way"], (21,)), (["way"], (3,))):
         task = load_task(name, {"observe": keys})
         assert task.observation_space.shape == size

@@ -84,6 +84,17 @@ def entries() -> list[TaskEntry]:
     return found
 
 
+def entries_of(package: str) -> list[TaskEntry]:
+    """The environments of an installed package that registers them when it is imported.
+
+    Raises:
+        UsageError: if it is none, or cannot be imported.
+    """
+    from shoal.training.tasks.registry import listed_of  # loads Gymnasium
+
+    return [TaskEntry(**row) for row in listed_of(package)]
+
+
 def details(name: str, arguments: Mapping[str, Any] | None = None) -> TaskDetails:
     """One of them, made with these arguments.
 

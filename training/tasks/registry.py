@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Any, Final
@@ -13,7 +14,7 @@ import gymnasium
 
 from shoal.protocol.errors import UsageError
 from shoal.training.tasks import atari
-from shoal.training.tasks.making import GROUP, register_installed, settable
+from shoal.training.tasks.making import GROUP, import_environments, register_installed, settable
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +38,36 @@ def listed() -> list[dict[str, Any]]:
             register_installed(entry.name)
         except Exception as error:  # another package's defect, of any type, which hides no other environment
             log.warning("the environment %s cannot be registered: %s", entry.name, error)
+    return _rows(
+        "gym:", lambda spec: isinstance(spec.entry_point, str) and not spec.entry_point.startswith(_NOT_LISTED)
+    )
+
+
+def listed_of(package: str) -> list[dict[str, Any]]:
+    """Likewise, of a package that registers its own when it is imported.
+
+    Raises:
+        UsageError: if it is none, or cannot be imported.
+    """
+    import_environments(package)
+    return _rows(f"gym:{package}:", lambda spec: _module(spec).partition(".")[0] == package)
+
+
+def _rows(prefix: str, is_listed: Callable[[Any], bool]) -> list[dict[str, Any]]:
     newest: dict[tuple[str | None, str], Any] = {}
     for spec in gymnasium.registry.values():
         key = spec.namespace, spec.name
-        if isinstance(spec.entry_point, str) and not spec.entry_point.startswith(_NOT_LISTED):
+        if is_listed(spec):
             before = newest.get(key)
             if before is None or (spec.version or 0) >= (before.version or 0):
                 newest[key] = spec
     return [
         {
-            "name": f"gym:{spec.id}",
+            "name": f"{prefix}{spec.id}",
             "summary": _summary(spec),
             "target_return": spec.reward_threshold,
             "max_episode_steps": spec.max_episode_steps,
-            "needs": _needs(spec.entry_point),
+            "needs": _needs(_module(spec)),
         }
         for spec in sorted(newest.values(), key=lambda each: (each.namespace or "", each.id))
     ]
@@ -76,9 +93,16 @@ def described(env: Any) -> dict[str, Any]:
     }
 
 
+def _module(spec: Any) -> str:
+    """That what makes an environment is in."""
+    made_by = spec.entry_point
+    return made_by.partition(":")[0] if isinstance(made_by, str) else str(getattr(made_by, "__module__", ""))
+
+
 def _summary(spec: Any) -> str:
     """Where it comes from, and how it ends: the registry has no more to say."""
-    module, _, name = str(spec.entry_point).partition(":")
+    module, made_by = _module(spec), spec.entry_point
+    name = made_by.partition(":")[2] if isinstance(made_by, str) else getattr(made_by, "__qualname__", "")
     parts = [part.replace("_", " ") for part in module.split(".")]
     kind = parts[2] if module.startswith("gymnasium.envs.") else parts[0]
     said = [f"{kind}: {name}"]
@@ -91,9 +115,9 @@ def _summary(spec: Any) -> str:
     return ", ".join(said)
 
 
-def _needs(entry_point: str) -> str:
+def _needs(made_in: str) -> str:
     for prefix, (module, extra) in _MODULES.items():
-        if entry_point.startswith(prefix) and importlib.util.find_spec(module) is None:
+        if made_in.startswith(prefix) and importlib.util.find_spec(module) is None:
             return f"pip install 'shoal[{extra}]'"
     return ""
 
