@@ -66,6 +66,7 @@ TASKS: Final = (
 )
 PACKAGES: Final = (
     "gymnasium",
+    "mujoco",
     "ale-py",
     "minigrid",
     "highway-env",

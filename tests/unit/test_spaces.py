@@ -162,6 +162,15 @@ def test_what_lies_outside_of_its_space_is_a_failure_of_the_environment(space: A
     assert isinstance(caught.value.__cause__, BadAnswerError)
 
 
+def test_bounds_are_forgiven_to_a_tenth_of_their_range() -> None:
+    """Environments that people use leave theirs by some per cent, and nothing is wrong with what is learned."""
+    shown = shown_by("a task", spaces.Box(0, 512, (2,)), is_bounded=True)
+    shown.check(np.array([526, -40], np.float32))
+    for wrong in (580, -60):
+        with pytest.raises(BadAnswerError, match=f"number 1 of it is {wrong}, not 0 to 512"):
+            shown.check(np.array([0, wrong], np.float32))
+
+
 # --- actions ---
 
 

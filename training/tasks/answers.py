@@ -16,8 +16,9 @@ import numpy.typing as npt
 from shoal.training.tasks.base import Box, Floats, Observations
 from shoal.training.tasks.failures import BadAnswerError
 
-TOLERANCE: Final = 1e-3
-"""Of a space's range: rounding is no fault."""
+TOLERANCE: Final = 0.1
+"""Of a space's range, beyond its bounds. Of eight packages that were tried two leave theirs by 0.2 and 3 %, which no
+network minds; what is farther out is of another unit, or wrong."""
 _TRUTHS: Final = (bool, np.bool_)
 
 
