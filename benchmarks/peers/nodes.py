@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,9 @@ class Nodes:
         self.home = home
         self._running: list[Node] = []
 
-    def up(self, profile: str, environment: Mapping[str, str] | None = None) -> Node:
+    def up(self, profile: str, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> Node:
         """Start one; it hears of nobody by itself."""
-        words = ("up", "-d", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0")
+        words = ("up", "-d", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0", *options)
         started = shoal(self.home, profile, *words, environment=environment)
         node = Node(self.home, profile, int(str(started["pid"])), str(started["peer_id"]))
         self._running.append(node)
