@@ -41,8 +41,8 @@ from shoal.protocol.ids import PeerId
 
 LONELY_S: Final = 10.0
 """A fetch fails that has had no source for so long."""
-RUN_S: Final = 0.1
-"""What one request is to take."""
+RUN_S: Final = 0.25
+"""What one request is to take: each costs both sides some milliseconds beside its blocks."""
 MAX_RUN: Final = 8
 MAX_WINDOW: Final = 3
 """Requests open at one source."""
