@@ -377,7 +377,8 @@ class Bulk:
         if offset < 0 or offset + into.size > ref.num_bytes:
             raise RemoteError(Status.OUT_OF_RANGE, f"the offer has {ref.num_bytes} bytes, not as many as asked for")
         carried_by = "lane"
-        num_lanes = min(max(1, self._links.num_lanes(peer)), MAX_LANES)
+        # Whoever takes parts has several pulls on at once, and each segment costs its owner a thread.
+        num_lanes = 1 if isinstance(into, Parts) else min(max(1, self._links.num_lanes(peer)), MAX_LANES)
         pull = Pull(ref.id, offset, into, num_lanes)
         with trio.move_on_after(timeout_s) as scope:
             if transport == "auto":
