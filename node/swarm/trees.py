@@ -216,7 +216,7 @@ class Trees(TreeService):
             return Cid.parse(text)
         except UsageError:
             raise UsageError(
-                f"nothing here is called {text[:80]!r}; `shoal model ls` lists what is, else give a CID"
+                f"nothing here is called {text[:80]!r}; `shoal model ls` lists what is; else give OWNER/NAME or a CID"
             ) from None
 
     def called(self, name: str) -> TreeRecord | None:
