@@ -69,7 +69,7 @@ class BadTrees(Trees):
 
 
 class BadSource:
-    """Zeros; or a part of them and the end; or a refusal; or nothing at all."""
+    """Other bytes, and no zeros, which a sparse file has; or a part of them; or a refusal; or nothing at all."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -83,9 +83,9 @@ class BadSource:
 
     def read(self, length: int) -> Iterator[memoryview]:
         if self.kind == "breaks":
-            yield memoryview(bytes(length // 2))
+            yield memoryview(b"x" * (length // 2))
             raise RemoteError(Status.NOT_FOUND, "there is no more")
-        yield memoryview(bytes(length))
+        yield memoryview(b"x" * length)
 
 
 @asynccontextmanager
