@@ -9,7 +9,7 @@ before their author was found out, and whom else that hit. Then what looking cos
 as actors make them, of an actor that begins as a stranger.
 
     python benchmarks/poisoners.py [--task gym:CartPole-v1] [--steps 50000] [--seeds 1] [--rate R]
-                                   [--keep]
+                                   [--costs] [--keep]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,7 +32,7 @@ from staleness import ME, Given, Together
 from shoal.protocol.signing import Signer
 from shoal.training.manifest import Manifest
 from shoal.training.rollouts.actor import Made
-from shoal.training.rollouts.evidence import Verdict
+from shoal.training.rollouts.evidence import Finding, Verdict
 from shoal.training.rollouts.intake import Intake
 from shoal.training.rollouts.trust import Look, Trust
 from shoal.training.statements import GivenShard
@@ -49,6 +49,8 @@ COSTS: Final = ("gym:CartPole-v1", "gym:LunarLander-v3", "gym:Pendulum-v1")
 REAL_SAMPLES: Final = 460
 """Of a shard, by an actor that is fast enough, with the default batch."""
 SHARDS: Final = 400
+LEARNERS: Final = 8
+"""That look, each by its own chance."""
 STRANGERS_STEPS: Final = 8000
 """Of the runs in which liars are new: it is over with them after a shard or two, and nothing is left to learn from."""
 
@@ -183,26 +185,54 @@ def row(words: str, some: list[Outcome], clean: float | None) -> str:
 
 
 def cost(task: str, rate: float) -> str:
-    """What looking at an actor's shards costs beside its acting: a line."""
+    """What looking at an actor's shards costs beside its acting: a line.
+
+    Looking is what a learner does to a shard because it looks at it. Opening it and taking it over comes to every
+    shard, and is told apart. How often a learner looks is chance, so several learners with chances of their own draw.
+    """
     run = Together(task, "ppo", {}, actors=1, late=0, seed=0, batch=2048, check_rate=rate)
-    trust, rng = Trust(rate), random.Random(0)
     run.share = REAL_SAMPLES
-    acted, looked, shares = [0.0, 0.0], [0.0, 0.0], [0, 0]
+    learners = [(Trust(rate), random.Random(number)) for number in range(LEARNERS)]
+    acted, looked, counts = [0.0, 0.0], [0.0, 0.0], [0, 0]
+    one_s, taken_s, inside_s = list[float](), list[float](), 0.0
+    check = run.admission._check
+
+    def timed(*given: Any) -> Finding:
+        nonlocal inside_s
+        began = time.process_time()
+        found = check(*given)
+        inside_s = time.process_time() - began
+        return found
+
+    run.admission._check = timed  # type: ignore[method-assign]
+    chances = random.Random(-1)
     for number in range(SHARDS):
         (given,) = run.shards()
         half = int(number >= SHARDS // 2)
         acted[half] += given.act_s
-        look = trust.look(given.signer.peer_id, rng.random())
-        began, chance = time.process_time(), rng.getrandbits(32) if look is Look.ONE else None
-        finding, _, is_looked_into = run.admit(given, is_checked=look is not Look.NONE, chance=chance)
-        assert finding.verdict is Verdict.TRUE, finding
-        if is_looked_into:
-            looked[half] += time.process_time() - began
-            shares[half] += 1
-            trust.found_true(given.signer.peer_id)
-        run.learner.abandon()
-    early, late = (f"{n} | {100 * b / a:.1f} %" for n, a, b in zip(shares, acted, looked, strict=True))
-    return f"| {task.partition(':')[2]} | {early} | {late} | **{100 * sum(looked) / sum(acted):.1f} %** |"
+        author = given.signer.peer_id
+        looks = [trust.look(author, rng.random()) for trust, rng in learners]
+        for kind in Look:
+            those = [trust for (trust, _), look in zip(learners, looks, strict=True) if look is kind]
+            if not those:
+                continue
+            inside_s, began = 0.0, time.process_time()
+            chance = chances.getrandbits(32) if kind is Look.ONE else None
+            finding, _, is_looked_into = run.admit(given, is_checked=kind is not Look.NONE, chance=chance)
+            assert finding.verdict is Verdict.TRUE, finding
+            taken_s.append(time.process_time() - began - inside_s)
+            looked[half] += len(those) * inside_s / LEARNERS
+            if kind is Look.ONE:
+                one_s.append(inside_s)
+            for trust in those if is_looked_into else ():
+                trust.found_true(author)
+                counts[half] += 1
+            run.learner.abandon()
+    early, late = (f"{n / LEARNERS:.0f} | {100 * b / a:.1f} %" for n, a, b in zip(counts, acted, looked, strict=True))
+    of_shard = SHARDS / sum(acted)
+    beside = f"{statistics.fmean(one_s) * of_shard:.2f} | {statistics.fmean(taken_s) * of_shard:.2f}"
+    of_all = f"**{100 * sum(looked) / sum(acted):.1f} %**"
+    return f"| {task.partition(':')[2]} | {early} | {late} | {of_all} | {beside} |"
 
 
 _COUNTS: Final = ("looked", "caught", "used", "accused")
@@ -217,7 +247,21 @@ def main() -> None:
     default = Manifest(owner=ME.peer_id, task="gym:x", algorithm="ppo").check_rate
     parser.add_argument("--rate", type=float, default=default, help=f"the least share looked into (default: {default})")
     parser.add_argument("--keep", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--costs", action="store_true", help="only what looking costs")
     options = parser.parse_args()
+    head = ("task", f"looked at of {SHARDS // 2}", "looking ÷ acting", f"of {SHARDS // 2} more", "÷ acting", "of all")
+    head += ("a look ÷ acting of a shard", "opening and taking over any shard, likewise")
+    costs = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+
+    def tell_costs() -> None:
+        print("\n".join(costs), flush=True)
+        for task in COSTS:
+            costs.append(cost(task, options.rate))
+            print(costs[-1], flush=True)
+
+    if options.costs:
+        tell_costs()
+        return
 
     def some(rate: float, lie: str, *, is_known: bool, steps: int = options.steps) -> list[Outcome]:
         return [measure(options.task, steps, seed, rate, lie, is_known=is_known) for seed in range(options.seeds)]
@@ -240,14 +284,7 @@ def main() -> None:
         tell(f"{lie} | never", some(0.0, lie, is_known=False), clean)
     for lie in LIES:
         tell(f"{lie} | at who is new", some(options.rate, lie, is_known=False, steps=STRANGERS_STEPS), None)
-    costs = [
-        f"| task | looked at of {SHARDS // 2} | looking ÷ acting | of {SHARDS // 2} more | ÷ acting | of all |",
-        "|---|---|---|---|---|---|",
-    ]
-    print("\n".join(costs), flush=True)
-    for task in COSTS:
-        costs.append(cost(task, options.rate))
-        print(costs[-1], flush=True)
+    tell_costs()
     if options.keep:
         text = (
             f"# Poisoners: three of ten actors\n\n`python benchmarks/poisoners.py --task {options.task} --steps "

@@ -1,13 +1,15 @@
-"""How long a run of mode rollouts stands still when learners are killed, by parts.
+"""How long a run of mode rollouts stands still when learners, or the only evaluator, are killed, by parts.
 
-Three cases of real nodes on this machine that learn CartPole-v1 with V-trace, all members on loopback:
+Four cases of real nodes on this machine that learn CartPole-v1 with V-trace, all members on loopback:
 
 *again*: the only learner is killed (SIGKILL, its worker with it) and started anew at once; an actor stays.
 *all*: two learners are killed and one of them is started anew ``--later`` seconds later; an actor stays.
 *instead*: the only learner is killed and does not come back; an actor that chose its role itself learns in its place.
+*evaluator*: the only evaluator is killed and does not come back; a learner and an actor stay.
 
 The seconds count from the kill (*all*: from when it is started anew), until the node answers, its worker holds the
-policy that was kept, the first new version is made, and a shard of the actor is learned from. Beside them: processor
+policy that was kept, the first new version is made, a shard of the actor is learned from, and a policy is evaluated by
+whoever is left. Beside them: processor
 seconds that the node and its worker took until then, which other work on the machine changes less; and *versions lost*:
 that the learner had shown before the kill and the run makes anew.
 
@@ -45,7 +47,9 @@ from shoal.training.manifest import Role
 
 swarms.first_role = lambda machine, mode: Role.ACTOR
 """
-PARTS: Final = ("answers", "holds", "new version", "actor used")
+PARTS: Final = ("answers", "holds", "new version", "actor used", "evaluated")
+EVALUATED: Final = 3
+"""Policies, until the evaluator is killed."""
 LEARNING: Final = ("collecting", "updating", "exchanging", "evaluating")
 BESIDE: Final = ("processor", "versions lost")
 
@@ -87,10 +91,14 @@ def run_case(case: str, later_s: float) -> dict[str, float]:
     with nodes() as started:
         learner = started.up("learner")
         actor = acting(started) if case == "instead" else started.up("actor")
-        created = learner.run(*CREATE)
+        created = learner.run(*CREATE, *(("--eval-interval", "1") if case == "evaluator" else ()))
         swarm, ticket = str(created["swarm"]), str(created["ticket"])
         actor.run("join", ticket, "-d", *(() if case == "instead" else ("--role", "actor")))
         killed = [learner]
+        if case == "evaluator":
+            killed = [started.up("evaluator")]
+            killed[0].run("join", ticket, "-d", "--role", "evaluator")
+            wait(killed[0], swarm, {"evaluates": lambda shown: len(shown.curve) > EVALUATED}, time.monotonic())
         if case == "all":
             killed.append(started.up("other"))
             killed[-1].run("join", ticket, "-d", "--role", "learner")
@@ -102,6 +110,12 @@ def run_case(case: str, later_s: float) -> dict[str, float]:
         since = time.monotonic()
         for node in killed:
             kill_tree(node.pid)
+        if case == "evaluator":
+            marks: dict[str, Callable[[SwarmDetail], bool]] = {
+                "new version": lambda shown: shown.epoch > before.epoch,
+                "evaluated": lambda shown: len(shown.curve) > len(before.curve) + 1,  # one may have been told before
+            }
+            return wait(learner, swarm, marks, since)
         held: list[int] = []
 
         def holds(shown: SwarmDetail) -> bool:
@@ -151,9 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--later", type=float, default=20.0, help="seconds that all learners are gone for")
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument(
+        "--cases", type=lambda words: words.split(","), default=["again", "all", "instead", "evaluator"]
+    )
     options = parser.parse_args()
     loads, lines = [os.getloadavg()[0]], []
-    for case in ("again", "all", "instead"):
+    for case in options.cases:
         rows = [run_case(case, options.later) for _ in range(options.times)]
         loads.append(os.getloadavg()[0])
         cells = [
@@ -168,8 +185,8 @@ def main() -> None:
         f"`python benchmarks/resuming.py --later {options.later:g} --times {options.times}`, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}; medians of {options.times}, seconds. Load of the machine while it was "
         f"measured: {min(loads):.1f} to {max(loads):.1f}.\n\n"
-        "| case | answers (*instead*: has taken the role) | holds the policy | new version | actor used | processor "
-        "seconds | versions lost | longest in all |\n|---|---|---|---|---|---|---|---|\n"
+        "| case | answers (*instead*: has taken the role) | holds the policy | new version | actor used | evaluated "
+        "| processor seconds | versions lost | longest in all |\n|---|---|---|---|---|---|---|---|---|\n"
     )
     kept = RESULT.read_text(encoding="utf-8").partition(NOTES)[2] if RESULT.exists() else "\n"
     RESULT.write_text(head + "\n".join(lines) + f"\n\n{NOTES}{kept}", encoding="utf-8")
