@@ -35,7 +35,8 @@ from shoal.training.rollouts.evidence import (
 from shoal.training.rollouts.replaying import is_deterministic, nondeterminism, surroundings, with_sights
 from shoal.training.rollouts.rows import Rows
 from shoal.training.rollouts.shard import Shard, seeds_of
-from shoal.training.tasks.base import Discrete, Task
+from shoal.training.tasks import load_task
+from shoal.training.tasks.base import Discrete, Following, Task
 from shoal.training.tasks.gym import GymTask, GymVectorEnv
 
 from .shards import (
@@ -161,6 +162,27 @@ def test_ten_thousand_honest_steps_are_never_called_false_whatever_order_a_machi
         assert found["checks"] > 10_000
         assert found["accused"] == 0
         assert found["nearest"] < 1
+
+
+@pytest.mark.parametrize("name", ["gym:CartPole-v1", "gym:Pendulum-v1", "gym:Acrobot-v1"])
+def test_being_led_through_many_steps_leads_where_the_same_steps_one_by_one_do(name: str) -> None:
+    task = load_task(name)
+    rng = np.random.default_rng(3)
+    size = getattr(task.action_space, "size", None)
+    steps: Any = rng.integers(0, 2, (400, 3)) if size is None else rng.normal(0, 1, (400, 3, size)).astype(np.float32)
+    one, other = task.make(3), task.make(3)
+    assert isinstance(other, Following)
+    for env in (one, other):
+        env.reset([1, 2, 3])
+    for acts in steps[:-100]:
+        one.step(acts)
+    other.follow(steps[:-100])
+    for acts in steps[-100:]:
+        left, right = one.step(acts), other.step(acts)
+        assert left.observations.tobytes() == right.observations.tobytes()
+        assert left.rewards.tobytes() == right.rewards.tobytes()
+        assert left.terminated.tolist() == right.terminated.tolist()
+        assert left.truncated.tolist() == right.truncated.tolist()
 
 
 # --- liars -----------------------------------------------------------------------------------------------------------

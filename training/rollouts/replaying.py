@@ -25,8 +25,9 @@ from shoal.training.rollouts.rows import Rows
 from shoal.training.rollouts.shard import PRINT_BYTES
 from shoal.training.rollouts.takes import PlayOf
 from shoal.training.tasks import Task, Transition, VectorEnv
-from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats, Observations
+from shoal.training.tasks.base import Actions, ActionSpace, Discrete, Floats, Following, Observations
 from shoal.training.tasks.cast import Learned
+from shoal.training.tasks.failures import TaskFailedError
 from shoal.training.tasks.play import BadActError, BadScenarioError, Game
 from shoal.training.tasks.playing import Played, Playing
 
@@ -78,9 +79,15 @@ def replay(rows: Rows, make_env: MakeEnv, *, until: int | None = None) -> Replay
     env = make_env(rows.num_envs)
     try:
         shown = env.reset(rows.seeds.tolist())
-        for acts in rows.lead:
+        lead = rows.lead
+        if isinstance(env, Following) and len(lead):
+            env.follow(lead[:-1])
+            lead = lead[-1:]
+        for acts in lead:
             shown = _step(env, acts).observations
         return _collected(env, shown, (rows.actions[index] for index in range(steps)))
+    except TaskFailedError as error:
+        raise CannotReplayError("an environment failed while a shard was replayed; see the task's failures") from error
     finally:
         env.close()
 

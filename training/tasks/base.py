@@ -124,6 +124,21 @@ class VectorEnv(Protocol):
         ...
 
 
+@runtime_checkable
+class Following(Protocol):
+    """A `VectorEnv` that can be led through many steps at once."""
+
+    def follow(self, actions: Actions) -> None:
+        """Step all by ``[T, N]`` actions, or ``[T, N, size]``, and tell nothing of it; `step` goes on from there.
+
+        What environments give on the way was read when these actions were first taken, and is not read again.
+
+        Raises:
+            TaskFailedError: if an environment fails; then they are good for nothing but to be closed.
+        """
+        ...
+
+
 class Task(Protocol):
     """Something to be learned."""
 

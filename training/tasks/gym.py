@@ -246,6 +246,26 @@ class GymVectorEnv:
         all_failed, self._failed = self._failed | failed.keys(), set()
         return Transition(observations, rewards, terminated, truncated, final_observations, frozenset(all_failed))
 
+    def follow(self, actions: Actions) -> None:
+        """See `shoal.training.tasks.base.Following`."""
+        place = watch.page
+        plain = iter(self._to_env(actions.reshape(-1, *actions.shape[2:])))
+        for _ in range(len(actions)):
+            place[2] += 1
+            for index, env in enumerate(self._envs):
+                try:
+                    place[1] = _STEP | index
+                    _, _, ends, is_cut, _ = env.step(next(plain))
+                    place[1] = 0
+                    if ends or is_cut:
+                        self._reset(index)
+                except BaseException as error:  # see the head
+                    act, place[1] = Act(place[1] & ~0xFFFFFFFF) or Act.STEP, 0
+                    self._failures.add(Place(index, act, self._seeds[index], self._num_steps), error)
+                    raise TaskFailedError(self._failures.summary) from error
+            self._num_steps += 1
+        self._failures.stepped(len(actions) * self.num_envs)
+
     def frame(self) -> Any:
         """How the first environment looks now, as its render mode has it."""
         return self._envs[0].render()
