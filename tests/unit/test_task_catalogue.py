@@ -44,6 +44,12 @@ def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "shows all" in capsys.readouterr().out
 
 
+def test_each_game_is_listed_once_by_the_name_under_which_it_gets_its_frames() -> None:
+    pytest.importorskip("ale_py", reason="the atari extra brings it")
+    names = [row["name"] for row in load_task("gym:CartPole-v1").listed()]  # type: ignore[attr-defined]
+    assert [name for name in names if "Pong" in name] == ["gym:ALE/Pong-v5"]
+
+
 @pytest.mark.parametrize("words", [["task", "ls"], ["algorithm", "ls"], ["recipe", "ls"], ["recipe", "show", "rlccf"]])
 def test_listing_loads_no_torch(words: list[str]) -> None:
     """It takes seconds; in a process of its own, where nothing else has loaded it."""

@@ -38,9 +38,7 @@ def listed() -> list[dict[str, Any]]:
             register_installed(entry.name)
         except Exception as error:  # another package's defect, of any type, which hides no other environment
             log.warning("the environment %s cannot be registered: %s", entry.name, error)
-    return _rows(
-        "gym:", lambda spec: isinstance(spec.entry_point, str) and not spec.entry_point.startswith(_NOT_LISTED)
-    )
+    return _rows("gym:", _is_listed)
 
 
 def listed_of(package: str) -> list[dict[str, Any]]:
@@ -71,6 +69,13 @@ def _rows(prefix: str, is_listed: Callable[[Any], bool]) -> list[dict[str, Any]]
         }
         for spec in sorted(newest.values(), key=lambda each: (each.namespace or "", each.id))
     ]
+
+
+def _is_listed(spec: Any) -> bool:
+    if not isinstance(spec.entry_point, str) or spec.entry_point.startswith(_NOT_LISTED):
+        return False
+    # Each game is there two times more under older names, as it is: without the frames that `atari` makes of it.
+    return not _module(spec).startswith("ale_py") or atari.is_atari(spec.id)
 
 
 def described(env: Any) -> dict[str, Any]:
