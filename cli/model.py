@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from shoal.cli import render_models as render
-from shoal.cli.common import AsJson, Profile, connect, console, print_json
+from shoal.cli.common import AsJson, Profile, connect, console, print_json, profile_paths
 from shoal.node.api.requests import GetModel, PublishModel
 from shoal.protocol.errors import ShoalError
 
@@ -30,15 +30,26 @@ ModelArgument = Annotated[
 
 @model_app.command("publish")
 def publish(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder, or one file.")],
+    what: Annotated[
+        str, typer.Argument(metavar="PATH|SWARM", help="A folder, one file, or a run of this profile that is done.")
+    ],
     name: Annotated[str, typer.Option(help="What others find it by, after this node's own name.")],
     tag: Annotated[list[str] | None, typer.Option(help="A word to find it by; repeat for more.")] = None,
     profile: Profile = "default",
     as_json: AsJson = False,
 ) -> None:
-    """Take a folder in, and give it to whoever asks; under a name that is there, as its next version."""
+    """Take a folder in, and give it to whoever asks; under a name that is there, as its next version.
+
+    Of a run it is the policy, which is found by its task, too: `shoal play OWNER/NAME` plays it elsewhere.
+    """
+    path, tags = Path(what), list(tag or [])
+    if not path.exists() and "/" not in what:
+        from shoal.training.trained import find_trained, task_of  # loads all that learning needs
+
+        path = find_trained(what, profile_paths(profile).root / "swarms")
+        tags.append(task_of(path))
     with connect(profile) as client, nullcontext() if as_json else console().status("reading …"):
-        info = client.publish_model(PublishModel(path=str(path.absolute()), name=name, tags=tag or []))
+        info = client.publish_model(PublishModel(path=str(path.absolute()), name=name, tags=tags))
     if as_json:
         print_json(info)
     else:

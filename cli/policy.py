@@ -1,24 +1,34 @@
 """``shoal play`` and ``shoal export``: a trained policy, looked at and taken elsewhere.
 
-A run that is done has left a file, and no node is needed. Of one that goes on, the node is asked for what it holds now.
+A run that is done has left a file, and no node is needed. Of one that goes on, the node is asked for what it holds now;
+and one that somebody published is fetched by its name (`shoal model`).
 """
 
 from __future__ import annotations
 
+import re
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from shoal.cli.common import AsJson, Profile, connect, console, print_json, profile_paths
+from shoal.node.api.requests import GetModel
 from shoal.protocol.errors import NoDaemonError, ShoalError, UsageError
 
 if TYPE_CHECKING:
     from shoal.training.trained import Trained
 
+_OWNED: Final = re.compile(r"12D3KooW\w+/")
+"""How OWNER/NAME begins."""
+
 What = Annotated[
     str,
-    typer.Argument(metavar="SWARM|FILE", help="A run of this profile, or the policy.safetensors that one has left."),
+    typer.Argument(
+        metavar="SWARM|FILE|MODEL",
+        help="A run of this profile, the policy.safetensors that one has left, or a model that holds such a file.",
+    ),
 ]
 
 
@@ -77,6 +87,8 @@ def _trained(what: str, profile: str) -> Trained:
     from shoal.training.state import decode_arrays
     from shoal.training.trained import NotDoneError, find_trained, read_trained, trained_of
 
+    if not Path(what).exists() and _OWNED.match(what):
+        return _fetched(what, profile)
     try:
         return read_trained(find_trained(what, profile_paths(profile).root / "swarms"))
     except NotDoneError as not_done:
@@ -86,3 +98,17 @@ def _trained(what: str, profile: str) -> Trained:
         except NoDaemonError as error:
             raise UsageError(f"{not_done}; while it goes on, the node has it: start that with `shoal up`") from error
     return trained_of(decode_arrays(state)[0], {"manifest": manifest})
+
+
+def _fetched(model: str, profile: str) -> Trained:
+    """The policy that a model holds."""
+    from shoal.training.trained import FILE, read_trained
+
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        out = Path(folder) / "model"
+        with connect(profile) as node, console(stderr=True).status(f"fetching {model} …"):
+            node.get_model(GetModel(model=model, out=str(out)))
+        file = out if out.is_file() else out / FILE
+        if not file.is_file():
+            raise UsageError(f"{model} holds no {FILE}; `shoal model show {model}` tells what it holds")
+        return read_trained(file)

@@ -80,21 +80,33 @@ def read_trained(path: Path) -> Trained:
         UsageError: if there is none, it does not say how it was trained, or what it needs is not installed.
         ProtocolError: if it is no policy, or none of such a run.
     """
+    return trained_of(*_read(path))
+
+
+def task_of(path: Path) -> str:
+    """The name of the task that the policy of a file was trained for; raises as `read_trained`."""
+    return _manifest_in(_read(path)[1]).task
+
+
+def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UsageError(f"{path} is too large for a policy; give the {FILE} of a run")
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    arrays, meta = decode_arrays(data)
-    return trained_of(arrays, meta)
+    return decode_arrays(data)
+
+
+def _manifest_in(meta: dict[str, Any]) -> Manifest:
+    if not isinstance(meta.get("manifest"), dict):
+        raise UsageError("this file does not say how it was trained; give the policy.safetensors that a run ended with")
+    return from_plain(Manifest, meta["manifest"])
 
 
 def trained_of(arrays: Arrays, meta: dict[str, Any]) -> Trained:
     """The policy of what such a file holds; raises as `read_trained`."""
-    if not isinstance(meta.get("manifest"), dict):
-        raise UsageError("this file does not say how it was trained; give the policy.safetensors that a run ended with")
-    manifest = from_plain(Manifest, meta["manifest"])
+    manifest = _manifest_in(meta)
     if manifest.is_recipe or manifest.is_loop:
         raise UsageError(f"{manifest.task} has no single policy that acts alone; play and export are for tasks of one")
     task, algorithm = load_task(manifest.task, manifest.env_arguments), load_algorithm(manifest.algorithm)

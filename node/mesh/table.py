@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -48,12 +48,18 @@ log = logging.getLogger(__name__)
 
 ASK_S: Final = 4.0
 """A question, with the dialing for it."""
+MAX_GREETED: Final = 64
+"""Connected peers, when this node begins to serve; the others hear of it by look-ups."""
 CLOCK_S: Final = 300.0
 """How often it is looked at the wall clock, which is set now and then, and goes on while a machine sleeps."""
 
 
 class Mesh(Protocol):
     """What the table needs of the host."""
+
+    @property
+    def connected(self) -> Iterable[PeerId]:
+        """Who is connected."""
 
     def is_connected(self, peer: PeerId) -> bool:
         """Whether any connection stands."""
@@ -165,9 +171,15 @@ class Table:
         self._tell(Met(peer))
 
     def note_reach(self, *, is_reachable: bool) -> None:
-        """Whether others can connect to this node by themselves; until that is said, and else, it is a client."""
-        self._is_reachable = is_reachable
+        """Whether others can connect to this node by themselves; until that is said, and else, it is a client.
+
+        Peers were met before that was known, and took it for a client: they are greeted anew.
+        """
+        began, self._is_reachable = is_reachable and not self._is_reachable, is_reachable
         self._move()
+        if began:
+            for peer in list(self._mesh.connected)[:MAX_GREETED]:
+                self.met(peer)
 
     async def run(self) -> None:
         """Keep its time, for ever."""

@@ -36,6 +36,12 @@ def test_two_nodes_learn_a_task_of_ones_own_and_its_policy_is_taken_home(make_no
         assert end["solved"]
         assert end["env_arguments"] == {"length": 4}
     assert ends[0]["digest"] == ends[1]["digest"]
+    published = creator.ask("model", "publish", created["swarm"][:20], "--name", "walk")
+    named = f"{published['owner']}/walk"
+    assert [each["cid"] for each in other.ask("model", "search", package)] == [published["cid"]]
+    assert min(other.ask("play", named, "--episodes", "3")["returns"]) >= 0.9
+    unknown = other.run("play", f"{published['owner']}/run", check=False)
+    assert unknown.returncode == 4, unknown.stderr
     pytest.importorskip("PIL", reason="the play extra brings Pillow")
     out = tmp_path / "walk.gif"
     played = other.ask("play", created["swarm"][:20], "--episodes", "3", "--out", str(out))

@@ -55,6 +55,22 @@ async def test_names_and_holders_are_found_by_whoever_is_there_and_survive_who_l
 
 
 @pytest.mark.trio
+async def test_who_begins_to_serve_is_known_to_those_who_were_connected_before() -> None:
+    """Two nodes by themselves know no more when they meet, and what one published was told to nobody, for good."""
+    with trio.fail_after(GENEROUS_S):
+        async with host(1) as one, host(2) as other:
+            for each in (one, other):
+                each.table.note_reach(is_reachable=False)
+            await other.connect(one.addresses())
+            assert await one.table.provide(WEIGHTS) == 0
+            for each in (one, other):
+                each.table.note_reach(is_reachable=True)
+            await acquainted(one, other)
+            while await other.table.find(WEIGHTS) != {one.peer_id: one.addresses()}:  # noqa: ASYNC110
+                await trio.sleep(0.5)  # it is said again soon, as nobody had taken it
+
+
+@pytest.mark.trio
 async def test_nobody_keeps_what_is_said_where_nobody_is() -> None:
     with trio.fail_after(GENEROUS_S):
         async with host(1) as one:
