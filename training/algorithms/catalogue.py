@@ -72,5 +72,5 @@ def details(name: str) -> Details:
     about = inspect.getdoc(inspect.getmodule(type(algorithm))) or ""
     if not isinstance(algorithm, OnEngine):  # of another package, which need not say more than the protocol asks
         return Details(name, about.partition("\n")[0], "", algorithm.version, about)
-    settings = tuple(described(algorithm.settings, algorithm.in_mode, algorithm.on_images))
+    settings = tuple(described(algorithm.settings, algorithm.in_mode, algorithm.on_images, algorithm.on_tasks))
     return Details(name, algorithm.summary, algorithm.paper, algorithm.version, about, settings)

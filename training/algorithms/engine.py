@@ -66,6 +66,7 @@ class OnEngine(ABC, Generic[S]):
         in_gradient: which of them have other defaults in mode ``gradient``,
         in_rollouts: and in mode ``rollouts``.
         on_images: likewise for tasks that show images, in every mode.
+        on_tasks: likewise for some tasks, by name.
         run_defaults: of a manifest's fields, where it has others than most, as `shoal swarm create` takes them.
     """
 
@@ -77,6 +78,7 @@ class OnEngine(ABC, Generic[S]):
     in_gradient: ClassVar[Mapping[str, Any]] = {}
     in_rollouts: ClassVar[Mapping[str, Any]] = {}
     on_images: ClassVar[Mapping[str, Any]] = {}
+    on_tasks: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     run_defaults: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
@@ -98,7 +100,7 @@ class OnEngine(ABC, Generic[S]):
         Raises:
             UsageError: if one is unknown, of the wrong type or out of range, or it doesn't go with the mode.
         """
-        settings = read_settings(self.settings, self.name, manifest, task, self.in_mode, self.on_images)
+        settings = read_settings(self.settings, self.name, manifest, task, self.in_mode, self.on_images, self.on_tasks)
         if manifest.mode is Mode.ROLLOUTS and settings.is_recurrent:
             raise UsageError(
                 "in mode rollouts nodes act that remember nothing yet; leave memory out, or take the mode local, "

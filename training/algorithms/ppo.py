@@ -24,6 +24,7 @@ from shoal.training.algorithms.ppo_config import (
     IN_ROLLOUTS,
     MIN_CLIP_RANGE,
     ON_IMAGES,
+    ON_TASKS,
     Correction,
     Over,
     PPOConfig,
@@ -43,13 +44,14 @@ class PPO(OnEngine[PPOConfig]):
     """The algorithm called ``ppo``."""
 
     name = "ppo"
-    version = 4
+    version = 5
     summary = "proximal policy optimisation with a clipped objective"
     paper = "https://arxiv.org/abs/1707.06347"
     settings = PPOConfig
     in_gradient = IN_GRADIENT
     in_rollouts = IN_ROLLOUTS
     on_images = ON_IMAGES
+    on_tasks = ON_TASKS
 
     def objective(self, settings: PPOConfig, manifest: Manifest, task: Task) -> Clipped:
         """A learner's own."""

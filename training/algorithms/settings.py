@@ -114,6 +114,7 @@ def read_settings(
     task: Task,
     in_mode: Mapping[Mode, Mapping[str, Any]],
     on_images: Mapping[str, Any] | None = None,
+    on_tasks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> S:
     """The manifest's hyperparameters over the defaults for the task, its action space and the exchange mode.
 
@@ -124,6 +125,7 @@ def read_settings(
         task: the manifest's.
         in_mode: the algorithm's defaults in some modes.
         on_images: likewise for tasks that show images, in every mode.
+        on_tasks: likewise for some tasks, by name; what a mode says comes before them.
 
     Raises:
         UsageError: if one is unknown, of the wrong type or out of range.
@@ -134,7 +136,7 @@ def read_settings(
         given |= kind.continuous
     if task.observation_space.dtype == "uint8":
         given |= _BYTES
-    given |= _TASKS.get(manifest.task, {})
+    given |= {**_TASKS.get(manifest.task, {}), **(on_tasks or {}).get(manifest.task, {})}
     given |= in_mode.get(manifest.mode, {})
     if task.observation_space.is_image:
         given |= on_images or {}
@@ -172,15 +174,18 @@ class Described:
 
 
 def described(
-    kind: type[Settings], in_mode: Mapping[Mode, Mapping[str, Any]], on_images: Mapping[str, Any] | None = None
+    kind: type[Settings],
+    in_mode: Mapping[Mode, Mapping[str, Any]],
+    on_images: Mapping[str, Any] | None = None,
+    on_tasks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Described]:
-    """All settings of an algorithm, whose defaults in some modes and for images are given."""
+    """All settings of an algorithm, whose defaults in some modes, for images and for some tasks are given."""
     special = {f"mode {mode}": given for mode, given in in_mode.items()} | {
         "codec topk": _LATE,
         "continuous actions": kind.continuous,
         "bytes": _BYTES,
     }
-    special |= {"images": on_images or {}} | _TASKS
+    special |= {"images": on_images or {}} | _TASKS | dict(on_tasks or {})
     return [
         Described(
             each.name,
