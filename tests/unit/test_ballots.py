@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from shoal.protocol.errors import ProtocolError
 from shoal.training.exchange.averager import Contribution, validate
+from shoal.training.recipes import rlccf
 from shoal.training.recipes.crowd import HASH_BITS, CrowdGRPO, CrowdSettings, packed, unpacked
 from shoal.training.recipes.local import peers
 
@@ -48,3 +49,9 @@ def test_how_often_the_crowd_is_right_is_kept_of_the_first_epochs_and_the_last()
     assert again.memory() == objective.memory()
     again.remember({})
     assert again.memory() == {"votes": []}
+
+
+def test_what_the_crowd_expects_is_what_the_recipe_draws() -> None:
+    """They are apart, so that the recipe is listed without torch."""
+    settings = CrowdSettings()
+    assert (settings.prompts, settings.plays) == (rlccf.PROMPTS, rlccf.PLAYS)

@@ -23,6 +23,7 @@ from shoal.training.tasks.source import SharedPrompts
 
 PROMPTS: Final = 48
 PLAYS: Final = 8
+"""These are the defaults of `shoal.training.recipes.crowd.CrowdSettings`, too."""
 HELD_OUT: Final = 256
 
 
@@ -66,7 +67,7 @@ RECIPE: Final = Recipe(
             model="tokens",
             sizes={"width": 128, "layers": 3, "context": 24},
             objective="crowd-grpo",
-            settings={"learning_rate": 5e-5, "prompts": PROMPTS, "plays": PLAYS},
+            settings={"learning_rate": 5e-5},
             owner="own",
             is_varied=True,
             warm=Warm(sorted_digits, until=0.45, settings={"learning_rate": 1e-3}),
