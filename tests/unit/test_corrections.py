@@ -32,7 +32,7 @@ def test_old_samples_are_corrected_for_where_they_are_many_and_nowhere_else_unle
     assert chosen.pop(Mode.ROLLOUTS) is Correction.DECOUPLED
     assert set(chosen.values()) == {Correction.NONE}
     assert a_learner(Mode.ROLLOUTS, correction="none").config.correction is Correction.NONE
-    assert load_algorithm("ppo").version == 4, "what a run of mode rollouts leads to has changed"
+    assert load_algorithm("ppo").version == 5, "what a run of mode rollouts leads to has changed"
 
 
 def test_an_update_from_the_newest_policys_samples_alone_is_ppos_bit_for_bit() -> None:

@@ -335,4 +335,4 @@ def test_evaluation_is_repeatable_and_disturbs_nothing() -> None:
 
 def test_it_is_found_by_name() -> None:
     algorithm = load_algorithm("ppo")
-    assert (algorithm.name, algorithm.version) == ("ppo", 4)
+    assert (algorithm.name, algorithm.version) == ("ppo", 5)
