@@ -27,7 +27,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 RESULT: Final = Path(__file__).parent / "results" / "foreign.md"
 TASKS: Final = (
@@ -111,7 +111,7 @@ def learn(written: str, steps: int, seconds: float) -> Row:
     from shoal.protocol.errors import ShoalError
     from shoal.protocol.ids import PeerId
     from shoal.training.algorithms import load_algorithm
-    from shoal.training.exchange.averager import Contribution, merge
+    from shoal.training.algorithms.local import update_together
     from shoal.training.manifest import Manifest
     from shoal.training.tasks import load_task
     from shoal.training.tasks.catalogue import acts_in_words, box_in_words
@@ -133,15 +133,8 @@ def learn(written: str, steps: int, seconds: float) -> Row:
             collected = learner.collect(STRIDE)
             done += collected.samples
             returns += collected.episode_returns
-            if collected.total < BATCH:
-                continue
-            update = learner.update()
-            try:
-                exchange: Any = next(update)
-                while True:
-                    exchange = update.send(merge([Contribution(owner, exchange.weight, exchange.arrays)]))
-            except StopIteration:
-                pass
+            if collected.total >= BATCH:
+                update_together({owner: learner})
     except ShoalError as error:
         return Row(written, "refused", shows, acts, done, said=str(error))
     size = len(returns) // SHARE

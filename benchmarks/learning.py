@@ -24,7 +24,7 @@ import torch
 
 from shoal.protocol.ids import PeerId
 from shoal.training.algorithms import load_algorithm
-from shoal.training.exchange.averager import Contribution, merge
+from shoal.training.algorithms.local import update_together
 from shoal.training.manifest import Manifest
 from shoal.training.tasks import load_task
 
@@ -42,13 +42,8 @@ def one_process(task_name: str, seed: int, max_env_steps: int) -> tuple[int | No
     began, env_steps, epoch = time.monotonic(), 0, 0
     while env_steps < max_env_steps:
         env_steps += learner.collect(manifest.batch.largest_share).samples
-        update = learner.update()
-        try:
-            exchange = next(update)
-            while True:
-                exchange = update.send(merge([Contribution(ALONE, exchange.weight, exchange.arrays)]))
-        except StopIteration:
-            epoch += 1
+        update_together({ALONE: learner})
+        epoch += 1
         if epoch % manifest.eval_interval == 0:
             returns = learner.evaluate(manifest.eval_episodes, (seed + 1_000_003) % 2**32)
             if manifest.target_return is not None and statistics.fmean(returns) >= manifest.target_return:

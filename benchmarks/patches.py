@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from shoal.protocol.ids import PeerId
+from shoal.training.algorithms.local import update_together
 from shoal.training.algorithms.ppo import PPO
-from shoal.training.exchange.averager import Contribution, merge
 from shoal.training.manifest import Manifest
 from shoal.training.rollouts.acting import Acting, ActorShape, Noise, Words, copy_of
 from shoal.training.rollouts.patches import eased, head_of, patch_of
@@ -80,13 +80,7 @@ def copies(task: Task, rate: float, epochs: int) -> Iterator[tuple[ActorShape, W
     )
     for _ in range(epochs):
         learner.collect(BATCH)
-        update = learner.update()
-        try:
-            exchange = next(update)
-            while True:
-                exchange = update.send(merge([Contribution(OWNER, exchange.weight, exchange.arrays)]))
-        except StopIteration:
-            pass
+        update_together({OWNER: learner})
         state_bytes = sum(array.nbytes for array in learner.export_state().values())
         yield shape, copy_of(shape, learner.policy_arrays()), state_bytes
 

@@ -165,8 +165,8 @@ def marks(published: Published) -> list[int]:
 def shoal(name: str, peers: int, seed: int) -> Row:
     """Learners that average what they have after every epoch; one is alone with its own."""
     from shoal.protocol.ids import PeerId
+    from shoal.training.algorithms.local import update_together
     from shoal.training.algorithms.ppo import PPO
-    from shoal.training.exchange.averager import Contribution, merge
     from shoal.training.manifest import Manifest
     from shoal.training.tasks import load_task
 
@@ -182,29 +182,16 @@ def shoal(name: str, peers: int, seed: int) -> Row:
         max_env_steps=published.steps,
         hyperparameters=dict(published.settings),
     )
-    learners = [PPO().learner(manifest, task, peer=each) for each in ids]
+    learners = {each: PPO().learner(manifest, task, peer=each) for each in ids}
     taken, row, last = 0, Row(name, "shoal", peers, seed, {}, {}), deque[float](maxlen=LAST)
     for mark in marks(published):
         while taken < mark:
-            for learner in learners:
+            for learner in learners.values():
                 collected = learner.collect(published.batch // peers)
                 taken += collected.samples
                 last.extend(collected.episode_returns)
-            updates = [learner.update() for learner in learners]
-            try:
-                given = [next(update) for update in updates]
-                while True:
-                    merged = merge(
-                        [Contribution(peer, each.weight, each.arrays) for peer, each in zip(ids, given, strict=True)]
-                    )
-                    given = [update.send(merged) for update in updates]
-            except StopIteration:
-                for update in updates[1:]:  # All end at once; the first has.
-                    try:
-                        update.send(merged)
-                    except StopIteration:
-                        continue
-        row.greedy[str(mark)] = statistics.fmean(learners[0].evaluate(EPISODES, seed + HELD_OUT))
+            update_together(learners)
+        row.greedy[str(mark)] = statistics.fmean(learners[ids[0]].evaluate(EPISODES, seed + HELD_OUT))
         row.training[str(mark)] = statistics.fmean(last) if last else float("nan")
     return row
 

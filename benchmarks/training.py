@@ -108,8 +108,8 @@ def config_of(plan: Plan) -> tuple[Any, Any, Any]:
 
 
 def shoal(plan: Plan) -> Trained:
+    from shoal.training.algorithms.local import update_together
     from shoal.training.algorithms.ppo import PPO
-    from shoal.training.exchange.averager import Contribution, merge
 
     _, manifest, task = config_of(plan)
     learner = PPO().learner(manifest, task, peer=manifest.owner)
@@ -117,13 +117,7 @@ def shoal(plan: Plan) -> Trained:
     def learn(steps: int) -> None:
         for _ in range(steps // plan.batch):
             learner.collect(plan.batch)
-            update = learner.update()
-            try:
-                exchange = next(update)
-                while True:
-                    exchange = update.send(merge([Contribution(manifest.owner, exchange.weight, exchange.arrays)]))
-            except StopIteration:
-                pass
+            update_together({manifest.owner: learner})
 
     return learn, lambda: learner.evaluate(plan.episodes, plan.seed + 1_000_003)
 

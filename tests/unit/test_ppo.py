@@ -16,6 +16,7 @@ from shoal.protocol.ids import PeerId
 from shoal.training.algorithms import UpdateStats, load_algorithm
 from shoal.training.algorithms.adam import Adam, clip_by_norm
 from shoal.training.algorithms.engine import PolicyLearner
+from shoal.training.algorithms.local import update_together
 from shoal.training.algorithms.ppo import PPO
 from shoal.training.algorithms.rollouts import Rollout, Stream, advantages
 from shoal.training.exchange.averager import Contribution, merge
@@ -35,13 +36,7 @@ def learner(
 
 
 def update_alone(alone: PolicyLearner) -> UpdateStats:
-    update = alone.update()
-    exchange = next(update)
-    while True:
-        try:
-            exchange = update.send(merge([Contribution(ALICE, exchange.weight, exchange.arrays)]))
-        except StopIteration as stop:
-            return stop.value
+    return update_together({ALICE: alone})[0]
 
 
 def test_it_solves_cart_pole() -> None:

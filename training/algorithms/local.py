@@ -1,4 +1,4 @@
-"""An algorithm on a task in one process, alone and without a network: for tests, and for who writes one."""
+"""Learning in one process, alone or several at once, without a network: to measure, and for who writes one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.protocol.ids import PeerId
-from shoal.training.algorithms.base import Algorithm, Exchange
-from shoal.training.exchange.averager import Contribution, merge
+from shoal.training.algorithms.base import Algorithm, Exchange, Learner, UpdateStats
+from shoal.training.exchange.averager import Arrays, Contribution, merge
 from shoal.training.manifest import Manifest
 from shoal.training.tasks import load_task
 
@@ -54,13 +54,38 @@ def learn_locally(
     returns = []
     for _ in range(updates):
         returns.append(learner.collect(batch).episode_returns)
-        update = learner.update()
-        try:
-            asked = next(update)
-            while True:
-                if not isinstance(asked, Exchange):
-                    raise TypeError(f"{algorithm.name} asks a swarm for {asked}, and there is none here")
-                asked = update.send(merge([Contribution(owner, asked.weight, asked.arrays)]))
-        except StopIteration:
-            pass
+        update_together({owner: learner})
     return returns
+
+
+def update_together(learners: Mapping[PeerId, Learner]) -> list[UpdateStats]:
+    """One update of each, all at once; what they exchange is merged as in a swarm that averages.
+
+    Args:
+        learners: of one run, by peer; at least one. Each has collected what it updates from.
+
+    Returns:
+        How it went for each, in their order.
+
+    Raises:
+        TypeError: if one asks a swarm for more than averages.
+        ValueError: if some need more exchanges than others.
+    """
+    updates = [learner.update() for learner in learners.values()]
+    merged: Arrays | None = None  # what a generator is begun with
+    while True:
+        contributions, stats = [], []
+        for peer, update in zip(learners, updates, strict=True):
+            try:
+                asked = update.send(merged)
+            except StopIteration as stop:
+                stats.append(stop.value)
+                continue
+            if not isinstance(asked, Exchange):
+                raise TypeError(f"an update asks a swarm for {asked}, and there is none here")
+            contributions.append(Contribution(peer, asked.weight, asked.arrays))
+        if not contributions:
+            return stats
+        if stats:
+            raise ValueError("these learners need unlike numbers of exchanges; give those of one run")
+        merged = merge(contributions)
