@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from peers.notes import kept_notes
 
 from shoal.protocol.ids import Cid, SwarmId
 from shoal.protocol.signing import Signer
@@ -226,7 +227,6 @@ def main() -> None:
     summary = f"{sum(total.values())} checks: {said}; {sum(total.values()) * STEPS * ENVS} steps."
     print(summary)
     if options.keep:
-        kept = RESULT.read_text(encoding="utf-8").partition(NOTES)[2] if RESULT.exists() else "\n"
         makers = "\n".join(f"- {name}" for name in MAKERS)
         RESULT.write_text(
             "# Do honest nodes accuse each other?\n\n"
@@ -235,7 +235,7 @@ def main() -> None:
             + "\n".join(lines)
             + f"\n\nEach looks at what all of these made, {shards} shards of {STEPS * ENVS} steps by each of "
             f"{len(POLICIES)} policies of each task:\n\n"
-            f"{makers}\n\n{NOTES}{kept}",
+            f"{makers}\n\n" + (kept_notes(RESULT, NOTES) or f"{NOTES}\n"),
             encoding="utf-8",
         )
 

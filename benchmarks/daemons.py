@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.nodes import Node, learn_together, nodes
+from peers.notes import kept_notes
 
 RESULT = Path(__file__).parent / "results" / "daemons.md"
 NOTES = "## What limits it"
@@ -86,12 +87,6 @@ def measure(mode: str, num_nodes: int, seconds: float) -> Row:
     )
 
 
-def kept_notes() -> str:
-    """What a person wrote below the table of the last run."""
-    _, heading, notes = (RESULT.read_text() if RESULT.exists() else "").partition(NOTES)
-    return f"\n{heading}{notes}" if heading else ""
-
-
 def main() -> None:
     """Print the table and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,7 +109,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
         *(row.cells() for row in rows),
     ]
-    RESULT.write_text("\n".join(lines) + "\n" + kept_notes())
+    RESULT.write_text("\n".join([*lines, "", kept_notes(RESULT, NOTES)]).rstrip("\n") + "\n")
     print("\n".join(lines))
 
 

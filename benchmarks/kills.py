@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.nodes import Node, Nodes, nodes
+from peers.notes import kept_notes
 
 from shoal.cli.spawn import wait_gone
 from shoal.node.api.requests import GetModel
@@ -126,12 +127,6 @@ def measure(limit: int, num_blocks: int, num_kills: int, rng: random.Random) -> 
     return Row(limit, kept[1:], again, is_equal)
 
 
-def kept_notes() -> str:
-    """What a person wrote below the table of the last run."""
-    _, heading, notes = (RESULT.read_text() if RESULT.exists() else "").partition(NOTES)
-    return f"\n{heading}{notes}" if heading else ""
-
-
 def main() -> None:
     """Print the table and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -155,7 +150,7 @@ def main() -> None:
         "|---|---|---|---|",
         *(row.cells() for row in rows),
     ]
-    RESULT.write_text("\n".join(lines) + "\n" + kept_notes())
+    RESULT.write_text("\n".join([*lines, "", kept_notes(RESULT, NOTES)]).rstrip("\n") + "\n")
     print("\n".join(lines))
 
 

@@ -26,12 +26,16 @@ import statistics
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from peers.notes import kept_notes
+from peers.sb3 import ppo
+
 RESULT: Final = Path(__file__).parent / "results" / "published.md"
+NOTES: Final = "## What is not there"
 THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 MARKS: Final = (100_000, 300_000, 500_000, 1_000_000)
 EPISODES: Final = 20
@@ -199,8 +203,6 @@ def shoal(name: str, peers: int, seed: int) -> Row:
 def sb3(name: str, peers: int, seed: int) -> Row:
     """Stable-Baselines3 at the same settings."""
     import gymnasium
-    import torch
-    from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecNormalize
@@ -211,40 +213,15 @@ def sb3(name: str, peers: int, seed: int) -> Row:
     from shoal.training.tasks import load_task
 
     assert peers == 1, "Stable-Baselines3 is one process"
-    torch.set_num_threads(1)
     published = PUBLISHED[name]
     owner = PeerId.of_public_key(bytes(32))
     manifest = Manifest(owner=owner, task=published.task, algorithm="ppo", hyperparameters=dict(published.settings))
     config = load_algorithm("ppo").configured(manifest, load_task(published.task))
-    env_id = published.task.removeprefix("gym:")
 
-    def falling(value: float, falls: bool) -> float | Callable[[float], float]:
-        return (lambda left: left * value) if falls else value
+    def make() -> Any:
+        return gymnasium.make(published.task.removeprefix("gym:"))
 
-    envs = VecNormalize(
-        make_vec_env(env_id, config.num_envs, seed=seed),
-        norm_obs=config.normalize_observations,
-        norm_reward=config.normalize_returns,
-        gamma=config.gamma,
-    )
-    model = PPO(
-        "MlpPolicy",
-        envs,
-        learning_rate=falling(config.learning_rate, config.anneal_learning_rate),
-        n_steps=published.batch // config.num_envs,
-        batch_size=published.batch // config.num_minibatches,
-        n_epochs=config.update_epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        clip_range=falling(config.clip_range, config.anneal_clip_range),
-        clip_range_vf=config.value_clip_range,
-        ent_coef=config.entropy_coefficient,
-        vf_coef=config.value_coefficient / 2,
-        max_grad_norm=config.max_grad_norm,
-        policy_kwargs={"net_arch": list(config.hidden_sizes), "log_std_init": config.initial_log_std},
-        seed=seed,
-        device="cpu",
-    )
+    model, envs = ppo(config, make, published.batch, seed)
     # A schedule falls over all the steps, so the run is one, and is looked at from within.
     row, left = Row(name, "sb3", 1, seed, {}, {}), marks(published)
 
@@ -252,12 +229,13 @@ def sb3(name: str, peers: int, seed: int) -> Row:
         while left and steps >= left[0]:
             mark = str(left.pop(0))
             held_out = VecNormalize(
-                make_vec_env(lambda: gymnasium.make(env_id), 1, seed=seed + HELD_OUT),
+                make_vec_env(make, 1, seed=seed + HELD_OUT),
                 norm_obs=config.normalize_observations,
                 norm_reward=False,
                 training=False,
             )
-            held_out.obs_rms = envs.obs_rms
+            if config.normalize_observations:
+                held_out.obs_rms = envs.obs_rms
             row.greedy[mark] = float(evaluate_policy(model, held_out, EPISODES, deterministic=True)[0])
             row.training[mark] = statistics.fmean(each["r"] for each in model.ep_info_buffer)
 
@@ -354,7 +332,7 @@ def main() -> None:
     lines = report(rows)
     print("\n".join(lines))
     if options.keep:
-        RESULT.write_text("\n".join(lines) + "\n")
+        RESULT.write_text("\n".join(lines) + "\n\n" + (kept_notes(RESULT, NOTES) or f"{NOTES}\n"))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from peers.nodes import Node, Nodes, nodes
+from peers.notes import kept_notes
 
 from shoal.cli.spawn import kill_tree
 from shoal.node.api.schemas import MemberInfo, SwarmDetail
@@ -188,8 +189,8 @@ def main() -> None:
         "| case | answers (*instead*: has taken the role) | holds the policy | new version | actor used | evaluated "
         "| processor seconds | versions lost | longest in all |\n|---|---|---|---|---|---|---|---|---|\n"
     )
-    kept = RESULT.read_text(encoding="utf-8").partition(NOTES)[2] if RESULT.exists() else "\n"
-    RESULT.write_text(head + "\n".join(lines) + f"\n\n{NOTES}{kept}", encoding="utf-8")
+    notes = kept_notes(RESULT, NOTES) or f"{NOTES}\n"
+    RESULT.write_text(head + "\n".join(lines) + f"\n\n{notes}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peers.sb3 import ppo
+
 RESULT = Path(__file__).parent / "results" / "training.md"
 TASKS = "gym:CartPole-v1,gym:Acrobot-v1,gym:LunarLander-v3,gym:Hopper-v5,gym:HalfCheetah-v5"
 PACKAGES = {"shoal": "shoal", "sb3": "stable-baselines3", "rlox": "rlox"}
@@ -123,36 +125,9 @@ def shoal(plan: Plan) -> Trained:
 
 
 def sb3(plan: Plan) -> Trained:
-    import torch
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
-
-    torch.set_num_threads(1)
     config, _, _ = config_of(plan)
-    envs = VecNormalize(
-        make_vec_env(lambda: made(plan.env_id, is_training=True), config.num_envs, seed=plan.seed),
-        norm_obs=config.normalize_observations,
-        norm_reward=config.normalize_returns,
-        gamma=config.gamma,
-    )
-    policy, sizes = ("CnnPolicy", []) if is_atari(plan.env_id) else ("MlpPolicy", list(config.hidden_sizes))
-    model = PPO(
-        policy,
-        envs,
-        learning_rate=config.learning_rate,
-        n_steps=plan.batch // config.num_envs,
-        batch_size=plan.batch // config.num_minibatches,
-        n_epochs=config.update_epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
-        ent_coef=config.entropy_coefficient,
-        vf_coef=config.value_coefficient / 2,  # its value loss is not halved
-        max_grad_norm=config.max_grad_norm,
-        policy_kwargs={"net_arch": sizes, "log_std_init": config.initial_log_std},
-        seed=plan.seed,
-        device="cpu",
+    model, envs = ppo(
+        config, lambda: made(plan.env_id, is_training=True), plan.batch, plan.seed, is_image=is_atari(plan.env_id)
     )
 
     def act(observation: Any) -> Any:

@@ -145,9 +145,9 @@ class Names(NameService):
             UsageError: if it is no tag.
         """
         (word,) = check_tags((word,))
-        found: tuple[Record, ...] = ()
+        found: list[Record] = []
         with trio.move_on_after(LOOK_UP_S):
-            found = (await self._host.table.get(Kind.TAG, word)).records
+            found = await self._host.table.tagged(word)
         mine = [known.newest for known in self.own().values()]
         best: dict[ModelName, Record] = {}
         for record in (*mine, *found):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,7 @@ class Memory:
         """It is the caller's."""
 
 
-class Parts:
+class Parts(ABC):
     """Into what the bytes of a pull fall.
 
     Attributes:
@@ -104,9 +105,9 @@ class Parts:
         self.size = ends[-1]
         self.num_bytes = 0
 
+    @abstractmethod
     def take(self, part: int, data: memoryview) -> None:
         """All of a part is there, until this returns. Called in threads, by several at a time; raises nothing."""
-        raise NotImplementedError
 
     def place(self) -> Place:
         """For one path."""
